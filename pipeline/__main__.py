@@ -1,0 +1,83 @@
+"""The command line: `python -m pipeline --help`."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from pipeline.config import load_params
+from pipeline.corpus import CorpusConfig
+from pipeline.errors import InputError
+from pipeline.evaluate import EvaluateConfig
+from pipeline.files import locked, read_json
+from pipeline.recipes import apply_recipe, as_set, list_recipes
+from pipeline.registry import RegistryConfig
+from pipeline.runs import describe_run
+from pipeline.stage import run_stage
+from pipeline.store import project_root
+from pipeline.tracked_run import RUN_SECTIONS, RunConfig
+
+SECTIONS = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig)
+
+
+def recipe(arguments: argparse.Namespace) -> None:
+    """Write a recipe into params.yaml, or print it."""
+    if arguments.name is None:
+        for name, comment in list_recipes().items():
+            print(f"{name:12} {comment}")
+    elif arguments.as_set:
+        print(as_set(arguments.name))
+    else:
+        print(apply_recipe(arguments.name))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the MLflow run behind the present model."""
+    print(describe_run(read_json(Path("models/run.json"))["fingerprint"]))
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Check the whole of params.yaml and list every fault."""
+    params = load_params()
+    faults = params.unknown_sections(*SECTIONS)
+    try:
+        params.check(*SECTIONS)
+        RunConfig.of(params)
+    except InputError as error:
+        faults.append(str(error).removeprefix(f"{params.path}: "))
+    if faults:
+        raise InputError(f"{params.path}: " + "; ".join(faults))
+    print(f"{params.path} is sound")
+
+
+def clean(arguments: argparse.Namespace) -> None:
+    """Remove working checkpoints, so that `dvc repro -f train` trains anew; models and MLflow runs stay."""
+    checkpoints = project_root() / "checkpoints"
+    doomed = [path for path in sorted(checkpoints.glob(f"{arguments.fingerprint or '*'}*")) if path.is_dir()]
+    if arguments.fingerprint and not doomed:
+        raise InputError(f"no checkpoints of {arguments.fingerprint} in {checkpoints}: `ls {checkpoints}` shows them")
+    freed = 0
+    for folder in doomed:
+        with locked(folder.with_suffix(".lock")):
+            freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            shutil.rmtree(folder)
+        folder.with_suffix(".lock").unlink()
+    print(f"removed {len(doomed)} run folders, {freed / 1e6:,.0f} MB freed")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (recipe, run, check, clean):
+        subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+        subparser.set_defaults(command=command)
+        if command is recipe:
+            subparser.add_argument("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
+            subparser.add_argument("--as-set", action="store_true", help="print -S arguments for `dvc exp run`")
+        if command is clean:
+            subparser.add_argument("fingerprint", nargs="?", help="of one run; none: all of them")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    run_stage(lambda: arguments.command(arguments))

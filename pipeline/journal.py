@@ -1,0 +1,119 @@
+"""journal: one row a step, appended -> the truth about a run, read again as data frames.
+
+Two files of JSON lines in the run's folder. `steps.jsonl` holds what is the same whenever the run is repeated: step,
+tokens, loss, grad_norm, lr and, at steps where they were measured, corpus_loss and validation_loss. `times.jsonl` holds
+what is not: step_s, train_s, wall_s, memory_bytes and logged_ms (the instant, in Unix milliseconds, under which MLflow
+gets the row). Row i of both files belongs to step i + 1.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pandas as pd
+
+from pipeline.errors import InputError, IntegrityError
+from pipeline.files import naming_full_disk
+
+STEPS, TIMES = "steps.jsonl", "times.jsonl"
+
+
+class StepRow(TypedDict, total=False):
+    """What repeats exactly; nats per token, before the update, but for corpus_loss and validation_loss, after it."""
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    corpus_loss: float
+    validation_loss: float
+
+
+class TimeRow(TypedDict):
+    """What does not repeat; seconds since the run's start, time between attempts left out."""
+
+    step: int
+    step_s: float
+    train_s: float
+    wall_s: float
+    memory_bytes: int
+    logged_ms: int
+
+
+class Journal:
+    """The two files of a run, open for appending; a row torn by a kill is cut off when it is opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.steps: list[StepRow] = _whole_rows(folder / STEPS)
+        self.times: list[TimeRow] = _whole_rows(folder / TIMES)
+        complete = min(len(self.steps), len(self.times))
+        del self.steps[complete:], self.times[complete:]
+        self._files = [_open_cut(folder / name, complete) for name in (STEPS, TIMES)]
+
+    def append(self, step_row: StepRow, time_row: TimeRow) -> None:
+        """Add a step's rows.
+
+        A step that is already there was taken again after a resume: its row must be equal, and its first time stays.
+        Raises IntegrityError where it is not equal, OutOfSpaceError where the disk is full.
+        """
+        step = step_row["step"]
+        if step <= len(self.steps):
+            if (before := self.steps[step - 1]) != step_row:
+                raise IntegrityError(f"step {step} came out as {step_row}, was {before} before the resume in "
+                                     f"{self.folder}: `python -m pipeline clean` and train again")  # fmt: skip
+            return
+        assert step == len(self.steps) + 1, "rows come in order"
+        self.steps.append(step_row)
+        self.times.append(time_row)
+        with naming_full_disk(self.folder):
+            for file, row in zip(self._files, (step_row, time_row), strict=True):
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.flush()
+
+    def sync(self) -> None:
+        """Force all rows to the disk, so that neither a checkpoint nor MLflow is ahead of the journal."""
+        for file in self._files:
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def read_steps(path: Path) -> pd.DataFrame:
+    """Rows of a steps.jsonl or times.jsonl, indexed by step. Raises InputError where it is missing or empty."""
+    if not path.is_file() or not (rows := _whole_rows(path)):
+        raise InputError(f"{path} holds no steps: run `dvc repro train`")
+    return pd.DataFrame(rows).set_index("step", drop=False)
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _whole_rows(path: Path) -> list[Any]:
+    """All rows up to the first that is torn."""
+    rows: list[Any] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+        try:
+            row = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or row.get("step") != len(rows) + 1:
+            break
+        rows.append(row)
+    return rows
+
+
+def _open_cut(path: Path, rows: int) -> Any:
+    """Open a file for appending after its first `rows` lines."""
+    file = path.open("a+", encoding="utf-8", newline="\n")
+    file.seek(0)
+    size = sum(len(file.readline().encode()) for _ in range(rows))
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file

@@ -1,0 +1,26 @@
+"""Stage `tokenize`: data/corpus.txt and data/bpe -> data/tokens and reports/corpus.json."""
+
+from pathlib import Path
+
+from pipeline.config import load_params
+from pipeline.corpus import CorpusConfig, verify_corpus
+from pipeline.diagnose import describe_corpus
+from pipeline.files import write_json
+from pipeline.stage import run_stage
+from pipeline.tokenizer import load_tokenizer
+from pipeline.tokens import open_tokens, write_tokens
+
+
+def main() -> None:
+    config = load_params().section(CorpusConfig)
+    corpus, folder = Path("data/corpus.txt"), Path("data/tokens")
+    verify_corpus(corpus)
+    tokenizer = load_tokenizer(Path("data/bpe"))
+    write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction)
+    train, val = open_tokens(folder, "train"), open_tokens(folder, "val")
+    write_json(Path("reports/corpus.json"), describe_corpus(train, val, tokenizer))
+    print(f"{folder}: {len(train):,} tokens to train on, {len(val):,} to validate")
+
+
+if __name__ == "__main__":
+    run_stage(main)

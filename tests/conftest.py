@@ -1,0 +1,42 @@
+"""What several tests need: GPT-2's BPE files, and the corpus that the published numbers are about."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_params
+from pipeline.corpus import CorpusConfig, fetch_corpus, verify_corpus
+from pipeline.errors import InputError, IntegrityError
+from pipeline.tokenizer import Tokenizer, fetch_bpe, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def bpe(request: pytest.FixtureRequest) -> Path:
+    """The checkout's data/bpe, or a copy that is fetched once."""
+    cached = request.config.cache.mkdir("bpe")
+    for folder in (ROOT / "data" / "bpe", cached):
+        try:
+            load_tokenizer(folder)
+            return folder
+        except (InputError, IntegrityError):
+            continue
+    fetch_bpe(cached)
+    return cached
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bpe: Path) -> Tokenizer:
+    return load_tokenizer(bpe)
+
+
+@pytest.fixture(scope="session")
+def shakespeare(request: pytest.FixtureRequest) -> Path:
+    """Tiny Shakespeare: the copy that is fetched once."""
+    path = request.config.cache.mkdir("corpus") / "corpus.txt"
+    try:
+        verify_corpus(path)
+    except (InputError, IntegrityError):
+        fetch_corpus(load_params(ROOT / "params.yaml").section(CorpusConfig), path)
+    return path
