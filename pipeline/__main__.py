@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from pipeline.config import load_params
+from pipeline.config import Section, load_params
 from pipeline.corpus import CorpusConfig
 from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig
@@ -16,7 +16,7 @@ from pipeline.stage import run_stage
 from pipeline.store import project_root
 from pipeline.tracked_run import RUN_SECTIONS, RunConfig
 
-SECTIONS = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig)
+SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig)
 
 
 def recipe(arguments: argparse.Namespace) -> None:
@@ -32,7 +32,9 @@ def recipe(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the MLflow run behind the present model."""
-    print(describe_run(read_json(Path("models/run.json"))["fingerprint"]))
+    facts = describe_run(project_root(), read_json(Path("models/run.json"))["fingerprint"])
+    for name, value in facts.items():
+        print(f"{name:12} {value}")
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -99,8 +99,6 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: learned positions, a head tied to the embedding; inputs and targets are rows of `vocabulary`."""
 
-    unused_bias: Tensor  # (V,), 0 but for the unused row
-
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
@@ -110,9 +108,6 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        bias = torch.zeros(vocabulary.n_rows)
-        bias[-1] += vocabulary.unused_bias
-        self.register_buffer("unused_bias", bias, persistent=False)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Self:
@@ -141,7 +136,11 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., C) -> logits (..., V); that of the unused row counts for all the ids behind it."""
-        return F.linear(hidden, self.wte.weight, self.unused_bias if self.vocabulary.n_unused else None)
+        if not self.vocabulary.n_unused:
+            return F.linear(hidden, self.wte.weight)
+        bias = self.wte.weight.new_zeros(self.vocabulary.n_rows)  # (V,)
+        bias[-1] = self.vocabulary.unused_bias
+        return F.linear(hidden, self.wte.weight, bias)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows (B, T) -> logits (B, T, V)."""

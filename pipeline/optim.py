@@ -136,11 +136,12 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0) ->
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if loss_scale != 1:
         torch._foreach_div_(gradients, loss_scale)
+    unused = model.wte.weight.grad[-1] if (U := model.vocabulary.n_unused) else None  # type: ignore[index]
+    if unused is not None:
+        unused /= U
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    if U := model.vocabulary.n_unused:
-        row = model.wte.weight.grad[-1]  # type: ignore[index]
-        squares += row.square().sum() * (1 / U - 1)  # |row|^2 gives way to U |row / U|^2
-        row /= U
+    if unused is not None:
+        squares += (U - 1) * unused.square().sum()
     norm = squares.sqrt()
     if clip is not None:
         torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_

@@ -98,7 +98,9 @@ def _read_leaves(path: Path) -> dict[str, Leaf]:
             start, end = node.start_mark.index, _end_of(node)
             leaves[key] = Leaf(value, text[start:end], start, end)
 
-    visit(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert root is not None, "load_params saw a mapping"
+    visit(root, "")
     return leaves
 
 

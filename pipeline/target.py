@@ -44,7 +44,7 @@ def first_met(rows: Sequence[StepRow], config: TargetConfig) -> dict[str, int | 
 def check_is_worth_it(rows: Sequence[StepRow], steps_per_pass: int, config: TargetConfig) -> bool:
     """Whether a pass over the text to measure its loss is worth its cost after the step of the last row.
 
-    The minibatches' running mean lags behind the corpus loss. So the first look comes when the mean is below twice the
+    The minibatches' running mean lags behind the corpus loss. So the first look comes when the mean is below three times the
     target; a look at loss c sets the next one to when the mean has fallen by the factor that c still has to fall, or
     after one pass at the latest.
     """
@@ -54,7 +54,7 @@ def check_is_worth_it(rows: Sequence[StepRow], steps_per_pass: int, config: Targ
     mean = _mean(rows[-span:])
     looks = [row for row in rows if "corpus_loss" in row]
     if not looks:
-        return mean < 2 * config.loss
+        return mean < 3 * config.loss
     last = looks[-1]
     mean_then = _mean(rows[max(0, last["step"] - span) : last["step"]])
     due = rows[-1]["step"] - last["step"] >= steps_per_pass

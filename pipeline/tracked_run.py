@@ -139,7 +139,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path) -> None:
         stop = stack.enter_context(StopSignals())
         run = TrackedRun(config, machine, text, folder)
         stack.callback(run.journal.close)
-        with Recorder(root, folder, identity):
+        with Recorder(root, folder, dict(identity)):
             run.follow(stop)
         run.write_results(identity, models, data / "bpe", timing)
 

@@ -16,6 +16,7 @@ from pipeline.errors import Interrupted
 from pipeline.files import write_text
 from pipeline.runs import JournalTail, Row, create_run, describe_inputs, runs_of, ship, shipped
 from pipeline.store import Store, first_line, machine_facts, open_store, store_errors
+from pipeline.store import project_root as project_root  # with Recorder, for who trains
 
 if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor

@@ -1,0 +1,27 @@
+"""serving: a registered version's files -> the texts that `mlflow models serve` answers with.
+
+MLflow keeps a copy of this file with the version and runs it where the version is loaded, so that nothing is pickled.
+"""
+
+from pathlib import Path
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+from pipeline.checkpoint import load_model
+from pipeline.generate import generate
+from pipeline.tokenizer import load_tokenizer
+
+
+class TextGenerator(PythonModel):  # type: ignore[misc]  # mlflow is untyped here
+    # No hints on `predict`: where MLflow finds them, it drops `params` without a word.
+    def load_context(self, context):  # type: ignore[no-untyped-def]
+        folder = Path(context.artifacts["model"])
+        self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Continue each text of the column `prompt`; `params` are complete, by the signature's defaults."""
+        return [generate(self.model, self.tokenizer, prompt, **params) for prompt in model_input["prompt"]]
+
+
+set_model(TextGenerator())

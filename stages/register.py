@@ -1,0 +1,19 @@
+"""Stage `register`: models, data/tokens and reports -> MLflow's run made complete, a version, its aliases."""
+
+from pathlib import Path
+
+from pipeline.config import load_params
+from pipeline.registry import RegistryConfig, register
+from pipeline.stage import run_stage
+from pipeline.store import project_root
+
+
+def main() -> None:
+    config = load_params().section(RegistryConfig)
+    done = register(project_root(), Path(), config)
+    champion = "champion" if done["champion"] else "not champion"
+    print(f"{done['model']} version {done['version']}, run {done['run_id']}: {champion}: {done['reason']}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,129 @@
+"""Optimisers and schedules against the plain formulas."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import load_params
+from pipeline.model import GPT, ModelConfig
+from pipeline.optim import OptimConfig, build_optimizers, finish_gradients, lr_factor, set_lr, steps_in
+from pipeline.vocab import Vocabulary
+from pipeline.windows import WindowsConfig
+
+
+def config(**changes):
+    return load_params().section(OptimConfig).updated(**changes)
+
+
+def factors(total=100, **changes):
+    settings = config(**changes)
+    return np.array([lr_factor(step, total, settings) for step in range(1, total + 1)])
+
+
+@pytest.fixture
+def model():
+    shape = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=50257, dropout=0.0, fold_vocab=False)
+    return GPT(shape, Vocabulary.full(50257)).initialise(seed=1)
+
+
+def test_warmup_rises_in_equal_steps_to_the_peak():
+    assert factors(schedule="constant", warmup=4)[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+def test_a_share_of_the_run_is_as_many_steps_as_it_comes_to():
+    assert np.array_equal(factors(schedule="linear", warmup=0.1), factors(schedule="linear", warmup=10))
+    assert steps_in(0.02, 528) == 11
+
+
+def test_linear_falls_in_equal_steps_and_takes_no_step_at_zero():
+    assert factors(total=4, schedule="linear", warmup=0) == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
+def test_linear_ends_at_the_final_share():
+    assert factors(total=1000, schedule="linear", warmup=0, final_lr=0.1)[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_cosine_is_half_way_down_in_the_middle():
+    curve = factors(total=1001, schedule="cosine", warmup=0, final_lr=0.2)
+    assert curve[500] == pytest.approx(0.6, abs=1e-2)
+    assert (np.diff(curve) < 0).all()
+
+
+def test_onecycle_equals_torch():
+    # torch's div_factor 10 starts at a tenth, its final_div_factor 50 ends at a fiftieth of that
+    curve = factors(total=200, schedule="onecycle", warmup=20, initial_lr=0.1, final_lr=0.002)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=202, pct_start=20.5 / 201, div_factor=10, final_div_factor=50
+    )
+    reference = []
+    for _ in range(200):
+        optimizer.step()
+        scheduler.step()
+        reference.append(optimizer.param_groups[0]["lr"])
+    assert curve == pytest.approx(np.array(reference), abs=0.04)
+
+
+def test_wsd_is_flat_until_its_decay():
+    curve = factors(schedule="wsd", warmup=10, decay=20)
+    assert (curve[9:80] == 1).all()
+    assert curve[-1] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "onecycle", "wsd"])
+@pytest.mark.parametrize("total", [1, 2, 528])
+def test_every_factor_lies_between_zero_and_one(schedule, total):
+    curve = factors(total=total, schedule=schedule)
+    assert ((curve > 0) & (curve <= 1)).all()
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    windows = WindowsConfig(length=256, batch=4, accumulate=1, order="shuffled")
+    (fault,) = config(warmup=600).check_length(windows)  # the run has 528 steps
+    assert "600 steps, the run has 528" in fault
+
+
+@pytest.mark.parametrize(
+    "changes", [{"warmup": 1.5}, {"betas": [0.9, 1.0]}, {"lr": -1}, {"schedule": "wsd", "warmup": 0.9}]
+)
+def test_what_cannot_be_is_refused(changes):
+    with pytest.raises(ValueError, match=r"share below 1|below 1|greater than 0|longer than the run"):
+        config(**changes)
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_the_rest(model):
+    adamw, muon = build_optimizers(model, config(kind="muon"))
+    by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+    by_adamw = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert by_muon == {id(p) for name, p in model.h.named_parameters() if p.ndim == 2}
+    assert by_adamw | by_muon == {id(p) for p in model.parameters()}
+    assert not by_adamw & by_muon
+
+
+def test_only_matrices_decay(model):
+    (adamw,) = build_optimizers(model, config(kind="adamw", weight_decay=0.1))
+    assert {(group["weight_decay"], p.ndim >= 2) for group in adamw.param_groups for p in group["params"]} == {
+        (0.1, True),
+        (0.0, False),
+    }
+
+
+def test_each_group_follows_its_own_peak(model):
+    optimizers = build_optimizers(model, config(kind="muon", lr=0.002, muon_lr=0.01))
+    set_lr(optimizers, 0.5)
+    assert [group["lr"] for o in optimizers for group in o.param_groups] == pytest.approx([0.001, 0.001, 0.005])
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 100.0])  # no clipping, a norm above, a norm below
+def test_clipping_equals_torch(model, clip):
+    ids = torch.randint(50257, (2, 9), generator=torch.Generator().manual_seed(1))
+    model.loss(ids[:, :-1], ids[:, 1:], 16).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    norm = finish_gradients(model, clip)
+    ours = [p.grad.clone() for p in model.parameters()]
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        p.grad = gradient
+    reference = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    assert norm.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert all(torch.allclose(a, p.grad) for a, p in zip(ours, model.parameters(), strict=True))

@@ -1,0 +1,283 @@
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fixtures_mlflow import an_identity, append_steps, assert_holds_just_the_journal, root_of, trained_project
+
+from pipeline import tracking
+from pipeline.errors import Interrupted, ModelMissing
+from pipeline.files import read_json, write_json, write_text
+from pipeline.journal import STEPS, TIMES, Journal
+from pipeline.runs import JournalTail, describe_run, ensure_run, find_run, runs_of, shipped
+from pipeline.store import Store, project_root, store_uri
+from pipeline.tracking import RUN_ID, Recorder
+
+pytest_plugins = ("fixtures_mlflow",)
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def identity() -> dict:
+    return an_identity()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(make_folder(tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def _fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "TICK_S", 0.05)
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def noted_id(journal: Journal) -> str:
+    return (journal.folder / RUN_ID).read_text().strip()
+
+
+def python(code: str, *arguments: object) -> subprocess.Popen:
+    """Start Python on `code`, with our packages and the tests' fixtures at hand."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def test_a_run_has_its_rows_samples_parameters_data_and_machine(store: Store, journal: Journal, identity: dict):
+    with Recorder(root_of(store), journal.folder, identity):
+        append_steps(journal, 0, 25)
+        write_text(journal.folder / "samples" / "step-000020.txt", "ROMEO: O")
+    run = store.client.get_run(noted_id(journal))
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"optim.lr": "0.002", "optim.betas": "[0.9, 0.95]", "windows.length": "8"}
+    assert run.data.tags["fingerprint"] == identity["fingerprint"]
+    assert run.data.tags["environment.precision"] == "fp32"
+    assert {"git_commit", "tree_clean", "host", "run_folder"} <= run.data.tags.keys()
+    assert run.inputs.dataset_inputs[0].dataset.digest == identity["data_sha256"][:36]
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert_holds_just_the_journal(store, run.info.run_id, journal.folder)
+    artifacts = Path(run.info.artifact_uri)
+    assert artifacts.is_relative_to(root_of(store) / "mlruns")
+    assert (artifacts / "samples" / "step-000020.txt").read_text() == "ROMEO: O"
+    assert "python" in read_json(artifacts / "environment.json")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("no"), "FAILED"), (Interrupted("stop", signal.SIGTERM), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_a_run_that_ends_badly_says_so_and_has_its_rows(error, status, store, journal, identity):
+    def train() -> None:
+        with Recorder(root_of(store), journal.folder, identity):
+            append_steps(journal, 0, 3)
+            raise error
+
+    with pytest.raises(type(error)):
+        train()
+    run = store.client.get_run(noted_id(journal))
+    assert (run.info.status, run.data.tags["ended"].partition(":")[0]) == (status, type(error).__name__)
+    assert_holds_just_the_journal(store, run.info.run_id, journal.folder)
+
+
+@pytest.mark.fault
+def test_after_a_kill_the_same_run_goes_on_with_each_row_once(store: Store, tmp_path: Path):
+    process = python(
+        """if True:
+        import sys, time
+        from pathlib import Path
+        from fixtures_mlflow import append_steps
+        from pipeline import tracking
+        from pipeline.files import read_json
+        from pipeline.journal import Journal
+        root, folder = map(Path, sys.argv[1:])
+        tracking.TICK_S = 0.05
+        journal = Journal(folder)
+        with tracking.Recorder(root, folder, read_json(folder / "identity.json")):
+            for step in range(100_000):
+                append_steps(journal, step, step + 1)
+                time.sleep(0.001)
+        """,
+        root_of(store),
+        folder := make_folder(tmp_path / "run"),
+    )
+    identity = an_identity()
+    write_json(folder / "identity.json", identity)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := runs_of(store, identity["fingerprint"])) or len(shipped(store, found[0].info.run_id)) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert store.client.get_run(found[0].info.run_id).info.status == "RUNNING"  # nobody could close it
+    before, journal = len(shipped(store, found[0].info.run_id)), Journal(folder)
+    resumed_at = len(journal.steps) // 2  # the last checkpoint is older than the last row
+    with Recorder(root_of(store), folder, identity):
+        append_steps(journal, resumed_at, resumed_at + before + 100)
+    assert noted_id(journal) == found[0].info.run_id
+    assert [run.info.status for run in runs_of(store, identity["fingerprint"])] == ["FINISHED"]
+    assert_holds_just_the_journal(store, found[0].info.run_id, folder)
+
+
+@pytest.mark.fault
+def test_a_run_that_lost_its_folders_note_or_was_deleted_is_closed_and_replaced(store, journal, identity):
+    for spoil in (lambda: (journal.folder / RUN_ID).unlink(), lambda: store.client.delete_run(noted_id(journal))):
+        with Recorder(root_of(store), journal.folder, identity):
+            pass
+        store.client.update_run(before := noted_id(journal), status="RUNNING")
+        spoil()
+        with Recorder(root_of(store), journal.folder, identity):
+            pass
+        assert noted_id(journal) != before
+        assert "RUNNING" not in {run.info.status for run in runs_of(store, identity["fingerprint"])}
+
+
+@pytest.mark.fault
+def test_training_goes_on_while_the_store_is_locked_and_nothing_is_lost(store, journal, identity):
+    with Recorder(root_of(store), journal.folder, identity):
+        blocker = sqlite3.connect(store.uri.removeprefix("sqlite:///"), check_same_thread=False)
+        blocker.execute("BEGIN EXCLUSIVE")
+        threading.Timer(1.0, blocker.rollback).start()
+        started = time.monotonic()
+        append_steps(journal, 0, 30)
+        assert time.monotonic() - started < 0.5  # training did not wait for the lock's end
+    assert_holds_just_the_journal(store, noted_id(journal), journal.folder)
+
+
+@pytest.mark.fault
+def test_a_store_that_is_down_costs_one_warning_and_register_ships_the_run(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    project = trained_project(tmp_path / "project")
+    identity = read_json(project / "models" / "run.json")
+    with monkeypatch.context() as down:
+        down.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+        down.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with Recorder(tmp_path, make_folder(tmp_path / "run"), identity):
+            time.sleep(0.3)  # several ticks
+    told = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in told] == ["warning", "warning"]  # in the run, and at its end
+    assert "training goes on" in told[0]
+    assert "register" in told[1]
+    run = ensure_run(store, project)
+    assert (run.info.status, run.data.tags["rebuilt"]) == ("FINISHED", "true")
+    assert_holds_just_the_journal(store, run.info.run_id, project / "models")
+
+
+@pytest.mark.fault
+def test_a_store_that_fails_in_mid_run_gets_everything_once_it_is_back(store, journal, identity, monkeypatch, capfd):
+    broken = threading.Event()
+    log_batch = type(store.client).log_batch
+
+    def failing(*arguments, **named):
+        if broken.is_set():
+            raise OSError("disk full\nand more")
+        return log_batch(*arguments, **named)
+
+    monkeypatch.setattr(type(store.client), "log_batch", failing)
+    with Recorder(root_of(store), journal.folder, identity):
+        append_steps(journal, 0, 5)
+        time.sleep(0.3)
+        broken.set()
+        append_steps(journal, 5, 250)
+        time.sleep(0.3)
+        broken.clear()
+        append_steps(journal, 250, 260)
+    assert capfd.readouterr().err.splitlines() == ["warning: MLflow's store fails (disk full): training goes on"]
+    assert_holds_just_the_journal(store, noted_id(journal), journal.folder)
+
+
+@pytest.mark.fault
+def test_four_processes_start_on_a_fresh_store_at_once(tmp_path: Path):
+    folders = [make_folder(tmp_path / f"run{i}") for i in range(4)]
+    for folder in folders:
+        write_json(folder / "identity.json", an_identity())
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        import mlflow.store.tracking.sqlalchemy_store  # once, for it takes seconds; it opens nothing
+        from fixtures_mlflow import append_steps, assert_holds_just_the_journal
+        from pipeline.files import read_json
+        from pipeline.journal import Journal
+        from pipeline.store import open_store
+        from pipeline.tracking import RUN_ID, Recorder
+        root, *folders = map(Path, sys.argv[1:])
+        for folder in folders:
+            if os.fork() == 0:
+                journal = Journal(folder)
+                with Recorder(root, folder, read_json(folder / "identity.json")):
+                    append_steps(journal, 0, 150)
+                assert_holds_just_the_journal(open_store(root), (folder / RUN_ID).read_text().strip(), folder)
+                sys.exit(0)
+        sys.exit(sum(os.wait()[1] for _ in folders))
+        """
+    assert python(code, tmp_path, *folders).wait(timeout=60) == 0
+
+
+def test_a_run_that_the_store_lacks_is_rebuilt_once_with_its_reports(store: Store, tmp_path: Path):
+    project = trained_project(tmp_path / "project")
+    run, again = ensure_run(store, project), ensure_run(store, project)
+    assert run.info.run_id == again.info.run_id
+    assert run.info.start_time == 1_700_000_000_007  # the first step's
+    assert_holds_just_the_journal(store, run.info.run_id, project / "models")
+    assert run.data.metrics["metrics/to_target.corpus.steps"] == 20
+    assert len(store.client.get_metric_history(run.info.run_id, "metrics/corpus_loss")) == 1
+    assert (Path(run.info.artifact_uri) / "reports" / "figures" / "loss.png").read_bytes() == b"a picture"
+
+
+def test_a_training_that_was_repeated_is_a_run_of_its_own(store: Store, tmp_path: Path):
+    project = trained_project(tmp_path / "project")
+    first = ensure_run(store, project)
+    times = project / "models" / TIMES
+    times.write_text(times.read_text().replace('"logged_ms": 17', '"logged_ms": 18'))
+    assert ensure_run(store, project).info.run_id != first.info.run_id
+
+
+def test_the_command_line_learns_which_run_made_a_model(store: Store, tmp_path: Path):
+    run = ensure_run(store, trained_project(tmp_path / "project"))
+    found = describe_run(root_of(store), run.data.tags["fingerprint"])
+    assert (found["run_id"], found["status"], found["steps"]) == (run.info.run_id, "FINISHED", 20)
+    assert run.info.run_id in found["link"]
+    assert find_run(store, "0" * 16) is None
+    with pytest.raises(ModelMissing, match="register"):
+        describe_run(root_of(store), "0" * 16)
+
+
+def test_the_tail_returns_whole_pairs_of_rows_only(journal: Journal):
+    append_steps(journal, 0, 3)
+    tail = JournalTail(journal.folder)
+    with (journal.folder / STEPS).open("a") as file:
+        file.write('{"step": 4, "tokens": 32, "loss": 1.0}\n{"step": 5, "tok')
+    assert [row["step"] for row in tail.read()] == [1, 2, 3]
+    assert tail.read() == []
+    with (journal.folder / TIMES).open("a") as file:
+        file.write('{"step": 4, "step_s": 0.5, "logged_ms": 1}\n')
+    assert [row["tokens_per_s"] for row in tail.read()] == [16.0]
+
+
+def test_store_and_checkpoints_are_the_repositorys_own_within_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == tmp_path
+    monkeypatch.setenv("DVC_ROOT", "/elsewhere")
+    assert project_root() == Path("/elsewhere")
+    assert store_uri(project_root()) == "sqlite:////elsewhere/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///shared/runs.db")
+    assert store_uri(project_root()) == "sqlite:////elsewhere/shared/runs.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    assert store_uri(project_root()) == "https://mlflow.example"
+
+
+def test_training_starts_without_importing_mlflow():
+    assert python("import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)").wait() == 0
