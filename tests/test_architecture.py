@@ -1,0 +1,90 @@
+"""The architecture: modules import only what stands above them, and DVC knows each stage's sources and params."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.fingerprint import sources_reachable_from
+from pipeline.tracked_run import RUN_SECTIONS
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (
+    "errors config files corpus tokenizer tokens diagnose windows vocab model optim checkpoint generate evaluate train "
+    "journal target timing fingerprint interrupt progress store runs tracking serving versions registry tracked_run "
+    "drawing plots recipes stage __main__"
+).split()
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def imports(path):
+    """Dotted names of the modules that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def first_party_imports(path):
+    return {name.removeprefix("pipeline.") for name in imports(path) if name.startswith("pipeline.")}
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in (ROOT / "pipeline").glob("*.py")} == {*LAYERS, "__init__"}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_module_imports_only_modules_above_it(name):
+    assert first_party_imports(f"pipeline/{name}.py") <= set(LAYERS[: LAYERS.index(name)])
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("mlflow", {"store", "runs", "tracking", "serving", "versions", "registry"}),
+        ("optuna", set()),
+        ("gradio", set()),
+        ("matplotlib", {"drawing", "plots"}),
+        ("transformers", set()),
+        ("pickle", set()),
+    ],
+)
+def test_each_library_is_imported_where_it_belongs(library, allowed):
+    users = {name for name in LAYERS if any(i.split(".")[0] == library for i in imports(f"pipeline/{name}.py"))}
+    assert users <= allowed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_reruns_a_stage_when_its_code_changes(stage):
+    declared = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")]
+    assert declared == sources_reachable_from(f"stages/{stage}.py", ROOT)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_reruns_a_stage_when_its_params_change(stage):
+    assert set(STAGES[stage].get("params", [])) == sections_read_by(stage)
+
+
+def sections_read_by(stage):
+    """Sections whose classes the script asks params.yaml for."""
+    source = (ROOT / f"stages/{stage}.py").read_text()
+    if "run_tracked" in source:
+        return {section.section_name for section in RUN_SECTIONS}
+    asked = {part.split(")")[0] for part in source.split(".section(")[1:]}
+    return {name.removesuffix("Config").lower() for name in asked}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_a_thin_script_that_says_what_it_does(stage):
+    assert (ROOT / f"stages/{stage}.py").read_text().count("\n") < 40
+    assert STAGES[stage]["desc"]
+    assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+
+
+def test_every_section_of_params_belongs_to_a_stage():
+    assert set(PARAMS) == {section for stage in STAGES.values() for section in stage.get("params", [])}
