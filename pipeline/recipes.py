@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.constructor import SafeConstructor
 
 from pipeline.config import PARAMS, load_params
 from pipeline.errors import InputError
@@ -21,12 +22,17 @@ RECIPES = Path("recipes")
 
 
 class Leaf(NamedTuple):
-    """A value, how it is written, and where: `text` is at [start, end), empty where nothing stands for null."""
+    """A value and where it is written: `gap` and `text` fill [start, end), from its key's colon to its own end."""
 
     value: Any
-    text: str
+    gap: str  # white space; comments too where a list starts on a line of its own
+    text: str  # empty where nothing stands for null
     start: int
     end: int
+
+    def rewritten(self, text: str) -> str:
+        """What fills [start, end) once the value is written as `text`, on its key's line."""
+        return f" {text}{self.gap.rstrip()}" if "\n" in self.gap else f"{self.gap or ' '}{text}"
 
 
 def list_recipes(folder: Path = RECIPES) -> dict[str, str]:
@@ -54,7 +60,7 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
         return f"{params_path} is as the recipe {recipe_path.stem} wants it"
     edited = _read(params_path)
     for _, old, new in sorted(changes, key=lambda change: -change[1].start):  # backwards, so that marks stay valid
-        edited = edited[: old.start] + ("" if old.text else " ") + (new.text or "null") + edited[old.end :]
+        edited = edited[: old.start] + old.rewritten(new.text or "null") + edited[old.end :]
     write_text(params_path, edited)
     return "\n".join(f"{key}: {old.text or 'null'} -> {new.text or 'null'}" for key, old, new in changes)
 
@@ -89,17 +95,18 @@ def _read_leaves(path: Path) -> dict[str, Leaf]:
     text = _read(path)
     leaves: dict[str, Leaf] = {}
 
-    def visit(node: yaml.Node, key: str) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key_node, child in node.value:
-                visit(child, f"{key}.{key_node.value}" if key else key_node.value)
-        else:
-            value = yaml.constructor.SafeConstructor().construct_document(node)
-            start, end = node.start_mark.index, _end_of(node)
-            leaves[key] = Leaf(value, text[start:end], start, end)
+    def visit(mapping: yaml.MappingNode, prefix: str) -> None:
+        for key_node, node in mapping.value:
+            key = f"{prefix}{key_node.value}"
+            if isinstance(node, yaml.MappingNode):
+                visit(node, f"{key}.")
+                continue
+            colon, start, end = text.index(":", key_node.end_mark.index) + 1, node.start_mark.index, _end_of(node)
+            value = SafeConstructor().construct_document(node)
+            leaves[key] = Leaf(value, text[colon:start], text[start:end], colon, end)
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    assert root is not None, "load_params saw a mapping"
+    assert isinstance(root, yaml.MappingNode), "load_params saw a mapping"
     visit(root, "")
     return leaves
 
@@ -121,6 +128,6 @@ def _as_hydra(value: Any) -> str:
             return repr(value)
         case list():
             return "[" + ",".join(_as_hydra(item) for item in value) + "]"
-        case _:  # backslashes count only before a quote
-            escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", str(value)).replace("'", r"\'")
-            return f"'{escaped}'"
+        case _:  # a backslash counts only before a quote
+            escaped = re.sub(r'(\\+)(?="|\Z)', r"\1\1", str(value)).replace('"', '\\"')
+            return f'"{escaped}"'

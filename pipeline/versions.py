@@ -5,6 +5,7 @@ Everything is looked for before it is made and mended where it is broken, so tha
 
 import shutil
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +36,9 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
     if found and _is_whole(store, found[0]):
         version = found[0]
     else:
-        model = client.get_logged_model(found[0].model_id) if found else _logged_model(store, run)
+        model = client.get_logged_model(found[0].tags["model_id"]) if found else _logged_model(store, run)
         _log_files(store, project, run, model.model_id)
+        tags |= {"model_id": model.model_id}  # which MLflow's SQL registry would forget
         version = found[0] if found else client.create_model_version(
             name, model.artifact_location, run.info.run_id, tags=tags, model_id=model.model_id
         )  # fmt: skip
@@ -107,7 +109,8 @@ def _log_files(store: Store, project: Path, run: "Run", model_id: str) -> None:
 
     package = Path(__file__).parent
     defaults = (("max_tokens", "long", 100), ("temperature", "double", 0.0), ("top_k", "long", 0), ("seed", "long", 0))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Add type hints")  # serving.py says why it must not
         files = Path(folder) / "files"
         save_model(
             files,

@@ -115,16 +115,13 @@ def test_registering_again_changes_nothing(store, config, register_it, tmp_path)
     assert len(all_versions(store, config)) == 1
 
 
+MAKING = ["create_run", "create_logged_model", "create_model_version", "set_registered_model_alias"]
+CALLS = [*MAKING, "log_batch", "log_artifact", "create_registered_model", "log_outputs", "log_model_artifacts",
+         "finalize_logged_model", "set_model_version_tag"]  # fmt: skip
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    "dying",
-    [
-        "create_run", "log_batch", "log_artifact", "create_registered_model", "create_logged_model", "log_outputs",
-        "log_model_artifacts", "finalize_logged_model", "create_model_version", "set_registered_model_alias",
-        "set_model_version_tag",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("dying", "after"), [*((call, False) for call in CALLS), *((call, True) for call in MAKING)])
 def test_killed_anywhere_a_repetition_makes_no_duplicate(
     dying, after, store, config, register_it, tmp_path, monkeypatch
 ):

@@ -1,0 +1,88 @@
+"""What tracking costs training: the bare loop against the same steps with journal and MLflow, in turn, as a ratio.
+
+    python -m benchmarks.tracking [--steps 40] [--rounds 5]
+
+Both run the committed recipe on data/ (`dvc repro tokenize` makes it). The bare loop is `train_steps` with nothing
+around it; the tracked one adds the journal's rows and MLflow's thread, on a store of its own. Compared are the median
+time of a step and the wall time of all steps; opening and closing the run are told apart.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from pipeline.config import load_params
+from pipeline.fingerprint import identify
+from pipeline.journal import Journal, StepRow, TimeRow
+from pipeline.store import open_store
+from pipeline.tracked_run import RunConfig, Text
+from pipeline.tracking import Recorder
+from pipeline.train import fresh_state, prepare_machine, train_steps
+from pipeline.windows import steps_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+
+    config = RunConfig.of(load_params())
+    machine = prepare_machine(config.train)
+    text = Text.read(Path("data/tokens"), Path("data/bpe"), config, machine)
+    identity = dict(identify(text.data_sha256, config.decisive, machine))
+
+    def records():
+        state = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
+        batches = steps_of(1, text.train, config.windows, config.train.seed)
+        return train_steps(state, batches, arguments.steps, config.optim, machine)
+
+    def bare() -> tuple[float, float]:
+        started = time.perf_counter()
+        steps = [record.step_s for record in records()]
+        return statistics.median(steps), time.perf_counter() - started
+
+    def tracked(folder: Path) -> tuple[float, float, float]:
+        journal, train_s = Journal(folder), 0.0
+        opened = time.perf_counter()
+        with Recorder(folder, folder, identity):
+            started, steps = time.perf_counter(), []
+            for record in records():
+                steps.append(record.step_s)
+                train_s += record.step_s
+                row = StepRow(**{key: getattr(record, key) for key in ("step", "tokens", "loss", "grad_norm", "lr")})
+                journal.append(row, TimeRow(step=record.step, step_s=record.step_s, train_s=train_s, wall_s=train_s,
+                                            memory_bytes=0, logged_ms=time.time_ns() // 1_000_000))  # fmt: skip
+            wall = time.perf_counter() - started
+        journal.close()
+        return statistics.median(steps), wall, time.perf_counter() - opened - wall
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{temporary}/mlflow.db"
+        open_store(Path(temporary))  # a fresh database is made once in a project's life
+        bare()  # warm-up
+        for i in range(arguments.rounds):
+            (folder := Path(temporary) / str(i)).mkdir()
+            rows.append((*bare(), *tracked(folder)))
+    step, wall = ([row[j + 2] / row[j] for row in rows] for j in (0, 1))
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "steps": arguments.steps,
+        "rounds": arguments.rounds,
+        "bare_step_ms": round(1000 * statistics.median(row[0] for row in rows), 1),
+        "tracked_step_ms": round(1000 * statistics.median(row[2] for row in rows), 1),
+        "step_ratio": [round(value, 4) for value in (min(step), statistics.median(step), max(step))],
+        "wall_ratio": [round(value, 4) for value in (min(wall), statistics.median(wall), max(wall))],
+        "open_and_close_s": round(statistics.median(row[4] for row in rows), 2),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
