@@ -35,10 +35,13 @@ class EvaluateConfig(Section):
     seed: int = Field(ge=0)
 
 
-def evaluate_model(folder: Path, tokens: Path, run: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
-    """Measure a model folder on the tokens it was trained on; `run` is its run.json. Returns reports/metrics.json.
+def evaluate_model(
+    folder: Path, tokens: Path, run: dict[str, Any], config: EvaluateConfig
+) -> tuple[dict[str, Any], list[float]]:
+    """Measure a model folder on the tokens it was trained on; `run` is its run.json.
 
-    Raises IntegrityError where model or tokens are altered, InputError where the tokens are not those of the run.
+    Returns the figures of reports/metrics.json, and the mean loss at each position of the window. Raises IntegrityError
+    where model or tokens are altered, InputError where the tokens are not those of the run.
     """
     text = open_tokens(tokens, "train")
     if data_sha256(tokens) != run["data_sha256"]:
@@ -56,7 +59,7 @@ def evaluate_model(folder: Path, tokens: Path, run: dict[str, Any], config: Eval
         for aligned in (True, False)
     }
     results = run["results"]
-    return {
+    metrics = {
         "corpus_loss": loss,
         "corpus_perplexity": math.exp(loss),
         "shifted_loss": sum(by_shift.values()) / len(by_shift),
@@ -70,6 +73,7 @@ def evaluate_model(folder: Path, tokens: Path, run: dict[str, Any], config: Eval
         "target_loss": results["target_loss"],
         "to_target": results["to_target"],
     }
+    return metrics, position_loss(model, rows, T, autocast)
 
 
 @torch.inference_mode()

@@ -30,6 +30,9 @@ class Leaf(NamedTuple):
     start: int
     end: int
 
+    def __str__(self) -> str:
+        return " ".join(self.text.split()) or "null"
+
     def rewritten(self, text: str) -> str:
         """What fills [start, end) once the value is written as `text`, on its key's line."""
         return f" {text}{self.gap.rstrip()}" if "\n" in self.gap else f"{self.gap or ' '}{text}"
@@ -62,7 +65,7 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
     for _, old, new in sorted(changes, key=lambda change: -change[1].start):  # backwards, so that marks stay valid
         edited = edited[: old.start] + old.rewritten(new.text or "null") + edited[old.end :]
     write_text(params_path, edited)
-    return "\n".join(f"{key}: {old.text or 'null'} -> {new.text or 'null'}" for key, old, new in changes)
+    return "\n".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 
 def as_set(name: str, folder: Path = RECIPES) -> str:

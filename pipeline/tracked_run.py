@@ -217,6 +217,7 @@ class TrackedRun:
             "steps": len(self.rows),
             "tokens": self.rows[-1]["tokens"],
             "model_step": best,
+            "train_tokens": len(self.text.train),
             "corpus_loss": self.rows[best - 1]["corpus_loss"],
             "target_loss": target.loss,
             "rule": target.rule,

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: models/model and data/tokens -> reports/metrics.json."""
+"""Stage `evaluate`: models/model and data/tokens -> reports/metrics.json and reports/position_loss.json."""
 
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from pipeline.stage import run_stage
 def main() -> None:
     config = load_params().section(EvaluateConfig)
     run = read_json(Path("models/run.json"))
-    write_json(Path("reports/metrics.json"), evaluate_model(Path("models/model"), Path("data/tokens"), run, config))
+    metrics, by_position = evaluate_model(Path("models/model"), Path("data/tokens"), run, config)
+    write_json(Path("reports/metrics.json"), metrics)
+    write_json(Path("reports/position_loss.json"), by_position)
 
 
 if __name__ == "__main__":

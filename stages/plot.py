@@ -1,0 +1,16 @@
+"""Stage `plot`: models/{steps,times}.jsonl, models/run.json and reports/*.json -> reports/figures and reports/plots."""
+
+from pathlib import Path
+
+from pipeline.plots import RunReport, write_figures, write_tables
+from pipeline.stage import run_stage
+
+
+def main() -> None:
+    report = RunReport.read(Path("models"), Path("reports"), Path("benchmarks/published"))
+    write_figures(report, Path("reports/figures"))
+    write_tables(report, Path("reports/plots"))
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,168 @@
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser  # what `dvc exp run -S` parses with
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import load_params
+from pipeline.corpus import CorpusConfig
+from pipeline.errors import InputError
+from pipeline.model import ModelConfig
+from pipeline.optim import OptimConfig
+from pipeline.recipes import apply_recipe, as_set, find_recipe, list_recipes
+from pipeline.windows import WindowsConfig
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    """A copy of the committed params.yaml."""
+    return Path(shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml"))
+
+
+def recipe(folder: Path, text: str) -> str:
+    """A recipe of the test's own, by path."""
+    path = folder / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def keys(values: dict, prefix: str = "") -> set[str]:
+    nested = [
+        keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key} for key, value in values.items()
+    ]
+    return set().union(*nested)
+
+
+def test_the_committed_params_are_the_recipe_laptop(params):
+    before = params.read_bytes()
+    assert apply_recipe("laptop", params, RECIPES).endswith("is as the recipe laptop wants it")
+    assert params.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", sorted(set(list_recipes(RECIPES)) - {"laptop"}))
+def test_laptop_takes_back_all_that_another_recipe_sets(name, params):
+    before = params.read_bytes()
+    apply_recipe(name, params, RECIPES)
+    assert params.read_bytes() != before
+    apply_recipe("laptop", params, RECIPES)
+    assert params.read_bytes() == before
+
+
+def test_laptop_sets_exactly_the_keys_in_which_recipes_differ():
+    recipes = {name: yaml.safe_load(find_recipe(name, RECIPES).read_text()) for name in list_recipes(RECIPES)}
+    assert keys(recipes.pop("laptop")) == set().union(*(keys(values) for values in recipes.values()))
+
+
+@pytest.mark.parametrize("name", list(list_recipes(RECIPES)))
+def test_every_recipe_gives_valid_params(name, params):
+    apply_recipe(name, params, RECIPES)
+    load_params(params).check(CorpusConfig, ModelConfig, WindowsConfig, OptimConfig)
+
+
+@pytest.mark.parametrize("name", list(list_recipes(RECIPES)))
+def test_only_values_change(name, params):
+    before = params.read_text().splitlines()
+    changes = apply_recipe(name, params, RECIPES)
+    after = params.read_text().splitlines()
+    assert len(after) == len(before)
+    differing = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert len(differing) == (0 if "wants it" in changes else len(changes.splitlines()))
+    for old, new in differing:
+        assert old.partition(":")[0] == new.partition(":")[0]
+        assert old.partition(" #")[2] == new.partition(" #")[2]
+
+
+def test_a_value_is_copied_as_it_is_written(params):
+    own = recipe(params.parent, "optim:\n  eps: 1.0e-9 # small\n  clip: null\n  betas: [0.9, 0.950]\n")
+    assert apply_recipe(own, params) == "optim.eps: 1.0e-8 -> 1.0e-9\noptim.clip: 1.0 -> null"
+    assert "\n  eps: 1.0e-9\n" in params.read_text()
+    assert "\n  betas: [0.9, 0.95] # of AdamW\n" in params.read_text()  # the same value, so not touched
+
+
+def test_a_step_differs_from_a_share(params):
+    own = recipe(params.parent, "optim: {warmup: 1, initial_lr: 0}")  # 0.0 by now
+    assert "optim.initial_lr: 0.0 -> 0" in apply_recipe(own, params)
+
+
+def test_a_list_on_lines_of_its_own_becomes_one_line(params):
+    """`dvc exp run -S` writes lists so."""
+    params.write_text("optim:\n  betas:    # of AdamW\n  - 0.8\n  - 0.99\n  # the next\n  clip:     # none\n  eps: 1\n")
+    own = recipe(params.parent, "optim:\n  betas: [0.9, 0.95]\n  clip: 1.0\n")
+    assert apply_recipe(own, params) == "optim.betas: - 0.8 - 0.99 -> [0.9, 0.95]\noptim.clip: null -> 1.0"
+    assert params.read_text() == (
+        "optim:\n  betas: [0.9, 0.95]    # of AdamW\n  # the next\n  clip: 1.0     # none\n  eps: 1\n"
+    )
+
+
+def test_windows_line_ends_survive(params):
+    params.write_bytes(b"optim:\r\n  lr: 1.0 # peak\r\n")
+    apply_recipe(recipe(params.parent, "optim: {lr: 2.0}"), params)
+    assert params.read_bytes() == b"optim:\r\n  lr: 2.0 # peak\r\n"
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest_and_all():
+    with pytest.raises(InputError, match=r"no recipe latop \(did you mean laptop\?\): .*recipes holds laptop, .*smoke"):
+        find_recipe("latop", RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", r"own.yaml: optim.lrr: no such key in .*params.yaml \(did you mean optim.lr\?\)"),
+        ("optim: 3", "optim: no such key"),
+        ("optim: {lr: {peak: 1}}", "optim.lr.peak: no such key"),
+        ("optim:\n  betas:\n  - 0.9\n  - 0.99\n", "optim.betas: write the value on one line"),
+        ("- optim", "holds no sections"),
+        ("optim: {", "is not YAML"),
+    ],
+)
+def test_a_bad_recipe_changes_nothing(text, message, params):
+    before = params.read_bytes()
+    with pytest.raises(InputError, match=message):
+        apply_recipe(recipe(params.parent, text), params)
+    assert params.read_bytes() == before
+
+
+def test_recipes_are_listed_with_the_first_line_of_their_comment():
+    listed = list_recipes(RECIPES)
+    assert {"laptop", "smoke"} <= set(listed)
+    assert listed["smoke"].startswith("The whole pipeline in under 20 seconds")
+    assert all(listed.values())
+
+
+def parsed(arguments: str) -> dict:
+    """What `dvc exp run` understands."""
+    words = shlex.split(arguments)
+    assert words[::2] == ["-S"] * (len(words) // 2)
+    overrides = OverridesParser.create().parse_overrides(words[1::2])
+    return {override.key_or_group: override.value() for override in overrides}
+
+
+def test_smoke_as_arguments_says_what_its_file_says():
+    values = yaml.safe_load(find_recipe("smoke", RECIPES).read_text())
+    expected = {f"{section}.{key}": value for section, keyed in values.items() for key, value in keyed.items()}
+    assert parsed(as_set("smoke", RECIPES)) == expected
+
+
+@given(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=9), max_size=3),
+        st.sampled_from(
+            ["null", "a: b", "it's", 'say "so"', "back\\", '\\"', "a\nb", "$HOME `x`", "1e-3", "", "naïve"]
+        ),
+    )
+)
+def test_any_value_survives_shell_and_dvc(tmp_path_factory, value):
+    own = recipe(tmp_path_factory.getbasetemp(), yaml.safe_dump({"a": {"b": value}}, allow_unicode=True))
+    assert parsed(as_set(own)) == {"a.b": value}
