@@ -130,7 +130,7 @@ def write_manifest(folder: Path) -> None:
     """Write the size and SHA-256 of each file in `folder` to its manifest.json."""
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     manifest = {path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def verify_manifest(folder: Path) -> None:

@@ -163,8 +163,7 @@ def published_figure(report: RunReport) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     level(axes, run["results"]["target_loss"], f"target {run['results']['target_loss']:g}")
     text = f"a text of {short(run['results']['train_tokens'])} tokens"
-    seen = f"{short(steps['tokens'].iloc[-1])} tokens seen"
-    axes.set_title(f"This run (black): {short(run['n_params'])} parameters, {text}, {seen}")
+    axes.set_title(f"This run (black): {short(run['n_params'])} parameters, {text}")
     note = f"This run: mean of {counted(report.mean_steps, 'step')}. {PUBLISHED_NOTE}"
     figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=GREY)
     return figure

@@ -13,8 +13,9 @@ from pipeline.generate import generate
 from pipeline.tokenizer import load_tokenizer
 
 
-class TextGenerator(PythonModel):  # type: ignore[misc]  # mlflow is untyped here
-    # No hints on `predict`: where MLflow finds them, it drops `params` without a word.
+class Continuing:
+    """What a version does; without type hints, since MLflow drops `params` without a word where it finds them."""
+
     def load_context(self, context):  # type: ignore[no-untyped-def]
         folder = Path(context.artifacts["model"])
         self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
@@ -22,6 +23,10 @@ class TextGenerator(PythonModel):  # type: ignore[misc]  # mlflow is untyped her
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Continue each text of the column `prompt`; `params` are complete, by the signature's defaults."""
         return [generate(self.model, self.tokenizer, prompt, **params) for prompt in model_input["prompt"]]
+
+
+class TextGenerator(Continuing, PythonModel):  # type: ignore[misc]  # mlflow is untyped here
+    """The same for MLflow, which warns of a missing hint where `predict` is written, but not where it is inherited."""
 
 
 set_model(TextGenerator())

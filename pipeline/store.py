@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "gpt2-to-target"  # of our own: `mlflow ui` may give the default one a place that clients cannot write to
 
-# Training must never wait minutes for a server, nor tell a stranger that it runs.
+# Training must not wait minutes for a server, tell a stranger that it runs, or draw bars into its own lines.
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 

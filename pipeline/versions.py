@@ -5,7 +5,6 @@ Everything is looked for before it is made and mended where it is broken, so tha
 
 import shutil
 import tempfile
-import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,8 +108,7 @@ def _log_files(store: Store, project: Path, run: "Run", model_id: str) -> None:
 
     package = Path(__file__).parent
     defaults = (("max_tokens", "long", 100), ("temperature", "double", 0.0), ("top_k", "long", 0), ("seed", "long", 0))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Add type hints")  # serving.py says why it must not
+    with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"
         save_model(
             files,

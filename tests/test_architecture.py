@@ -12,7 +12,7 @@ from pipeline.tracked_run import RUN_SECTIONS
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors config files corpus tokenizer tokens diagnose windows vocab model optim checkpoint generate evaluate train "
-    "journal target timing fingerprint interrupt progress store runs tracking serving versions registry tracked_run "
+    "journal target timing fingerprint interrupt progress store runs recorder tracking serving versions registry tracked_run "
     "drawing plots recipes stage __main__"
 ).split()
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -46,7 +46,7 @@ def test_a_module_imports_only_modules_above_it(name):
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("mlflow", {"store", "runs", "tracking", "serving", "versions", "registry"}),
+        ("mlflow", {"store", "runs", "recorder", "serving", "versions", "registry"}),
         ("optuna", set()),
         ("gradio", set()),
         ("matplotlib", {"drawing", "plots"}),

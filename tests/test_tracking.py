@@ -5,18 +5,26 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fixtures_mlflow import an_identity, append_steps, assert_holds_just_the_journal, root_of, trained_project
+from fixtures_mlflow import (
+    an_identity,
+    append_steps,
+    assert_holds_just_the_journal,
+    recording,
+    root_of,
+    trained_project,
+)
 
-from pipeline import tracking
 from pipeline.errors import Interrupted, ModelMissing
 from pipeline.files import read_json, write_json, write_text
 from pipeline.journal import STEPS, TIMES, Journal
+from pipeline.recorder import RUN_ID
 from pipeline.runs import JournalTail, describe_run, ensure_run, find_run, runs_of, shipped
 from pipeline.store import Store, project_root, store_uri
-from pipeline.tracking import RUN_ID, Recorder
+from pipeline.tracking import Recorder, ending
 
 pytest_plugins = ("fixtures_mlflow",)
 REPOSITORY = Path(__file__).parent.parent
@@ -32,11 +40,6 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(make_folder(tmp_path / "run"))
 
 
-@pytest.fixture(autouse=True)
-def _fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "TICK_S", 0.05)
-
-
 def make_folder(path: Path) -> Path:
     path.mkdir()
     return path
@@ -44,6 +47,13 @@ def make_folder(path: Path) -> Path:
 
 def noted_id(journal: Journal) -> str:
     return (journal.folder / RUN_ID).read_text().strip()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen:
@@ -54,7 +64,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen:
 
 
 def test_a_run_has_its_rows_samples_parameters_data_and_machine(store: Store, journal: Journal, identity: dict):
-    with Recorder(root_of(store), journal.folder, identity):
+    with recording(root_of(store), journal.folder, identity):
         append_steps(journal, 0, 25)
         write_text(journal.folder / "samples" / "step-000020.txt", "ROMEO: O")
     run = store.client.get_run(noted_id(journal))
@@ -72,73 +82,82 @@ def test_a_run_has_its_rows_samples_parameters_data_and_machine(store: Store, jo
     assert "python" in read_json(artifacts / "environment.json")
 
 
-@pytest.mark.fault
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ValueError("no"), "FAILED"), (Interrupted("stop", signal.SIGTERM), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+    [
+        (None, "FINISHED"),
+        (ValueError("no"), "FAILED"),
+        (Interrupted("s", 15), "KILLED"),
+        (KeyboardInterrupt(), "KILLED"),
+    ],
 )
-def test_a_run_that_ends_badly_says_so_and_has_its_rows(error, status, store, journal, identity):
+def test_how_training_ended_is_how_the_run_ends(error: BaseException | None, status: str):
+    assert ending(error)["status"] == status
+
+
+@pytest.mark.fault
+def test_a_run_that_a_signal_stops_is_killed_and_has_all_its_rows(store: Store, journal: Journal, identity: dict):
     def train() -> None:
         with Recorder(root_of(store), journal.folder, identity):
             append_steps(journal, 0, 3)
-            raise error
+            raise Interrupted("at step 3", signal.SIGTERM)
 
-    with pytest.raises(type(error)):
+    with pytest.raises(Interrupted):
         train()
     run = store.client.get_run(noted_id(journal))
-    assert (run.info.status, run.data.tags["ended"].partition(":")[0]) == (status, type(error).__name__)
+    assert (run.info.status, run.data.tags["ended"]) == ("KILLED", "Interrupted: at step 3")
     assert_holds_just_the_journal(store, run.info.run_id, journal.folder)
 
 
 @pytest.mark.fault
 def test_after_a_kill_the_same_run_goes_on_with_each_row_once(store: Store, tmp_path: Path):
+    write_json(make_folder(folder := tmp_path / "run") / "identity.json", identity := an_identity())
     process = python(
         """if True:
         import sys, time
         from pathlib import Path
         from fixtures_mlflow import append_steps
-        from pipeline import tracking
         from pipeline.files import read_json
         from pipeline.journal import Journal
+        from pipeline.tracking import Recorder
         root, folder = map(Path, sys.argv[1:])
-        tracking.TICK_S = 0.05
         journal = Journal(folder)
-        with tracking.Recorder(root, folder, read_json(folder / "identity.json")):
+        with Recorder(root, folder, read_json(folder / "identity.json"), tick_s=0.05):
             for step in range(100_000):
                 append_steps(journal, step, step + 1)
                 time.sleep(0.001)
         """,
         root_of(store),
-        folder := make_folder(tmp_path / "run"),
+        folder,
     )
-    identity = an_identity()
-    write_json(folder / "identity.json", identity)
+
+    def found() -> tuple[str, str, int]:
+        """Id, status and number of steps of the one run there is."""
+        (run,) = runs_of(store, identity["fingerprint"])
+        return run.info.run_id, run.info.status, len(shipped(store, run.info.run_id))
+
     try:
-        deadline = time.monotonic() + 60
-        while not (found := runs_of(store, identity["fingerprint"])) or len(shipped(store, found[0].info.run_id)) < 5:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: runs_of(store, identity["fingerprint"]) and found()[2] >= 5)
     finally:
         process.kill()
         process.wait()
-    assert store.client.get_run(found[0].info.run_id).info.status == "RUNNING"  # nobody could close it
-    before, journal = len(shipped(store, found[0].info.run_id)), Journal(folder)
-    resumed_at = len(journal.steps) // 2  # the last checkpoint is older than the last row
-    with Recorder(root_of(store), folder, identity):
-        append_steps(journal, resumed_at, resumed_at + before + 100)
-    assert noted_id(journal) == found[0].info.run_id
-    assert [run.info.status for run in runs_of(store, identity["fingerprint"])] == ["FINISHED"]
-    assert_holds_just_the_journal(store, found[0].info.run_id, folder)
+    wait_until(lambda: found()[1] == "KILLED")  # by the process beside it, which has sent all that there was
+    before, journal = found(), Journal(folder)
+    assert before[2] == len(journal.steps)
+    with recording(root_of(store), folder, identity):
+        append_steps(journal, before[2] // 2, before[2] + 100)  # the last checkpoint is older than the last row
+    assert found() == (before[0], "FINISHED", before[2] + 100)
+    assert_holds_just_the_journal(store, before[0], folder)
 
 
 @pytest.mark.fault
 def test_a_run_that_lost_its_folders_note_or_was_deleted_is_closed_and_replaced(store, journal, identity):
     for spoil in (lambda: (journal.folder / RUN_ID).unlink(), lambda: store.client.delete_run(noted_id(journal))):
-        with Recorder(root_of(store), journal.folder, identity):
+        with recording(root_of(store), journal.folder, identity):
             pass
         store.client.update_run(before := noted_id(journal), status="RUNNING")
         spoil()
-        with Recorder(root_of(store), journal.folder, identity):
+        with recording(root_of(store), journal.folder, identity):
             pass
         assert noted_id(journal) != before
         assert "RUNNING" not in {run.info.status for run in runs_of(store, identity["fingerprint"])}
@@ -146,7 +165,7 @@ def test_a_run_that_lost_its_folders_note_or_was_deleted_is_closed_and_replaced(
 
 @pytest.mark.fault
 def test_training_goes_on_while_the_store_is_locked_and_nothing_is_lost(store, journal, identity):
-    with Recorder(root_of(store), journal.folder, identity):
+    with recording(root_of(store), journal.folder, identity):
         blocker = sqlite3.connect(store.uri.removeprefix("sqlite:///"), check_same_thread=False)
         blocker.execute("BEGIN EXCLUSIVE")
         threading.Timer(1.0, blocker.rollback).start()
@@ -165,8 +184,8 @@ def test_a_store_that_is_down_costs_one_warning_and_register_ships_the_run(
     with monkeypatch.context() as down:
         down.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
         down.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with Recorder(tmp_path, make_folder(tmp_path / "run"), identity):
-            time.sleep(0.3)  # several ticks
+        with Recorder(tmp_path, make_folder(tmp_path / "run"), identity, tick_s=0.05):
+            time.sleep(3)  # several ticks
     told = capfd.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in told] == ["warning", "warning"]  # in the run, and at its end
     assert "training goes on" in told[0]
@@ -187,7 +206,7 @@ def test_a_store_that_fails_in_mid_run_gets_everything_once_it_is_back(store, jo
         return log_batch(*arguments, **named)
 
     monkeypatch.setattr(type(store.client), "log_batch", failing)
-    with Recorder(root_of(store), journal.folder, identity):
+    with recording(root_of(store), journal.folder, identity):
         append_steps(journal, 0, 5)
         time.sleep(0.3)
         broken.set()
@@ -205,23 +224,31 @@ def test_four_processes_start_on_a_fresh_store_at_once(tmp_path: Path):
     for folder in folders:
         write_json(folder / "identity.json", an_identity())
     code = """if True:
-        import os, sys
+        import os, sys, time
         from pathlib import Path
         import mlflow.store.tracking.sqlalchemy_store  # once, for it takes seconds; it opens nothing
-        from fixtures_mlflow import append_steps, assert_holds_just_the_journal
+        from mlflow import MlflowClient
+        from fixtures_mlflow import append_steps, assert_holds_just_the_journal, recording
         from pipeline.files import read_json
         from pipeline.journal import Journal
+        from pipeline.recorder import RUN_ID
         from pipeline.store import open_store
-        from pipeline.tracking import RUN_ID, Recorder
         root, *folders = map(Path, sys.argv[1:])
+        create = MlflowClient.create_experiment
+        MlflowClient.create_experiment = lambda *names: time.sleep(0.3) or create(*names)  # all four get there
+        wait, go = os.pipe()
         for folder in folders:
             if os.fork() == 0:
+                os.close(go)
+                os.read(wait, 1)
+                store = open_store(root)  # where the recorder would try again
                 journal = Journal(folder)
-                with Recorder(root, folder, read_json(folder / "identity.json")):
+                with recording(root, folder, read_json(folder / "identity.json")):
                     append_steps(journal, 0, 150)
-                assert_holds_just_the_journal(open_store(root), (folder / RUN_ID).read_text().strip(), folder)
+                assert_holds_just_the_journal(store, (folder / RUN_ID).read_text().strip(), folder)
                 sys.exit(0)
-        sys.exit(sum(os.wait()[1] for _ in folders))
+        os.close(go)
+        sys.exit(any([os.wait()[1] for _ in folders]))
         """
     assert python(code, tmp_path, *folders).wait(timeout=60) == 0
 

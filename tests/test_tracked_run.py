@@ -1,0 +1,307 @@
+"""A run goes on with the same bits after whatever happened to it, and only where it is the same run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipeline import tracked_run
+from pipeline.checkpoint import checkpoint_steps, load_checkpoint
+from pipeline.config import load_params
+from pipeline.errors import DivergedError, InputError, IntegrityError, RunLocked
+from pipeline.files import locked, sha256_file, sha256_json
+from pipeline.journal import read_steps
+from pipeline.recipes import apply_recipe
+from pipeline.tokens import write_tokens
+from pipeline.tracked_run import RunConfig, run_tracked
+
+pytestmark = pytest.mark.fault
+ROOT = Path(__file__).parent.parent
+STEPS = 60  # of 256 tokens; the target is out of reach, so that every run takes them all
+
+
+class Untracked:
+    """Stands for the recorder where MLflow is beside the point."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
+    """A workspace of the smoke recipe, shortened, with its tokens."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copy(ROOT / "params.yaml", folder)
+    apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
+    change(
+        folder,
+        **{"optim.max_tokens": 256 * STEPS, "record.checkpoint_steps": 7, "model.dropout": 0.1, "train.threads": 1},
+    )
+    shutil.copytree(bpe, folder / "data" / "bpe")
+    write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
+    return folder
+
+
+def change(folder, **values):
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for key, value in values.items():
+        section, name = key.split(".")
+        params[section][name] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.fixture
+def workspace(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    monkeypatch.setattr(tracked_run, "Recorder", Untracked)
+    return tmp_path / "w"
+
+
+def train():
+    run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
+
+
+def run_folder():
+    (folder,) = (path for path in Path("checkpoints").iterdir() if path.is_dir() and not path.suffix)
+    return folder
+
+
+def bits():
+    """Hashes of all that must be equal: model, journal, and the last checkpoint's weights, optimiser and RNG."""
+    last = sorted(run_folder().glob("step-*"))[-1]
+    paths = [Path("models/model/model.safetensors"), Path("models/steps.jsonl"), *sorted(last.glob("*.safetensors"))]
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def straight(prepared, tmp_path_factory):
+    """What the run comes to when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("straight") / "w"
+    shutil.copytree(prepared, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(tracked_run, "Recorder", Untracked)
+        train()
+        return bits()
+
+
+def start():
+    """The stage in a process of its own, without MLflow."""
+    program = (
+        "import sys\nfrom pipeline import tracked_run\nfrom tests.test_tracked_run import Untracked, train\n"
+        "from pipeline.stage import run_stage\ntracked_run.Recorder = Untracked\nrun_stage(train)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process, n, deadline_s=120):
+    """Return once the journal has `n` rows, or the process is gone."""
+    end = time.monotonic() + deadline_s
+    while process.poll() is None and time.monotonic() < end:
+        if sum(path.read_text().count("\n") for path in Path("checkpoints").glob("*/times.jsonl")) >= n:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight):  # A1
+    print("seed", seed := random.randrange(10**6))  # shown on failure
+    chance = random.Random(seed)
+    kills = 0
+    for n in sorted(chance.sample(range(1, STEPS), 8)):
+        process = start()
+        wait_for_steps(process, n)
+        time.sleep(chance.uniform(0, 0.02))  # into a step, or into a save
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    assert kills >= 4
+    process = start()
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    assert bits() == straight
+
+
+@pytest.mark.parametrize("save_every", [1, 1000])
+def test_how_often_it_saves_decides_no_bit(workspace, straight, save_every):
+    change(workspace, **{"record.checkpoint_steps": save_every, "record.sample_steps": 9})
+    train()
+    assert bits() == straight
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def interrupted(workspace, monkeypatch):
+    """The run, killed after step 30: its last checkpoint is that of step 28."""
+    append = tracked_run.Journal.append
+
+    def dying(journal, row, times):
+        append(journal, row, times)
+        if row["step"] == 30:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracked_run.Journal, "append", dying)
+        with pytest.raises(Killed):
+            train()
+    assert checkpoint_steps(run_folder())[0] == 28
+    return workspace
+
+
+def test_after_a_kill_it_goes_on_with_the_same_bits(interrupted, straight, capsys):
+    train()
+    assert "going on after step 28" in capsys.readouterr().out
+    assert bits() == straight
+    assert json.loads(Path("reports/timing.json").read_text())["resumes"] == 1
+
+
+def no_optimiser(tensors, facts):
+    return {**tensors, "optimizer": {}}, facts
+
+
+def one_step_off(tensors, facts):
+    return tensors, {**facts, "step": facts["step"] - 1}
+
+
+def no_rng(tensors, facts):
+    return {**tensors, "rng": {"cpu": torch.Generator().manual_seed(5).get_state()}}, facts
+
+
+@pytest.mark.parametrize("mutant", [no_optimiser, one_step_off, no_rng])
+def test_a_restore_that_forgets_something_is_found_out(interrupted, straight, monkeypatch, mutant):  # A2
+    restore = tracked_run.TrainState.restore
+    monkeypatch.setattr(tracked_run.TrainState, "restore", lambda state, *saved: restore(state, *mutant(*saved)))
+    with pytest.raises(IntegrityError, match="came out as"):  # the replay of steps 29 and 30 differs from the journal
+        train()
+    saved = 27 if mutant is one_step_off else 28
+    for path in run_folder().glob("*.jsonl"):  # and where the journal has nothing to compare with
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:saved]))
+    train()
+    assert bits() != straight
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_says_so(workspace, straight, number, code):  # A8
+    process = start()
+    wait_for_steps(process, 10)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert process.returncode == code
+    assert said.strip().splitlines()[-1].startswith(f"error: {signal.Signals(number).name} at step")
+    assert "Traceback" not in said
+    rows = len(read_steps(run_folder() / "steps.jsonl"))
+    assert checkpoint_steps(run_folder())[0] == rows < STEPS  # not a step is lost
+    train()
+    assert bits() == straight
+
+
+def test_a_second_trainer_is_told_who_holds_the_run(interrupted):  # A11
+    before = {path: path.stat().st_mtime_ns for path in run_folder().rglob("*")}
+    with locked(run_folder().with_suffix(".lock")):
+        process = start()
+        said = process.communicate()[1]
+    assert process.returncode == 6
+    assert f"is held by process {os.getpid()}: wait for it or stop it" in said
+    assert {path: path.stat().st_mtime_ns for path in run_folder().rglob("*")} == before
+    with locked(run_folder().with_suffix(".lock")), pytest.raises(RunLocked):
+        train()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(workspace, monkeypatch):  # A12
+    forward = tracked_run.TrainState.__post_init__
+
+    def poisoned(state):
+        forward(state)
+        calls = iter(range(10**6))
+        loss = state.model.loss
+        state.model.loss = lambda *batch: loss(*batch) * (float("nan") if next(calls) == 39 else 1)
+
+    monkeypatch.setattr(tracked_run.TrainState, "__post_init__", poisoned)
+    with pytest.raises(DivergedError, match=r"loss is nan at step 40, lr 0\.00\d+"):
+        train()
+    assert checkpoint_steps(run_folder())[0] == 35
+    assert load_checkpoint(run_folder(), 35)[1]["step"] == 35
+
+
+@pytest.mark.parametrize(("key", "value"), [("optim.lr", 0.001), ("train.seed", 2), ("target.loss", 0.2)])
+def test_changed_parameters_are_another_run_and_named(interrupted, capsys, key, value):  # A13
+    change(interrupted, **{key: value})
+    train()
+    said = capsys.readouterr().out
+    assert "going on" not in said
+    assert f"a new run, not the last one's ({run_folder_of_step(28)}): {key}" in said
+
+
+def run_folder_of_step(step):
+    """The folder whose newest checkpoint is that of `step`."""
+    return next(f.name for f in Path("checkpoints").iterdir() if f.is_dir() and checkpoint_steps(f)[0] == step)
+
+
+def test_changed_data_are_another_run_and_named(interrupted, capsys, tokenizer, shakespeare):  # A13
+    write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.006)
+    train()
+    assert "data_sha256" in capsys.readouterr().out
+
+
+def test_another_number_of_threads_starts_anew_and_keeps_the_old(interrupted, capsys, monkeypatch):  # A13
+    monkeypatch.setattr(tracked_run, "prepare_machine", lambda config: MACHINE(config)._replace(threads=77))
+    old = sha256_json([sha256_file(path) for path in sorted(run_folder().glob("step-*/*"))])
+    train()
+    said = capsys.readouterr().out
+    assert "starting anew: threads" in said
+    assert "-> 77" in said
+    kept = next(path for path in Path("checkpoints").iterdir() if path.suffix == ".1")
+    assert sha256_json([sha256_file(path) for path in sorted(kept.glob("step-*/*"))]) == old
+
+
+MACHINE = tracked_run.prepare_machine
+
+
+def test_a_finished_run_takes_no_step_more(workspace, straight, capsys):  # A16
+    train()
+    before = bits()
+    shutil.rmtree("models")  # as DVC does before it runs a stage
+    train()
+    assert "nothing to train" in capsys.readouterr().out
+    assert bits() == before == straight
+
+
+def test_the_model_of_the_best_look_is_kept_though_training_went_on(workspace, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5] + [5.0] * 100)
+    monkeypatch.setattr(tracked_run, "corpus_loss", lambda *_: next(losses))
+    monkeypatch.setattr(tracked_run, "check_is_worth_it", lambda rows, *_: rows[-1]["step"] % 11 == 0)
+    train()
+    assert json.loads(Path("models/run.json").read_text())["results"]["model_step"] == 22
+    assert 22 in checkpoint_steps(run_folder())
+
+
+def test_contradictions_between_sections_are_found_before_anything_is_opened(workspace):
+    change(workspace, **{"windows.length": 65, "optim.warmup": 61})
+    shutil.rmtree("data")
+    with pytest.raises(InputError, match=r"warmup 61 .*take 61 steps, the run has \d+; windows.length 65 is longer"):
+        train()
+    assert not Path("checkpoints").exists()
+
+
+def test_the_committed_params_are_a_run():
+    assert RunConfig.of(load_params(ROOT / "params.yaml")).record.checkpoint_s > 0
