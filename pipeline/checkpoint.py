@@ -42,7 +42,7 @@ def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, facts: dict[s
 def load_checkpoint(run_folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
     """Read back what was saved. Raises IntegrityError, naming the file, unless every byte is as it was written."""
     folder = _folder_of(run_folder, step)
-    verify_manifest(folder)
+    verify_manifest(folder, cure="it cannot be gone on from")
     tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     return tensors, read_json(folder / STATE)
 

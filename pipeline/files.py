@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import InputError, IntegrityError, OutOfSpaceError, RunLocked
 
 MANIFEST = "manifest.json"
+CURE = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f` the stage that makes it"
 UNFINISHED = ".unfinished-"  # prefix of whatever is being written; swept by the next writer
 
 
@@ -133,9 +134,8 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path, cure: str = CURE) -> None:
     """Raise IntegrityError, naming the file, unless `folder` holds exactly what its manifest says."""
-    cure = "remove it and make it again (`dvc repro -f`)"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in manifest.items()}

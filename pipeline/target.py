@@ -44,9 +44,9 @@ def first_met(rows: Sequence[StepRow], config: TargetConfig) -> dict[str, int | 
 def check_is_worth_it(rows: Sequence[StepRow], steps_per_pass: int, config: TargetConfig) -> bool:
     """Whether a pass over the text to measure its loss is worth its cost after the step of the last row.
 
-    The minibatches' running mean lags behind the corpus loss. So the first look comes when the mean is below three times the
-    target; a look at loss c sets the next one to when the mean has fallen by the factor that c still has to fall, or
-    after one pass at the latest.
+    The minibatches' running mean lags behind the corpus loss. So the first look comes when it is below three times the
+    target; a look at loss c sets the next one to when the mean has fallen by the factor that c still has to fall,
+    or after one pass at the latest.
     """
     span = min(config.average_steps, steps_per_pass)
     if len(rows) < span:

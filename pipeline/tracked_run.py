@@ -139,8 +139,11 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path) -> None:
         stop = stack.enter_context(StopSignals())
         run = TrackedRun(config, machine, text, folder)
         stack.callback(run.journal.close)
-        with Recorder(root, folder, dict(identity)):
-            run.follow(stop)
+        if run.finished:
+            print(f"the run is finished, at step {run.state.step}: nothing to train")
+        else:
+            with Recorder(root, folder, dict(identity)):
+                run.follow(stop)
         run.write_results(identity, models, data / "bpe", timing)
 
 
@@ -178,9 +181,6 @@ class TrackedRun:
 
     def follow(self, stop: StopSignals) -> None:
         """Consume the loop: look, record, sample, save, until the target is met or the budget is spent."""
-        if self.finished:
-            print(f"the run is finished, at step {self.state.step}: nothing to train")
-            return
         config, step = self.config, self.state.step
         batches = steps_of(step + 1, self.text.train, config.windows, config.train.seed)
         progress = Progress(step, self.max_steps, config.target.loss)

@@ -17,6 +17,7 @@ from pipeline.errors import Interrupted
 from pipeline.store import first_line
 
 LAST_CALL_S = 60.0  # how long the end of training waits for the store
+INTERRUPTED_S = 1.0  # and how long after a signal, when whoever sent it waits
 
 
 class Recorder:
@@ -50,9 +51,10 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._process.communicate(json.dumps(ending(error)), timeout=LAST_CALL_S)
+            wait_s = INTERRUPTED_S if isinstance(error, Interrupted) else LAST_CALL_S
+            self._process.communicate(json.dumps(ending(error)), timeout=wait_s)
         except subprocess.TimeoutExpired:
-            print("warning: MLflow's store does not answer; the run is sent in the background", file=sys.stderr)
+            print("MLflow gets the rest of the run in the background", file=sys.stderr)
         else:
             if self._process.returncode:
                 print("warning: MLflow lacks a part of the run: `dvc repro -f -s register` sends it", file=sys.stderr)

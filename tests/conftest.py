@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fixtures_mlflow import _no_foreign_store, store  # noqa: F401 (fixtures for all)
 
 from pipeline.config import load_params
 from pipeline.corpus import CorpusConfig, fetch_corpus, verify_corpus

@@ -21,8 +21,6 @@ from pipeline.store import Store
 from pipeline.tokenizer import load_tokenizer
 from pipeline.vocab import Vocabulary
 
-pytest_plugins = ("fixtures_mlflow",)
-
 
 @pytest.fixture
 def config() -> RegistryConfig:

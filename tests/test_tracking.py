@@ -26,7 +26,6 @@ from pipeline.runs import JournalTail, describe_run, ensure_run, find_run, runs_
 from pipeline.store import Store, project_root, store_uri
 from pipeline.tracking import Recorder, ending
 
-pytest_plugins = ("fixtures_mlflow",)
 REPOSITORY = Path(__file__).parent.parent
 
 

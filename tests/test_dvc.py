@@ -1,0 +1,145 @@
+"""The stages under DVC itself: a kill of `dvc repro`, an altered cache, a second run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import sha256_file
+from pipeline.recipes import apply_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A repository of its own, under a difficult name, with the smoke recipe."""
+    folder = tmp_path_factory.mktemp("dvc") / "a project with späces"
+    tracked = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
+    for name in filter(None, tracked.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    apply_recipe("smoke", folder / "params.yaml", folder / "recipes")
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+        subprocess.run(["git", *identity, *arguments], cwd=folder, check=True)
+    return folder
+
+
+def environment():
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
+    return {**kept, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "LC_ALL": "C"}
+
+
+def repro(project, *arguments):
+    return subprocess.Popen(
+        ["dvc", "repro", *arguments],
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def output_of(process):
+    said = process.communicate(timeout=200)[0]
+    return process.returncode, said
+
+
+def rows(project):
+    return sum(path.read_text().count("\n") for path in project.glob("checkpoints/*/times.jsonl"))
+
+
+def trainers(project):
+    """Process ids of the stage `train` that run in the project."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words, place = (path / "cmdline").read_bytes().split(b"\0"), os.readlink(path / "cwd")
+        except OSError:
+            continue
+        if b"stages.train" in words and place == str(project):
+            found.append(int(path.name))
+    return found
+
+
+def wait_until(condition, deadline_s):
+    end = time.monotonic() + deadline_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child of its parent's death")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_trainer_ends_with_dvc_and_the_next_repro_goes_on(project, number):  # A10
+    subprocess.run([sys.executable, "-m", "pipeline", "clean"], cwd=project, env=environment(), check=True)
+    process = (
+        repro(project, "train", "--force", "--single-item")
+        if (project / "dvc.lock").exists()
+        else repro(project, "train")
+    )
+    assert wait_until(lambda: rows(project) > 5, 120), process.communicate()[0]
+    process.send_signal(number)
+    process.wait()
+    assert wait_until(lambda: not trainers(project), 10)
+    code, said = output_of(repro(project, "train"))
+    assert code == 0, said
+    assert "going on after step" in said
+
+
+def test_a_whole_repro_can_be_repeated_and_then_does_nothing(project):
+    code, said = output_of(repro(project))
+    assert code == 0, said
+    assert "champion" in said
+    code, said = output_of(repro(project))
+    assert "up to date" in said
+
+
+def test_every_stage_run_twice_writes_the_same_bytes(project):  # B8
+    timed = {"models/times.jsonl", "reports/timing.json", "reports/figures/speed.png", "reports/registered.json"}
+
+    def outputs():
+        found = [path for part in ("data", "models", "reports") for path in (project / part).rglob("*")]
+        names = {str(path.relative_to(project)): path for path in found if path.is_file()}
+        return {name: sha256_file(path) for name, path in names.items() if name not in timed}
+
+    before = outputs()
+    assert {"models/model/model.safetensors", "reports/metrics.json", "reports/figures/loss.png"} <= before.keys()
+    subprocess.run([sys.executable, "-m", "pipeline", "clean"], cwd=project, env=environment(), check=True)
+    code, said = output_of(repro(project, "--force"))
+    assert code == 0, said
+    assert outputs() == before
+
+
+def test_an_altered_cache_entry_is_refused_by_the_stage_that_reads_it(project):  # B6
+    tokens = project / "data" / "tokens" / "train-00000.bin"
+    entry = next(p for p in (project / ".dvc" / "cache" / "files").rglob("*") if p.is_file() and same(p, tokens))
+    entry.chmod(0o644)
+    altered = bytearray(entry.read_bytes())
+    altered[100] ^= 1
+    shutil.rmtree(project / "data" / "tokens")
+    entry.write_bytes(altered)
+    entry.chmod(0o444)
+    subprocess.run(["dvc", "checkout", "data/tokens"], cwd=project, env=environment(), check=False, capture_output=True)
+    code, said = output_of(repro(project, "train", "--force", "--single-item"))
+    assert code == 255
+    assert "train-00000.bin" in said
+    assert "chmod -R u+w .dvc/cache" in said
+    subprocess.run(["chmod", "-R", "u+w", ".dvc/cache"], cwd=project, check=True)
+    assert output_of(repro(project, "--force", "tokenize"))[0] == 0
+    assert output_of(repro(project, "train"))[0] == 0
+
+
+def same(a, b):
+    return a.stat().st_size == b.stat().st_size and sha256_file(a) == sha256_file(b)

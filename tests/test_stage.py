@@ -1,0 +1,188 @@
+"""Commands: one line and the right exit code for whatever the user can cause, before anything is opened."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.__main__ import SECTIONS
+from pipeline.config import Params, load_params
+from pipeline.errors import (
+    DivergedError,
+    InputError,
+    IntegrityError,
+    Interrupted,
+    ModelMissing,
+    OutOfSpaceError,
+    RunLocked,
+)
+from pipeline.interrupt import StopSignals
+from pipeline.stage import exit_code_of
+from pipeline.tracked_run import RUN_SECTIONS, RunConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("x"), 2),
+        (IntegrityError("x"), 3),
+        (DivergedError("x"), 4),
+        (OutOfSpaceError("x"), 5),
+        (MemoryError(), 5),
+        (RunLocked("x"), 6),
+        (ModelMissing("x"), 7),
+        (Interrupted("x", signal.SIGTERM), 143),
+        (Interrupted("x", signal.SIGINT), 130),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_event_has_its_exit_code_and_one_line(error, code, capsys):
+    def fail():
+        raise error
+
+    assert exit_code_of(fail) == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_success_is_zero_and_a_bug_is_not_swallowed():
+    assert exit_code_of(lambda: None) == 0
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(lambda: 1 / 0)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("stage", ["download", "tokenize", "train", "evaluate", "register"])
+def test_a_stage_refuses_bad_parameters_before_it_opens_anything(folder, stage):  # B9
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for section in params.values():
+        section["nonsense"] = 1
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    before = sorted(folder.rglob("*"))
+    code, _, said = command(f"stages.{stage}", cwd=folder)
+    assert code == 2
+    assert said.startswith("error: params.yaml: ")
+    assert said.count("\n") == 1
+    assert "nonsense: unknown key" in said
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_check_names_the_faults_of_the_whole_file_at_once(folder):
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["optim"]["lrr"] = 1
+    params["corpus"]["fraction"] = 2
+    params["evaluate"]["seed"] = "x"
+    del params["registry"]["gate"]
+    params["modle"] = {}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    code, _, said = command("pipeline", "check", cwd=folder)
+    assert code == 2
+    assert said.count("\n") == 1
+    for fault in ("optim.lrr: unknown key (did you mean lr?)", "corpus.fraction", "evaluate.seed",
+                  "registry.gate: missing", "modle: unknown section (did you mean model?)"):  # fmt: skip
+        assert fault in said
+
+
+def test_the_committed_params_are_sound():
+    code, said, _ = command("pipeline", "check", cwd=ROOT)
+    assert (code, said) == (0, "params.yaml is sound\n")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_single_change_to_a_value_is_accepted_or_refused_in_words(data):  # B9
+    values = load_params(ROOT / "params.yaml").values
+    section = data.draw(st.sampled_from(sorted(values)))
+    key = data.draw(st.sampled_from(sorted(values[section])))
+    junk = st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3)
+    )
+    changed = Params({**values, section: {**values[section], key: data.draw(junk)}})
+    try:
+        changed.check(*SECTIONS)
+        RunConfig.of(changed)
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017 (either outcome is right)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.n_embd": 385}, "n_embd 385 is not divisible by n_head 6"),
+        ({"windows.length": 512}, "windows.length 512 is longer than model.block_size 256"),
+        ({"optim.warmup": 1000}, "take 1000 steps, the run has 528"),
+        ({"optim.lr": 0}, "optim.lr: input should be greater than 0, got 0"),
+        (
+            {"windows.order": "sorted"},
+            "windows.order: input should be 'shuffled', 'sequential' or 'random', got 'sorted'",
+        ),
+    ],
+)
+def test_contradictions_are_named(changes, words):
+    values = {name: dict(section) for name, section in load_params(ROOT / "params.yaml").values.items()}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    with pytest.raises(InputError) as error:
+        RunConfig.of(Params(values))
+    assert words in str(error.value)
+
+
+def test_every_section_of_a_run_is_among_the_checked():
+    assert set(RUN_SECTIONS) < set(SECTIONS)
+
+
+def test_the_second_signal_acts_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(Interrupted, match="SIGINT at step 3: run the same command again"):
+        stop.raise_if_received("at step 3")
+
+
+def test_clean_removes_checkpoints_and_nothing_else(folder):
+    for name in ("aaaa", "aaaa.1", "bbbb"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+        (folder / "checkpoints" / name / "x").write_text("x")
+    (folder / "models").mkdir()
+    code, said, _ = command("pipeline", "clean", "aaaa", cwd=folder)
+    assert (code, said) == (0, "removed 2 run folders, 0 MB freed\n")
+    assert [p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()] == ["bbbb"]
+    assert (folder / "models").is_dir()
+    code, _, said = command("pipeline", "clean", "cccc", cwd=folder)
+    assert (code, said.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("arguments", [["recipe", "lapto"], ["run"]])
+def test_what_is_not_there_is_named_in_a_line(folder, arguments):
+    code, _, said = command("pipeline", *arguments, cwd=folder)
+    assert code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
