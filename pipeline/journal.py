@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import pandas as pd
 
 from pipeline.errors import InputError, IntegrityError
-from pipeline.files import naming_full_disk
+from pipeline.files import naming_full_disk, write_text
 
 STEPS, TIMES = "steps.jsonl", "times.jsonl"
 
@@ -91,8 +91,8 @@ def read_steps(path: Path) -> pd.DataFrame:
 
 
 def write_rows(path: Path, rows: list[Any]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    """Write rows as JSON lines, atomically."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def _whole_rows(path: Path) -> list[Any]:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,13 +16,14 @@ import pytest
 import torch
 import yaml
 
-from pipeline import tracked_run
+from pipeline import checkpoint, tracked_run
 from pipeline.checkpoint import checkpoint_steps, load_checkpoint
 from pipeline.config import load_params
 from pipeline.errors import DivergedError, InputError, IntegrityError, RunLocked
 from pipeline.files import locked, sha256_file, sha256_json
 from pipeline.journal import read_steps
 from pipeline.recipes import apply_recipe
+from pipeline.stage import exit_code_of
 from pipeline.tokens import write_tokens
 from pipeline.tracked_run import RunConfig, run_tracked
 
@@ -120,19 +123,35 @@ def wait_for_steps(process, n, deadline_s=120):
         time.sleep(0.005)
 
 
+def kill_in_a_save(process, deadline_s=120):
+    """Kill it as soon as a checkpoint is being written; whether one was left unfinished."""
+    end = time.monotonic() + deadline_s
+    while process.poll() is None and time.monotonic() < end:
+        if list(Path("checkpoints").glob("*/.unfinished-step-*")):
+            break
+    process.kill()
+    process.wait()
+    return bool(list(Path("checkpoints").glob("*/.unfinished-step-*")))
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight):  # A1
     print("seed", seed := random.randrange(10**6))  # shown on failure
-    chance = random.Random(seed)
-    kills = 0
-    for n in sorted(chance.sample(range(1, STEPS), 8)):
+    chance = random.Random(seed)  # noqa: S311
+    change(workspace, **{"record.checkpoint_steps": 2})  # often, so that all kills fall within the run's 60 steps
+    kills = in_saves = 0
+    for n in range(5, STEPS, 7):  # 8 times
         process = start()
         wait_for_steps(process, n)
-        time.sleep(chance.uniform(0, 0.02))  # into a step, or into a save
-        process.kill()
+        if n % 2:
+            in_saves += kill_in_a_save(process)
+        else:
+            time.sleep(chance.uniform(0, 0.02))  # into a step, most of the time
+            process.kill()
         kills += process.wait() == -signal.SIGKILL
         process.stderr.close()
-    assert kills >= 4
+    assert kills >= 6
+    assert in_saves >= 1
     process = start()
     assert process.wait() == 0, process.stderr.read()
     process.stderr.close()
@@ -211,6 +230,56 @@ def test_a_signal_ends_the_step_saves_and_says_so(workspace, straight, number, c
     assert "Traceback" not in said
     rows = len(read_steps(run_folder() / "steps.jsonl"))
     assert checkpoint_steps(run_folder())[0] == rows < STEPS  # not a step is lost
+    train()
+    assert bits() == straight
+
+
+def at_step(monkeypatch, step, act):
+    """Have `act` called once the journal has the row of `step`."""
+    append = tracked_run.Journal.append
+
+    def acting(journal, row, times):
+        append(journal, row, times)
+        if row["step"] == step:
+            act()
+
+    monkeypatch.setattr(tracked_run.Journal, "append", acting)
+
+
+def test_a_second_interrupt_during_the_save_stops_at_once(workspace, straight, monkeypatch):  # A9
+    save_file = checkpoint._save_file
+
+    def interrupted(tensors, path):
+        save_file(tensors, path)
+        if "step-00000030" in str(path):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 30, lambda: os.kill(os.getpid(), signal.SIGINT))  # the first
+        patch.setattr(checkpoint, "_save_file", interrupted)
+        assert exit_code_of(train) == 130
+    assert checkpoint_steps(run_folder()) == [28, 21]
+    assert not list(run_folder().glob(".*"))
+    train()
+    assert bits() == straight
+
+
+def test_a_run_on_a_full_disk_ends_with_5_and_goes_on_once_there_is_room(
+    workspace, straight, monkeypatch, capsys
+):  # A6
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small = 50_000  # bytes: room for the journal, not for the weights
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 10, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, before[1])))
+            assert exit_code_of(train) == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.fullmatch(
+        r"error: disk full in \S+: [\d,]+ bytes needed, [\d,]+ bytes free, .+\n", capsys.readouterr().err
+    )
+    assert checkpoint_steps(run_folder()) == [7]
+    assert not list(run_folder().glob(".*"))
     train()
     assert bits() == straight
 
