@@ -10,6 +10,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.files import locked, read_json
 from pipeline.recipes import apply_recipe, as_set, list_recipes
+from pipeline.recorder import RECORDER_LOCK
 from pipeline.registry import RegistryConfig
 from pipeline.runs import describe_run
 from pipeline.stage import run_stage
@@ -59,7 +60,7 @@ def clean(arguments: argparse.Namespace) -> None:
         raise InputError(f"no checkpoints of {arguments.fingerprint} in {checkpoints}: `ls {checkpoints}` shows them")
     freed = 0
     for folder in doomed:
-        with locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")), locked(folder / RECORDER_LOCK, wait=True):
             freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
         folder.with_suffix(".lock").unlink()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 RUN_ID = "mlflow_run_id"  # file in the run's folder
+RECORDER_LOCK = "recorder.lock"  # likewise; held while the run's rows are being sent
 KILLED = {"status": "KILLED", "ended": "killed"}
 
 
@@ -30,7 +31,7 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
     What fails is told once and tried again at the next tick.
     """
     identity = json.loads(control.readline())
-    with locked(run_folder / "recorder.lock", wait=True):  # the one before may still ship what a kill left
+    with locked(run_folder / RECORDER_LOCK, wait=True):  # the one before may still ship what a kill left
         tail, link, warned = JournalTail(run_folder), None, False
         while True:
             stopped = bool(select.select([control], [], [], 0)[0])  # asked first, so that the last look sees all

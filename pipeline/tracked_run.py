@@ -27,6 +27,7 @@ from pipeline.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
 from pipeline.model import ModelConfig
 from pipeline.optim import OptimConfig
 from pipeline.progress import Progress
+from pipeline.recorder import RECORDER_LOCK
 from pipeline.store import project_root
 from pipeline.target import RULES, TargetConfig, check_is_worth_it, first_met, is_met
 from pipeline.timing import flops_per_token, time_report, utilisation
@@ -153,7 +154,8 @@ def claim_folder(folder: Path, identity: Identity) -> None:
         if not (changed := differences(read_json(folder / IDENTITY), identity)):
             return
         aside = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
-        folder.rename(aside)
+        with locked(folder / RECORDER_LOCK, wait=True):  # the last attempt may still be sent
+            folder.rename(aside)
         print(f"starting anew: {', '.join(changed)}; the checkpoints so far are kept in {aside}")
     else:
         others = sorted(folder.parent.glob(f"*/{IDENTITY}"), key=lambda path: path.stat().st_mtime)

@@ -102,7 +102,12 @@ def test_a_run_that_a_signal_stops_is_killed_and_has_all_its_rows(store: Store, 
             raise Interrupted("at step 3", signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        train()
+        train()  # waits a second at most, and the recorder goes on by itself
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not (
+        (journal.folder / RUN_ID).is_file() and store.client.get_run(noted_id(journal)).info.status == "KILLED"
+    ):
+        time.sleep(0.05)
     run = store.client.get_run(noted_id(journal))
     assert (run.info.status, run.data.tags["ended"]) == ("KILLED", "Interrupted: at step 3")
     assert_holds_just_the_journal(store, run.info.run_id, journal.folder)
