@@ -1,15 +1,21 @@
 """interrupt: SIGINT and SIGTERM -> a wish to stop that is looked at between two steps."""
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 from pipeline.errors import Interrupted
 
 
 class StopSignals:
-    """While it is entered, the first signal is only noted; the second acts as it always does, at once."""
+    """While it is entered, the first signal is only noted; one that comes later acts as it always does, at once.
+
+    Within a second all count as one: a dying parent sends its death signal once for each of its threads.
+    """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    SAME_S = 1.0
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -30,8 +36,11 @@ class StopSignals:
             raise Interrupted(f"{name} {where}: run the same command again to go on", self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if self.received is None:
+            self.received, self._noted = number, time.monotonic()
+        elif time.monotonic() - self._noted > self.SAME_S:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -90,7 +90,6 @@ def wait_until(condition, deadline_s):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child of its parent's death")
-@pytest.mark.xfail(reason="at times the trainer outlives a killed DVC and finishes its run; the cause is not found yet")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_trainer_ends_with_dvc_and_the_next_repro_goes_on(project, params, number):  # A10
     original = params.read_text()

@@ -21,6 +21,7 @@ from pipeline.checkpoint import checkpoint_steps, load_checkpoint
 from pipeline.config import load_params
 from pipeline.errors import DivergedError, InputError, IntegrityError, RunLocked
 from pipeline.files import locked, sha256_file, sha256_json
+from pipeline.interrupt import StopSignals
 from pipeline.journal import read_steps
 from pipeline.recipes import apply_recipe
 from pipeline.stage import exit_code_of
@@ -256,6 +257,7 @@ def test_a_second_interrupt_during_the_save_stops_at_once(workspace, straight, m
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "SAME_S", 0.0)  # what comes later is a second one
         at_step(patch, 30, lambda: os.kill(os.getpid(), signal.SIGINT))  # the first
         patch.setattr(checkpoint, "_save_file", interrupted)
         assert exit_code_of(train) == 130
