@@ -93,6 +93,7 @@ def _environment(machine: Machine) -> dict[str, str | int]:
         "device": f"{device} {name}",
         "precision": machine.precision,
         "threads": machine.threads,
+        "compiled": machine.compiled,
     }
 
 

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import Section
+from pipeline.cross_entropy import cross_entropy_sum
 from pipeline.vocab import Vocabulary
 from pipeline.windows import IGNORED
+
+
+SHORT = 512  # positions; the scores of attention grow with their square
 
 
 def autocast_in(device: str, precision: str) -> AbstractContextManager[Any]:
@@ -52,6 +56,20 @@ class ModelConfig(Section):
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention of queries on keys and values, (B, H, T, C / H) each.
+
+    torch's kernel, but for bf16 on a CPU: there, and as long as the scores are few, two plain matrix products are more
+    than twice as fast.
+    """
+    T = q.shape[2]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    future = q.new_full((T, T), -torch.inf).triu(1)
+    scores = (q * q.shape[3] ** -0.5) @ k.mT + future  # (B, H, T, T)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -67,7 +85,7 @@ class Attention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C / H)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
@@ -96,13 +114,24 @@ class Block(nn.Module):
         return x
 
 
-class GPT(nn.Module):
-    """GPT-2: learned positions, a head tied to the embedding; inputs and targets are rows of `vocabulary`."""
+def through(block: Block, x: Tensor) -> Tensor:
+    """What the blocks have in common: compiled once, it serves all of them."""
+    return block(x)  # type: ignore[no-any-return]
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, gradient_checkpointing: bool = False) -> None:
+
+class GPT(nn.Module):
+    """GPT-2: learned positions, a head tied to the embedding; inputs and targets are rows of `vocabulary`.
+
+    `compiled` and `gradient_checkpointing` act in training alone.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocabulary: Vocabulary, gradient_checkpointing: bool = False, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.gradient_checkpointing = gradient_checkpointing
+        self._through = torch.compile(through, dynamic=False) if compiled else through
         self.trained_length = config.block_size  # positions beyond it have never been trained
         self.wte = nn.Embedding(vocabulary.n_rows, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -129,9 +158,10 @@ class GPT(nn.Module):
         assert self.config.block_size >= T, "longer than the model has positions"
         x = self.wte(rows) + self.wpe.weight[:T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        run = self._through if self.training else through
         for block in self.h:
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = checkpoint(run, block, x, use_reentrant=False) if recompute else run(block, x)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -148,8 +178,8 @@ class GPT(nn.Module):
 
     def loss(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:
         """Sum of the targets' losses over `n_targets`, in nats per token; softmax in fp32, IGNORED targets left out."""
-        logits = self(inputs).flatten(0, 1).float()  # (B * T, V)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / n_targets
+        hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
+        return cross_entropy_sum(hidden, self.wte.weight, self.vocabulary.unused_bias, targets.flatten()) / n_targets
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target, (B, T), 0 where it is IGNORED; the head and the softmax in fp32 whatever is below them.

@@ -1,12 +1,12 @@
 """optim: gradients -> updates. Parameter groups, AdamW and Muon, clipping, and the learning rate of each step."""
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from pipeline.config import Section
 from pipeline.model import GPT
@@ -22,6 +22,7 @@ class OptimConfig(Section):
     lr: float = Field(gt=0)
     muon_lr: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
+    ns_steps: int = Field(ge=1)
     betas: tuple[float, float]
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
@@ -99,13 +100,13 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
     return 1 - (1 - config.final_lr) * fall
 
 
-def build_optimizers(model: GPT, config: OptimConfig) -> list[Optimizer]:
+def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = torch.float32) -> list[Optimizer]:
     """AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest; decay on matrices alone.
 
-    Each group carries its `peak_lr`. Muon: Jordan et al. 2024.
+    Each group carries its `peak_lr`. `precision`: of Muon's matrix products.
     """
-    matrices = [p for p in model.h.parameters() if p.ndim == 2] if config.kind == "muon" else []
-    by_muon = {id(p) for p in matrices}
+    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2} if config.kind == "muon" else {}
+    by_muon = {id(p) for p in matrices.values()}
     rest = [p for p in model.parameters() if id(p) not in by_muon]
     groups = [
         {"params": [p for p in rest if p.ndim == 2], "weight_decay": config.weight_decay},
@@ -113,11 +114,88 @@ def build_optimizers(model: GPT, config: OptimConfig) -> list[Optimizer]:
     ]
     optimizers: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_fused(rest))]
     if matrices:
-        optimizers.append(Muon(matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay))
+        kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight and so on, in every block
+        alike = [
+            {"params": [p for n, p in matrices.items() if n.endswith(kind)], "pieces": 3 if "c_attn" in kind else 1}
+            for kind in sorted(kinds)
+        ]
+        optimizers.append(
+            Muon(alike, config.muon_lr, config.momentum, config.weight_decay, config.ns_steps, precision)
+        )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class Muon(Optimizer):
+    """Momentum whose every matrix is replaced by the nearest one with equal singular values (Jordan et al. 2024).
+
+    As torch.optim.Muon, with the matrices of a group, all of one shape, orthogonalised together, and with a fused
+    matrix, such as that of queries, keys and values, taken apart into the group's number of `pieces` of rows.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        ns_steps: int,
+        precision: torch.dtype,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps}
+        super().__init__(groups, defaults)
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix from its gradient; `lr` may be a number or a tensor on the device."""
+        for group in self.param_groups:
+            matrices, momentum = group["params"], group["momentum"]
+            for p in matrices:
+                self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
+            pieces = torch.empty(len(matrices), *matrices[0].shape, dtype=self.precision, device=matrices[0].device)
+            for p, piece in zip(matrices, pieces, strict=True):  # one by one, as they stay in a CPU's cache
+                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                piece.copy_(p.grad.lerp(buffer, momentum))  # Nesterov's look ahead
+            pieces = pieces.view(len(matrices) * group["pieces"], -1, pieces.shape[2])
+            rows, columns = pieces.shape[1:]
+            updates = orthogonalise(pieces, group["ns_steps"])
+            updates = updates * (group["lr"] * math.sqrt(max(1, rows / columns)))
+            for p, update in zip(matrices, updates.view(len(matrices), -1, columns), strict=True):
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(update)
+
+
+def orthogonalise(x: Tensor, steps: int) -> Tensor:
+    """Bring the singular values of each of the matrices (n, rows, columns) close to 1: Newton-Schulz, quintic.
+
+    A step multiplies x by p(xx'), with p(g) = 3.4445 - 4.775 g + 2.0315 g^2. Where one side is twice the other or more,
+    up to three steps are taken on the small xx' alone, and x is multiplied by their product; after more of them, what
+    bf16 rounds off would outgrow the rest.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT, steps).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    at_once = 3 if x.shape[2] >= 2 * x.shape[1] else 1
+    for begin in range(0, steps, at_once):
+        gram = x @ x.mT  # (n, rows, rows)
+        product = polynomial = _polynomial(gram, a, b, c)
+        for _ in range(begin + 1, min(begin + at_once, steps)):
+            gram = polynomial @ gram @ polynomial  # all of them commute
+            polynomial = _polynomial(gram, a, b, c)
+            product = polynomial @ product
+        x = product @ x
+    return x
+
+
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result
 
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> None:
@@ -143,8 +221,8 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0) ->
     if unused is not None:
         squares += (U - 1) * unused.square().sum()
     norm = squares.sqrt()
-    if clip is not None:
-        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
+    if clip is not None and (factor := clip / (norm + 1e-6)) < 1:  # as torch's clip_grad_norm_
+        torch._foreach_mul_(gradients, factor)
     return norm
 
 

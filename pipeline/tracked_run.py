@@ -24,6 +24,7 @@ from pipeline.fingerprint import Identity, differences, identify
 from pipeline.generate import generate
 from pipeline.interrupt import StopSignals
 from pipeline.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
+from pipeline.memory import check_fits
 from pipeline.model import ModelConfig
 from pipeline.optim import OptimConfig
 from pipeline.progress import Progress
@@ -89,6 +90,11 @@ class RunConfig:
         return faults
 
     @property
+    def flops(self) -> float:
+        """About what the whole run takes: 6 a parameter and token."""
+        return 6.0 * self.model.n_params * self.optim.max_tokens
+
+    @property
     def decisive(self) -> tuple[Section, ...]:
         """The sections that decide a run's numbers."""
         return self.model, self.windows, self.optim, self.train, self.target
@@ -129,8 +135,9 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path) -> None:
     another process trains the same run.
     """
     config = RunConfig.of(params)
-    machine = prepare_machine(config.train)
+    machine = prepare_machine(config.train, config.flops)
     text = Text.read(data / "tokens", data / "bpe", config, machine)
+    check_fits(config.model, text.vocabulary, config.windows, config.optim, config.train, machine)
     identity = identify(text.data_sha256, config.decisive, machine)
     root = project_root()
     folder = root / "checkpoints" / identity["fingerprint"]

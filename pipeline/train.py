@@ -4,8 +4,11 @@ Logging, evaluation, samples, checkpoints, pruning and stopping at the target ha
 iterates; only training is on the loop's clock.
 """
 
+import ctypes
 import math
 import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._triton import has_triton
 
 from pipeline.config import Section
 from pipeline.errors import DivergedError, InputError
@@ -35,7 +39,12 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     threads: Literal["auto"] | int = Field(union_mode="left_to_right")
     deterministic: bool
+    compile: Literal["auto"] | bool
     gradient_checkpointing: bool
+
+
+# A run of so many FLOPs gains more by torch.compile than that costs; measured on two cores, see benchmarks/LOG.md.
+COMPILE_FLOPS = {"cpu": 5e14, "cuda": 3e16}
 
 
 class Machine(NamedTuple):
@@ -44,6 +53,7 @@ class Machine(NamedTuple):
     device: torch.device
     precision: Literal["fp32", "bf16", "fp16"]
     threads: int
+    compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in the run's precision."""
@@ -129,8 +139,11 @@ class TrainState:
             self.loss_scale, self.good_steps = self.loss_scale * 2, 0
 
 
-def prepare_machine(config: TrainConfig) -> Machine:
-    """Choose device, precision and threads, and set torch up for them. Raises InputError for what is not there."""
+def prepare_machine(config: TrainConfig, run_flops: float = 0) -> Machine:
+    """Choose device, precision, threads and whether to compile, and set torch up for them.
+
+    `run_flops`: of the whole run; compiling pays from COMPILE_FLOPS on. Raises InputError for what is not there.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
@@ -138,10 +151,12 @@ def prepare_machine(config: TrainConfig) -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = cores if config.threads == "auto" else config.threads
     torch.set_num_threads(threads)
+    _keep_freed_memory()
     if config.deterministic and name == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return Machine(torch.device(name), _precision(config.precision, name), threads)
+    compiled = _compiled(config.compile, name, run_flops)
+    return Machine(torch.device(name), _precision(config.precision, name), threads, compiled)
 
 
 def fresh_state(
@@ -149,8 +164,10 @@ def fresh_state(
 ) -> TrainState:
     """An untrained model and its optimisers, drawn from the seed. Raises OutOfSpaceError where memory does not do."""
     torch.manual_seed(train.seed)
-    model = GPT(shape, vocabulary, train.gradient_checkpointing).initialise(train.seed).to(machine.device)
-    return TrainState(model, build_optimizers(model, optim), 2.0**16 if machine.precision == "fp16" else 1.0)
+    model = GPT(shape, vocabulary, train.gradient_checkpointing, machine.compiled)
+    model = model.initialise(train.seed).to(machine.device)
+    precision = torch.bfloat16 if machine.precision == "bf16" else torch.float32
+    return TrainState(model, build_optimizers(model, optim, precision), 2.0**16 if machine.precision == "fp16" else 1.0)
 
 
 def train_steps(
@@ -201,6 +218,27 @@ def _check_finite(step: int, loss: float, grad_norm: float, lr: float) -> None:
                 f"{name} is {value} at step {step}, lr {lr:.3g}: the weights before it are kept; "
                 "try a smaller optim.lr or a longer optim.warmup"
             )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one; given back, each page would be faulted in again every step."""
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
+
+
+def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> bool:
+    """Resolve `auto`, and say so where a compiler is wanted and missing, or where it changes what a user expects."""
+    wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
+    if not wanted:
+        return False
+    there = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
+    if not there:
+        print(f"train.compile: no {'triton' if device == 'cuda' else 'C++ compiler'} here: training goes on without")
+    elif asked == "auto":
+        print("train.compile: the run is long enough for compiling to pay")
+    return there
 
 
 def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:

@@ -6,7 +6,16 @@ import torch
 
 from pipeline.config import load_params
 from pipeline.model import GPT, ModelConfig
-from pipeline.optim import OptimConfig, build_optimizers, finish_gradients, lr_factor, set_lr, steps_in
+from pipeline.optim import (
+    Muon,
+    OptimConfig,
+    build_optimizers,
+    finish_gradients,
+    lr_factor,
+    orthogonalise,
+    set_lr,
+    steps_in,
+)
 from pipeline.vocab import Vocabulary
 from pipeline.windows import WindowsConfig
 
@@ -112,7 +121,58 @@ def test_only_matrices_decay(model):
 def test_each_group_follows_its_own_peak(model):
     optimizers = build_optimizers(model, config(kind="muon", lr=0.002, muon_lr=0.01))
     set_lr(optimizers, 0.5)
-    assert [group["lr"] for o in optimizers for group in o.param_groups] == pytest.approx([0.001, 0.001, 0.005])
+    assert [group["lr"] for o in optimizers for group in o.param_groups] == pytest.approx(
+        [0.001] * 2 + [0.005] * 4  # matrices and vectors; the four matrices of a block
+    )
+
+
+def newton_schulz(x, steps):
+    """The formula as published, on one matrix."""
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24), (16, 64), (64, 16)])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_orthogonalising_a_batch_equals_the_published_formula(shape, steps):
+    batch = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = orthogonalise(batch, steps)
+    assert torch.allclose(ours, torch.stack([newton_schulz(x, steps) for x in batch]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (64, 64)])
+def test_orthogonalising_in_bf16_is_as_near_to_the_truth_as_the_published_formula(shape):
+    generator = torch.Generator().manual_seed(1)  # a gradient of few directions is the hard case
+    few = torch.randn(2, shape[0], 4, generator=generator) @ torch.randn(2, 4, shape[1], generator=generator)
+    batch = few + 1e-3 * torch.randn(few.shape, generator=generator)
+    for mine, x in zip(orthogonalise(batch.bfloat16(), 5), batch, strict=True):
+        true, theirs = newton_schulz(x.double(), 5), newton_schulz(x.bfloat16(), 5)
+        assert (mine - true).norm() < (theirs - true).norm()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_equals_torch_with_queries_keys_and_values_apart(model, weight_decay):
+    ours = Muon(
+        [{"params": [block.attn.c_attn.weight for block in model.h], "pieces": 3}], 0.02, 0.9, weight_decay, 5,
+        torch.bfloat16,
+    )  # fmt: skip
+    (whole,) = ours.param_groups[0]["params"]
+    apart = [torch.nn.Parameter(piece.clone()) for piece in whole.detach().chunk(3)]
+    torchs = torch.optim.Muon(apart, lr=0.02, momentum=0.9, weight_decay=weight_decay)
+    generator, before = torch.Generator().manual_seed(1), whole.detach().clone()
+    for _ in range(3):
+        whole.grad = torch.randn(whole.shape, generator=generator)
+        for piece, gradient in zip(apart, whole.grad.clone().chunk(3), strict=True):
+            piece.grad = gradient
+        ours.step()
+        torchs.step()
+    moved = torch.cat(list(apart)) - before
+    assert ((whole - before) - moved).norm() / moved.norm() < 0.03  # both orthogonalise in bf16
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 100.0])  # no clipping, a norm above, a norm below

@@ -1,6 +1,7 @@
 """The loop: records out, weights changed, nothing else."""
 
 import math
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -24,11 +25,11 @@ VOCABULARY = Vocabulary(np.arange(32), 32)  # none unused
 class Loop:
     """A tiny run: its state and its records."""
 
-    def __init__(self, steps=20, batch=2, accumulate=1, precision="fp32", dropout=0.0, **optim):
+    def __init__(self, steps=20, batch=2, accumulate=1, precision="fp32", dropout=0.0, compile=False, **optim):
         params = load_params()
         self.windows = WindowsConfig(length=8, batch=batch, accumulate=accumulate, order="shuffled")
         self.optim = params.section(OptimConfig).updated(**{"lr": 0.01, "warmup": 0, **optim})
-        where = params.section(TrainConfig).updated(precision=precision, device="cpu")
+        where = params.section(TrainConfig).updated(precision=precision, device="cpu", compile=compile)
         self.machine, self.steps = prepare_machine(where), steps
         self.state = fresh_state(MODEL.updated(dropout=dropout), VOCABULARY, self.optim, where, self.machine)
 
@@ -160,3 +161,29 @@ def test_bf16_is_taken_only_where_the_chip_has_it(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert prepare_machine(load_params().section(TrainConfig).updated(device="cpu")).precision == precision
+
+
+def test_compiling_is_chosen_by_the_length_of_the_run(capsys):
+    config = load_params().section(TrainConfig).updated(device="cpu")
+    enough = train.COMPILE_FLOPS["cpu"]
+    assert not prepare_machine(config, enough / 2).compiled
+    assert capsys.readouterr().out == ""
+    assert prepare_machine(config, enough).compiled
+    assert "long enough for compiling to pay" in capsys.readouterr().out
+    assert not prepare_machine(config.updated(compile=False), enough).compiled
+
+
+def test_without_a_compiler_training_goes_on_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert not prepare_machine(load_params().section(TrainConfig).updated(device="cpu", compile=True)).compiled
+    assert "no C++ compiler here: training goes on without" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler here")
+def test_a_compiled_model_takes_the_same_steps():
+    plain, compiled = Loop(steps=3), Loop(steps=3, compile=True)
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+    assert plain.state.tensors()["weights"].keys() == compiled.state.tensors()["weights"].keys()

@@ -1,0 +1,85 @@
+"""memory: a run's shape -> the bytes that a step needs, known before anything of that size is made."""
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from pipeline.cross_entropy import CHUNK_LOGITS
+from pipeline.errors import OutOfSpaceError
+from pipeline.model import GPT, ModelConfig
+from pipeline.optim import OptimConfig
+from pipeline.train import Machine, TrainConfig
+from pipeline.vocab import Vocabulary
+from pipeline.windows import WindowsConfig
+
+
+def check_fits(
+    shape: ModelConfig,
+    vocabulary: Vocabulary,
+    windows: WindowsConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    machine: Machine,
+) -> None:
+    """Raise OutOfSpaceError where a step needs more memory than is free."""
+    needed = step_bytes(shape, vocabulary, windows, optim, train, machine)
+    if needed > (free := free_bytes(machine)):
+        raise OutOfSpaceError(
+            f"windows.batch {windows.batch} of windows.length {windows.length} needs {needed / 1e9:,.1f} GB of memory, "
+            f"{free / 1e9:,.1f} GB are free: make windows.batch smaller and windows.accumulate larger, or set "
+            "train.gradient_checkpointing"
+        )
+
+
+def step_bytes(
+    shape: ModelConfig,
+    vocabulary: Vocabulary,
+    windows: WindowsConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    machine: Machine,
+) -> int:
+    """Bytes while a step is taken: weights, gradients, optimiser state, activations, and the logits at work."""
+    with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
+        model = GPT(shape, vocabulary)
+        activations = _kept_bytes(model, windows, machine)
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing = True
+            activations = activations // shape.n_layer + _kept_bytes(model, windows, machine)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    by_muon = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2 and optim.kind == "muon")
+    n_logits = min(CHUNK_LOGITS, windows.batch * windows.length * vocabulary.n_rows)
+    state = 2 * weights - by_muon  # two moments, or Muon's one
+    return 2 * weights + state + activations + 10 * n_logits  # fp32, its softmax, and that in 16 bits
+
+
+def free_bytes(machine: Machine) -> int:
+    """Bytes of memory that the device has left."""
+    if machine.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if machine.device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return int(psutil.virtual_memory().available)
+
+
+def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
+    """What the forward pass over a batch keeps for the backward pass; in proportion to its windows but for a part."""
+
+    def keeps(n_windows: int) -> int:
+        storages = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[id(storage)] = storage  # held, so that no other gets its id
+            return tensor
+
+        inputs = torch.zeros(n_windows, windows.length, dtype=torch.int64)
+        with machine.autocast(), saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.loss(inputs, inputs, n_windows * windows.length)
+        del loss
+        return sum(storage.nbytes() for storage in storages.values())
+
+    one, two = keeps(1), keeps(2)
+    return one + (two - one) * (windows.batch - 1)

@@ -1,0 +1,60 @@
+"""The foretold memory of a step against what a step really keeps, and the refusal."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from pipeline import memory
+from pipeline.config import load_params
+from pipeline.errors import OutOfSpaceError
+from pipeline.memory import check_fits, step_bytes
+from pipeline.model import GPT, ModelConfig
+from pipeline.optim import OptimConfig
+from pipeline.train import Machine, TrainConfig
+from pipeline.vocab import Vocabulary
+from pipeline.windows import WindowsConfig
+
+SHAPE = ModelConfig(n_layer=3, n_head=2, n_embd=64, block_size=32, vocab_size=50257, dropout=0.0, fold_vocab=True)
+VOCABULARY = Vocabulary.of(np.arange(50257) < 500, 50257)
+MACHINE = Machine(torch.device("cpu"), "fp32", 1)
+
+
+def settings(batch=4, kind="adamw", gradient_checkpointing=False):
+    params = load_params()
+    return (
+        SHAPE,
+        VOCABULARY,
+        params.section(WindowsConfig).updated(length=32, batch=batch),
+        params.section(OptimConfig).updated(kind=kind),
+        params.section(TrainConfig).updated(gradient_checkpointing=gradient_checkpointing),
+        MACHINE,
+    )
+
+
+def test_what_is_foretold_is_what_a_real_forward_pass_keeps():
+    model, ids = GPT(SHAPE, VOCABULARY).initialise(1), torch.zeros(4, 32, dtype=torch.int64)
+    storages = {}
+    with saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        loss = model.loss(ids, ids, 128)
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    assert loss.requires_grad
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    logits = 10 * 4 * 32 * VOCABULARY.n_rows
+    assert step_bytes(*settings()) == pytest.approx(4 * weights + kept + logits, rel=0.01)
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_recomputing_and_with_muon():
+    plain = step_bytes(*settings(batch=64))
+    assert step_bytes(*settings(batch=128)) > 1.5 * plain
+    assert step_bytes(*settings(batch=64, gradient_checkpointing=True)) < plain
+    assert step_bytes(*settings(batch=64, kind="muon")) < plain
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatch):  # A14
+    with pytest.raises(OutOfSpaceError, match=r"windows\.batch 1000000000 of windows\.length 32 needs [\d,.]+ GB") as error:
+        check_fits(*settings(batch=10**9))
+    assert "windows.accumulate" in str(error.value)
+    assert error.value.exit_code == 5
+    monkeypatch.setattr(memory, "free_bytes", lambda machine: step_bytes(*settings()))
+    check_fits(*settings())
