@@ -137,7 +137,8 @@ def compare(preset: str, rounds: int) -> dict[str, Any]:
         for player, times in zip(players, seconds, strict=True):
             times.append(player.ask("step"))
     ceiling = statistics.median(ceilings)
-    print(f"{'':28} {'tokens/s':>9} {'ms/step':>8} {'tokens':>6} {'GiB':>5} {'ceiling':>7}    of {ceiling / 1e9:,.0f} GFLOP/s")
+    columns = "{:28} {:>9} {:>8} {:>7} {:>5} {:>8}"
+    print(columns.format(f"of {ceiling / 1e9:,.0f} GFLOP/s", "tokens/s", "ms/step", "tokens", "GiB", "ceiling"))
     figures = {}
     for contestant, player, times in zip(CONTESTANTS, players, seconds, strict=True):
         tokens, step_s = contestant.windows * LENGTH, statistics.median(times)
@@ -152,7 +153,8 @@ def compare(preset: str, rounds: int) -> dict[str, Any]:
             "ceiling_share": round(share, 3),
             "steps_ms": [round(value * 1e3, 1) for value in times],
         }
-        print(f"{contestant.name:28} {tokens / step_s:9,.0f} {step_s * 1e3:8,.0f} {tokens:6,} {peak / 2**30:5.1f} {share:7.0%}")
+        row = f"{tokens / step_s:,.0f}", f"{step_s * 1e3:,.0f}", f"{tokens:,}", f"{peak / 2**30:.1f}", f"{share:.0%}"
+        print(columns.format(contestant.name, *row))
         player.close()
     return {"ceiling_flops": ceiling, "contestants": figures}
 
@@ -191,7 +193,9 @@ def play(pipe: Connection, preset: str, index: int) -> None:
         step()
     pipe.send("ready")
     while (asked := pipe.recv()) != "end":
-        pipe.send({"step": lambda: timed(step, machine), "ceiling": lambda: ceiling(machine), "memory": peak_bytes}[asked]())
+        pipe.send(
+            {"step": lambda: timed(step, machine), "ceiling": lambda: ceiling(machine), "memory": peak_bytes}[asked]()
+        )
 
 
 def timed(step: Step, machine: Machine) -> float:
@@ -205,7 +209,9 @@ def timed(step: Step, machine: Machine) -> float:
 def ceiling(machine: Machine) -> float:
     """FLOP/s of the machine's best large matrix product."""
     size = 8192 if machine.device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=machine.device).to(torch.float32 if machine.precision == "fp32" else torch.bfloat16)
+    a = torch.randn(size, size, device=machine.device).to(
+        torch.float32 if machine.precision == "fp32" else torch.bfloat16
+    )
     return 2 * size**3 / min(timed(lambda: a @ a, machine) for _ in range(5))
 
 

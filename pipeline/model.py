@@ -19,7 +19,6 @@ from pipeline.cross_entropy import cross_entropy_sum
 from pipeline.vocab import Vocabulary
 from pipeline.windows import IGNORED
 
-
 SHORT = 512  # positions; the scores of attention grow with their square
 
 
@@ -114,7 +113,7 @@ class Block(nn.Module):
         return x
 
 
-def through(block: Block, x: Tensor) -> Tensor:
+def through(block: nn.Module, x: Tensor) -> Tensor:
     """What the blocks have in common: compiled once, it serves all of them."""
     return block(x)  # type: ignore[no-any-return]
 

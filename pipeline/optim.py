@@ -119,9 +119,7 @@ def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = t
             {"params": [p for n, p in matrices.items() if n.endswith(kind)], "pieces": 3 if "c_attn" in kind else 1}
             for kind in sorted(kinds)
         ]
-        optimizers.append(
-            Muon(alike, config.muon_lr, config.momentum, config.weight_decay, config.ns_steps, precision)
-        )
+        optimizers.append(Muon(alike, config.muon_lr, config.momentum, config.weight_decay, config.ns_steps, precision))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

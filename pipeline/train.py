@@ -221,7 +221,7 @@ def _check_finite(step: int, loss: float, grad_norm: float, lr: float) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one; given back, each page would be faulted in again every step."""
+    """Have glibc keep what a step frees for the next one: given back, each page would be faulted in every step."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
         libc.mallopt(trim_threshold, 2**31 - 1)

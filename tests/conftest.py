@@ -1,5 +1,7 @@
 """What several tests need: GPT-2's BPE files, and the corpus that the published numbers are about."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,11 @@ def shakespeare(request: pytest.FixtureRequest) -> Path:
     except (InputError, IntegrityError):
         fetch_corpus(load_params(ROOT / "params.yaml").section(CorpusConfig), path)
     return path
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal's programs have it; those started in the background have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -11,9 +11,9 @@ from pipeline.tracked_run import RUN_SECTIONS
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    "errors config files corpus tokenizer tokens diagnose windows vocab cross_entropy model optim checkpoint generate evaluate train "
-    "journal target timing fingerprint interrupt progress store runs recorder tracking serving versions registry "
-    "tracked_run drawing plots recipes stage __main__"
+    "errors config files corpus tokenizer tokens diagnose windows vocab cross_entropy model optim checkpoint generate "
+    "evaluate train memory journal target timing fingerprint interrupt progress store runs recorder tracking serving "
+    "versions registry tracked_run drawing plots recipes stage __main__"
 ).split()
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())

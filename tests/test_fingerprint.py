@@ -26,7 +26,7 @@ def test_equal_runs_have_equal_fingerprints():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"optim": {"lr": 0.5}}, "optim.lr 0.002 -> 0.5"),
+        ({"optim": {"lr": 0.5}}, "optim.lr 0.005 -> 0.5"),
         ({"train": {"seed": 9}}, "train.seed 1 -> 9"),
         ({"target": {"loss": 0.2}}, "target.loss 0.1 -> 0.2"),
         ({"data": "e" * 64}, "data_sha256 ddd"),

@@ -35,7 +35,9 @@ def settings(batch=4, kind="adamw", gradient_checkpointing=False):
 def test_what_is_foretold_is_what_a_real_forward_pass_keeps():
     model, ids = GPT(SHAPE, VOCABULARY).initialise(1), torch.zeros(4, 32, dtype=torch.int64)
     storages = {}
-    with saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+    with saved_tensors_hooks(
+        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
         loss = model.loss(ids, ids, 128)
     kept = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     assert loss.requires_grad
@@ -52,7 +54,9 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputing_and_with_muon(
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatch):  # A14
-    with pytest.raises(OutOfSpaceError, match=r"windows\.batch 1000000000 of windows\.length 32 needs [\d,.]+ GB") as error:
+    with pytest.raises(
+        OutOfSpaceError, match=r"windows\.batch 1000000000 of windows\.length 32 needs [\d,.]+ GB"
+    ) as error:
         check_fits(*settings(batch=10**9))
     assert "windows.accumulate" in str(error.value)
     assert error.value.exit_code == 5

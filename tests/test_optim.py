@@ -89,7 +89,7 @@ def test_every_factor_lies_between_zero_and_one(schedule, total):
 
 def test_a_warmup_longer_than_the_run_is_refused():
     windows = WindowsConfig(length=256, batch=4, accumulate=1, order="shuffled")
-    (fault,) = config(warmup=600).check_length(windows)  # the run has 528 steps
+    (fault,) = config(warmup=600, max_tokens=528 * 1024).check_length(windows)
     assert "600 steps, the run has 528" in fault
 
 

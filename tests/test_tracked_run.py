@@ -248,7 +248,7 @@ def at_step(monkeypatch, step, act):
     monkeypatch.setattr(tracked_run.Journal, "append", acting)
 
 
-def test_a_second_interrupt_during_the_save_stops_at_once(workspace, straight, monkeypatch):  # A9
+def test_a_second_interrupt_during_the_save_stops_at_once(workspace, straight, monkeypatch, interruptible):  # A9
     save_file = checkpoint._save_file
 
     def interrupted(tensors, path):
@@ -336,7 +336,7 @@ def test_changed_data_are_another_run_and_named(interrupted, capsys, tokenizer, 
 
 
 def test_another_number_of_threads_starts_anew_and_keeps_the_old(interrupted, capsys, monkeypatch):  # A13
-    monkeypatch.setattr(tracked_run, "prepare_machine", lambda config: MACHINE(config)._replace(threads=77))
+    monkeypatch.setattr(tracked_run, "prepare_machine", lambda *given: MACHINE(*given)._replace(threads=77))
     old = sha256_json([sha256_file(path) for path in sorted(run_folder().glob("step-*/*"))])
     train()
     said = capsys.readouterr().out
