@@ -127,5 +127,4 @@ def _system_monitor(run_id: str, store: Store) -> "SystemMetricsMonitor":
 
 
 if __name__ == "__main__":
-    os.nice(19)  # training comes first
     sys.exit(not record(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.stdin))

@@ -42,6 +42,8 @@ class Recorder:
             start_new_session=True,  # Ctrl-C is for training alone
             text=True,
         )
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # training comes first, from the first import on
         assert self._process.stdin is not None, "a pipe, as asked for"
         self._process.stdin.write(json.dumps(self._identity) + "\n")
         self._process.stdin.flush()

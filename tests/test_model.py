@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.config import load_params
-from pipeline.model import GPT, ModelConfig
+from pipeline.model import GPT, SHORT, ModelConfig, attend
 from pipeline.vocab import Vocabulary
 from pipeline.windows import IGNORED
 
@@ -67,6 +68,31 @@ def test_no_position_sees_what_comes_after_it():
         before, after = model(ids), model(changed)
     assert torch.equal(before[:, :8], after[:, :8])
     assert not torch.equal(before[:, 8:], after[:, 8:])
+
+
+@pytest.mark.parametrize("length", [7, SHORT, SHORT + 1])
+def test_attention_equals_torchs_in_bf16_as_near_as_bf16_allows(length):
+    generator = torch.Generator().manual_seed(1)
+    exact = [torch.randn(1, 2, length, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    reference = F.scaled_dot_product_attention(*exact, is_causal=True)
+    ours = attend(*rounded, dropout=0.0)
+    assert (ours - reference).norm() < 0.01 * reference.norm()
+    for mine, true in zip(
+        torch.autograd.grad(ours.square().sum(), rounded),
+        torch.autograd.grad(reference.square().sum(), exact),
+        strict=True,
+    ):
+        assert (mine - true).norm() < 0.02 * true.norm()
+
+
+def test_attention_in_bf16_drops_out_as_many_weights_as_asked():
+    ones = torch.ones(1, 1, 64, 8, dtype=torch.bfloat16)  # all values 1: each output is the sum of what is left
+    torch.manual_seed(1)
+    dropped = attend(ones, ones, ones, dropout=0.5)
+    assert dropped.float().mean().item() == pytest.approx(1, abs=0.1)
+    assert dropped.float().std() > 0.1
+    assert attend(ones, ones, ones, dropout=0.0).float().std() < 0.01
 
 
 def test_ignored_targets_count_nowhere():

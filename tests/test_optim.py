@@ -155,6 +155,25 @@ def test_orthogonalising_in_bf16_is_as_near_to_the_truth_as_the_published_formul
         assert (mine - true).norm() < (theirs - true).norm()
 
 
+def test_only_the_fused_matrix_is_taken_apart(model):
+    _, muon = build_optimizers(model, config(kind="muon"))
+    assert {tuple(group["params"][0].shape): group["pieces"] for group in muon.param_groups} == {
+        (48, 16): 3, (16, 16): 1, (64, 16): 1, (16, 64): 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"])  # square, tall, wide
+def test_muon_equals_torch_on_every_shape(model, name, lr):
+    ours = model.h[0].get_submodule(name).weight
+    theirs = torch.nn.Parameter(before := ours.detach().clone())
+    ours.grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    theirs.grad, before = ours.grad.clone(), before.clone()
+    Muon([{"params": [ours], "pieces": 1}], lr, 0.95, 0.0, 5, torch.bfloat16).step()
+    torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.0).step()
+    assert (ours - theirs).norm() < 0.05 * (theirs - before).norm()  # both orthogonalise in bf16
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_muon_equals_torch_with_queries_keys_and_values_apart(model, weight_decay):
     ours = Muon(
@@ -172,7 +191,7 @@ def test_muon_equals_torch_with_queries_keys_and_values_apart(model, weight_deca
         ours.step()
         torchs.step()
     moved = torch.cat(list(apart)) - before
-    assert ((whole - before) - moved).norm() / moved.norm() < 0.03  # both orthogonalise in bf16
+    assert ((whole - before) - moved).norm() / moved.norm() < 0.05  # both orthogonalise in bf16
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 100.0])  # no clipping, a norm above, a norm below
