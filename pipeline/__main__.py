@@ -8,10 +8,11 @@ from pipeline.config import Section, load_params
 from pipeline.corpus import CorpusConfig
 from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig
-from pipeline.files import locked, read_json
+from pipeline.files import locked
 from pipeline.recipes import apply_recipe, as_set, list_recipes
 from pipeline.recorder import RECORDER_LOCK
 from pipeline.registry import RegistryConfig
+from pipeline.results import read_run
 from pipeline.runs import describe_run
 from pipeline.stage import run_stage
 from pipeline.store import project_root
@@ -23,7 +24,9 @@ SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConf
 def recipe(arguments: argparse.Namespace) -> None:
     """Write a recipe into params.yaml, or print it."""
     if arguments.name is None:
-        for name, comment in list_recipes().items():
+        if not (recipes := list_recipes()):
+            raise InputError("no recipes/ here: run from the project's folder")
+        for name, comment in recipes.items():
             print(f"{name:12} {comment}")
     elif arguments.as_set:
         print(as_set(arguments.name))
@@ -33,7 +36,7 @@ def recipe(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the MLflow run behind the present model."""
-    facts = describe_run(project_root(), read_json(Path("models/run.json"))["fingerprint"])
+    facts = describe_run(project_root(), read_run(Path("models"))["fingerprint"])
     for name, value in facts.items():
         print(f"{name:12} {value}")
 
@@ -55,7 +58,7 @@ def check(arguments: argparse.Namespace) -> None:
 def clean(arguments: argparse.Namespace) -> None:
     """Remove working checkpoints, so that `dvc repro -f train` trains anew; models and MLflow runs stay."""
     checkpoints = project_root() / "checkpoints"
-    doomed = [path for path in sorted(checkpoints.glob(f"{arguments.fingerprint or '*'}*")) if path.is_dir()]
+    doomed = [path for path in sorted(checkpoints.glob(f"{arguments.fingerprint or ''}*")) if path.is_dir()]
     if arguments.fingerprint and not doomed:
         raise InputError(f"no checkpoints of {arguments.fingerprint} in {checkpoints}: `ls {checkpoints}` shows them")
     freed = 0

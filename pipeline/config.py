@@ -67,7 +67,7 @@ class Params:
 def load_params(path: Path = PARAMS) -> Params:
     """Read params.yaml. Raises InputError where it is missing, is not YAML or is no mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise InputError(f"{path} not found: run from the folder that holds it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -75,6 +75,16 @@ def load_params(path: Path = PARAMS) -> Params:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no sections: expected a mapping, got {type(values).__name__}")
     return Params(values, path)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that appears twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _describe(kind: type[Section], fault: Any, values: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ class EvaluateConfig(Section):
     section_name: ClassVar[str] = "evaluate"
 
     recall_places: int = Field(ge=1)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
 
 
 def evaluate_model(
@@ -69,6 +69,7 @@ def evaluate_model(
         "verbatim_recall": recall[True],
         "verbatim_recall_shifted": recall[False],
         "recall_tokens": recall_context(model),
+        "fingerprint": run["fingerprint"],
         "n_params": run["n_params"],
         "target_loss": results["target_loss"],
         "to_target": results["to_target"],

@@ -34,10 +34,10 @@ class ModelConfig(Section):
 
     section_name: ClassVar[str] = "model"
 
-    n_layer: int = Field(ge=1)
+    n_layer: int = Field(ge=1, le=1000)
     n_head: int = Field(ge=1)
-    n_embd: int = Field(ge=1)
-    block_size: int = Field(ge=2)
+    n_embd: int = Field(ge=1, le=2**16)
+    block_size: int = Field(ge=2, le=2**20)
     vocab_size: int = Field(ge=50257, le=65536)  # GPT-2's ids, padded at will; an id must fit 16 bits
     dropout: float = Field(ge=0, lt=1)
     fold_vocab: bool

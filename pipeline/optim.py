@@ -27,7 +27,7 @@ class OptimConfig(Section):
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     clip: float | None = Field(gt=0)
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=1, le=10**15)
     schedule: Literal["constant", "linear", "cosine", "onecycle", "wsd"]
     warmup: int | float = Field(ge=0)
     decay: int | float = Field(ge=0)
@@ -66,6 +66,8 @@ class OptimConfig(Section):
     def check_length(self, windows: WindowsConfig) -> list[str]:
         """Name the contradiction, if there is one, between the run's length and its phases."""
         total = self.max_steps(windows)
+        if windows.step_tokens > self.max_tokens:
+            return [f"optim.max_tokens {self.max_tokens} is less than one step of {windows.step_tokens} tokens"]
         phases = steps_in(self.warmup, total) + steps_in(self._decay, total)
         if phases <= total:
             return []

@@ -35,6 +35,7 @@ from pipeline.drawing import (
 )
 from pipeline.files import read_json, write_text
 from pipeline.journal import STEPS, TIMES, read_steps
+from pipeline.results import read_metrics, read_run
 
 PUBLISHED = {  # each run's colour and, in tokens and loss, the place of its name
     "seed-000": (SKY, 1_200_000, 3.2),
@@ -68,8 +69,8 @@ class RunReport:
         return cls(
             steps=read_steps(models / STEPS),
             times=read_steps(models / TIMES),
-            run=read_json(models / "run.json"),
-            metrics=read_json(reports / "metrics.json"),
+            run=(run := read_run(models)),
+            metrics=read_metrics(reports, run),
             position_loss=read_json(reports / "position_loss.json"),
             timing=read_json(reports / "timing.json"),
             published={path.stem: pd.read_csv(path) for path in sorted(published.glob("*.csv"))},

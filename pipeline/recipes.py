@@ -76,7 +76,7 @@ def as_set(name: str, folder: Path = RECIPES) -> str:
 
 def find_recipe(name: str, folder: Path = RECIPES) -> Path:
     """The file of a recipe given by name or path. Raises InputError that names the nearest, and all there are."""
-    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else folder / f"{Path(name).name}.yaml"
     if not path.is_file():
         known = list(list_recipes(folder))
         raise InputError(f"no recipe {name}{_did_you_mean(name, known)}: {folder} holds {', '.join(known) or 'none'}")

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from pipeline.config import Section
 from pipeline.errors import IntegrityError, ModelMissing
-from pipeline.files import locked, read_json, verify_manifest, write_json
+from pipeline.files import locked, verify_manifest, write_json
+from pipeline.results import read_metrics, read_run
 from pipeline.runs import ensure_run
 from pipeline.store import Store, first_line, naming_dead_store, open_store, store_errors
 from pipeline.tokens import open_tokens
@@ -54,11 +55,13 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     """Register `project`/models/model in the store of `root`, one version a fingerprint, and judge it.
 
     `candidate` moves to it; `champion` only through the gate. Raises ModelMissing where the model is not there or the
-    store fails, IntegrityError where model or tokens are altered.
+    store fails, IntegrityError where model or tokens are altered, or where the metrics are not about this model.
     """
     if not (folder := project / "models" / "model").is_dir():
         raise ModelMissing(f"{folder} not found: run `dvc repro train`, which makes it")
     verify_manifest(folder)
+    if (project / "reports" / "metrics.json").is_file():  # a model that is not evaluated yet is registered, not judged
+        read_metrics(project / "reports", read_run(project / "models"))
     n_tokens = len(open_tokens(project / "data" / "tokens", "train"))
     with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root):
         store = open_store(root)
@@ -91,7 +94,7 @@ def model_loss(project: Path, tokens: Path) -> float:
     from pipeline.evaluate import corpus_loss
     from pipeline.train import TrainConfig, prepare_machine
 
-    params = read_json(project / "models" / "run.json")["params"]
+    params = read_run(project / "models")["params"]
     machine = prepare_machine(TrainConfig.model_validate(params["train"]))
     text = open_tokens(tokens, "train")
     rows = torch.from_numpy(text.read(0, len(text)).astype("int64")).to(machine.device)
@@ -118,8 +121,8 @@ def _judge(store: Store, project: Path, config: RegistryConfig, version: "ModelV
 
 def _flaw(project: Path, gate: float) -> str | None:
     """Why the model may not be champion whoever else is, None where it may."""
-    loss = read_json(project / "reports" / "metrics.json")["corpus_loss"]
-    results = read_json(project / "models" / "run.json")["results"]
+    run = read_run(project / "models")
+    loss, results = read_metrics(project / "reports", run)["corpus_loss"], run["results"]
     target = results["target_loss"]
     if target > gate:
         return f"target {target:g} is above the gate {gate:g}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import InputError, ModelMissing
 from pipeline.files import fsync, read_json
 from pipeline.journal import STEPS, TIMES
+from pipeline.results import read_run
 from pipeline.store import Store, git_facts, naming_dead_store, open_store
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def ensure_run(store: Store, project: Path) -> "Run":
 
     A run that the store lacks is rebuilt from the journal and tagged so. Repeating changes nothing.
     """
-    identity = read_json(project / "models" / "run.json")
+    identity = read_run(project / "models")
     if not (rows := JournalTail(project / "models").read()):
         raise InputError(f"{project / 'models' / STEPS} holds no steps: run `dvc repro train`")
     last = rows[-1]
@@ -148,7 +149,7 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
             "link": f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
             "git_commit": run.data.tags.get("git_commit", "unknown"),
             "steps": max(shipped(store, run.info.run_id), default=0),
-            "figures": {key: value for key, value in run.data.metrics.items() if not key.startswith("system/")},
+            **{key: run.data.metrics[key] for key in ("loss", "corpus_loss", "tokens") if key in run.data.metrics},
         }
 
 

@@ -1,6 +1,7 @@
 """stage: what every stage script and command shares -> one-line errors, exit codes, an end together with DVC."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -22,6 +23,11 @@ def exit_code_of(main: Callable[[], None]) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {(error.strerror or str(error)).lower()}: mend it and repeat", file=sys.stderr)
+        return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     except MemoryError:
         print("error: out of memory: close other programs or choose a smaller recipe", file=sys.stderr)
         return 5

@@ -51,7 +51,7 @@ class RecordConfig(Section):
     checkpoint_steps: int = Field(ge=0)  # 0: by time alone
     checkpoint_s: float = Field(gt=0)
     sample_steps: int = Field(ge=0)  # 0: at the end alone
-    sample_tokens: int = Field(ge=1)
+    sample_tokens: int = Field(ge=1, le=10_000)
     sample_prompts: list[str]
 
 
@@ -191,6 +191,10 @@ class TrackedRun:
     def follow(self, stop: StopSignals) -> None:
         """Consume the loop: look, record, sample, save, until the target is met or the budget is spent."""
         config, step = self.config, self.state.step
+        if step:
+            print(f"going on after step {step} of {self.max_steps}, from {self.folder}")
+            with (self.folder / RESUMES).open("a") as resumes:
+                resumes.write(f"{step}\n")
         batches = steps_of(step + 1, self.text.train, config.windows, config.train.seed)
         progress = Progress(step, self.max_steps, config.target.loss)
         for record in train_steps(self.state, batches, self.max_steps, config.optim, self.machine):
@@ -254,9 +258,6 @@ class TrackedRun:
         if len(self.journal.steps) < self.state.step:
             raise IntegrityError(f"{self.folder / STEPS} has {len(self.journal.steps)} rows, the checkpoint is of step "
                                  f"{self.state.step}: `python -m pipeline clean {self.folder.name}`")  # fmt: skip
-        print(f"going on after step {self.state.step} of {self.max_steps}, from {self.folder}")
-        with (self.folder / RESUMES).open("a") as resumes:
-            resumes.write(f"{self.state.step}\n")
 
     def _look(self, record: StepRecord) -> StepRow:
         """Add the record's row to the run's; measure the text's loss where it is worth a pass, or the last chance."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -34,10 +34,10 @@ class TrainConfig(Section):
 
     section_name: ClassVar[str] = "train"
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    threads: Literal["auto"] | int = Field(union_mode="left_to_right")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(union_mode="left_to_right")
     deterministic: bool
     compile: Literal["auto"] | bool
     gradient_checkpointing: bool

@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.errors import IntegrityError
 from pipeline.files import MANIFEST, read_json, sha256_file, verify_manifest
+from pipeline.results import read_run
 from pipeline.store import Store, store_errors
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def version_tags(project: Path, run: "Run", n_tokens: int) -> dict[str, str]:
     }
     tags |= {"run_id": run.info.run_id, "train_tokens": str(n_tokens)}
     tags |= {"model_sha256": sha256_file(project / "models" / "model" / MANIFEST)}
-    results = read_json(project / "models" / "run.json")["results"]
+    results = read_run(project / "models")["results"]
     metrics = project / "reports" / "metrics.json"
     loss = read_json(metrics).get("corpus_loss") if metrics.is_file() else None
     tags |= {"target_loss": str(results["target_loss"])} | ({} if loss is None else {"corpus_loss": str(loss)})

@@ -1,1 +1,7 @@
-"""One thin script for each DVC stage, run as `python -m stages.NAME`."""
+"""One thin script for each DVC stage, run as `python -m stages.NAME` from the project's folder."""
+
+import os
+import sys
+
+if os.path.basename(sys.path[0]) == "stages" and os.getcwd() == sys.path[0]:  # tokenize.py would hide Python's own
+    sys.exit("error: this is the folder stages/: run `python -m stages.NAME` from the project's folder, above it")

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from pipeline.config import load_params
 from pipeline.evaluate import EvaluateConfig, evaluate_model
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
+from pipeline.results import read_run
 from pipeline.stage import run_stage
 
 
 def main() -> None:
     config = load_params().section(EvaluateConfig)
-    run = read_json(Path("models/run.json"))
+    run = read_run(Path("models"))
     metrics, by_position = evaluate_model(Path("models/model"), Path("data/tokens"), run, config)
     write_json(Path("reports/metrics.json"), metrics)
     write_json(Path("reports/position_loss.json"), by_position)

@@ -102,7 +102,8 @@ def trained_project(folder: Path, corpus_loss: float = 0.09, n_tokens: int = 64,
     identity = {**an_identity(), "data_sha256": data_sha256(tokens)}
     results["to_target"] = {"batch": None, "average": None, "corpus": reached, "validation": None}
     write_json(folder / "models" / "run.json", {**identity, "n_params": 7, "results": results})
-    write_json(folder / "reports" / "metrics.json", {"corpus_loss": corpus_loss, "to_target": results["to_target"]})
+    metrics = {"fingerprint": identity["fingerprint"], "corpus_loss": corpus_loss, "to_target": results["to_target"]}
+    write_json(folder / "reports" / "metrics.json", metrics)
     write_json(folder / "reports" / "timing.json", {"tokens_per_s": 16.0, "mfu": "unknown"})
     (folder / "reports" / "figures").mkdir()
     (folder / "reports" / "figures" / "loss.png").write_bytes(b"a picture")

@@ -62,7 +62,7 @@ def test_a_top_level_key_that_nothing_reads_is_named():
     assert Params({"fruits": {}}).unknown_sections(FruitConfig) == ["fruits: unknown section (did you mean fruit?)"]
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words", "a: 1\nb: 2\na: 3\n", b"\xff\xfe\x00"])
 def test_a_file_that_is_no_mapping_is_refused_in_a_line(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -43,9 +43,16 @@ def write_run(folder: Path, steps: int, met: dict[str, int], clip: float | None 
     }
     timing = {"tokens_per_s": STEP_TOKENS / step_s, "mfu": "unknown", "train_s": 10.0, "peak_memory_bytes": 2**30}
     for name, value in {
-        "models/run.json": {"n_params": 30_044_544, "params": params, "results": results},
+        "models/run.json": {
+            "n_params": 30_044_544,
+            "params": params,
+            "results": results,
+            "fingerprint": "f",
+            "data_sha256": "d",
+            "environment": {},
+        },
         "reports/timing.json": timing,
-        "reports/metrics.json": {},
+        "reports/metrics.json": {"fingerprint": "f"},
         "reports/position_loss.json": [1 / position for position in range(1, 65)],
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)

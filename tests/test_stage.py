@@ -23,6 +23,7 @@ from pipeline.errors import (
     OutOfSpaceError,
     RunLocked,
 )
+from pipeline.files import locked
 from pipeline.interrupt import StopSignals
 from pipeline.stage import exit_code_of
 from pipeline.tracked_run import RUN_SECTIONS, RunConfig
@@ -136,6 +137,11 @@ def test_any_single_change_to_a_value_is_accepted_or_refused_in_words(data):  # 
         ({"model.n_embd": 385}, "n_embd 385 is not divisible by n_head 6"),
         ({"windows.length": 512}, "windows.length 512 is longer than model.block_size 256"),
         ({"optim.warmup": 1000}, "take 1000 steps, the run has 165"),
+        ({"windows.accumulate": 10**9}, "is less than one step of"),
+        ({"train.threads": 100_000}, "less than or equal to 1024"),
+        ({"train.threads": 0}, "greater than or equal to 1"),
+        ({"train.seed": 10**22}, "train.seed"),
+        ({"model.n_layer": 10**8}, "less than or equal to 1000"),
         ({"optim.lr": 0}, "optim.lr: input should be greater than 0, got 0"),
         (
             {"windows.order": "sorted"},
@@ -187,6 +193,34 @@ def test_clean_removes_checkpoints_and_nothing_else(folder):
     assert (folder / "models").is_dir()
     code, _, said = command("pipeline", "clean", "cccc", cwd=folder)
     assert (code, said.count("\n")) == (2, 1)
+
+
+def test_clean_of_all_counts_runs_and_leaves_one_that_trains(folder):
+    for name in ("aaaa", "bbbb"):
+        (folder / "checkpoints" / name / "step-1").mkdir(parents=True)
+        (folder / "checkpoints" / name / "step-1" / "x").write_text("x")
+    with locked(folder / "checkpoints" / "aaaa.lock"):
+        code, _, said = command("pipeline", "clean", cwd=folder)
+    assert code == 6
+    assert "aaaa" in said
+    assert (folder / "checkpoints" / "aaaa" / "step-1" / "x").exists()
+    code, said, _ = command("pipeline", "clean", cwd=folder)
+    assert (code, said) == (0, "removed 2 run folders, 0 MB freed\n")
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_a_stage_started_in_the_wrong_folder_says_where_to_run():
+    code, _, said = command("stages.evaluate", cwd=ROOT / "stages")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "from the project's folder" in said
+
+
+def test_a_file_that_cannot_be_written_is_named_in_a_line(tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    assert exit_code_of(lambda: (tmp_path / "there").write_text("x")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'there'}: is a directory")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["recipe", "lapto"], ["run"]])
