@@ -39,7 +39,7 @@ class Recorder:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for training alone
+            process_group=0,  # Ctrl-C is for training alone; in a session of its own a low priority counts for nothing
             text=True,
         )
         if hasattr(os, "setpriority"):
