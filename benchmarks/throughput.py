@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import load_params
+from pipeline.machine import Machine, TrainConfig, prepare_machine
 from pipeline.model import GPT, ModelConfig
 from pipeline.optim import OptimConfig
 from pipeline.timing import flops_per_token
-from pipeline.train import Machine, TrainConfig, fresh_state, prepare_machine, train_steps
+from pipeline.train import fresh_state, train_steps
 from pipeline.vocab import Vocabulary
 from pipeline.windows import Batch
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from pipeline.config import load_params
 from pipeline.fingerprint import identify
 from pipeline.journal import Journal, StepRow, TimeRow
+from pipeline.machine import prepare_machine
+from pipeline.run_config import RunConfig
 from pipeline.store import open_store
-from pipeline.tracked_run import RunConfig, Text
+from pipeline.text import Text
 from pipeline.tracking import Recorder
-from pipeline.train import fresh_state, prepare_machine, train_steps
+from pipeline.train import fresh_state, train_steps
 from pipeline.windows import steps_of
 
 

@@ -13,10 +13,10 @@ from pipeline.recipes import apply_recipe, as_set, list_recipes
 from pipeline.recorder import RECORDER_LOCK
 from pipeline.registry import RegistryConfig
 from pipeline.results import read_run
+from pipeline.run_config import RUN_SECTIONS, RunConfig
 from pipeline.runs import describe_run
 from pipeline.stage import run_stage
 from pipeline.store import project_root
-from pipeline.tracked_run import RUN_SECTIONS, RunConfig
 
 SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig)
 

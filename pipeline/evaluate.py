@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.checkpoint import load_model
 from pipeline.config import Section
 from pipeline.errors import InputError
-from pipeline.model import GPT, autocast_in
+from pipeline.machine import autocast_in
+from pipeline.model import GPT
 from pipeline.tokens import Tokens, data_sha256, open_tokens
 from pipeline.windows import IGNORED, gather, n_windows
 

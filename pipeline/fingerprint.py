@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config import Section
 from pipeline.files import sha256_file, sha256_json
-from pipeline.train import Machine
+from pipeline.machine import Machine
 
 PACKAGES = ("pipeline", "stages")
 

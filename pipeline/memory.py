@@ -8,23 +8,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.cross_entropy import CHUNK_LOGITS
 from pipeline.errors import OutOfSpaceError
-from pipeline.model import GPT, ModelConfig
-from pipeline.optim import OptimConfig
-from pipeline.train import Machine, TrainConfig
+from pipeline.machine import Machine
+from pipeline.model import GPT
+from pipeline.run_config import RunConfig
 from pipeline.vocab import Vocabulary
 from pipeline.windows import WindowsConfig
 
 
-def check_fits(
-    shape: ModelConfig,
-    vocabulary: Vocabulary,
-    windows: WindowsConfig,
-    optim: OptimConfig,
-    train: TrainConfig,
-    machine: Machine,
-) -> None:
+def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> None:
     """Raise OutOfSpaceError where a step needs more memory than is free."""
-    needed = step_bytes(shape, vocabulary, windows, optim, train, machine)
+    needed, windows = step_bytes(config, vocabulary, machine), config.windows
     if needed > (free := free_bytes(machine)):
         raise OutOfSpaceError(
             f"windows.batch {windows.batch} of windows.length {windows.length} needs {needed / 1e9:,.1f} GB of memory, "
@@ -33,25 +26,18 @@ def check_fits(
         )
 
 
-def step_bytes(
-    shape: ModelConfig,
-    vocabulary: Vocabulary,
-    windows: WindowsConfig,
-    optim: OptimConfig,
-    train: TrainConfig,
-    machine: Machine,
-) -> int:
+def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
     """Bytes while a step is taken: weights, gradients, optimiser state, activations, and the logits at work."""
     with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
-        model = GPT(shape, vocabulary)
-        activations = _kept_bytes(model, windows, machine)
-        if train.gradient_checkpointing:
+        model = GPT(config.model, vocabulary)
+        activations = _kept_bytes(model, config.windows, machine)
+        if config.train.gradient_checkpointing:
             model.gradient_checkpointing = True
-            activations = activations // shape.n_layer + _kept_bytes(model, windows, machine)
+            activations = activations // config.model.n_layer + _kept_bytes(model, config.windows, machine)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    by_muon = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2 and optim.kind == "muon")
-    n_logits = min(CHUNK_LOGITS, windows.batch * windows.length * vocabulary.n_rows)
-    state = 2 * weights - by_muon  # two moments, or Muon's one
+    matrices = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2)
+    n_logits = min(CHUNK_LOGITS, config.windows.batch * config.windows.length * vocabulary.n_rows)
+    state = 2 * weights - (matrices if config.optim.kind == "muon" else 0)  # two moments, or Muon's one
     return 2 * weights + state + activations + 10 * n_logits  # fp32, its softmax, and that in 16 bits
 
 

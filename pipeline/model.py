@@ -5,8 +5,7 @@ is left of it after folding, see vocab). Source: Radford et al. 2019, and the pu
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,6 @@ from pipeline.vocab import Vocabulary
 from pipeline.windows import IGNORED
 
 SHORT = 512  # positions; the scores of attention grow with their square
-
-
-def autocast_in(device: str, precision: str) -> AbstractContextManager[Any]:
-    """Have matrix products done in `precision`, fp32, bf16 or fp16, wherever the result is entered."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 class ModelConfig(Section):

@@ -92,7 +92,7 @@ def model_loss(project: Path, tokens: Path) -> float:
 
     from pipeline.checkpoint import load_model
     from pipeline.evaluate import corpus_loss
-    from pipeline.train import TrainConfig, prepare_machine
+    from pipeline.machine import TrainConfig, prepare_machine
 
     params = read_run(project / "models")["params"]
     machine = prepare_machine(TrainConfig.model_validate(params["train"]))

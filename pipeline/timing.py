@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.journal import StepRow, TimeRow
+from pipeline.machine import Machine
 from pipeline.model import ModelConfig
-from pipeline.train import Machine
 
 # Dense peaks in FLOP/s of the tensor cores, from NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {

@@ -6,126 +6,36 @@ steps until the target rule is met or the budget is spent, and leaves the model 
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import torch
-from pydantic import Field
-from torch import Tensor
 
 from pipeline.checkpoint import is_intact, keep_newest, load_checkpoint, newest_valid, save_checkpoint, save_model
-from pipeline.config import Params, Section
-from pipeline.errors import InputError, IntegrityError
+from pipeline.config import Params
+from pipeline.errors import IntegrityError
 from pipeline.evaluate import corpus_loss
 from pipeline.files import locked, read_json, write_json, write_text
 from pipeline.fingerprint import Identity, differences, identify
 from pipeline.generate import generate
 from pipeline.interrupt import StopSignals
 from pipeline.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
+from pipeline.machine import Machine, prepare_machine
 from pipeline.memory import check_fits
-from pipeline.model import ModelConfig
-from pipeline.optim import OptimConfig
 from pipeline.progress import Progress
 from pipeline.recorder import RECORDER_LOCK
+from pipeline.run_config import RunConfig
 from pipeline.store import project_root
-from pipeline.target import RULES, TargetConfig, check_is_worth_it, first_met, is_met
+from pipeline.target import RULES, check_is_worth_it, first_met, is_met
+from pipeline.text import Text
 from pipeline.timing import flops_per_token, time_report, utilisation
-from pipeline.tokenizer import Tokenizer, load_tokenizer
-from pipeline.tokens import data_sha256, open_tokens
 from pipeline.tracking import Recorder
-from pipeline.train import Machine, StepRecord, TrainConfig, TrainState, fresh_state, prepare_machine, train_steps
-from pipeline.vocab import Vocabulary
-from pipeline.windows import WindowsConfig, steps_of, steps_per_pass
+from pipeline.train import StepRecord, TrainState, fresh_state, train_steps
+from pipeline.windows import steps_of, steps_per_pass
 
 IDENTITY = "identity.json"
 RESUMES = "resumes"  # a line with the step for each time that the run went on
-
-
-class RecordConfig(Section):
-    """How often to save and to sample; decides no number, so that it is no part of the fingerprint."""
-
-    section_name: ClassVar[str] = "record"
-
-    checkpoint_steps: int = Field(ge=0)  # 0: by time alone
-    checkpoint_s: float = Field(gt=0)
-    sample_steps: int = Field(ge=0)  # 0: at the end alone
-    sample_tokens: int = Field(ge=1, le=10_000)
-    sample_prompts: list[str]
-
-
-RUN_SECTIONS: tuple[type[Section], ...] = (
-    ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, RecordConfig,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """All sections that a run reads."""
-
-    model: ModelConfig
-    windows: WindowsConfig
-    optim: OptimConfig
-    train: TrainConfig
-    target: TargetConfig
-    record: RecordConfig
-
-    @classmethod
-    def of(cls, params: Params) -> "RunConfig":
-        """Check all sections and the agreement between them; raises one InputError with every fault."""
-        params.check(*RUN_SECTIONS)
-        config = cls(*(params.section(kind) for kind in RUN_SECTIONS))  # type: ignore[arg-type]
-        if faults := config.contradictions():
-            raise InputError(f"{params.path}: " + "; ".join(faults))
-        return config
-
-    def contradictions(self) -> list[str]:
-        """What is wrong between sections that are each right."""
-        faults = self.optim.check_length(self.windows)
-        if self.windows.length > self.model.block_size:
-            faults.append(
-                f"windows.length {self.windows.length} is longer than model.block_size {self.model.block_size}"
-            )
-        return faults
-
-    @property
-    def flops(self) -> float:
-        """About what the whole run takes: 6 a parameter and token."""
-        return 6.0 * self.model.n_params * self.optim.max_tokens
-
-    @property
-    def decisive(self) -> tuple[Section, ...]:
-        """The sections that decide a run's numbers."""
-        return self.model, self.windows, self.optim, self.train, self.target
-
-
-@dataclass(frozen=True)
-class Text:
-    """What a run learns, as the model's rows, on its device."""
-
-    train: Tensor  # (N,)
-    validation: Tensor | None  # (M,), None where nothing is held out
-    vocabulary: Vocabulary
-    tokenizer: Tokenizer
-    data_sha256: str
-
-    @classmethod
-    def read(cls, tokens: Path, bpe: Path, config: RunConfig, machine: Machine) -> "Text":
-        """Read and verify what the stage `tokenize` wrote."""
-        train = open_tokens(tokens, "train")
-        train.require(config.windows.length + 1)
-        size = config.model.vocab_size
-        vocabulary = Vocabulary.of(train.counts(), size) if config.model.fold_vocab else Vocabulary.full(size)
-
-        def rows(part: Any) -> Tensor:
-            return vocabulary.fold(torch.from_numpy(part.read(0, len(part)).astype("int64"))).to(machine.device)
-
-        held_out = open_tokens(tokens, "val")
-        validation = rows(held_out) if len(held_out) > 1 else None
-        if config.target.rule == "validation" and validation is None:
-            raise InputError("target.rule is validation, but nothing is held out: set corpus.val_fraction above 0")
-        return cls(rows(train), validation, vocabulary, load_tokenizer(bpe), data_sha256(tokens))
 
 
 def run_tracked(params: Params, data: Path, models: Path, timing: Path) -> None:
@@ -137,7 +47,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path) -> None:
     config = RunConfig.of(params)
     machine = prepare_machine(config.train, config.flops)
     text = Text.read(data / "tokens", data / "bpe", config, machine)
-    check_fits(config.model, text.vocabulary, config.windows, config.optim, config.train, machine)
+    check_fits(config, text.vocabulary, machine)
     identity = identify(text.data_sha256, config.decisive, machine)
     root = project_root()
     folder = root / "checkpoints" / identity["fingerprint"]

@@ -4,67 +4,22 @@ Logging, evaluation, samples, checkpoints, pruning and stopping at the target ha
 iterates; only training is on the loop's clock.
 """
 
-import ctypes
 import math
-import os
-import shutil
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._triton import has_triton
 
-from pipeline.config import Section
-from pipeline.errors import DivergedError, InputError
-from pipeline.model import GPT, ModelConfig, autocast_in
+from pipeline.errors import DivergedError
+from pipeline.machine import Machine, TrainConfig
+from pipeline.model import GPT, ModelConfig
 from pipeline.optim import OptimConfig, build_optimizers, finish_gradients, lr_factor, set_lr
 from pipeline.vocab import Vocabulary
 from pipeline.windows import Batch
-
-
-class TrainConfig(Section):
-    """Where and in what numbers to train."""
-
-    section_name: ClassVar[str] = "train"
-
-    seed: int = Field(ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(union_mode="left_to_right")
-    deterministic: bool
-    compile: Literal["auto"] | bool
-    gradient_checkpointing: bool
-
-
-# A run of so many FLOPs gains more by torch.compile than that costs; measured on two cores, see benchmarks/LOG.md.
-COMPILE_FLOPS = {"cpu": 5e14, "cuda": 3e16}
-
-
-class Machine(NamedTuple):
-    """What a TrainConfig comes to here."""
-
-    device: torch.device
-    precision: Literal["fp32", "bf16", "fp16"]
-    threads: int
-    compiled: bool = False
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Matrix products in the run's precision."""
-        return autocast_in(self.device.type, self.precision)
-
-    def synchronise(self) -> None:
-        """Wait until the device has done what it was asked to."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
 
 
 class StepRecord(NamedTuple):
@@ -139,26 +94,6 @@ class TrainState:
             self.loss_scale, self.good_steps = self.loss_scale * 2, 0
 
 
-def prepare_machine(config: TrainConfig, run_flops: float = 0) -> Machine:
-    """Choose device, precision, threads and whether to compile, and set torch up for them.
-
-    `run_flops`: of the whole run; compiling pays from COMPILE_FLOPS on. Raises InputError for what is not there.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise InputError(f"train.device: this machine has no {name}: choose auto or cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = cores if config.threads == "auto" else config.threads
-    torch.set_num_threads(threads)
-    _keep_freed_memory()
-    if config.deterministic and name == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    compiled = _compiled(config.compile, name, run_flops)
-    return Machine(torch.device(name), _precision(config.precision, name), threads, compiled)
-
-
 def fresh_state(
     shape: ModelConfig, vocabulary: Vocabulary, optim: OptimConfig, train: TrainConfig, machine: Machine
 ) -> TrainState:
@@ -218,39 +153,3 @@ def _check_finite(step: int, loss: float, grad_norm: float, lr: float) -> None:
                 f"{name} is {value} at step {step}, lr {lr:.3g}: the weights before it are kept; "
                 "try a smaller optim.lr or a longer optim.warmup"
             )
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one: given back, each page would be faulted in every step."""
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
-
-
-def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> bool:
-    """Resolve `auto`, and say so where a compiler is wanted and missing, or where it changes what a user expects."""
-    wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
-    if not wanted:
-        return False
-    there = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
-    if not there:
-        print(f"train.compile: no {'triton' if device == 'cuda' else 'C++ compiler'} here: training goes on without")
-    elif asked == "auto":
-        print("train.compile: the run is long enough for compiling to pay")
-    return there
-
-
-def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
-    """Resolve `auto`, and refuse what the chip lacks."""
-    if device == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # without these instructions bf16 on a CPU is 10 to 100 times slower than fp32
-        bf16 = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    if asked == "auto":
-        return "bf16" if bf16 else "fp16" if device == "cuda" else "fp32"
-    if asked == "bf16" and not bf16:
-        raise InputError(f"train.precision: this {device} has no fast bf16: choose auto or fp32")
-    if asked == "fp16" and device != "cuda":
-        raise InputError(f"train.precision: fp16 is for GPUs, the device is {device}: choose auto")
-    return asked  # type: ignore[return-value]

@@ -10,13 +10,13 @@ import yaml
 
 from pipeline.corpus import fetch_corpus
 from pipeline.fingerprint import sources_reachable_from
-from pipeline.tracked_run import RUN_SECTIONS
+from pipeline.run_config import RUN_SECTIONS
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    "errors config files results corpus tokenizer tokens diagnose windows vocab cross_entropy model optim checkpoint "
-    "generate evaluate train memory journal target timing fingerprint interrupt progress store runs recorder tracking "
-    "serving versions registry tracked_run drawing plots recipes stage __main__"
+    "errors config files results corpus tokenizer tokens diagnose windows vocab cross_entropy machine model optim "
+    "checkpoint generate evaluate train journal target timing fingerprint interrupt progress run_config text memory "
+    "store runs recorder tracking serving versions registry tracked_run drawing plots recipes stage __main__"
 ).split()
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())

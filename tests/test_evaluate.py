@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from pipeline.config import load_params
 from pipeline.evaluate import EvaluateConfig, corpus_loss, position_loss, recall_starts, top1_accuracy, verbatim_recall
 from pipeline.generate import continue_rows
+from pipeline.machine import TrainConfig, prepare_machine
 from pipeline.model import GPT, ModelConfig
 from pipeline.optim import OptimConfig
-from pipeline.train import TrainConfig, fresh_state, prepare_machine, train_steps
+from pipeline.train import fresh_state, train_steps
 from pipeline.vocab import Vocabulary
 from pipeline.windows import WindowsConfig, steps_of
 

@@ -7,8 +7,8 @@ import torch
 
 from pipeline.config import load_params
 from pipeline.fingerprint import differences, identify, sources_reachable_from
-from pipeline.tracked_run import RunConfig
-from pipeline.train import Machine
+from pipeline.machine import Machine
+from pipeline.run_config import RunConfig
 
 MACHINE = Machine(torch.device("cpu"), "fp32", 2)
 

@@ -1,5 +1,7 @@
 """The foretold memory of a step against what a step really keeps, and the refusal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from pipeline import memory
 from pipeline.config import load_params
 from pipeline.errors import OutOfSpaceError
+from pipeline.machine import Machine
 from pipeline.memory import check_fits, step_bytes
 from pipeline.model import GPT, ModelConfig
-from pipeline.optim import OptimConfig
-from pipeline.train import Machine, TrainConfig
+from pipeline.run_config import RunConfig
 from pipeline.vocab import Vocabulary
-from pipeline.windows import WindowsConfig
 
 SHAPE = ModelConfig(n_layer=3, n_head=2, n_embd=64, block_size=32, vocab_size=50257, dropout=0.0, fold_vocab=True)
 VOCABULARY = Vocabulary.of(np.arange(50257) < 500, 50257)
@@ -21,15 +22,15 @@ MACHINE = Machine(torch.device("cpu"), "fp32", 1)
 
 
 def settings(batch=4, kind="adamw", gradient_checkpointing=False):
-    params = load_params()
-    return (
-        SHAPE,
-        VOCABULARY,
-        params.section(WindowsConfig).updated(length=32, batch=batch),
-        params.section(OptimConfig).updated(kind=kind),
-        params.section(TrainConfig).updated(gradient_checkpointing=gradient_checkpointing),
-        MACHINE,
+    whole = RunConfig.of(load_params())
+    config = replace(
+        whole,
+        model=SHAPE,
+        windows=whole.windows.updated(length=32, batch=batch),
+        optim=whole.optim.updated(kind=kind),
+        train=whole.train.updated(gradient_checkpointing=gradient_checkpointing),
     )
+    return config, VOCABULARY, MACHINE
 
 
 def test_what_is_foretold_is_what_a_real_forward_pass_keeps():

@@ -25,8 +25,8 @@ from pipeline.errors import (
 )
 from pipeline.files import locked
 from pipeline.interrupt import StopSignals
+from pipeline.run_config import RUN_SECTIONS, RunConfig
 from pipeline.stage import exit_code_of
-from pipeline.tracked_run import RUN_SECTIONS, RunConfig
 
 ROOT = Path(__file__).parent.parent
 

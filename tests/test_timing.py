@@ -2,9 +2,9 @@
 
 import torch
 
+from pipeline.machine import Machine
 from pipeline.model import ModelConfig
 from pipeline.timing import flops_per_token, time_report, utilisation
-from pipeline.train import Machine
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, dropout=0.0, fold_vocab=False)
 BF16 = Machine(torch.device("cpu"), "bf16", 1)

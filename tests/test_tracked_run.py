@@ -24,9 +24,10 @@ from pipeline.files import locked, sha256_file, sha256_json
 from pipeline.interrupt import StopSignals
 from pipeline.journal import read_steps
 from pipeline.recipes import apply_recipe
+from pipeline.run_config import RunConfig
 from pipeline.stage import exit_code_of
 from pipeline.tokens import write_tokens
-from pipeline.tracked_run import RunConfig, run_tracked
+from pipeline.tracked_run import run_tracked
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parent.parent

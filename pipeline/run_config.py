@@ -1,0 +1,71 @@
+"""run_config: params.yaml -> all that a training run reads of it, checked together."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import Field
+
+from pipeline.config import Params, Section
+from pipeline.errors import InputError
+from pipeline.machine import TrainConfig
+from pipeline.model import ModelConfig
+from pipeline.optim import OptimConfig
+from pipeline.target import TargetConfig
+from pipeline.windows import WindowsConfig
+
+
+class RecordConfig(Section):
+    """How often to save and to sample; decides no number, so that it is no part of the fingerprint."""
+
+    section_name: ClassVar[str] = "record"
+
+    checkpoint_steps: int = Field(ge=0)  # 0: by time alone
+    checkpoint_s: float = Field(gt=0)
+    sample_steps: int = Field(ge=0)  # 0: at the end alone
+    sample_tokens: int = Field(ge=1, le=10_000)
+    sample_prompts: list[str]
+
+
+RUN_SECTIONS: tuple[type[Section], ...] = (
+    ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, RecordConfig,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All sections that a run reads."""
+
+    model: ModelConfig
+    windows: WindowsConfig
+    optim: OptimConfig
+    train: TrainConfig
+    target: TargetConfig
+    record: RecordConfig
+
+    @classmethod
+    def of(cls, params: Params) -> "RunConfig":
+        """Check all sections and the agreement between them; raises one InputError with every fault."""
+        params.check(*RUN_SECTIONS)
+        config = cls(*(params.section(kind) for kind in RUN_SECTIONS))  # type: ignore[arg-type]
+        if faults := config.contradictions():
+            raise InputError(f"{params.path}: " + "; ".join(faults))
+        return config
+
+    def contradictions(self) -> list[str]:
+        """What is wrong between sections that are each right."""
+        faults = self.optim.check_length(self.windows)
+        if self.windows.length > self.model.block_size:
+            faults.append(
+                f"windows.length {self.windows.length} is longer than model.block_size {self.model.block_size}"
+            )
+        return faults
+
+    @property
+    def flops(self) -> float:
+        """About what the whole run takes: 6 a parameter and token."""
+        return 6.0 * self.model.n_params * self.optim.max_tokens
+
+    @property
+    def decisive(self) -> tuple[Section, ...]:
+        """The sections that decide a run's numbers."""
+        return self.model, self.windows, self.optim, self.train, self.target

@@ -1,0 +1,41 @@
+"""Device, precision, threads and compiler: what is there is taken, what is not is refused or told."""
+
+import pytest
+import torch
+
+from pipeline import machine
+from pipeline.config import load_params
+from pipeline.errors import InputError
+from pipeline.machine import TrainConfig, prepare_machine
+
+
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"device": "mps"}, {"precision": "fp16"}])
+def test_what_the_machine_lacks_is_refused_in_a_line(changes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"train\.(device|precision)"):
+        prepare_machine(load_params().section(TrainConfig).updated(**changes))
+
+
+def test_bf16_is_taken_only_where_the_chip_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for has_it, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert prepare_machine(load_params().section(TrainConfig).updated(device="cpu")).precision == precision
+
+
+def test_compiling_is_chosen_by_the_length_of_the_run(capsys):
+    config = load_params().section(TrainConfig).updated(device="cpu")
+    enough = machine.COMPILE_FLOPS["cpu"]
+    assert not prepare_machine(config, enough / 2).compiled
+    assert capsys.readouterr().out == ""
+    assert prepare_machine(config, enough).compiled
+    assert "long enough for compiling to pay" in capsys.readouterr().out
+    assert not prepare_machine(config.updated(compile=False), enough).compiled
+
+
+def test_without_a_compiler_training_goes_on_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert not prepare_machine(load_params().section(TrainConfig).updated(device="cpu", compile=True)).compiled
+    assert "no C++ compiler here: training goes on without" in capsys.readouterr().out
