@@ -86,7 +86,7 @@ def sections_read_by(stage):
 def test_a_stage_is_a_thin_script_that_says_what_it_does(stage):
     assert (ROOT / f"stages/{stage}.py").read_text().count("\n") < 40
     assert STAGES[stage]["desc"]
-    assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+    assert STAGES[stage]["cmd"] == f"exec python -m stages.{stage}"
 
 
 def test_every_section_of_params_belongs_to_a_stage():
