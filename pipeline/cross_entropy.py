@@ -2,6 +2,7 @@
 
 The logits of a step are its largest tensor by far: V numbers a token. Here they are made, turned into their gradient
 and used up chunk by chunk, in the forward pass; all of them together never exist, and the backward pass only scales.
+The softmax, in fp32, goes through a chunk in pieces that a CPU's cache holds.
 """
 
 from typing import Any
@@ -12,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.windows import IGNORED
 
-CHUNK_LOGITS = 2**25  # at a time: 128 MiB of fp32
+CHUNK_LOGITS = 2**25  # in a matrix product: 64 MiB of bf16
+CACHED_LOGITS = 2**20  # in a softmax on a CPU: 4 MiB of fp32
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, last_bias: float, targets: Tensor) -> Tensor:
@@ -37,18 +39,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             read = x * counts  # what each token adds to the weights' gradient: nothing where IGNORED
             total = torch.zeros((), dtype=exact, device=hidden.device)
             d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-            n_chunks = -(-len(x) * len(w) // CHUNK_LOGITS)
-            n_rows = -(-len(x) // n_chunks)
-            for rows in (slice(begin, begin + n_rows) for begin in range(0, len(x), n_rows)):
-                logits = (x[rows] @ w.T).to(exact)  # (n, V)
-                logits[:, -1] += last_bias
-                log_p = logits.log_softmax(dim=-1)
-                total -= (log_p.gather(1, labels[rows]) * counts[rows]).sum()
-                d_logits = log_p.exp_()  # p, less 1 at the label
-                d_logits.scatter_add_(1, labels[rows], d_logits.new_full((1, 1), -1).expand_as(labels[rows]))
-                d_logits = d_logits.to(precision)
-                d_hidden[rows] = (d_logits @ w) * counts[rows]
-                d_weight += d_logits.T @ read[rows]
+            for rows in _spans(len(x), CHUNK_LOGITS // len(w)):
+                logits = x[rows] @ w.T  # (n, V)
+                for part in _spans(len(logits), CACHED_LOGITS // len(w) if device == "cpu" else len(logits)):
+                    log_p = _to_gradient(logits[part], last_bias, labels[rows][part], exact)
+                    total -= (log_p * counts[rows][part]).sum()
+                d_hidden[rows] = (logits @ w) * counts[rows]
+                d_weight += logits.T @ read[rows]
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
@@ -57,3 +54,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * gradients[0], d_weight * gradients[0], None, None
+
+
+def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.dtype) -> Tensor:
+    """Overwrite logits (n, V) with p, less 1 at the labels (n, 1); return the labels' log p, (n, 1), in `exact`."""
+    x = logits.to(exact)
+    x[:, -1] += last_bias
+    at_label, highest = x.gather(1, labels), x.amax(dim=-1, keepdim=True)
+    p = x.softmax(dim=-1)
+    log_p = at_label - highest + p.amax(dim=-1, keepdim=True).log()  # the highest p is 1 over the sum of exponentials
+    logits.copy_(p.scatter_add_(1, labels, p.new_full((1, 1), -1).expand_as(labels)))
+    return log_p
+
+
+def _spans(n: int, longest: int) -> list[slice]:
+    """0 ... n in the fewest spans of equal length, at most `longest` but at least 1; the last may be shorter."""
+    length = -(-n // -(-n // max(1, longest)))
+    return [slice(begin, min(begin + length, n)) for begin in range(0, n, length)]

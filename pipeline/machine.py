@@ -15,8 +15,9 @@ from torch.utils._triton import has_triton
 from pipeline.config import Section
 from pipeline.errors import InputError
 
-# A run of so many FLOPs gains more by torch.compile than that costs; measured on two cores, see benchmarks/LOG.md.
-COMPILE_FLOPS = {"cpu": 5e14, "cuda": 3e16}
+# A run of so many FLOPs gains more by torch.compile than that costs: an estimate, not measured. On a CPU it gains
+# nothing (benchmarks/LOG.md).
+COMPILE_FLOPS = {"cuda": 3e16}
 
 
 class TrainConfig(Section):

@@ -38,7 +38,9 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
     matrices = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2)
     n_logits = min(CHUNK_LOGITS, config.windows.batch * config.windows.length * vocabulary.n_rows)
     state = 2 * weights - (matrices if config.optim.kind == "muon" else 0)  # two moments, or Muon's one
-    return 2 * weights + state + activations + 10 * n_logits  # fp32, its softmax, and that in 16 bits
+    return (
+        2 * weights + state + activations + 10 * n_logits
+    )  # in 16 bits; on a GPU in fp32 too, before and after the softmax
 
 
 def free_bytes(machine: Machine) -> int:

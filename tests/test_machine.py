@@ -25,14 +25,17 @@ def test_bf16_is_taken_only_where_the_chip_has_it(monkeypatch):
         assert prepare_machine(load_params().section(TrainConfig).updated(device="cpu")).precision == precision
 
 
-def test_compiling_is_chosen_by_the_length_of_the_run(capsys):
+@pytest.mark.parametrize(("asked", "share", "compiled"), [("auto", 0.5, False), ("auto", 1, True), (False, 1, False)])
+def test_compiling_on_a_gpu_is_chosen_by_the_length_of_the_run(asked, share, compiled, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    assert machine._compiled(asked, "cuda", share * machine.COMPILE_FLOPS["cuda"]) == compiled
+    assert ("long enough for compiling to pay" in capsys.readouterr().out) == compiled
+
+
+def test_a_cpu_compiles_only_when_told_to():
     config = load_params().section(TrainConfig).updated(device="cpu")
-    enough = machine.COMPILE_FLOPS["cpu"]
-    assert not prepare_machine(config, enough / 2).compiled
-    assert capsys.readouterr().out == ""
-    assert prepare_machine(config, enough).compiled
-    assert "long enough for compiling to pay" in capsys.readouterr().out
-    assert not prepare_machine(config.updated(compile=False), enough).compiled
+    assert not prepare_machine(config, 1e30).compiled
+    assert prepare_machine(config.updated(compile=True)).compiled
 
 
 def test_without_a_compiler_training_goes_on_with_a_line(monkeypatch, capsys):
