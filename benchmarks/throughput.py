@@ -5,9 +5,8 @@
 Every contestant trains the same GPT-2 on the same random tokens, of as many ids as Tiny Shakespeare has, in a process
 of its own that sleeps while the others work; in a round each takes two steps, of which the second counts, since the
 first finds its caches cold. Told are the medians: tokens/s, ms a step, the process's peak memory, and the share of the
-machine's ceiling, which is a large bf16 matrix product measured in the same rounds (fp32 where the chip has no bf16). A
-token's FLOPs are those that a contestant's own head and blocks need (Chowdhery et al. 2022), so that folding earns
-tokens/s, but no share.
+machine's ceiling, a large matrix product in the precision that `train.precision: auto` takes here. A token's FLOPs are
+those that its contestant's head and blocks need (Chowdhery et al. 2022), so that folding earns tokens/s, but no share.
 """
 
 import argparse
@@ -168,8 +167,9 @@ class Player:
     def __init__(self, preset: str, index: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=play, args=(theirs, preset, index))
+        self._process = context.Process(target=play, args=(theirs, preset, index), daemon=True)
         self._process.start()
+        theirs.close()  # so that its death is seen as the pipe's end
         self._pipe.recv()  # built and warmed up, so that the next is built alone
 
     def ask(self, what: str) -> float:
@@ -198,28 +198,32 @@ def play(pipe: Connection, preset: str, index: int) -> None:
     while (asked := pipe.recv()) != "end":
         pipe.send(
             {
-                "step": lambda: [timed(step, machine) for _ in range(2)][1],
+                "step": lambda: [timed(step) for _ in range(2)][1],
                 "ceiling": lambda: ceiling(machine),
                 "memory": peak_bytes,
             }[asked]()
         )
 
 
-def timed(step: Step, machine: Machine) -> float:
-    machine.synchronise()
+def timed(step: Step) -> float:
+    synchronise()
     started = time.perf_counter()
     step()
-    machine.synchronise()
+    synchronise()
     return time.perf_counter() - started
+
+
+def synchronise() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def ceiling(machine: Machine) -> float:
     """FLOP/s of the machine's best large matrix product."""
     size = 8192 if machine.device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=machine.device).to(
-        torch.float32 if machine.precision == "fp32" else torch.bfloat16
-    )
-    return 2 * size**3 / min(timed(lambda: a @ a, machine) for _ in range(5))
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[machine.precision]
+    a = torch.randn(size, size, device=machine.device).to(dtype)
+    return 2 * size**3 / min(timed(lambda: a @ a) for _ in range(5))
 
 
 def peak_bytes() -> int:

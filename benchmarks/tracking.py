@@ -3,7 +3,7 @@
     python -m benchmarks.tracking [--steps 40] [--rounds 5]
 
 Both run the committed recipe on data/ (`dvc repro tokenize` makes it). The bare loop is `train_steps` with nothing
-around it; the tracked one adds the journal's rows and MLflow's thread, on a store of its own. Compared are the median
+around it; the tracked one adds the journal's rows and MLflow's process, on a store of its own. Compared are the median
 time of a step and the wall time of all steps; opening and closing the run are told apart.
 """
 

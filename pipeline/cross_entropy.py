@@ -15,6 +15,7 @@ from pipeline.windows import IGNORED
 
 CHUNK_LOGITS = 2**25  # in a matrix product: 64 MiB of bf16
 CACHED_LOGITS = 2**20  # in a softmax on a CPU: 4 MiB of fp32
+FP16_SCALE = 2.0**4  # keeps small probabilities above zero in fp16, and the sums over a chunk's rows finite
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, last_bias: float, targets: Tensor) -> Tensor:
@@ -32,6 +33,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(precision, torch.float32)
+        ctx.scale = FP16_SCALE if precision == torch.float16 else 1.0
         with torch.autocast(device, enabled=False):
             counts = (targets != IGNORED)[:, None]  # (N, 1)
             labels = targets.clamp(min=0)[:, None]  # (N, 1)
@@ -42,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for rows in _spans(len(x), CHUNK_LOGITS // len(w)):
                 logits = x[rows] @ w.T  # (n, V)
                 for part in _spans(len(logits), CACHED_LOGITS // len(w) if device == "cpu" else len(logits)):
-                    log_p = _to_gradient(logits[part], last_bias, labels[rows][part], exact)
+                    log_p = _to_gradient(logits[part], last_bias, labels[rows][part], exact, ctx.scale)
                     total -= (log_p * counts[rows][part]).sum()
                 d_hidden[rows] = (logits @ w) * counts[rows]
                 d_weight += logits.T @ read[rows]
@@ -53,17 +55,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * gradients[0], d_weight * gradients[0], None, None
+        factor = gradients[0] / ctx.scale
+        return d_hidden * factor, d_weight * factor, None, None
 
 
-def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.dtype) -> Tensor:
-    """Overwrite logits (n, V) with p, less 1 at the labels (n, 1); return the labels' log p, (n, 1), in `exact`."""
+def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.dtype, scale: float) -> Tensor:
+    """Overwrite logits (n, V) with `scale` times (p, less 1 at the labels); return the labels' log p in `exact`.
+
+    labels and their log p: (n, 1).
+    """
     x = logits.to(exact)
     x[:, -1] += last_bias
     at_label, highest = x.gather(1, labels), x.amax(dim=-1, keepdim=True)
     p = x.softmax(dim=-1)
     log_p = at_label - highest + p.amax(dim=-1, keepdim=True).log()  # the highest p is 1 over the sum of exponentials
-    logits.copy_(p.scatter_add_(1, labels, p.new_full((1, 1), -1).expand_as(labels)))
+    p.scatter_add_(1, labels, p.new_full((1, 1), -1).expand_as(labels))
+    logits.copy_(p if scale == 1 else p.mul_(scale))
     return log_p
 
 

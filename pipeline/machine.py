@@ -46,13 +46,6 @@ class Machine(NamedTuple):
         """Matrix products in the run's precision."""
         return autocast_in(self.device.type, self.precision)
 
-    def synchronise(self) -> None:
-        """Wait until the device has done what it was asked to."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
 
 def autocast_in(device: str, precision: str) -> AbstractContextManager[Any]:
     """Have matrix products done in `precision`, fp32, bf16 or fp16, wherever the result is entered."""

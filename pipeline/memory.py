@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.cross_entropy import CHUNK_LOGITS
 from pipeline.errors import OutOfSpaceError
+from pipeline.evaluate import BATCH_TOKENS
 from pipeline.machine import Machine
 from pipeline.model import GPT
 from pipeline.run_config import RunConfig
@@ -27,7 +28,7 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
 
 
 def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
-    """Bytes while a step is taken: weights, gradients, optimiser state, activations, and the logits at work."""
+    """Bytes of weights, gradients and optimiser state, and of what a step or a look at the loss makes beside them."""
     with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
         model = GPT(config.model, vocabulary)
         activations = _kept_bytes(model, config.windows, machine)
@@ -38,9 +39,9 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
     matrices = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2)
     n_logits = min(CHUNK_LOGITS, config.windows.batch * config.windows.length * vocabulary.n_rows)
     state = 2 * weights - (matrices if config.optim.kind == "muon" else 0)  # two moments, or Muon's one
-    return (
-        2 * weights + state + activations + 10 * n_logits
-    )  # in 16 bits; on a GPU in fp32 too, before and after the softmax
+    step = activations + 10 * n_logits  # in 16 bits; on a GPU in fp32 too, before and after the softmax
+    look = 8 * BATCH_TOKENS * vocabulary.n_rows  # at the whole text: logits in fp32, before and after the softmax
+    return 2 * weights + state + max(step, look)
 
 
 def free_bytes(machine: Machine) -> int:
@@ -53,7 +54,8 @@ def free_bytes(machine: Machine) -> int:
 
 
 def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
-    """What the forward pass over a batch keeps for the backward pass; in proportion to its windows but for a part."""
+    """What the forward pass over a batch makes and keeps for the backward pass; but for a part, so much a window."""
+    weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
 
     def keeps(n_windows: int) -> int:
         storages = {}
@@ -67,7 +69,7 @@ def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
         with machine.autocast(), saved_tensors_hooks(note, lambda tensor: tensor):
             loss = model.loss(inputs, inputs, n_windows * windows.length)
         del loss
-        return sum(storage.nbytes() for storage in storages.values())
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
 
     one, two = keeps(1), keeps(2)
     return one + (two - one) * (windows.batch - 1)

@@ -121,7 +121,7 @@ def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = t
         {"params": [p for p in rest if p.ndim == 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_fused(rest))]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
     if matrices:
         kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight and so on, in every block
         alike = [
@@ -136,9 +136,9 @@ def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = t
 
 
 class Muon(Optimizer):
-    """Momentum whose every matrix is replaced by the nearest one with equal singular values (Jordan et al. 2024).
+    """Momentum, with the singular values of its every matrix brought close to 1 (Jordan et al. 2024).
 
-    As torch.optim.Muon, but for its polynomials: the matrices of a group, of one shape, are orthogonalised as a batch,
+    As torch.optim.Muon, but for how `orthogonalise` does that: the matrices of a group, of one shape, are one batch,
     and a fused matrix, such as that of queries, keys and values, is taken apart into the group's `pieces` of rows.
     """
 
@@ -232,10 +232,8 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0) ->
     if unused is not None:
         squares += (U - 1) * unused.square().sum()
     norm = squares.sqrt()
-    if clip is not None and (factor := clip / (norm + 1e-6)) < 1:  # as torch's clip_grad_norm_
-        torch._foreach_mul_(gradients, factor)
+    if clip is not None:
+        factor = (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        if norm.device.type != "cpu" or factor < 1:  # a GPU would have to be waited for
+            torch._foreach_mul_(gradients, factor)
     return norm
-
-
-def _fused(parameters: list[torch.nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)

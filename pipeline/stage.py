@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def exit_code_of(main: Callable[[], None]) -> int:
             raise
         print(f"error: {error.filename}: {(error.strerror or str(error)).lower()}: mend it and repeat", file=sys.stderr)
         return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise  # only torch's own, of a GPU and of a CPU
         print("error: out of memory: close other programs or choose a smaller recipe", file=sys.stderr)
         return 5
     except KeyboardInterrupt:

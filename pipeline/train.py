@@ -30,7 +30,7 @@ class StepRecord(NamedTuple):
     loss: float  # nats per token on this step's windows, before the update
     grad_norm: float  # L2 over all parameters, before clipping
     lr: float  # of AdamW
-    step_s: float  # this step alone
+    step_s: float  # of this step; a GPU may still be at its update, which the next step then waits for
 
 
 @dataclass
@@ -75,7 +75,7 @@ class TrainState:
                 for parameter in group["params"]:
                     prefix = f"{self.names[id(parameter)]}/"
                     optimizer.state[parameter] = {
-                        key.removeprefix(prefix): value if key.endswith("/step") else value.to(parameter.device)
+                        key.removeprefix(prefix): value.to(parameter.device)
                         for key, value in tensors["optimizer"].items()
                         if key.startswith(prefix)
                     }
@@ -97,7 +97,7 @@ class TrainState:
 def fresh_state(
     shape: ModelConfig, vocabulary: Vocabulary, optim: OptimConfig, train: TrainConfig, machine: Machine
 ) -> TrainState:
-    """An untrained model and its optimisers, drawn from the seed. Raises OutOfSpaceError where memory does not do."""
+    """An untrained model and its optimisers, drawn from the seed."""
     torch.manual_seed(train.seed)
     model = GPT(shape, vocabulary, train.gradient_checkpointing, machine.compiled)
     model = model.initialise(train.seed).to(machine.device)
@@ -127,7 +127,6 @@ def train_steps(
             optimizer.step()
         state.scale_after(finite=True)
         state.step, state.tokens = step, state.tokens + sum(batch.n_targets for batch in batches)
-        machine.synchronise()
         yield StepRecord(step, state.tokens, loss, grad_norm, lr, time.perf_counter() - started)
 
 
@@ -143,7 +142,8 @@ def _gradients(state: TrainState, batches: list[Batch], clip: float | None, mach
         (part * state.loss_scale).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
     grad_norm = finish_gradients(state.model, clip, state.loss_scale)
-    return loss.item(), grad_norm.item()
+    loss_now, norm_now = torch.stack([loss, grad_norm]).tolist()  # the one time in a step that a GPU is waited for
+    return loss_now, norm_now
 
 
 def _check_finite(step: int, loss: float, grad_norm: float, lr: float) -> None:

@@ -70,7 +70,9 @@ def steps_of(first_step: int, ids: Tensor, config: WindowsConfig, seed: int) -> 
 def gather(ids: Tensor, starts: list[int], length: int) -> Batch:
     """Cut the windows that begin at `starts` out of `ids`."""
     overhang = max(0, max(starts) + length + 1 - len(ids))
-    start = torch.tensor(starts, device=ids.device)[:, None]  # (B, 1)
+    start = torch.tensor(starts)[:, None]  # (B, 1)
+    if ids.is_cuda:
+        start = start.pin_memory().to(ids.device, non_blocking=True)  # without waiting for the step before
     positions = start + torch.arange(length + 1, device=ids.device)  # (B, T + 1)
     windows = ids[positions.clamp(max=len(ids) - 1)].long()  # (B, T + 1)
     inputs, targets = windows[:, :-1], windows[:, 1:]  # (B, T) each

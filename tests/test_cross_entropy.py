@@ -35,9 +35,11 @@ def gradients(function, hidden, weight, last_bias, targets):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, N - 1, N, 1000])
+@pytest.mark.parametrize("cached_rows", [2, 1000])
 @pytest.mark.parametrize("last_bias", [0.0, math.log(38_551)])
-def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, chunk_rows, last_bias):
+def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, chunk_rows, cached_rows, last_bias):
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk_rows * V)
+    monkeypatch.setattr(cross_entropy, "CACHED_LOGITS", cached_rows * V)
     hidden, weight, targets = inputs(torch.float32)
     ours = gradients(cross_entropy_sum, hidden, weight, last_bias, targets)
     reference = gradients(plain, hidden, weight, last_bias, targets)
@@ -50,14 +52,25 @@ def test_the_gradients_are_those_of_the_loss_in_float64():
     torch.autograd.gradcheck(lambda h, w: cross_entropy_sum(h, w, 2.0, targets), (hidden, weight))
 
 
-def test_bf16_loses_no_more_than_autocasts_own_path():
+@pytest.mark.parametrize("chunk_rows", [5, N])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_16_bits_lose_no_more_than_autocasts_own_path(monkeypatch, precision, chunk_rows):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk_rows * V)
     hidden, weight, targets = inputs(torch.float32)
     exact = gradients(plain, hidden, weight, 0.0, targets)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", precision):
         ours, reference = (gradients(f, hidden, weight, 0.0, targets) for f in (cross_entropy_sum, plain))
     for mine, theirs, true in zip(ours, reference, exact, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - true).norm() <= 1.1 * (theirs - true).norm()
+
+
+def test_small_probabilities_stay_above_zero_in_fp16():
+    weight = torch.tensor([[0.0], [-18.0]])  # the second id's p is 1.5e-8, a quarter of fp16's smallest number
+    hidden, targets = torch.ones(1, 1, requires_grad=True), torch.tensor([0])
+    with torch.autocast("cpu", torch.float16):
+        (gradient,) = torch.autograd.grad(cross_entropy_sum(hidden, weight, 0.0, targets), hidden)
+    assert gradient.item() == pytest.approx(-18 * math.exp(-18), rel=0.2)
 
 
 def test_it_never_holds_all_logits(monkeypatch):

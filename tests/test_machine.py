@@ -23,6 +23,8 @@ def test_bf16_is_taken_only_where_the_chip_has_it(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert prepare_machine(load_params().section(TrainConfig).updated(device="cpu")).precision == precision
+    with pytest.raises(InputError, match=r"train\.precision: this cpu has no fast bf16"):
+        prepare_machine(load_params().section(TrainConfig).updated(device="cpu", precision="bf16"))
 
 
 @pytest.mark.parametrize(("asked", "share", "compiled"), [("auto", 0.5, False), ("auto", 1, True), (False, 1, False)])
@@ -32,7 +34,8 @@ def test_compiling_on_a_gpu_is_chosen_by_the_length_of_the_run(asked, share, com
     assert ("long enough for compiling to pay" in capsys.readouterr().out) == compiled
 
 
-def test_a_cpu_compiles_only_when_told_to():
+def test_a_cpu_compiles_only_when_told_to(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
     config = load_params().section(TrainConfig).updated(device="cpu")
     assert not prepare_machine(config, 1e30).compiled
     assert prepare_machine(config.updated(compile=True)).compiled

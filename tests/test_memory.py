@@ -33,17 +33,19 @@ def settings(batch=4, kind="adamw", gradient_checkpointing=False):
     return config, VOCABULARY, MACHINE
 
 
-def test_what_is_foretold_is_what_a_real_forward_pass_keeps():
+def test_what_is_foretold_is_what_a_real_forward_pass_keeps(monkeypatch):
     model, ids = GPT(SHAPE, VOCABULARY).initialise(1), torch.zeros(4, 32, dtype=torch.int64)
     storages = {}
     with saved_tensors_hooks(
         lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
     ):
         loss = model.loss(ids, ids, 128)
-    kept = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = sum(tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in own)
     assert loss.requires_grad
     weights = sum(p.numel() * 4 for p in model.parameters())
     logits = 10 * 4 * 32 * VOCABULARY.n_rows
+    monkeypatch.setattr(memory, "BATCH_TOKENS", 1)
     assert step_bytes(*settings()) == pytest.approx(4 * weights + kept + logits, rel=0.01)
 
 
@@ -52,6 +54,13 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputing_and_with_muon(
     assert step_bytes(*settings(batch=128)) > 1.5 * plain
     assert step_bytes(*settings(batch=64, gradient_checkpointing=True)) < plain
     assert step_bytes(*settings(batch=64, kind="muon")) < plain
+
+
+def test_a_look_at_the_whole_text_counts_where_it_needs_more_than_a_step():
+    config, _, machine = settings(batch=1)
+    folded, full = (step_bytes(config, v, machine) for v in (VOCABULARY, Vocabulary.full(50257)))
+    logits, rows = 8 * 8192 * (50257 - VOCABULARY.n_rows), 4 * 4 * 64 * (50257 - VOCABULARY.n_rows)
+    assert full - folded == logits + rows
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatch):  # A14
