@@ -3,10 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: repro test lint format clean-venv
+.PHONY: repro sweep dashboard test lint format clean-venv
 
 repro: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+
+sweep: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pipeline sweep
+
+dashboard: $(INSTALLED)
+	$(BIN)/python -m pipeline sweep dashboard
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -4,6 +4,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import yaml
+
 from pipeline.config import Section, load_params
 from pipeline.corpus import CorpusConfig
 from pipeline.errors import InputError
@@ -15,10 +17,12 @@ from pipeline.registry import RegistryConfig
 from pipeline.results import read_run
 from pipeline.run_config import RUN_SECTIONS, RunConfig
 from pipeline.runs import describe_run
+from pipeline.space import SweepConfig, overridden
 from pipeline.stage import run_stage
 from pipeline.store import project_root
 
-SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig)
+SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")
+SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig, SweepConfig)
 
 
 def recipe(arguments: argparse.Namespace) -> None:
@@ -55,6 +59,25 @@ def check(arguments: argparse.Namespace) -> None:
     print(f"{params.path} is sound")
 
 
+def sweep(arguments: argparse.Namespace) -> None:
+    """Search for the settings that reach the target for the least; status, best and apply look at what was found."""
+    from pipeline import sweep as sweeps  # Optuna takes a second to import
+
+    params = load_params()
+    config = overridden(params, vars(arguments)).section(SweepConfig)
+    match arguments.action:
+        case "run":
+            sweeps.run_sweep(params, config)
+        case "status":
+            sweeps.print_status(config)
+        case "best":
+            sweeps.print_best(config)
+        case "apply":
+            sweeps.apply_best(config)
+        case "dashboard":
+            sweeps.open_dashboard(config)
+
+
 def clean(arguments: argparse.Namespace) -> None:
     """Remove working checkpoints, so that `dvc repro -f train` trains anew; models and MLflow runs stay."""
     checkpoints = project_root() / "checkpoints"
@@ -73,12 +96,18 @@ def clean(arguments: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (recipe, run, check, clean):
+    for command in (recipe, run, check, sweep, clean):
         subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         subparser.set_defaults(command=command)
         if command is recipe:
             subparser.add_argument("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
             subparser.add_argument("--as-set", action="store_true", help="print -S arguments for `dvc exp run`")
+        if command is sweep:
+            subparser.add_argument("action", nargs="?", default="run", choices=SWEEP_ACTIONS)
+            for name, field in SweepConfig.model_fields.items():
+                if name != "applied":
+                    flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
+                    subparser.add_argument(flag, type=yaml.safe_load, default=argparse.SUPPRESS, help=text)
         if command is clean:
             subparser.add_argument("fingerprint", nargs="?", help="of one run; none: all of them")
     return parser.parse_args()

@@ -47,7 +47,7 @@ class Params:
     def unknown_sections(self, *kinds: type[Section]) -> list[str]:
         """Name the top-level keys that no section reads."""
         names = [kind.section_name for kind in kinds]
-        return [f"{key}: unknown section{_nearest(key, names)}" for key in self.values if key not in names]
+        return [f"{key}: unknown section{nearest(key, names)}" for key in self.values if key not in names]
 
     def _checked(self, kinds: list[type[Section]]) -> list[Section]:
         sections, faults = [], []
@@ -91,7 +91,7 @@ def _describe(kind: type[Section], fault: Any, values: dict[str, Any]) -> str:
     """One fault in words: `optim.lr: input should be greater than 0, got -1`."""
     where = ".".join([kind.section_name, *(str(part) for part in fault["loc"])])
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _siblings(kind, fault['loc']))}"
+        return f"{where}: unknown key{nearest(str(fault['loc'][-1]), _siblings(kind, fault['loc']))}"
     if fault["type"] == "missing":
         return f"{where}: missing"
     what = fault["msg"].removeprefix("Value error, ")
@@ -113,6 +113,7 @@ def _siblings(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     return list(kind.model_fields)
 
 
-def _nearest(key: object, names: list[str]) -> str:
+def nearest(key: object, names: list[str]) -> str:
+    """What to add to the complaint about an unknown key: the name that was probably meant, or all there are."""
     close = get_close_matches(str(key), names, n=1)
     return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(names)})"

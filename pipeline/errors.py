@@ -2,7 +2,7 @@
 
 The message reads `<what> <where>: <what to do>`. Exit codes: 0 done, 2 bad input or parameters, 3 data or model fails
 its integrity check, 4 loss or gradient not finite, 5 out of disk or memory, 6 another process holds the run, 7 model or
-registry missing, 130 SIGINT, 143 SIGTERM.
+registry missing, 8 target not reached, 130 SIGINT, 143 SIGTERM.
 """
 
 
@@ -46,6 +46,16 @@ class ModelMissing(PipelineError):  # noqa: N818
     """There is no such model, version or registry."""
 
     exit_code = 7
+
+
+class TargetNotReached(PipelineError):  # noqa: N818
+    """No trial of a study has reached the target."""
+
+    exit_code = 8
+
+
+class Pruned(PipelineError):  # noqa: N818
+    """A trial was stopped, or spent its budget, before it reached the target."""
 
 
 class Interrupted(PipelineError):  # noqa: N818

@@ -6,7 +6,7 @@ machine's side must agree too; that is the identity's `environment`.
 """
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -44,8 +44,8 @@ def identify(data_sha256: str, sections: Iterable[Section], machine: Machine) ->
     )
 
 
-def differences(before: Identity, now: Identity) -> list[str]:
-    """What differs between two runs, one phrase each, such as `optim.lr 0.001 -> 0.002`."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, one phrase each, such as `optim.lr 0.001 -> 0.002`."""
     old, new = _flat(before), _flat(now)
     return [
         f"{key.removeprefix('params.').removeprefix('environment.')} {old.get(key)} -> {new.get(key)}"
@@ -98,6 +98,6 @@ def _environment(machine: Machine) -> dict[str, str | int]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {prefix: value}
     return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".strip(".")).items()}

@@ -63,8 +63,7 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0) -> Machine:
     name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise InputError(f"train.device: this machine has no {name}: choose auto or cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = cores if config.threads == "auto" else config.threads
+    threads = cores() if config.threads == "auto" else config.threads
     torch.set_num_threads(threads)
     _keep_freed_memory()
     if config.deterministic and name == "cuda":
@@ -72,6 +71,11 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0) -> Machine:
         torch.use_deterministic_algorithms(True)
     compiled = _compiled(config.compile, name, run_flops)
     return Machine(torch.device(name), _precision(config.precision, name), threads, compiled)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -59,12 +59,30 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
             raise InputError(f"{recipe_path}: {key}: write the value on one line, a list as [a, b]")
         if repr(new.value) != repr(params[key].value):  # repr tells 1, a step, from 1.0, a share, and from true
             changes.append((key, params[key], new))
-    if not changes:
-        return f"{params_path} is as the recipe {recipe_path.stem} wants it"
+    return _rewrite(params_path, changes) or f"{params_path} is as the recipe {recipe_path.stem} wants it"
+
+
+def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
+    """Write `values`, by dotted key, into params.yaml, atomically; return the changes, one `key: old -> new` a line."""
+    params = _read_leaves(params_path)
+    texts = {
+        key: yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+        for key, value in values.items()
+    }
+    changes = [
+        (key, params[key], Leaf(value, "", texts[key], 0, 0))
+        for key, value in values.items()
+        if repr(value) != repr(params[key].value)
+    ]
+    return _rewrite(params_path, changes) or f"{params_path} has these values"
+
+
+def _rewrite(params_path: Path, changes: list[tuple[str, Leaf, Leaf]]) -> str:
     edited = _read(params_path)
     for _, old, new in sorted(changes, key=lambda change: -change[1].start):  # backwards, so that marks stay valid
         edited = edited[: old.start] + old.rewritten(new.text or "null") + edited[old.end :]
-    write_text(params_path, edited)
+    if changes:
+        write_text(params_path, edited)
     return "\n".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 

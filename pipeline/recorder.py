@@ -1,7 +1,7 @@
 """recorder: the process beside a training, `python -m pipeline.recorder ROOT RUN_FOLDER TICK_S` -> rows in MLflow.
 
-Its standard input gives the run's identity and, at the end, how the training ended: two lines of JSON. Where the second
-one is missing the training was killed.
+Its standard input gives the run's identity and tags and, at the end, how the training ended: two lines of JSON. Where
+the second one is missing the training was killed.
 """
 
 import json
@@ -30,13 +30,13 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
 
     What fails is told once and tried again at the next tick.
     """
-    identity = json.loads(control.readline())
+    start = json.loads(control.readline())
     with locked(run_folder / RECORDER_LOCK, wait=True):  # the one before may still ship what a kill left
         tail, link, warned = JournalTail(run_folder), None, False
         while True:
             stopped = bool(select.select([control], [], [], 0)[0])  # asked first, so that the last look sees all
             try:
-                link = link or Link(root, run_folder, identity)
+                link = link or Link(root, run_folder, **start)
                 link.send(tail)
                 if stopped:
                     link.end(**(json.loads(control.read() or "null") or KILLED))
@@ -53,10 +53,12 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
 class Link:
     """The store and the run in it that belongs to a run folder, made anew or found again."""
 
-    def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str]) -> None:
         self.store, self.run_folder, self.identity = open_store(root), run_folder, identity
         self.run_id = self._recall() or self._create()
         self.store.client.update_run(self.run_id, status="RUNNING")
+        for key, value in tags.items():
+            self.store.client.set_tag(self.run_id, key, value)
         describe_inputs(self.store, self.run_id, identity)
         self.store.client.log_dict(self.run_id, machine_facts(), "environment.json")
         self._shipped = len(shipped(self.store, self.run_id))

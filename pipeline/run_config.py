@@ -7,6 +7,7 @@ from pydantic import Field
 
 from pipeline.config import Params, Section
 from pipeline.errors import InputError
+from pipeline.files import sha256_json
 from pipeline.machine import TrainConfig
 from pipeline.model import ModelConfig
 from pipeline.optim import OptimConfig
@@ -64,6 +65,18 @@ class RunConfig:
     def flops(self) -> float:
         """About what the whole run takes: 6 a parameter and token."""
         return 6.0 * self.model.n_params * self.optim.max_tokens
+
+    @property
+    def digest(self) -> str:
+        """A short name for the settings that decide a run's numbers."""
+        return sha256_json([section.model_dump(mode="json") for section in self.decisive])[:8]
+
+    def origin(self, params: Params) -> dict[str, str]:
+        """Tags of a run whose settings are, unchanged, those that `sweep apply` wrote into `params`; else none."""
+        section = params.values.get("sweep")
+        applied = section.get("applied") if isinstance(section, dict) else None
+        study, trial, digest = str(applied).split("/") if str(applied).count("/") == 2 else ("", "", "")
+        return {"study": study, "trial": trial} if digest == self.digest else {}
 
     @property
     def decisive(self) -> tuple[Section, ...]:

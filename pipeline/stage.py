@@ -1,4 +1,4 @@
-"""stage: what every stage script and command shares -> one-line errors, exit codes, an end together with DVC."""
+"""stage: what every stage script and command shares -> one-line errors, exit codes, an end together with the parent."""
 
 import ctypes
 import errno
@@ -24,14 +24,17 @@ def exit_code_of(main: Callable[[], None]) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # the shell's code for SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {(error.strerror or str(error)).lower()}: mend it and repeat", file=sys.stderr)
         return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-            raise  # only torch's own, of a GPU and of a CPU
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         print("error: out of memory: close other programs or choose a smaller recipe", file=sys.stderr)
         return 5
     except KeyboardInterrupt:
@@ -40,9 +43,20 @@ def exit_code_of(main: Callable[[], None]) -> int:
     return 0
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's own, of a GPU or of a CPU."""
+    return re.search("out of memory|allocate memory", str(error)) is not None
+
+
 def die_with_dvc() -> None:
-    """Have the kernel send SIGTERM to this process when `dvc repro`, its parent, dies (Linux; else nothing happens)."""
-    if "DVC_STAGE" not in os.environ or not sys.platform.startswith("linux"):
+    """End with `dvc repro`, where that is the parent."""
+    if "DVC_STAGE" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies (Linux; elsewhere nothing happens)."""
+    if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>

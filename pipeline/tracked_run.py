@@ -1,11 +1,13 @@
 """tracked_run: one training run, composed -> data, loop, target, samples, checkpoints, journal, MLflow, resume.
 
-The stage `train` and the sweep both call `run_tracked`. It goes on from the newest checkpoint of the same fingerprint,
-steps until the target rule is met or the budget is spent, and leaves the model whose corpus loss was lowest.
+The stage `train` calls `run_tracked`, a trial of the sweep what that is made of: `open_run` and `follow`. A run goes
+on from the newest checkpoint of the same fingerprint, steps until the target rule is met or the budget is spent, and
+leaves the model whose corpus loss was lowest.
 """
 
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +49,35 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path) -> None:
     config = RunConfig.of(params)
     machine = prepare_machine(config.train, config.flops)
     text = Text.read(data / "tokens", data / "bpe", config, machine)
-    check_fits(config, text.vocabulary, machine)
-    identity = identify(text.data_sha256, config.decisive, machine)
     root = project_root()
-    folder = root / "checkpoints" / identity["fingerprint"]
-    with ExitStack() as stack:
-        stack.enter_context(locked(folder.with_suffix(".lock")))
-        claim_folder(folder, identity)
-        stop = stack.enter_context(StopSignals())
-        run = TrackedRun(config, machine, text, folder)
-        stack.callback(run.journal.close)
+    with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints") as run:
         if run.finished:
             print(f"the run is finished, at step {run.state.step}: nothing to train")
         else:
-            with Recorder(root, folder, dict(identity)):
-                run.follow(stop)
-        run.write_results(identity, models, data / "bpe", timing)
+            if run.state.step == 0:
+                tell_what_is_new(run.folder, run.identity)
+            progress = Progress(run.state.step, run.state.tokens, run.max_steps, config.target.loss)
+            with Recorder(root, run.folder, dict(run.identity), config.origin(params)), progress:
+                run.follow(stop, progress.show)
+        run.write_results(models, data / "bpe", timing)
+
+
+@contextmanager
+def open_run(config: RunConfig, machine: Machine, text: Text, home: Path) -> Iterator["TrackedRun"]:
+    """Hold the folder in `home` of the run that these make, and yield the run, as far as it had come.
+
+    Raises OutOfSpaceError where a step would not fit into memory; RunLocked where another process trains the same run.
+    """
+    check_fits(config, text.vocabulary, machine)
+    identity = identify(text.data_sha256, config.decisive, machine)
+    folder = home / identity["fingerprint"]
+    with locked(folder.with_suffix(".lock")):
+        claim_folder(folder, identity)
+        run = TrackedRun(config, machine, text, folder, identity)
+        try:
+            yield run
+        finally:
+            run.journal.close()
 
 
 def claim_folder(folder: Path, identity: Identity) -> None:
@@ -74,20 +89,23 @@ def claim_folder(folder: Path, identity: Identity) -> None:
         with locked(folder / RECORDER_LOCK, wait=True):  # the last attempt may still be sent
             folder.rename(aside)
         print(f"starting anew: {', '.join(changed)}; the checkpoints so far are kept in {aside}")
-    else:
-        others = sorted(folder.parent.glob(f"*/{IDENTITY}"), key=lambda path: path.stat().st_mtime)
-        if others:
-            changed = differences(read_json(others[-1]), identity)
-            print(f"a new run, not the last one's ({others[-1].parent.name}): {', '.join(changed)}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY, identity)
+
+
+def tell_what_is_new(folder: Path, identity: Identity) -> None:
+    """Say how a run differs from the one begun before it."""
+    others = sorted(set(folder.parent.glob(f"*/{IDENTITY}")) - {folder / IDENTITY}, key=lambda p: p.stat().st_mtime)
+    if others:
+        changed = differences(read_json(others[-1]), identity)
+        print(f"a new run, not the last one's ({others[-1].parent.name}): {', '.join(changed)}")
 
 
 class TrackedRun:
     """A run in its folder: state, journal, and what happens between two steps."""
 
-    def __init__(self, config: RunConfig, machine: Machine, text: Text, folder: Path) -> None:
-        self.config, self.machine, self.text, self.folder = config, machine, text, folder
+    def __init__(self, config: RunConfig, machine: Machine, text: Text, folder: Path, identity: Identity) -> None:
+        self.config, self.machine, self.text, self.folder, self.identity = config, machine, text, folder, identity
         self.max_steps = config.optim.max_steps(config.windows)
         self.steps_per_pass = steps_per_pass(len(text.train), config.windows)
         self.state: TrainState = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
@@ -98,26 +116,25 @@ class TrackedRun:
         self._wall_before_s = self.journal.times[-1]["wall_s"] if self.journal.times else 0.0
         self._started = self._saved = time.perf_counter()
 
-    def follow(self, stop: StopSignals) -> None:
-        """Consume the loop: look, record, sample, save, until the target is met or the budget is spent."""
+    def follow(self, stop: StopSignals, after_step: Callable[[StepRow, TimeRow], None]) -> None:
+        """Consume the loop: look, record, sample, save, until the target is met or the budget is spent.
+
+        `after_step` is told of each step, once it is recorded; what it raises ends the run there.
+        """
         config, step = self.config, self.state.step
         if step:
             print(f"going on after step {step} of {self.max_steps}, from {self.folder}")
             with (self.folder / RESUMES).open("a") as resumes:
                 resumes.write(f"{step}\n")
         batches = steps_of(step + 1, self.text.train, config.windows, config.train.seed)
-        progress = Progress(step, self.max_steps, config.target.loss)
         for record in train_steps(self.state, batches, self.max_steps, config.optim, self.machine):
-            previous = self.rows[-1]["tokens"] if self.rows else 0
-            row = self._look(record)
-            self.journal.append(row, self._times(record))
-            progress.show(row, record.tokens - previous, record.step_s, self.finished)
+            self.journal.append(row := self._look(record), self._times(record))
             self._sample_if_due()
             self._save_if_due(row, stop.received is not None)
+            after_step(row, self.journal.times[record.step - 1])
             if self.finished:
                 break
             stop.raise_if_received(f"at step {record.step} of {self.max_steps}, all saved in {self.folder}")
-        progress.close()
 
     @property
     def finished(self) -> bool:
@@ -129,7 +146,7 @@ class TrackedRun:
             self.rows[-target.average_steps :], target.rule, target
         )
 
-    def write_results(self, identity: Identity, models: Path, bpe: Path, timing: Path) -> None:
+    def write_results(self, models: Path, bpe: Path, timing: Path) -> None:
         """Write the model of the best look, the run's record without times, its journal, and, apart, its times."""
         best = best_step(self.rows)
         assert best is not None, "a run ends with a look"
@@ -147,10 +164,10 @@ class TrackedRun:
             "to_target": {rule: self._cost(reached[rule]) for rule in RULES},
         }
         save_model(models / "model", self.state.model, bpe)
-        write_json(models / "run.json", {**identity, "n_params": self.config.model.n_params, "results": results})
+        write_json(models / "run.json", {**self.identity, "n_params": self.config.model.n_params, "results": results})
         write_rows(models / STEPS, self.rows)
         write_rows(models / TIMES, self.journal.times[: len(self.rows)])
-        write_json(timing, self._time_report(identity, reached))
+        write_json(timing, self._time_report(reached))
         self._tell(results)
 
     def _resume(self) -> None:
@@ -230,12 +247,12 @@ class TrackedRun:
     def _cost(self, step: int | None) -> dict[str, int] | None:
         return None if step is None else {"steps": step, "tokens": self.rows[step - 1]["tokens"]}
 
-    def _time_report(self, identity: Identity, reached: dict[str, int | None]) -> dict[str, Any]:
+    def _time_report(self, reached: dict[str, int | None]) -> dict[str, Any]:
         model, length = self.config.model, self.config.windows.length
         times = self.journal.times[: len(self.rows)]
         tokens_per_s = self.rows[-1]["tokens"] / times[-1]["train_s"]
         flops = flops_per_token(model, self.text.vocabulary.n_rows, length)
-        mfu = utilisation(tokens_per_s, flops, self.machine, str(identity["environment"]["device"]))
+        mfu = utilisation(tokens_per_s, flops, self.machine, str(self.identity["environment"]["device"]))
         resumes = self.folder / RESUMES
         return time_report(self.rows, times, reached, mfu, len(resumes.read_text().split()) if resumes.exists() else 0)
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline import recorder
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, Pruned
 from pipeline.store import first_line
 
 LAST_CALL_S = 60.0  # how long the end of training waits for the store
@@ -28,9 +28,11 @@ class Recorder:
     notices, ships the rest and marks the run so.
     """
 
-    def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tick_s: float = 5.0) -> None:
+    def __init__(
+        self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str], tick_s: float = 5.0
+    ) -> None:
         self._arguments = [str(root.absolute()), str(run_folder.absolute()), str(tick_s)]
-        self._identity = identity
+        self._start = {"identity": identity, "tags": tags}
 
     def __enter__(self) -> Self:
         path = os.pathsep.join([str(Path(recorder.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -45,7 +47,7 @@ class Recorder:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # training comes first, from the first import on
         assert self._process.stdin is not None, "a pipe, as asked for"
-        self._process.stdin.write(json.dumps(self._identity) + "\n")
+        self._process.stdin.write(json.dumps(self._start) + "\n")
         self._process.stdin.flush()
         return self
 
@@ -66,5 +68,7 @@ def ending(error: BaseException | None) -> dict[str, str]:
     """How a run ended, in MLflow's word and in ours."""
     if error is None:
         return {"status": "FINISHED", "ended": "done"}
+    if isinstance(error, Pruned):
+        return {"status": "FINISHED", "ended": f"PRUNED: {first_line(error)}"}
     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
     return {"status": "KILLED" if stopped else "FAILED", "ended": f"{type(error).__name__}: {first_line(error)}"}

@@ -64,7 +64,7 @@ def recording(root: Path, folder: Path, identity: dict[str, Any], error: BaseExc
     control, ours = os.pipe()
     with open(control) as reader, open(ours, "w", buffering=1) as writer:
         thread = threading.Thread(target=record, args=(root, folder, 0.05, reader))
-        writer.write(json.dumps(identity) + "\n")
+        writer.write(json.dumps({"identity": identity, "tags": {}}) + "\n")
         thread.start()
         try:
             yield

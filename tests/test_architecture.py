@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors config files results corpus tokenizer tokens diagnose windows vocab cross_entropy machine model optim "
     "checkpoint generate evaluate train journal target timing fingerprint interrupt progress run_config text memory "
-    "store runs recorder tracking serving versions registry tracked_run drawing plots recipes stage __main__"
+    "store runs recorder tracking serving versions registry tracked_run drawing plots recipes stage extrapolation "
+    "space study study_run study_plots worker sweep __main__"
 ).split()
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -49,10 +50,10 @@ def test_a_module_imports_only_modules_above_it(name):
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("mlflow", {"store", "runs", "recorder", "serving", "versions", "registry"}),
-        ("optuna", set()),
+        ("mlflow", {"store", "runs", "recorder", "serving", "versions", "registry", "study_run"}),
+        ("optuna", {"study", "study_plots", "worker", "sweep"}),
         ("gradio", set()),
-        ("matplotlib", {"drawing", "plots"}),
+        ("matplotlib", {"drawing", "plots", "study_plots"}),
         ("transformers", set()),
         ("pickle", set()),
     ],
@@ -92,7 +93,7 @@ def test_a_stage_is_a_thin_script_that_says_what_it_does(stage):
 def test_every_section_of_params_belongs_to_a_stage():
     assert set(PARAMS) == {
         section for stage in STAGES.values() for section in stage.get("params", []) if "." not in section
-    }
+    } | {"sweep"}
 
 
 def test_the_text_is_fetched_again_only_when_its_source_changes():

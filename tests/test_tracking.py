@@ -18,7 +18,7 @@ from fixtures_mlflow import (
     trained_project,
 )
 
-from pipeline.errors import Interrupted, ModelMissing
+from pipeline.errors import Interrupted, ModelMissing, Pruned
 from pipeline.files import read_json, write_json, write_text
 from pipeline.journal import STEPS, TIMES, Journal
 from pipeline.recorder import RUN_ID
@@ -87,6 +87,7 @@ def test_a_run_has_its_rows_samples_parameters_data_and_machine(store: Store, jo
         (None, "FINISHED"),
         (ValueError("no"), "FAILED"),
         (Interrupted("s", 15), "KILLED"),
+        (Pruned("too slow"), "FINISHED"),
         (KeyboardInterrupt(), "KILLED"),
     ],
 )
@@ -97,7 +98,7 @@ def test_how_training_ended_is_how_the_run_ends(error: BaseException | None, sta
 @pytest.mark.fault
 def test_a_run_that_a_signal_stops_is_killed_and_has_all_its_rows(store: Store, journal: Journal, identity: dict):
     def train() -> None:
-        with Recorder(root_of(store), journal.folder, identity):
+        with Recorder(root_of(store), journal.folder, identity, {}):
             append_steps(journal, 0, 3)
             raise Interrupted("at step 3", signal.SIGTERM)
 
@@ -126,7 +127,7 @@ def test_after_a_kill_the_same_run_goes_on_with_each_row_once(store: Store, tmp_
         from pipeline.tracking import Recorder
         root, folder = map(Path, sys.argv[1:])
         journal = Journal(folder)
-        with Recorder(root, folder, read_json(folder / "identity.json"), tick_s=0.05):
+        with Recorder(root, folder, read_json(folder / "identity.json"), {}, tick_s=0.05):
             for step in range(100_000):
                 append_steps(journal, step, step + 1)
                 time.sleep(0.001)
@@ -188,7 +189,7 @@ def test_a_store_that_is_down_costs_one_warning_and_register_ships_the_run(
     with monkeypatch.context() as down:
         down.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
         down.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with Recorder(tmp_path, make_folder(tmp_path / "run"), identity, tick_s=0.05):
+        with Recorder(tmp_path, make_folder(tmp_path / "run"), identity, {}, tick_s=0.05):
             time.sleep(3)  # several ticks
     told = capfd.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in told] == ["warning", "warning"]  # in the run, and at its end
