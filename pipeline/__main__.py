@@ -17,7 +17,7 @@ from pipeline.registry import RegistryConfig
 from pipeline.results import read_run
 from pipeline.run_config import RUN_SECTIONS, RunConfig
 from pipeline.runs import describe_run
-from pipeline.space import SweepConfig, overridden
+from pipeline.space import SweepConfig, check_space, overridden
 from pipeline.stage import run_stage
 from pipeline.store import project_root
 
@@ -52,6 +52,7 @@ def check(arguments: argparse.Namespace) -> None:
     try:
         params.check(*SECTIONS)
         RunConfig.of(params)
+        check_space(params.section(SweepConfig), params)
     except InputError as error:
         faults.append(str(error).removeprefix(f"{params.path}: "))
     if faults:

@@ -29,8 +29,8 @@ from pipeline.run_config import RunConfig
 from pipeline.space import BATCH_KEYS, STEP_TOKENS, SweepConfig, check_space, values_of, with_values
 from pipeline.store import naming_dead_store, open_store, project_root
 from pipeline.study import (
-    absolute_url,
     RETRIES,
+    absolute_url,
     ask_for,
     best_trial,
     find_study,
@@ -47,6 +47,7 @@ from pipeline.study_run import close_study_run, open_study_run
 from pipeline.tokens import data_sha256
 from pipeline.worker import WORKER, Orders
 
+DASHBOARD_PORT = 8080
 LOOK_S = 0.2  # how often the workers are looked after
 
 
@@ -133,10 +134,12 @@ def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
 
 
 def open_dashboard(sweep: SweepConfig) -> None:
-    """Become Optuna's dashboard on the study's database."""
+    """Serve Optuna's dashboard on the study's database, on this machine alone, until interrupted."""
+    from optuna_dashboard import run_server
+
     find_study(sweep, root := project_root())
-    command = [sys.executable, "-m", "optuna_dashboard", absolute_url(sweep.storage, root)]
-    os.execv(sys.executable, command)
+    print(f"study {sweep.study}: http://127.0.0.1:{DASHBOARD_PORT}/dashboard (Ctrl-C ends it)", flush=True)
+    run_server(absolute_url(sweep.storage, root), host="127.0.0.1", port=DASHBOARD_PORT)
 
 
 def _prepare_tokens() -> None:

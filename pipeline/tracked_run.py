@@ -18,16 +18,16 @@ from pipeline.checkpoint import is_intact, keep_newest, load_checkpoint, newest_
 from pipeline.config import Params
 from pipeline.errors import IntegrityError
 from pipeline.evaluate import corpus_loss
-from pipeline.files import locked, read_json, write_json, write_text
-from pipeline.fingerprint import Identity, differences, identify
+from pipeline.files import locked, write_json, write_text
+from pipeline.fingerprint import Identity, identify
 from pipeline.generate import generate
 from pipeline.interrupt import StopSignals
 from pipeline.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
 from pipeline.machine import Machine, prepare_machine
 from pipeline.memory import check_fits
 from pipeline.progress import Progress
-from pipeline.recorder import RECORDER_LOCK
 from pipeline.run_config import RunConfig
+from pipeline.run_folder import claim_folder, tell_what_is_new
 from pipeline.store import project_root
 from pipeline.target import RULES, check_is_worth_it, first_met, is_met
 from pipeline.text import Text
@@ -36,7 +36,6 @@ from pipeline.tracking import Recorder
 from pipeline.train import StepRecord, TrainState, fresh_state, train_steps
 from pipeline.windows import steps_of, steps_per_pass
 
-IDENTITY = "identity.json"
 RESUMES = "resumes"  # a line with the step for each time that the run went on
 
 
@@ -78,27 +77,6 @@ def open_run(config: RunConfig, machine: Machine, text: Text, home: Path) -> Ite
             yield run
         finally:
             run.journal.close()
-
-
-def claim_folder(folder: Path, identity: Identity) -> None:
-    """Make the run's folder, or accept it as it is; one that another set-up began is moved aside, and kept."""
-    if (folder / IDENTITY).is_file():
-        if not (changed := differences(read_json(folder / IDENTITY), identity)):
-            return
-        aside = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
-        with locked(folder / RECORDER_LOCK, wait=True):  # the last attempt may still be sent
-            folder.rename(aside)
-        print(f"starting anew: {', '.join(changed)}; the checkpoints so far are kept in {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / IDENTITY, identity)
-
-
-def tell_what_is_new(folder: Path, identity: Identity) -> None:
-    """Say how a run differs from the one begun before it."""
-    others = sorted(set(folder.parent.glob(f"*/{IDENTITY}")) - {folder / IDENTITY}, key=lambda p: p.stat().st_mtime)
-    if others:
-        changed = differences(read_json(others[-1]), identity)
-        print(f"a new run, not the last one's ({others[-1].parent.name}): {', '.join(changed)}")
 
 
 class TrackedRun:

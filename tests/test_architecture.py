@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors config files results corpus tokenizer tokens diagnose windows vocab cross_entropy machine model optim "
     "checkpoint generate evaluate train journal target timing fingerprint interrupt progress run_config text memory "
-    "store runs recorder tracking serving versions registry tracked_run drawing plots recipes stage extrapolation "
-    "space study study_run study_plots worker sweep __main__"
+    "store runs recorder tracking run_folder serving versions registry tracked_run drawing plots recipes stage "
+    "extrapolation space study study_run study_plots worker sweep __main__"
 ).split()
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
