@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -46,7 +46,7 @@ def open_storage(url: str, root: Path, grace_s: float) -> RDBStorage:
     local = url.startswith("sqlite")
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
     try:
-        with locked(root / "checkpoints" / "storage.lock", wait=True):  # who make one database together break it
+        with locked(root / "checkpoints" / ".storage.lock", wait=True):  # who make one database together break it
             return RDBStorage(
                 absolute_url(url, root),
                 engine_kwargs=options,
@@ -193,7 +193,7 @@ def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
     """Turn the database's errors into an InputError of one line."""
     try:
         yield
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, StorageInternalError) as error:
         raise InputError(f"sweep.storage {sweep.storage} fails ({first_line(error)}): mend it and repeat") from None
 
 

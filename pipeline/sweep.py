@@ -5,7 +5,6 @@ This process founds the study, keeps its workers at work and draws what they fin
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 from optuna.storages import fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -45,7 +45,7 @@ from pipeline.study import (
 from pipeline.study_plots import UNITS, draw_study
 from pipeline.study_run import close_study_run, open_study_run
 from pipeline.tokens import data_sha256
-from pipeline.worker import WORKER, Orders
+from pipeline.worker import WORKER, Orders, worker_name
 
 DASHBOARD_PORT = 8080
 LOOK_S = 0.2  # how often the workers are looked after
@@ -64,6 +64,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     home = root / "checkpoints" / sweep.study
     with locked(home.parent / f"{sweep.study}.lock"), StopSignals() as stop, naming_dead_storage(sweep):
         study = join_study(sweep, question, open_storage(sweep.storage, root, sweep.grace_s))
+        _leave_none_running(study, root)
         own = values_of(config, list(sweep.axes))
         if not study.get_trials(deepcopy=False) and not ask_for(study, sweep, own):
             print("the space does not hold the values of params.yaml: they are not tried")
@@ -78,8 +79,9 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
             for index in range(sweep.workers)
         ]
         print(f"study {sweep.study}: {sweep.workers} workers of {threads} threads", flush=True)
+        if sweep.objective == "train_s" and sweep.workers > 1:
+            print("train_s is what the clock says while the workers share this machine: nothing is corrected")
         _work(study, sweep, orders, stop)
-        fail_stale_trials(study)
         draw_study(study, home / "figures")
         with naming_dead_store(root):
             status = "FINISHED" if stop.received is None else "KILLED"
@@ -167,18 +169,21 @@ def _work(study: Study, sweep: SweepConfig, orders: list[Orders], stop: StopSign
             if process.poll() is None:
                 continue
             del working[index]
-            _leave_none_running(study, process.pid)
+            _leave_none_running(study, Path(orders[index].root))
             if process.returncode and not told:
                 deaths += 1
                 print(f"worker {process.pid} died, exit code {process.returncode}", flush=True)
-                if deaths <= RETRIES * sweep.workers and has_work(study, sweep):
-                    working[index] = _start(orders[index])
+            if not working:
+                fail_stale_trials(study)  # of other machines
+            if not told and deaths <= RETRIES * sweep.workers and has_work(study, sweep):
+                working[index] = _start(orders[index])
 
 
-def _leave_none_running(study: Study, pid: int) -> None:
-    """Have the trial of a worker that is no more taken up again."""
+def _leave_none_running(study: Study, root: Path) -> None:
+    """Have the trials of workers of this project that are no more taken up again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.user_attrs.get(WORKER) == f"{socket.gethostname()}:{pid}":
+        pid = str(trial.user_attrs.get(WORKER, "")).rpartition(":")[2]
+        if trial.user_attrs.get(WORKER) == worker_name(root, pid) and not psutil.pid_exists(int(pid)):
             take_up_again(study, trial.number, RETRIES)
 
 
@@ -236,8 +241,9 @@ def _summary(study: Study) -> str:
 
 
 def _tokens(study: Study) -> int:
-    """What all trials have seen."""
-    return sum(max(trial.intermediate_values, default=0) for trial in study.trials)
+    """What all trials have seen; what one took up again counts once."""
+    again = taken_up_again(study)
+    return sum(max(t.intermediate_values, default=0) for t in study.trials if t.number not in again)
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:

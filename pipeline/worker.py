@@ -47,7 +47,7 @@ from pipeline.tracked_run import TrackedRun, open_run
 from pipeline.tracking import Recorder
 
 RUNGS_PER_PASS = 4
-WORKER = "worker"  # user attribute of a trial: who has it
+WORKER = "worker"  # user attribute of a trial: host, project and process that have it
 
 
 class Orders(NamedTuple):
@@ -87,7 +87,7 @@ class Worker:
 
     def _value(self, trial: Trial) -> float:
         """What the trial spent until it reached the target. Raises TrialPruned where it did not; see the module."""
-        trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
+        trial.set_user_attr(WORKER, worker_name(self.root, os.getpid()))
         try:
             return self._train(trial)
         except Pruned as pruned:
@@ -163,7 +163,7 @@ class Race:
             return
         if at_rung and self.trial.should_prune():
             raise self._pruned("even an optimistic extrapolation ends behind")
-        if self._best is not None and self.spent >= self._best.value:
+        if self.sweep.pruner != "none" and self._best is not None and self.spent >= self._best.value:
             raise self._pruned("it has spent as much as")
 
     @property
@@ -210,6 +210,10 @@ class Race:
         self.trial.set_user_attr("forecast", forecast)
         self.trial.set_constraint("missed", max(1e-6, forecast / measure - 1))
         return Pruned(f"{self._rows[-1]['tokens']:,} tokens, loss {loss:.2f}: {why}")
+
+
+def worker_name(root: Path, pid: int | str) -> str:
+    return f"{socket.gethostname()}:{root}:{pid}"
 
 
 def tell(trial: Trial, what: str) -> None:
