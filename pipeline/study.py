@@ -34,7 +34,7 @@ from pipeline.store import first_line
 COST_OF_TOKEN = "cost_of_token"  # noqa: S105 (user attribute of a trial: its objective's units a token, so far)
 RETRIES = 3  # of a trial whose worker died: what kills each worker that takes it must not go on for ever
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # a worker tells of its trials itself
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 

@@ -66,6 +66,8 @@ def curves_figure(study: Study) -> Figure:
             axes.annotate(f"trial {trial.number}", points[-1], (6, -2), textcoords="offset points", color=RED)
         axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, lw=width)
         axes.plot(*points[-1], "o" if trial.state is TrialState.COMPLETE else "x", color=colour, alpha=alpha, ms=4)
+    if not axes.lines:
+        axes.set_ylim(0.01, 15)
     log_scale(axes)
     target = study.user_attrs["question"]["params"]["target"]["loss"]
     level(axes, target, f"target {target:g}")
