@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import InputError
-from pipeline.extrapolation import Curve, earliest_end
+from pipeline.extrapolation import Curve, forecast
 from pipeline.files import locked
 from pipeline.fingerprint import differences
 from pipeline.run_config import RunConfig
@@ -69,7 +69,7 @@ def join_study(sweep: SweepConfig, question: dict[str, Any], storage: RDBStorage
     """Open the study, or found it. Raises InputError where it was founded to answer another question."""
     study = optuna.create_study(study_name=sweep.study, storage=storage, load_if_exists=True)
     study.sampler = _sampler(sweep, sweep.seed + 1000 * worker + len(study.get_trials(deepcopy=False)))
-    study.pruner = ExtrapolationPruner(sweep.optimism) if sweep.pruner == "extrapolation" else NopPruner()
+    study.pruner = ExtrapolationPruner(sweep.slack) if sweep.pruner == "extrapolation" else NopPruner()
     founded = study.user_attrs.get("question")
     if founded is None:
         study.set_user_attr("question", question)
@@ -136,19 +136,21 @@ def ask_for(study: Study, sweep: SweepConfig, values: dict[str, Any]) -> bool:
 
 
 class ExtrapolationPruner(BasePruner):  # type: ignore[misc]
-    """Prunes what even an optimistic extrapolation sees at the target no sooner than the best trial so far was.
+    """Prunes what is forecast to end behind the best trial so far, by more than the share `slack` of what that spent.
 
-    Before any trial has reached the target there is nothing to compare with, and none is pruned.
+    The slack is the optimism: how much a trial may make up for that falls otherwise than the best did, be it that its
+    rates stay high for longer. benchmarks/LOG.md has what it costs and what it saves. Before any trial has reached the
+    target there is nothing to compare with, and none is pruned.
     """
 
-    def __init__(self, optimism: float) -> None:
-        self.optimism = optimism
+    def __init__(self, slack: float) -> None:
+        self.slack = slack
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         best, curve = best_trial(study), curve_of(trial)
         if best is None or not curve:
             return False
-        return earliest_end(curve, curve_of(best), self.optimism) >= float(best.value)
+        return forecast(curve, curve_of(best)) >= (1 + self.slack) * float(best.value)
 
 
 def curve_of(trial: FrozenTrial) -> Curve:

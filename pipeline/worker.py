@@ -21,7 +21,7 @@ from optuna.trial import Trial
 from pipeline.checkpoint import keep_newest
 from pipeline.config import Params
 from pipeline.errors import Interrupted, PipelineError, Pruned
-from pipeline.extrapolation import earliest_end, straight_end
+from pipeline.extrapolation import forecast, forecast_alone
 from pipeline.interrupt import StopSignals
 from pipeline.journal import StepRow, TimeRow
 from pipeline.machine import Machine, prepare_machine
@@ -162,7 +162,7 @@ class Race:
         if self.reached:
             return
         if at_rung and self.trial.should_prune():
-            raise self._pruned("even an optimistic extrapolation ends behind")
+            raise self._pruned("it would end behind")
         if self.sweep.pruner != "none" and self._best is not None and self.spent >= self._best.value:
             raise self._pruned("it has spent as much as")
 
@@ -203,12 +203,12 @@ class Race:
         self._report()
         point = [(self.spent, loss := self._loss())]
         if self._best is None:
-            forecast, measure = straight_end(point, self._start_loss, self.run.config.target.loss), self.spent
+            end, measure = forecast_alone(point, self._start_loss, self.run.config.target.loss), self.spent
         else:
-            forecast, measure = earliest_end(point, curve_of(self._best), optimism=1), self._best.value
+            end, measure = forecast(point, curve_of(self._best)), self._best.value
             why += f" trial {self._best.number}" if why != "its budget is spent" else ""
-        self.trial.set_user_attr("forecast", forecast)
-        self.trial.set_constraint("missed", max(1e-6, forecast / measure - 1))
+        self.trial.set_user_attr("forecast", end)
+        self.trial.set_constraint("missed", max(1e-6, end / measure - 1))
         return Pruned(f"{self._rows[-1]['tokens']:,} tokens, loss {loss:.2f}: {why}")
 
 
