@@ -36,7 +36,7 @@ SPACE = {"optim": {"lr": {"low": 0.001, "high": 0.1, "log": True}}}
 
 
 def sweep_config(**changes):
-    given = {"study": "s", "space": SPACE, "trials": 4, "sampler": "random", **changes}
+    given = {"study": "s", "space": SPACE, "trials": 4, "sampler": "random", "slack": 0.05, **changes}
     return overridden(load_params(ROOT / "params.yaml"), given).section(SweepConfig)
 
 
