@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +17,7 @@ from pipeline.recorder import RECORDER_LOCK
 from pipeline.registry import RegistryConfig
 from pipeline.results import read_run
 from pipeline.run_config import RUN_SECTIONS, RunConfig
+from pipeline.run_folder import IDENTITY
 from pipeline.runs import describe_run
 from pipeline.space import SweepConfig, check_space, overridden
 from pipeline.stage import run_stage
@@ -63,35 +65,46 @@ def check(arguments: argparse.Namespace) -> None:
 def sweep(arguments: argparse.Namespace) -> None:
     """Search for the settings that reach the target for the least; status, best and apply look at what was found."""
     from pipeline import sweep as sweeps  # Optuna takes a second to import
+    from pipeline.study import naming_dead_storage
 
     params = load_params()
     config = overridden(params, vars(arguments)).section(SweepConfig)
-    match arguments.action:
-        case "run":
-            sweeps.run_sweep(params, config)
-        case "status":
-            sweeps.print_status(config)
-        case "best":
-            sweeps.print_best(config)
-        case "apply":
-            sweeps.apply_best(config)
-        case "dashboard":
-            sweeps.open_dashboard(config)
+    with naming_dead_storage(config):
+        match arguments.action:
+            case "run":
+                sweeps.run_sweep(params, config)
+            case "status":
+                sweeps.print_status(config)
+            case "best":
+                sweeps.print_best(config)
+            case "apply":
+                sweeps.apply_best(config)
+            case "dashboard":
+                sweeps.open_dashboard(config)
 
 
 def clean(arguments: argparse.Namespace) -> None:
-    """Remove working checkpoints, so that `dvc repro -f train` trains anew; models and MLflow runs stay."""
-    checkpoints = project_root() / "checkpoints"
-    doomed = [path for path in sorted(checkpoints.glob(f"{arguments.fingerprint or ''}*")) if path.is_dir()]
-    if arguments.fingerprint and not doomed:
-        raise InputError(f"no checkpoints of {arguments.fingerprint} in {checkpoints}: `ls {checkpoints}` shows them")
-    freed = 0
+    """Remove working checkpoints, so that `dvc repro -f train` trains anew; models, studies and MLflow runs stay."""
+    home, name = project_root() / "checkpoints", arguments.name
+    folders = [path for path in sorted(home.glob("*")) if path.is_dir()]
+    doomed = [path for path in folders if (name in (path.name, path.stem) if name else (path / IDENTITY).is_file())]
+    if name and not doomed:
+        raise InputError(f"no run or study {name} in {home}: `ls {home}` shows them")
     for folder in doomed:
         with locked(folder.with_suffix(".lock")), locked(folder / RECORDER_LOCK, wait=True):
-            freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
         folder.with_suffix(".lock").unlink()
-    print(f"removed {len(doomed)} run folders, {freed / 1e6:,.0f} MB freed")
+        print(f"removed {folder.name}, {size / 1e6:,.0f} MB")
+    if kept := [path.name for path in folders if path not in doomed and not name]:
+        print(f"kept {', '.join(kept)}: a study goes only by its name, `python -m pipeline clean {kept[0]}`")
+
+
+def as_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def parse() -> argparse.Namespace:
@@ -108,9 +121,9 @@ def parse() -> argparse.Namespace:
             for name, field in SweepConfig.model_fields.items():
                 if name != "applied":
                     flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
-                    subparser.add_argument(flag, type=yaml.safe_load, default=argparse.SUPPRESS, help=text)
+                    subparser.add_argument(flag, type=as_yaml, default=argparse.SUPPRESS, help=text)
         if command is clean:
-            subparser.add_argument("fingerprint", nargs="?", help="of one run; none: all of them")
+            subparser.add_argument("name", nargs="?", help="a run's fingerprint, or a study; none: every run, no study")
     return parser.parse_args()
 
 

@@ -6,9 +6,11 @@ windows.accumulate are made.
 """
 
 import json
+import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.config import Params, Section, nearest
 from pipeline.errors import InputError
@@ -46,6 +48,26 @@ class Range(BaseModel):
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
 
 
+def _as_axis(given: Any) -> Any:
+    """A range or a list of choices, with the faults of what is neither in words."""
+    if isinstance(given, dict):
+        try:
+            return Range.model_validate(given)
+        except ValidationError as error:
+            faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
+            words = (" ".join([*map(str, where), what[0].lower() + what[1:]]) for where, what in faults)
+            raise ValueError(", ".join(words)) from None
+    if not isinstance(given, list) or not given:
+        raise ValueError("should be {low: ..., high: ...} or a list of choices")
+    choices = [float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", str(value)) else value for value in given]
+    if twice := [value for i, value in enumerate(choices) if value in choices[:i]]:
+        raise ValueError(f"has {twice[0]} twice")
+    return choices  # YAML's own floats need a point: 1e-2 alone is a word to it
+
+
+Axis = Annotated[Range | list[Any], BeforeValidator(_as_axis)]
+
+
 class SweepConfig(Section):
     """A study: what is searched, for what, how long, and by how many."""
 
@@ -54,7 +76,7 @@ class SweepConfig(Section):
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name; another one begins another study")
     storage: str = Field(pattern=r"^(sqlite|postgresql)", description="SQLAlchemy URL of the study's database")
     objective: Literal["tokens", "steps", "train_s"] = Field(description="tokens, steps or train_s to the target")
-    space: dict[str, dict[str, Range | Annotated[list[Any], Field(min_length=1)]]] = Field(
+    space: dict[str, dict[str, Axis]] = Field(
         min_length=1, description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole"
     )
     forward_tokens: int = Field(ge=1, description="most tokens in a forward pass of windows.step_tokens")
@@ -79,13 +101,18 @@ def overridden(params: Params, given: dict[str, Any]) -> Params:
     """`params` with what was given on the command line in place of the section's own values."""
     own = params.values.get(SweepConfig.section_name)
     changed = {key: value for key, value in given.items() if key in SweepConfig.model_fields}
+    if not changed or not isinstance(own, dict):
+        return params
     return Params(
-        {**params.values, SweepConfig.section_name: {**own, **changed}} if isinstance(own, dict) else params.values
+        {**params.values, SweepConfig.section_name: {**own, **changed}}, Path(f"{params.path} with the command line")
     )
 
 
 def check_space(sweep: SweepConfig, params: Params) -> None:
-    """Raise one InputError that names every key of the space that cannot be searched, and every value not allowed."""
+    """Raise one InputError that names every key of the space that cannot be searched, and every value not allowed.
+
+    Not allowed is also a value that, by itself, contradicts what params.yaml sets elsewhere.
+    """
     sections = {kind.section_name: kind for kind in RUN_SECTIONS if kind.section_name not in NOT_SEARCHED}
     known = [f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields] + [STEP_TOKENS]
     faults = []
@@ -96,8 +123,7 @@ def check_space(sweep: SweepConfig, params: Params) -> None:
             continue
         for value in axis if isinstance(axis, list) else axis.ends:
             try:
-                changed = with_values(params, {key: value}, sweep.forward_tokens)
-                changed.check(sections[key.split(".")[0]])
+                RunConfig.of(with_values(params, {key: value}, sweep.forward_tokens))
             except InputError as error:
                 faults.append(f"sweep.space.{str(error).removeprefix(f'{params.path}: ')}")
     if faults:

@@ -78,14 +78,12 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def naming_dead_store(root: Path) -> Iterator[None]:
+def naming_dead_store(root: Path, cure: str = "then `dvc repro -f -s register`") -> Iterator[None]:
     """Turn the store's errors into a ModelMissing of one line."""
     try:
         yield
     except store_errors() as error:
-        raise ModelMissing(
-            f"MLflow's store {store_uri(root)} fails ({first_line(error)}): mend it, then `dvc repro -f -s register`"
-        ) from error
+        raise ModelMissing(f"MLflow's store {store_uri(root)} fails ({first_line(error)}): mend it, {cure}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,10 +1,11 @@
 """study: the section `sweep` -> an Optuna study: where it is kept, what it asks, which trials go on.
 
 A trial that reaches the target is COMPLETE, and its value is what that cost. One that is stopped, or spends its budget,
-is PRUNED; Optuna's constraint `missed`, the share by which it was forecast to end behind the best, ranks it for TPE
-behind all that did reach it, those that came nearest first: TPE sorts what breaks a constraint by how much it does
-(Optuna's documentation of Trial.set_constraint and TPESampler). So no value is ever invented. A FAIL has its `reason`,
-or was taken up again by a trial of the same settings.
+is PRUNED; Optuna's constraint `missed`, the share by which it was forecast to end behind the best (behind what it spent
+itself, where none had reached the target yet), ranks it for TPE behind all that did reach it, those that came nearest
+first: TPE sorts what breaks a constraint by how much it does (Optuna's documentation of Trial.set_constraint and
+TPESampler). So no value is ever invented. A FAIL has its `reason`, or was taken up again by a trial of the same
+settings. A trial that drew the settings of one that has ended is given what that came to.
 """
 
 import warnings
@@ -21,6 +22,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import InputError
@@ -46,7 +48,7 @@ def open_storage(url: str, root: Path, grace_s: float) -> RDBStorage:
     local = url.startswith("sqlite")
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
     try:
-        with locked(root / "checkpoints" / ".storage.lock", wait=True):  # who make one database together break it
+        with _alone_at(url, root):  # who make one database's tables together break it
             return RDBStorage(
                 absolute_url(url, root),
                 engine_kwargs=options,
@@ -58,6 +60,18 @@ def open_storage(url: str, root: Path, grace_s: float) -> RDBStorage:
         raise InputError("sweep.storage: no driver for PostgreSQL is here: `pip install '.[postgres]'`") from None
     except (SQLAlchemyError, RuntimeError) as error:
         raise InputError(f"sweep.storage {url} does not answer ({first_line(error)}): start or mend it") from None
+
+
+@contextmanager
+def _alone_at(url: str, root: Path) -> Iterator[None]:
+    """Keep others from the database: a file's lock for SQLite, the server's own, for all machines, for PostgreSQL."""
+    if url.startswith("sqlite"):
+        with locked(root / "checkpoints" / ".storage.lock", wait=True):
+            yield
+    else:
+        with create_engine(url, poolclass=NullPool).connect() as connection:  # which takes the lock along as it ends
+            connection.execute(text("SELECT pg_advisory_lock(hashtext('optuna'))"))
+            yield
 
 
 def absolute_url(url: str, root: Path) -> str:
@@ -82,7 +96,10 @@ def join_study(sweep: SweepConfig, question: dict[str, Any], storage: RDBStorage
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:
     """The study as it stands. Raises InputError where there is none."""
+    path = absolute_url(sweep.storage, root).removeprefix("sqlite:///")
     try:
+        if sweep.storage.startswith("sqlite:///") and not Path(path).is_file():
+            raise KeyError(path)  # opening it would make it
         return optuna.load_study(study_name=sweep.study, storage=open_storage(sweep.storage, root, sweep.grace_s))
     except KeyError:
         raise InputError(f"no study {sweep.study} in {sweep.storage}: `python -m pipeline sweep` begins it") from None
@@ -98,7 +115,8 @@ def question_of(sweep: SweepConfig, config: RunConfig, data_sha256: str) -> dict
         for section in config.decisive
     }
     space = sweep.model_dump(mode="json")["space"]
-    return {"objective": sweep.objective, "space": space, "data_sha256": data_sha256, "params": params}
+    question = {"objective": sweep.objective, "space": space, "data_sha256": data_sha256, "params": params}
+    return question | ({"forward_tokens": sweep.forward_tokens} if STEP_TOKENS in sweep.axes else {})
 
 
 def suggest(trial: Trial, sweep: SweepConfig) -> dict[str, Any]:
@@ -163,6 +181,12 @@ def best_trial(study: Study) -> FrozenTrial | None:
     """The trial that reached the target at the lowest cost, the first of equals; None before there is one."""
     reached = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return min(reached, key=lambda trial: (trial.value, trial.number), default=None)
+
+
+def ended_with(values: dict[str, Any], study: Study) -> FrozenTrial | None:
+    """The trial that has ended with the same values; None where there is none."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return next((trial for trial in ended if trial.user_attrs.get("values") == values), None)
 
 
 def is_retry(trial: FrozenTrial) -> bool:

@@ -70,7 +70,7 @@ def curves_figure(study: Study) -> Figure:
         axes.set_ylim(0.01, 15)
     log_scale(axes)
     target = study.user_attrs["question"]["params"]["target"]["loss"]
-    level(axes, target, f"target {target:g}")
+    level(axes, target, f"target {target:g}\n(whole text)")
     axes.set(xlabel="tokens", ylabel="mean loss of the last pass (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     states = [trial.state for trial in study.get_trials(deepcopy=False)]

@@ -36,7 +36,6 @@ from pipeline.study import (
     find_study,
     has_work,
     join_study,
-    naming_dead_storage,
     open_storage,
     question_of,
     take_up_again,
@@ -62,13 +61,13 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     _prepare_tokens()
     question = question_of(sweep, config, data_sha256(root / "data" / "tokens"))
     home = root / "checkpoints" / sweep.study
-    with locked(home.parent / f"{sweep.study}.lock"), StopSignals() as stop, naming_dead_storage(sweep):
+    with locked(home.parent / f"{sweep.study}.lock"), StopSignals() as stop:
         study = join_study(sweep, question, open_storage(sweep.storage, root, sweep.grace_s))
         _leave_none_running(study, root)
         own = values_of(config, list(sweep.axes))
         if not study.get_trials(deepcopy=False) and not ask_for(study, sweep, own):
             print("the space does not hold the values of params.yaml: they are not tried")
-        with naming_dead_store(root):
+        with naming_dead_store(root, "then sweep again"):
             store = open_store(root)
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep.study, sweep.model_dump())
         study.set_user_attr("mlflow_run_id", run_id)
@@ -83,7 +82,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
             print("train_s is what the clock says while the workers share this machine: nothing is corrected")
         _work(study, sweep, orders, stop)
         draw_study(study, home / "figures")
-        with naming_dead_store(root):
+        with naming_dead_store(root, "then sweep again"):
             status = "FINISHED" if stop.received is None else "KILLED"
             close_study_run(store, run_id, status, home / "figures", *_outcome(study))
         print(_summary(study))
@@ -206,10 +205,8 @@ def _require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        raise TargetNotReached(
-            f"no trial of study {study.study_name} has reached the target{why}: "
-            "raise optim.max_tokens, widen the space, or give it more trials"
-        )
+        cure = "mend the space" if failed else "raise optim.max_tokens, widen the space, or give it more trials"
+        raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {cure}")
     return best
 
 
@@ -230,8 +227,9 @@ def _summary(study: Study) -> str:
     own = sum("failed_trial" not in trial.system_attrs for trial in trials)
     states = [trial.state for trial in trials]
     reached, stopped = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
+    failed = states.count(TrialState.FAIL) - len(taken_up_again(study))
     begun = f"{own} of {study.user_attrs['trials']} trials begun"
-    words = f"study {study.study_name}: {begun}, {reached} reached the target, {stopped} did not"
+    words = f"study {study.study_name}: {begun}, {reached} reached the target, {stopped} did not, {failed} failed"
     if best is None:
         return words
     objective = study.user_attrs["question"]["objective"]
@@ -241,9 +239,9 @@ def _summary(study: Study) -> str:
 
 
 def _tokens(study: Study) -> int:
-    """What all trials have seen; what one took up again counts once."""
-    again = taken_up_again(study)
-    return sum(max(t.intermediate_values, default=0) for t in study.trials if t.number not in again)
+    """What all trials have seen; what was taken up again, or only repeated, counts once."""
+    once = [t for t in study.trials if t.number not in taken_up_again(study) and "same_as" not in t.user_attrs]
+    return sum(max(trial.intermediate_values, default=0) for trial in once)
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
@@ -254,7 +252,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         "state": states.get(trial.state, trial.state.name.lower()),
         "value": trial.value if trial.state is TrialState.COMPLETE else None,
         "tokens": f"{tokens:,}",
-        "loss": trial.intermediate_values.get(tokens),
+        "loss of last pass": trial.intermediate_values.get(tokens),
     }
     facts |= trial.user_attrs.get("values", {})
     return facts | {"why": trial.user_attrs.get("reason", "")}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from optuna import TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.checkpoint import keep_newest
 from pipeline.config import Params
@@ -34,6 +34,7 @@ from pipeline.study import (
     COST_OF_TOKEN,
     best_trial,
     curve_of,
+    ended_with,
     has_work,
     join_study,
     naming_dead_storage,
@@ -74,12 +75,12 @@ class Worker:
         self.study = join_study(self.sweep, orders.question, storage, orders.worker)
         self.tags = {"mlflow.parentRunId": orders.parent_run_id, "study": self.sweep.study}
         self._texts: dict[tuple[bool, int], Text] = {}
+        self._left: int | None = None  # number of the trial that a signal made it leave
 
     def work(self) -> None:
         while self.stop.received is None and has_work(self.study, self.sweep):
-            self._left: int | None = None
             try:
-                self.study.optimize(self._value, n_trials=1, catch=(PipelineError, MemoryError))
+                self.study.optimize(self._value, n_trials=1, catch=(PipelineError, MemoryError), gc_after_trial=True)
             except UpdateFinishedTrialError:
                 print(f"a trial was given to another worker: this one gave no sign for {self.sweep.grace_s:g} s")
             if self._left is not None:
@@ -91,7 +92,7 @@ class Worker:
         try:
             return self._train(trial)
         except Pruned as pruned:
-            tell(trial, str(pruned))
+            announce(trial, str(pruned))
             raise TrialPruned(str(pruned)) from None
         except Interrupted:
             self._left = trial.number
@@ -100,13 +101,15 @@ class Worker:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
             trial.set_user_attr("reason", reason := f"{type(error).__name__}: {first_line(error)}")
-            tell(trial, f"failed: {reason}")
+            announce(trial, f"failed: {reason}")
             if isinstance(error, RuntimeError):
                 raise MemoryError(reason) from error
             raise
 
     def _train(self, trial: Trial) -> float:
         values = suggest(trial, self.sweep)
+        if same := ended_with(values, self.study):
+            return repeat(same, trial)
         trial.set_user_attr("values", values)
         config = RunConfig.of(with_values(self.params, values, self.sweep.forward_tokens))
         machine = prepare_machine(config.train, config.flops)
@@ -127,7 +130,7 @@ class Worker:
                     trial.set_user_attr("mlflow_run_id", path.read_text(encoding="utf-8").strip())
                 if self.stop.received is None:
                     keep_newest(run.folder, 0, also=None)
-        tell(trial, f"reached the target for {race.spent:,.6g} {self.sweep.objective}")
+        announce(trial, f"reached the target for {race.spent:,.6g} {self.sweep.objective}")
         return race.spent
 
     def _text(self, config: RunConfig, machine: Machine) -> Text:
@@ -212,11 +215,25 @@ class Race:
         return Pruned(f"{self._rows[-1]['tokens']:,} tokens, loss {loss:.2f}: {why}")
 
 
+def repeat(same: FrozenTrial, trial: Trial) -> float:
+    """End a trial as the one of the same settings did, whose run in MLflow is its own too."""
+    for key, value in {**same.user_attrs, "same_as": same.number}.items():
+        trial.set_user_attr(key, value)
+    for key, value in same.constraints.items():
+        trial.set_constraint(key, value)
+    for tokens, loss in sorted(same.intermediate_values.items()):
+        trial.report(loss, tokens)
+    if same.state is TrialState.PRUNED:
+        raise Pruned(f"the settings of trial {same.number}, which was stopped")
+    announce(trial, f"the settings of trial {same.number}, {same.value:,.6g}")
+    return float(same.value)
+
+
 def worker_name(root: Path, pid: int | str) -> str:
     return f"{socket.gethostname()}:{root}:{pid}"
 
 
-def tell(trial: Trial, what: str) -> None:
+def announce(trial: Trial, what: str) -> None:
     values = ", ".join(f"{key} {value}" for key, value in trial.user_attrs.get("values", {}).items())
     print(f"trial {trial.number}: {what} ({values})", flush=True)
 
@@ -227,7 +244,8 @@ def main() -> None:
         worker = Worker(orders, stop)
         with naming_dead_storage(worker.sweep):
             worker.work()
-        stop.raise_if_received(f"in a worker of {worker.sweep.study}")
+        if stop.received is not None:
+            sys.exit(128 + stop.received)  # the sweep, which sent it, says the rest
 
 
 if __name__ == "__main__":

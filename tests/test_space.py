@@ -39,8 +39,11 @@ def test_the_committed_space_is_sound_and_holds_keys_of_three_kinds(params):
         ("{optim: {lr: {low: 0, high: 1, log: true}}}", "begins above 0"),
         ("{optim: {lr: {low: 0.1, high: 1, lgo: true}}}", "lgo"),
         ("{optim: {lr: {low: .nan, high: 1}}}", "finite"),
-        ("{optim: {lr: []}}", "at least 1 item"),
-        ("{optim: {lr: 0.1}}", "sweep.space.optim.lr"),
+        ("{optim: {lr: []}}", "a list of choices"),
+        ("{optim: {lr: [0.1, 0.2, 1e-1]}}", "sweep.space.optim.lr: has 0.1 twice"),
+        ("{optim: {lr: 0.1}}", "sweep.space.optim.lr: should be {low: ..., high: ...} or a list of choices, got 0.1"),
+        ("{optim: {lr: {low: 1}}}", "sweep.space.optim.lr: high field required"),
+        ("{windows: {skip_below: [2.0], count_skipped: [false]}}", "unknown key"),
         ("{optim: 3}", "sweep.space.optim"),
         ("{}", "sweep.space"),
         ("{target: {loss: [0.1, 10.0]}}", "sweep.space.target.loss: cannot be searched"),
@@ -90,6 +93,18 @@ def test_a_runs_values_are_those_that_it_was_made_of(params):
     assert values_of(config, list(values)) == values
 
 
+def test_numbers_that_yaml_reads_as_words_are_numbers(params):
+    assert sweep_of(params, "{optim: {lr: [1e-2, 2E+1, 0.5], schedule: [cosine]}}").axes == {
+        "optim.lr": [0.01, 20.0, 0.5],
+        "optim.schedule": ["cosine"],
+    }
+
+
+def test_a_value_that_contradicts_the_rest_of_params_yaml_is_named_with_its_key(params):
+    with pytest.raises(InputError, match=r"sweep\.space\.windows\.length 2048 is longer than model\.block_size"):
+        check_space(sweep_of(params, "{windows: {length: [2048]}}"), params)
+
+
 def test_a_list_is_a_choice_like_any_other():
     axis = [[0.9, 0.95], [0.9, 0.99], None, True, "x"]
     assert [from_choice(axis, as_choice(value)) for value in axis] == axis
@@ -101,7 +116,9 @@ def test_a_suggestion_has_the_digits_that_a_person_would_write():
     assert rounded(12345.678) == 12300.0
 
 
-def test_an_override_is_checked_as_the_file_is(params):
+def test_an_override_is_checked_as_the_file_is_and_named_as_what_it_is(params):
+    with pytest.raises(InputError, match=r"params\.yaml with the command line: sweep\.trials"):
+        overridden(params, {"trials": "many"}).section(SweepConfig)
     with pytest.raises(InputError, match=r"sweep.trials: input should be greater than or equal to 1, got 0"):
         overridden(params, {"trials": 0}).section(SweepConfig)
     with pytest.raises(InputError, match="sweep: section missing"):

@@ -26,6 +26,7 @@ from pipeline.errors import (
 from pipeline.files import locked
 from pipeline.interrupt import StopSignals
 from pipeline.run_config import RUN_SECTIONS, RunConfig
+from pipeline.run_folder import IDENTITY
 from pipeline.stage import exit_code_of
 
 ROOT = Path(__file__).parent.parent
@@ -184,31 +185,51 @@ def test_a_signal_that_comes_again_acts_at_once(monkeypatch, interruptible):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_clean_removes_checkpoints_and_nothing_else(folder):
-    for name in ("aaaa", "aaaa.1", "bbbb"):
+@pytest.fixture
+def runs(folder):
+    """Two runs of one fingerprint, another's, and a study, in checkpoints/."""
+    for name in ("aaaa", "aaaa.1", "bbbb", "search/cccc"):
         (folder / "checkpoints" / name).mkdir(parents=True)
-        (folder / "checkpoints" / name / "x").write_text("x")
+        (folder / "checkpoints" / name / IDENTITY).write_text("x")
+    return folder / "checkpoints"
+
+
+def kept(checkpoints):
+    return sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
+
+
+def test_clean_removes_the_checkpoints_of_a_run_and_nothing_else(runs, folder):
     (folder / "models").mkdir()
     code, said, _ = command("pipeline", "clean", "aaaa", cwd=folder)
-    assert (code, said) == (0, "removed 2 run folders, 0 MB freed\n")
-    assert [p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()] == ["bbbb"]
+    assert (code, said) == (0, "removed aaaa, 0 MB\nremoved aaaa.1, 0 MB\n")
+    assert kept(runs) == ["bbbb", "search"]
     assert (folder / "models").is_dir()
-    code, _, said = command("pipeline", "clean", "cccc", cwd=folder)
+
+
+@pytest.mark.parametrize("name", ["bb", "..", ".", "bbbb/../../models", "/"])
+def test_clean_refuses_what_is_no_run_and_no_study(runs, folder, name):
+    (folder / "models").mkdir()
+    code, _, said = command("pipeline", "clean", name, cwd=folder)
     assert (code, said.count("\n")) == (2, 1)
+    assert kept(runs) == ["aaaa", "aaaa.1", "bbbb", "search"]
+    assert (folder / "models").is_dir()
 
 
-def test_clean_of_all_counts_runs_and_leaves_one_that_trains(folder):
-    for name in ("aaaa", "bbbb"):
-        (folder / "checkpoints" / name / "step-1").mkdir(parents=True)
-        (folder / "checkpoints" / name / "step-1" / "x").write_text("x")
-    with locked(folder / "checkpoints" / "aaaa.lock"):
+def test_clean_of_all_leaves_studies(runs, folder):
+    code, said, _ = command("pipeline", "clean", cwd=folder)
+    assert code == 0
+    assert "kept search: a study goes only by its name" in said
+    assert kept(runs) == ["search"]
+    assert command("pipeline", "clean", "search", cwd=folder)[0] == 0
+    assert not list(runs.iterdir())
+
+
+def test_clean_leaves_a_run_that_trains(runs, folder):
+    with locked(runs / "aaaa.lock"):
         code, _, said = command("pipeline", "clean", cwd=folder)
     assert code == 6
     assert "aaaa" in said
-    assert (folder / "checkpoints" / "aaaa" / "step-1" / "x").exists()
-    code, said, _ = command("pipeline", "clean", cwd=folder)
-    assert (code, said) == (0, "removed 2 run folders, 0 MB freed\n")
-    assert not list((folder / "checkpoints").iterdir())
+    assert kept(runs) == ["aaaa", "aaaa.1", "bbbb", "search"]
 
 
 def test_a_stage_started_in_the_wrong_folder_says_where_to_run():

@@ -58,7 +58,7 @@ def study(sweep):
     return join_study(sweep, question(sweep), InMemoryStorage())
 
 
-def add(study, state=TrialState.COMPLETE, value=None, curve=(), missed=None, lr=0.01):
+def add(study, state=TrialState.COMPLETE, value=None, curve=(), missed=None, lr=0.01, values=None):
     """A trial that ended so."""
     attrs = {} if missed is None else {"constraints:missed": missed}
     study.add_trial(
@@ -69,6 +69,7 @@ def add(study, state=TrialState.COMPLETE, value=None, curve=(), missed=None, lr=
             distributions={"optim.lr": FloatDistribution(0.001, 0.1, log=True)},
             intermediate_values=dict(curve),
             system_attrs=attrs,
+            user_attrs={} if values is None else {"values": values},
         )
     )
 
@@ -232,6 +233,7 @@ def test_a_relative_sqlite_file_is_the_projects_wherever_one_stands(tmp_path, sw
 def test_a_study_that_is_not_there_is_one_line(tmp_path, sweep):
     with pytest.raises(InputError, match=r"no study s in sqlite:///optuna\.db"):
         find_study(sweep, tmp_path)
+    assert not list(tmp_path.iterdir())  # looking makes no database
 
 
 def test_storage_that_does_not_answer_is_one_line(tmp_path):

@@ -5,12 +5,13 @@ from types import SimpleNamespace as Namespace
 import numpy as np
 import pytest
 from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
 from test_study import add, question, sweep_config
 
 from pipeline.errors import Pruned
-from pipeline.study import curve_of, join_study
+from pipeline.study import curve_of, ended_with, join_study
 from pipeline.target import TargetConfig
-from pipeline.worker import Race
+from pipeline.worker import Race, repeat
 
 BEST = {0: 10.0, 400: 3.0, 800: 0.1}  # tokens and losses of a run that reached the target at 800
 
@@ -122,3 +123,18 @@ def test_a_better_trial_that_ended_meanwhile_is_the_one_to_beat(study, sweep):
     with pytest.raises(Pruned):
         for i in range(41, 45):
             race.after_step(*step(i, 3.0))
+
+
+def test_settings_that_were_tried_are_not_trained_again(study, sweep):
+    add(study, value=800.0, curve=BEST, values={"optim.lr": 0.1})
+    add(study, TrialState.PRUNED, curve={25: 9.0, 50: 8.0}, missed=0.4, values={"optim.lr": 0.2})
+    assert ended_with({"optim.lr": 0.3}, study) is None
+    again = study.ask()
+    assert repeat(ended_with({"optim.lr": 0.1}, study), again) == 800.0
+    assert frozen(study, again).user_attrs["same_as"] == 0
+    assert frozen(study, again).intermediate_values == BEST
+    again = study.ask()
+    with pytest.raises(Pruned, match="the settings of trial 1"):
+        repeat(ended_with({"optim.lr": 0.2}, study), again)
+    assert frozen(study, again).constraints == {"missed": 0.4}
+    assert frozen(study, again).intermediate_values == {25: 9.0, 50: 8.0}
