@@ -78,12 +78,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def give_back_memory() -> None:
+    """Have glibc give back what it keeps for the next step: after a run that others follow in the same process."""
+    if hasattr(libc := _libc(), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one: given back, each page would be faulted in every step."""
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if hasattr(libc := _libc(), "mallopt"):
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_max, 0)
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> bool:

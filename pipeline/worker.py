@@ -24,7 +24,7 @@ from pipeline.errors import Interrupted, PipelineError, Pruned
 from pipeline.extrapolation import forecast, forecast_alone
 from pipeline.interrupt import StopSignals
 from pipeline.journal import StepRow, TimeRow
-from pipeline.machine import Machine, prepare_machine
+from pipeline.machine import Machine, give_back_memory, prepare_machine
 from pipeline.recorder import RUN_ID
 from pipeline.run_config import RunConfig
 from pipeline.space import SweepConfig, with_values
@@ -85,6 +85,7 @@ class Worker:
                 print(f"a trial was given to another worker: this one gave no sign for {self.sweep.grace_s:g} s")
             if self._left is not None:
                 take_up_again(self.study, self._left)
+            give_back_memory()
 
     def _value(self, trial: Trial) -> float:
         """What the trial spent until it reached the target. Raises TrialPruned where it did not; see the module."""
