@@ -98,9 +98,12 @@ def test_what_is_searched_and_how_the_cores_are_divided_is_no_part_of_the_questi
     join_study(sweep, question(sweep, **{"optim.lr": 0.02, "train.threads": 1}), study._storage)
 
 
-def test_the_batch_is_no_part_of_the_question_where_step_tokens_are_searched():
-    sweep = sweep_config(space={"windows": {"step_tokens": [2048, 4096]}})
-    assert question(sweep) == question(sweep, **{"windows.batch": 3})
+def test_how_a_batch_is_cut_is_part_of_the_question_and_the_batch_is_not_where_step_tokens_are_searched(sweep):
+    space = {"windows": {"step_tokens": [2048, 4096]}}
+    by_tokens = sweep_config(space=space)
+    assert question(by_tokens) == question(by_tokens, **{"windows.batch": 3})
+    assert question(by_tokens) != question(sweep_config(space=space, forward_tokens=1024))
+    assert question(sweep) == question(sweep_config(forward_tokens=1024))
 
 
 # Whose turn
