@@ -63,7 +63,9 @@ def curves_figure(study: Study) -> Figure:
         colour, alpha, width = (BLUE, 1.0, 1.2) if trial.state is TrialState.COMPLETE else (GREY, 0.35, 0.8)
         if trial == best:
             colour, width = RED, 2.4
-            axes.annotate(f"trial {trial.number}", points[-1], (6, -2), textcoords="offset points", color=RED)
+            axes.annotate(
+                f"trial {trial.number}", points[-1], (0, -14), textcoords="offset points", color=RED, ha="center"
+            )
         axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, lw=width)
         axes.plot(*points[-1], "o" if trial.state is TrialState.COMPLETE else "x", color=colour, alpha=alpha, ms=4)
     if not axes.lines:
