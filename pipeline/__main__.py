@@ -53,7 +53,8 @@ def check(arguments: argparse.Namespace) -> None:
     faults = params.unknown_sections(*SECTIONS)
     try:
         params.check(*SECTIONS)
-        RunConfig.of(params)
+        if RunConfig.of(params).target.rule == "validation" and not params.section(CorpusConfig).val_fraction:
+            faults.append("target.rule is validation, but nothing is held out: set corpus.val_fraction above 0")
         check_space(params.section(SweepConfig), params)
     except InputError as error:
         faults.append(str(error).removeprefix(f"{params.path}: "))

@@ -17,9 +17,9 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from tqdm import tqdm
 
 from pipeline.config import Section
@@ -56,6 +56,12 @@ class CorpusConfig(Section):
     mirrors: list[Source]
     fraction: float = Field(gt=0, le=1)  # share of the text, from its start
     val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
+
+    @model_validator(mode="after")
+    def _own_text_has_no_mirrors(self) -> Self:
+        if self.source.startswith(f"{TEXTS}/") and self.mirrors:
+            raise ValueError(f"{self.source} has no mirrors, and they would take its place: set corpus.mirrors to []")
+        return self
 
 
 class _BrokenOffError(IntegrityError):

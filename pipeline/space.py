@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.config import Params, Section, nearest
 from pipeline.errors import InputError
@@ -65,6 +65,13 @@ def _as_axis(given: Any) -> Any:
     return choices  # YAML's own floats need a point: 1e-2 alone is a word to it
 
 
+def _no_fingerprint(name: str) -> str:
+    """Return a study's name, which is that of its folder, beside those of runs."""
+    if re.fullmatch("[0-9a-f]{16}", name):
+        raise ValueError("a run's fingerprint looks like this: choose another name")
+    return name
+
+
 Axis = Annotated[Range | list[Any], BeforeValidator(_as_axis)]
 
 
@@ -73,7 +80,9 @@ class SweepConfig(Section):
 
     section_name: ClassVar[str] = "sweep"
 
-    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name; another one begins another study")
+    study: Annotated[str, AfterValidator(_no_fingerprint)] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name; another one begins another study"
+    )
     storage: str = Field(pattern=r"^(sqlite|postgresql)", description="SQLAlchemy URL of the study's database")
     objective: Literal["tokens", "steps", "train_s"] = Field(description="tokens, steps or train_s to the target")
     space: dict[str, dict[str, Axis]] = Field(

@@ -59,7 +59,9 @@ def open_storage(url: str, root: Path, grace_s: float) -> RDBStorage:
     except ImportError:
         raise InputError("sweep.storage: no driver for PostgreSQL is here: `pip install '.[postgres]'`") from None
     except (SQLAlchemyError, RuntimeError) as error:
-        raise InputError(f"sweep.storage {url} does not answer ({first_line(error)}): start or mend it") from None
+        raise InputError(
+            f"sweep.storage {url} does not answer ({first_line(error)}): start it, mend it, or name another"
+        ) from None
 
 
 @contextmanager
@@ -96,9 +98,9 @@ def join_study(sweep: SweepConfig, question: dict[str, Any], storage: RDBStorage
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:
     """The study as it stands. Raises InputError where there is none."""
-    path = absolute_url(sweep.storage, root).removeprefix("sqlite:///")
+    path = Path(absolute_url(sweep.storage, root).removeprefix("sqlite:///"))
     try:
-        if sweep.storage.startswith("sqlite:///") and not Path(path).is_file():
+        if sweep.storage.startswith("sqlite:///") and path.parent.is_dir() and not path.exists():
             raise KeyError(path)  # opening it would make it
         return optuna.load_study(study_name=sweep.study, storage=open_storage(sweep.storage, root, sweep.grace_s))
     except KeyError:

@@ -216,6 +216,11 @@ def test_a_local_text_that_is_missing_is_named(tmp_path, monkeypatch):
         fetch_corpus(config_of("texts/mine.txt"), Path("data/corpus.txt"))
 
 
+def test_no_mirror_takes_the_place_of_a_local_text():
+    with pytest.raises(ValueError, match=r"texts/mine.txt has no mirrors.*set corpus.mirrors to \[\]"):
+        config_of("texts/mine.txt", "https://host/text")
+
+
 @pytest.mark.security
 @pytest.mark.parametrize(
     "source",

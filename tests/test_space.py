@@ -105,6 +105,11 @@ def test_a_value_that_contradicts_the_rest_of_params_yaml_is_named_with_its_key(
         check_space(sweep_of(params, "{windows: {length: [2048]}}"), params)
 
 
+def test_a_study_is_not_named_as_a_run_is(params):
+    with pytest.raises(InputError, match=r"sweep.study: a run's fingerprint looks like this"):
+        overridden(params, {"study": "5b24e86fccb57c6b"}).section(SweepConfig)
+
+
 def test_a_list_is_a_choice_like_any_other():
     axis = [[0.9, 0.95], [0.9, 0.99], None, True, "x"]
     assert [from_choice(axis, as_choice(value)) for value in axis] == axis

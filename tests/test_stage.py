@@ -112,6 +112,15 @@ def test_check_names_the_faults_of_the_whole_file_at_once(folder):
         assert fault in said
 
 
+def test_check_names_a_rule_that_has_nothing_to_go_by(folder):
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["target"]["rule"] = "validation"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    code, _, said = command("pipeline", "check", cwd=folder)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "set corpus.val_fraction above 0" in said
+
+
 def test_the_committed_params_are_sound():
     code, said, _ = command("pipeline", "check", cwd=ROOT)
     assert (code, said) == (0, "params.yaml is sound\n")

@@ -241,9 +241,12 @@ def test_a_study_that_is_not_there_is_one_line(tmp_path, sweep):
 
 def test_storage_that_does_not_answer_is_one_line(tmp_path):
     (tmp_path / "folder.db").mkdir()
-    with pytest.raises(InputError, match="does not answer") as error:
-        open_storage("sqlite:///folder.db", tmp_path, 60)
-    assert "\n" not in str(error.value)
+    for url in ("sqlite:///folder.db", "sqlite:///nowhere/optuna.db"):
+        with pytest.raises(InputError, match="does not answer") as error:
+            open_storage(url, tmp_path, 60)
+        assert "\n" not in str(error.value)
+        with pytest.raises(InputError, match="does not answer"):
+            find_study(sweep_config(storage=url), tmp_path)
 
 
 @pytest.mark.fault
