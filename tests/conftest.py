@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fixtures_mlflow import _no_foreign_store, store  # noqa: F401 (fixtures for all)
+from hypothesis import settings
 
 from pipeline.config import load_params
 from pipeline.corpus import CorpusConfig, fetch_corpus, verify_corpus
@@ -13,6 +14,8 @@ from pipeline.errors import InputError, IntegrityError
 from pipeline.tokenizer import Tokenizer, fetch_bpe, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+settings.register_profile("the same examples each time", derandomize=True)
+settings.load_profile("the same examples each time")
 
 
 @pytest.fixture(scope="session")
