@@ -8,21 +8,20 @@ from pathlib import Path
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from pipeline.checkpoint import load_model
-from pipeline.generate import generate
-from pipeline.tokenizer import load_tokenizer
+from pipeline.generate import load_generator
+from pipeline.sampling import Sampling
 
 
 class Continuing:
     """What a version does; without type hints, since MLflow drops `params` without a word where it finds them."""
 
     def load_context(self, context):  # type: ignore[no-untyped-def]
-        folder = Path(context.artifacts["model"])
-        self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
+        self.generator = load_generator(Path(context.artifacts["model"]).parent)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Continue each text of the column `prompt`; `params` are complete, by the signature's defaults."""
-        return [generate(self.model, self.tokenizer, prompt, **params) for prompt in model_input["prompt"]]
+        sampling = Sampling.of(**params)
+        return [self.generator.text(prompt, sampling) for prompt in model_input["prompt"]]
 
 
 class TextGenerator(Continuing, PythonModel):  # type: ignore[misc]  # mlflow is untyped here

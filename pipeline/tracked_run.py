@@ -20,7 +20,7 @@ from pipeline.errors import IntegrityError
 from pipeline.evaluate import corpus_loss
 from pipeline.files import locked, write_json, write_text
 from pipeline.fingerprint import Identity, identify
-from pipeline.generate import generate
+from pipeline.generate import Generator
 from pipeline.interrupt import StopSignals
 from pipeline.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
 from pipeline.machine import Machine, prepare_machine
@@ -28,6 +28,7 @@ from pipeline.memory import check_fits
 from pipeline.progress import Progress
 from pipeline.run_config import RunConfig
 from pipeline.run_folder import claim_folder, tell_what_is_new
+from pipeline.sampling import Sampling
 from pipeline.store import project_root
 from pipeline.target import RULES, check_is_worth_it, first_met, is_met
 from pipeline.text import Text
@@ -203,11 +204,9 @@ class TrackedRun:
         record, step = self.config.record, self.state.step
         if not self.finished and (record.sample_steps == 0 or step % record.sample_steps):
             return
-        with self.machine.autocast():
-            texts = [
-                generate(self.state.model, self.text.tokenizer, prompt, record.sample_tokens, 0.0, 0, seed=0)
-                for prompt in record.sample_prompts
-            ]
+        generator = Generator(self.state.model, self.text.tokenizer, precision=self.machine.precision)
+        greedy = Sampling(max_tokens=record.sample_tokens, temperature=0)
+        texts = [generator.text(prompt, greedy) for prompt in record.sample_prompts]
         write_text(self.folder / "samples" / f"step-{step:06d}.txt", "\n\n---\n\n".join(texts) + "\n")
 
     def _save_if_due(self, row: StepRow, stopping: bool) -> None:

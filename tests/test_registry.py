@@ -10,15 +10,15 @@ import yaml
 from fixtures_mlflow import root_of, trained_project
 
 from pipeline import registry, versions
-from pipeline.checkpoint import load_model, save_model
+from pipeline.checkpoint import save_model
 from pipeline.errors import IntegrityError, ModelMissing
 from pipeline.files import read_json, verify_manifest, write_json
-from pipeline.generate import generate
+from pipeline.generate import load_generator
 from pipeline.model import GPT, ModelConfig
 from pipeline.registry import Registered, RegistryConfig, fetch_version, register
 from pipeline.runs import find_run
+from pipeline.sampling import Sampling
 from pipeline.store import Store
-from pipeline.tokenizer import load_tokenizer
 from pipeline.vocab import Vocabulary
 
 
@@ -81,9 +81,9 @@ def test_the_registered_model_continues_prompts_and_holds_no_pickle(store, confi
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     served = mlflow.pyfunc.load_model(f"models:/{config.model}@candidate")
-    model, tokenizer = load_model(project / "models" / "model"), load_tokenizer(bpe)
+    generator = load_generator(files / "artifacts")
     prompts, drawn = pd.DataFrame({"prompt": ["ROMEO:", "O"]}), {"max_tokens": 5, "temperature": 1.0, "seed": 3}
-    expected = [generate(model, tokenizer, prompt, **drawn, top_k=0) for prompt in prompts["prompt"]]
+    expected = [generator.text(prompt, Sampling(**drawn)) for prompt in prompts["prompt"]]
     assert served.predict(prompts, params=drawn) == expected
     assert served.predict(prompts, params={"max_tokens": 0}) == ["ROMEO:", "O"]
     assert served.metadata.get_input_schema().input_names() == ["prompt"]
