@@ -96,7 +96,7 @@ class Decoder:
         def attend_to_kept(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]  # (B, H, n, D) each
             keys[sequence, :, positions], values[sequence, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
-            scores = (q * q.shape[3] ** -0.5) @ keys.mT + mask  # (B, H, T, n)
+            scores: Tensor = (q * q.shape[3] ** -0.5) @ keys.mT + mask  # (B, H, T, n)
             return scores.softmax(dim=-1) @ values
 
         return self._hidden(self.wte[rows] + self.wpe[positions], attend_to_kept)

@@ -50,17 +50,19 @@ class CorpusIndex:
 
     def following(self, ids: Sequence[int]) -> tuple[int, dict[int, int]]:
         """Length of the longest end of `ids` after which the text goes on somewhere, and how often with which id."""
-        length = self._longest_end(ids, lambda end: bool(self._after(end)))
-        after = self._after(ids[len(ids) - length :])
-        nexts, counts = np.unique(self.ids[after], return_counts=True)
+        length = self._longest_end(ids, self._goes_on)
+        low, high = self._interval(ids[len(ids) - length :])
+        after = self._places[low:high] + length
+        nexts, counts = np.unique(self.ids[after[after < len(self.ids)]], return_counts=True)
         return length, dict(zip(nexts.tolist(), counts.tolist(), strict=True))
 
     def draft(self, ids: Sequence[int], n: int, at_least: int = 2) -> list[int]:
         """Guess up to `n` ids: how the text goes on after the longest end of `ids`, where that is `at_least` long."""
-        length = self._longest_end(ids, lambda end: bool(self._after(end)))
+        length = self._longest_end(ids, self._goes_on)
         if length < at_least:
             return []
-        after = self._after(ids[len(ids) - length :])[0]
+        low, high = self._interval(ids[len(ids) - length :])
+        after = int(self._places[low:high][:2].min()) + length  # of two places one at most is the text's end
         guess: list[int] = self.ids[after : after + n].tolist()
         return guess
 
@@ -86,11 +88,10 @@ class CorpusIndex:
         low, high = self._interval(ids)
         return low < high
 
-    def _after(self, ids: Sequence[int]) -> list[int]:
-        """The places that follow an occurrence of `ids`, the text's end left out."""
+    def _goes_on(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` occurs elsewhere than at the end of the text."""
         low, high = self._interval(ids)
-        after: list[int] = (self._places[low:high] + len(ids)).tolist()
-        return [place for place in after if place < len(self.ids)]
+        return high - low > 1 or (high > low and int(self._places[low]) + len(ids) < len(self.ids))
 
     def _interval(self, ids: Sequence[int]) -> tuple[int, int]:
         """Where in `_places` those lie at which `ids` stands."""

@@ -15,13 +15,13 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_tokens: int = Field(100, ge=0, le=10_000)
-    temperature: float = Field(0.8, ge=0, le=100)  # 0: always the likeliest
-    top_k: int = Field(0, ge=0, le=50_257)  # draw from the likeliest so many; 0: from all
-    top_p: float = Field(1.0, gt=0, le=1)  # draw from the fewest that have this probability together
-    repetition_penalty: float = Field(1.0, gt=0, le=10)  # what stands there already is so much less likely; 1: no less
-    seed: int = Field(0, ge=0, lt=2**63)
-    stop: tuple[str, ...] = Field((), max_length=16)  # texts before which the continuation ends
+    max_tokens: int = Field(100, ge=0, le=10_000, description="how many to write")
+    temperature: float = Field(0.8, ge=0, le=100, description="0: always the likeliest; 1: by the probabilities")
+    top_k: int = Field(0, ge=0, le=50_257, description="draw from the likeliest so many; 0: from all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the fewest that have so much probability together")
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="how much less likely is what stands there already")
+    seed: int = Field(0, ge=0, lt=2**63, description="the same one writes the same text")
+    stop: tuple[str, ...] = Field((), max_length=16, description="text before which the continuation ends")
 
     @classmethod
     def of(cls, **values: Any) -> Self:

@@ -51,12 +51,7 @@ def test_what_follows_the_longest_end_is_counted(text, context):
     length, follows = CorpusIndex(text).following(context)
     for n in range(length, len(context) + 1):
         after = [place + n for place in occurrences(text, context[len(context) - n :]) if place + n < len(text)]
-        counted = {
-            int(i): int(c) for i, c in zip(*np.unique([text[p] for p in after], return_counts=True), strict=True)
-        }
-        assert (n == length) or not after
-        if n == length:
-            assert follows == counted
+        assert Counter(text[place] for place in after) == (follows if n == length else {})
 
 
 def test_a_draft_is_how_the_text_goes_on():
