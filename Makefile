@@ -1,12 +1,16 @@
-# make repro: text -> registered model. make test: the tests. Both make .venv first, from the pinned dependencies.
+# make repro: text -> registered model. make app: a page for it. make test: the tests. Each makes .venv first, from the
+# pinned dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: repro sweep dashboard test lint format clean-venv
+.PHONY: repro app sweep dashboard test lint format clean-venv
 
 repro: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+
+app: $(INSTALLED)
+	$(BIN)/python app.py
 
 sweep: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pipeline sweep

@@ -10,11 +10,10 @@ from pipeline.sampling import Sampling
 
 def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
     """Print the prompt and its continuation, piece by piece; notices and the speed go to stderr."""
-    started, n_tokens = time.perf_counter(), 0
-    print(prompt, end="", flush=True)
+    started, n_tokens, shown = time.perf_counter(), 0, prompt
     for piece in generator.stream([prompt], sampling):
-        print(_printable(piece.text), end="", flush=True)
-        n_tokens += len(piece.ids)
+        print(shown + _printable(piece.text), end="", flush=True)
+        n_tokens, shown = n_tokens + len(piece.ids), ""
         if piece.notice:
             print(f"\n[{piece.notice}]", file=sys.stderr)
     print(flush=True)
