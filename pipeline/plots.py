@@ -186,6 +186,22 @@ def position_figure(report: RunReport) -> Figure:
     return figure
 
 
+@house_style()
+def curve_figure(history: dict[str, list[list[float]]], target: float) -> Figure:
+    """Loss over steps of a registered version, whose `history` has pairs of step and value under each name."""
+    steps, checks = (pd.DataFrame(history.get(key, []), columns=["step", "loss"]) for key in ("loss", "corpus_loss"))
+    figure = Figure(figsize=(6, 3.4))
+    axes = figure.subplots()
+    axes.plot(steps["step"], steps["loss"], **line(steps, SKY, 1), label="minibatch")
+    axes.plot(checks["step"], checks["loss"], "o", color=RED, markeredgecolor="white", label="whole training text")
+    log_scale(axes)
+    axes.set_ylabel("loss (nats per token)")
+    count_steps(axes, int(pd.concat([steps, checks])["step"].max()))
+    legend_above(axes)
+    level(axes, target, f"target {target:g}")
+    return figure
+
+
 FIGURES: dict[str, Callable[[RunReport], Figure]] = {
     "loss": loss_figure,
     "training": training_figure,
