@@ -7,22 +7,28 @@ from typing import Any
 
 import yaml
 
+from pipeline import catalog
 from pipeline.config import Section, load_params
 from pipeline.corpus import CorpusConfig
 from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.files import locked
+from pipeline.generate import load_generator
 from pipeline.recipes import apply_recipe, as_set, list_recipes
 from pipeline.recorder import RECORDER_LOCK
-from pipeline.registry import RegistryConfig
+from pipeline.registry import CHAMPION, RegistryConfig
 from pipeline.results import read_run
+from pipeline.retrain import retrain
 from pipeline.run_config import RUN_SECTIONS, RunConfig
 from pipeline.run_folder import IDENTITY
 from pipeline.runs import describe_run
+from pipeline.sampling import Sampling
 from pipeline.space import SweepConfig, check_space, overridden
 from pipeline.stage import run_stage
 from pipeline.store import project_root
+from pipeline.terminal import converse, show
 
+MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
 SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")
 SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig, SweepConfig)
 
@@ -84,6 +90,52 @@ def sweep(arguments: argparse.Namespace) -> None:
                 sweeps.open_dashboard(config)
 
 
+def models(arguments: argparse.Namespace) -> None:
+    """List the registered versions; promote one, roll back to the one before, or verify what is stored."""
+    action, which = arguments.action, arguments.version
+    if action != "verify" and (which is None) == (action == "promote"):
+        raise InputError(f"models {action}: {'name a version' if which is None else f'takes no version, got {which}'}")
+    if arguments.retrain and (action != "verify" or which is None):
+        raise InputError("--retrain is about one version: `python -m pipeline models verify N --retrain`")
+    name, store = load_params().section(RegistryConfig).model, catalog.open_registry(project_root())
+    match action:
+        case "list":
+            catalog.print_versions(store, name)
+        case "promote":
+            print(catalog.promote(store, name, which))
+        case "rollback":
+            print(catalog.rollback(store, name))
+        case "verify" if arguments.retrain:
+            print(retrain(store, catalog.find_version(store, name, which), project_root()))
+        case "verify":
+            catalog.verify_versions(store, name, which)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continue a prompt with a registered version, shown as it is written; without a prompt, ask for them."""
+    values = {name: getattr(arguments, name) for name in Sampling.model_fields if hasattr(arguments, name)}
+    sampling, store = Sampling.of(**values), catalog.open_registry(project_root())
+    version = catalog.find_version(store, load_params().section(RegistryConfig).model, arguments.version)
+    generator = load_generator(catalog.open_version(store, version))
+    if arguments.prompt is None:
+        converse(generator, sampling)
+    else:
+        show(generator, arguments.prompt, sampling)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a registered version as a folder for Transformers (hf), or as a Hugging Face Space with the app (space)."""
+    from pipeline import export as exports  # matplotlib takes a second to import
+
+    exports.refuse_filled(arguments.folder)
+    name, store = load_params().section(RegistryConfig).model, catalog.open_registry(project_root())
+    version = catalog.find_version(store, name, arguments.version)
+    write = exports.export_hf if arguments.kind == "hf" else exports.export_space
+    write(catalog.open_version(store, version), catalog.describe_version(store, version), arguments.folder)
+    size_mb = exports.folder_bytes(arguments.folder) / 1e6
+    print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; its README.md says how to use it")
+
+
 def clean(arguments: argparse.Namespace) -> None:
     """Remove working checkpoints, so that `dvc repro -f train` trains anew; models, studies and MLflow runs stay."""
     home, name = project_root() / "checkpoints", arguments.name
@@ -111,7 +163,7 @@ def as_yaml(text: str) -> Any:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (recipe, run, check, sweep, clean):
+    for command in (recipe, run, check, sweep, models, generate, export, clean):
         subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         subparser.set_defaults(command=command)
         if command is recipe:
@@ -123,6 +175,20 @@ def parse() -> argparse.Namespace:
                 if name != "applied":
                     flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
                     subparser.add_argument(flag, type=as_yaml, default=argparse.SUPPRESS, help=text)
+        if command is models:
+            subparser.add_argument("action", nargs="?", default="list", choices=MODELS_ACTIONS)
+            subparser.add_argument("version", nargs="?", help="a number or an alias; verify without: all versions")
+            subparser.add_argument("--retrain", action="store_true", help="verify: train again, compare the weights")
+        if command is generate:
+            subparser.add_argument("prompt", nargs="?", help="what to continue; none: ask, again and again")
+            subparser.add_argument("--version", default=CHAMPION, help="a number or an alias; champion by default")
+            for name, field in Sampling.model_fields.items():
+                flag, many = f"--{name.replace('_', '-')}", "append" if name == "stop" else "store"
+                subparser.add_argument(flag, action=many, default=argparse.SUPPRESS, help=field.description)
+        if command is export:
+            subparser.add_argument("kind", choices=("hf", "space"))
+            subparser.add_argument("folder", metavar="DIR", type=Path, help="a new folder, or an empty one")
+            subparser.add_argument("--version", default=CHAMPION, help="a number or an alias; champion by default")
         if command is clean:
             subparser.add_argument("name", nargs="?", help="a run's fingerprint, or a study; none: every run, no study")
     return parser.parse_args()

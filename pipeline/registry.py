@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+IS_CHAMPION = "is the champion"
+BEFORE = "champion_before"  # tag of the registered model: the version that a rollback goes back to
+ROLLED_BACK = "rolled_back"  # tag of a version that a rollback took the alias from
+PASSED = "passed_gate"  # tag of a version, true or false; the tag `verdict` says why
 LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
 
 
@@ -70,8 +74,10 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
         store.client.set_registered_model_alias(config.model, CANDIDATE, version.version)
         verdict = _judge(store, project, config, version, loss_on or model_loss)
         if verdict.promotes:
-            store.client.set_registered_model_alias(config.model, CHAMPION, version.version)
-        store.client.set_model_version_tag(config.model, version.version, "verdict", verdict.reason)
+            crown(store, config.model, version)
+        if verdict.reason != IS_CHAMPION or PASSED not in version.tags:  # how it became so stays known
+            store.client.set_model_version_tag(config.model, version.version, "verdict", verdict.reason)
+            store.client.set_model_version_tag(config.model, version.version, PASSED, str(verdict.promotes).lower())
         version = store.client.get_model_version(config.model, version.version)
     outcome = Registered(
         model=config.model,
@@ -84,6 +90,17 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     )
     write_json(project / "reports" / "registered.json", outcome)
     return outcome
+
+
+def crown(store: Store, name: str, version: "ModelVersion") -> str | None:
+    """Move the alias champion to `version`; return the number of the one before, noted as what to roll back to."""
+    before = store.client.get_registered_model(name).aliases.get(CHAMPION)
+    if before is not None and str(before) != str(version.version):
+        store.client.set_registered_model_tag(name, BEFORE, str(before))
+    store.client.set_registered_model_alias(name, CHAMPION, version.version)
+    if ROLLED_BACK in version.tags:
+        store.client.delete_model_version_tag(name, version.version, ROLLED_BACK)
+    return None if before is None else str(before)
 
 
 def model_loss(project: Path, tokens: Path) -> float:
@@ -106,7 +123,9 @@ def _judge(store: Store, project: Path, config: RegistryConfig, version: "ModelV
     """Whether `version` may be champion; a judgement that fails says no, and why."""
     number = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
     if number is not None and str(number) == str(version.version):
-        return Verdict(True, "is the champion")
+        return Verdict(True, IS_CHAMPION)
+    if ROLLED_BACK in version.tags:
+        return Verdict(False, "was rolled back by hand")
     failures: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, KeyError, ValueError, RuntimeError)
     failures += store_errors()
     try:

@@ -13,7 +13,7 @@ from pipeline.errors import InputError
 class Sampling(BaseModel):
     """How to continue a prompt."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens: int = Field(100, ge=0, le=10_000, description="how many to write")
     temperature: float = Field(0.8, ge=0, le=100, description="0: always the likeliest; 1: by the probabilities")

@@ -3,15 +3,17 @@
 Everything is looked for before it is made and mended where it is broken, so that a kill anywhere leaves nothing twice.
 """
 
+import atexit
 import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.errors import IntegrityError
+from pipeline.errors import IntegrityError, ModelMissing
 from pipeline.files import MANIFEST, read_json, sha256_file, verify_manifest
 from pipeline.results import read_run
 from pipeline.store import Store, store_errors
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 REQUIREMENTS = ("mlflow", "numpy", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch", "tqdm")  # of serving.py
+FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
+PARAMS_TAG = "params_sha256"  # versions of before this tag have their params.yaml unchecked
 
 
 def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dict[str, str]) -> "ModelVersion":
@@ -39,6 +43,7 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
         model = client.get_logged_model(found[0].tags["model_id"]) if found else _logged_model(store, run)
         _log_files(store, project, run, model.model_id)
         tags |= {"model_id": model.model_id}  # which MLflow's SQL registry would forget
+        tags |= {PARAMS_TAG: sha256_file(project / "params.yaml")}
         version = found[0] if found else client.create_model_version(
             name, model.artifact_location, run.info.run_id, tags=tags, model_id=model.model_id
         )  # fmt: skip
@@ -48,15 +53,41 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
     return client.get_model_version(name, version.version)
 
 
-def fetch_version(store: Store, version: "ModelVersion", name: str) -> Path:
-    """Folder `name`, model or tokens, of a version's files: the store's own where it is local, else a copy.
+def fetch_version(store: Store, version: "ModelVersion", name: str = "") -> Path:
+    """Folder `name`, model or tokens, of a version's files, or all of them: the store's own where it is local.
 
-    Nothing in it is checked or run. Raises one of `store_errors()` where it is missing.
+    Else it is a copy that is there until this process ends. Nothing in it is checked or run. Raises one of
+    `store_errors()` where it is missing.
     """
     from mlflow.artifacts import download_artifacts
 
-    uri = store.client.get_model_version_download_uri(version.name, version.version)
-    return Path(download_artifacts(artifact_uri=f"{uri}/artifacts/{name}", tracking_uri=store.uri))
+    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
+    if urlsplit(uri).scheme not in ("", "file"):
+        copy = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    path = f"{uri}/artifacts/{name}".rstrip("/")
+    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
+
+
+def verify_version(store: Store, version: "ModelVersion") -> Path:
+    """Fetch all of a version's files, model/, tokens/ and params.yaml, once every byte is what was registered.
+
+    Nothing in them is run. Raises ModelMissing where they are gone, IntegrityError where they are altered, or where no
+    `register` made the version; one of `store_errors()` where the store does not answer.
+    """
+    label = f"{version.name} version {version.version}"
+    cure = f"{label} cannot be used until `dvc repro -f -s register`, where its model is, restores it"
+    if not version.tags.keys() >= {*FOLDER_TAGS.values()}:
+        raise IntegrityError(f"{label} has no tag model_sha256, so that no `register` made it: use another version")
+    folder = fetch_version(store, version)
+    for name, tag in FOLDER_TAGS.items():
+        if not (folder / name).is_dir():
+            raise ModelMissing(f"{folder / name} is missing: {cure}")
+        _verify_hash(folder / name / MANIFEST, version.tags[tag], cure)
+        verify_manifest(folder / name, cure)
+    if PARAMS_TAG in version.tags:
+        _verify_hash(folder / "params.yaml", version.tags[PARAMS_TAG], cure)
+    return folder
 
 
 def version_tags(project: Path, run: "Run", n_tokens: int) -> dict[str, str]:
@@ -75,12 +106,18 @@ def version_tags(project: Path, run: "Run", n_tokens: int) -> dict[str, str]:
     return tags | _output_hashes(project / "dvc.lock")
 
 
+def _verify_hash(path: Path, expected: str, cure: str) -> None:
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing: {cure}")
+    if (found := sha256_file(path)) != expected:
+        raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {cure}")
+
+
 def _is_whole(store: Store, version: "ModelVersion") -> bool:
     """Whether the version's files are there and unaltered."""
-    broken: tuple[type[Exception], ...] = (IntegrityError, *store_errors())
+    broken: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, *store_errors())
     try:
-        for name in ("model", "tokens"):
-            verify_manifest(fetch_version(store, version, name))
+        verify_version(store, version)
     except broken:
         return False
     return True

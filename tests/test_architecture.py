@@ -15,9 +15,10 @@ from pipeline.run_config import RUN_SECTIONS
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors config files results corpus tokenizer tokens diagnose windows vocab cross_entropy machine model optim "
-    "checkpoint generate evaluate train journal target timing fingerprint interrupt progress run_config text memory "
-    "store runs recorder tracking run_folder serving versions registry tracked_run drawing plots recipes stage "
-    "extrapolation space study study_run study_plots worker sweep __main__"
+    "checkpoint provenance decoder sampling text_stream generate terminal evaluate train journal target timing "
+    "fingerprint interrupt progress run_config text memory store runs recorder tracking run_folder serving versions "
+    "registry catalog retrain tracked_run drawing plots recipes model_card space_card export stage extrapolation "
+    "space study study_run study_plots worker sweep __main__"
 ).split()
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -50,7 +51,7 @@ def test_a_module_imports_only_modules_above_it(name):
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("mlflow", {"store", "runs", "recorder", "serving", "versions", "registry", "study_run"}),
+        ("mlflow", {"store", "runs", "recorder", "serving", "versions", "registry", "catalog", "retrain", "study_run"}),
         ("optuna", {"study", "study_plots", "worker", "sweep"}),
         ("gradio", set()),
         ("matplotlib", {"drawing", "plots", "study_plots"}),
