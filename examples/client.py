@@ -1,0 +1,22 @@
+"""Ask a running app, as any program may: `python examples/client.py [http://127.0.0.1:7860]`."""
+
+import sys
+
+from gradio_client import Client
+
+client = Client(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:7860", verbose=False)
+
+# /generate streams: each answer holds all that is written so far, the last one says that it is finished
+job = client.submit("First Citizen:\n", max_tokens=60, temperature=0.8, samples=2, seed=1, api_name="/generate")
+for answer in job:
+    print(f"\r{sum(len(sample['text']) for sample in answer['samples'])} characters", end="")
+print(f", {answer['tokens_per_s']} tokens/s, by {answer['model']}\n")
+for sample in answer["samples"]:
+    print(f"seed {sample['seed']}, {sample['novelty']:.0%} new:{sample['text']}\n")
+    for passage in sample["passages"]:
+        print(f"  token {passage['place']:,} of the training text: {passage['text']!r}")
+
+# /next_token: what may follow, and what the training text has there
+answer = client.predict("First Citizen:\nBefore we proceed any", most=3, api_name="/next_token")
+for token in answer["tokens"]:
+    print(f"{token['probability']:7.2%}  {token['text']!r}, {token['times_in_text']} times in the text")

@@ -1,0 +1,172 @@
+"""A version of the app's own size: a tiny GPT-2 that knows a few lines by heart, and a server that shows it."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import gradio as gr
+import httpx
+import pytest
+import torch
+
+from pipeline.checkpoint import save_model
+from pipeline.files import write_json, write_manifest
+from pipeline.model import GPT, ModelConfig
+from pipeline.tokenizer import load_tokenizer
+from pipeline.tokens import write_part
+from pipeline.vocab import Vocabulary
+from webapp.page import serve
+from webapp.source import Folder, Served
+
+LINES = (
+    "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\n"
+    "You are all resolved rather to die than to famish?\n\nAll:\nResolved. resolved.\n\nFirst Citizen:\nFirst, you "
+    "know Caius Marcius is chief enemy to the people.\n\nAll:\nWe know't, we know't.\n\n<b>First</b> & second:\n"
+    "No more talking on't.\n"
+)  # the last lines would be shown wrongly by whoever forgets to escape them
+WINDOW = 24
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 48, "block_size": WINDOW, "vocab_size": 50257, "dropout": 0.0}
+FACTS: dict[str, Any] = {
+    "name": "parrot",
+    "version": "7",
+    "aliases": ["champion"],
+    "tags": {"data_sha256": "d" * 64, "git_commit": "c" * 40, "target_loss": "0.1", "steps_to_target": "60",
+             "tokens_to_target": "4800", "model_sha256": "m" * 64, "fingerprint": "f" * 16},
+    "params": {"model": {**SHAPE, "fold_vocab": True}, "windows": {"length": WINDOW, "order": "shuffled"}},
+    "environment": {"torch": "2.13.0", "device": "cpu", "precision": "fp32", "threads": 1},
+    "history": {"loss": [[step, 9 / step] for step in range(1, 61)], "corpus_loss": [[60, 0.09]],
+                "grad_norm": [[step, 1.5] for step in range(1, 61)], "lr": [[1, 0.0], [60, 0.01]],
+                "tokens_per_s": [[step, 4000.0] for step in range(1, 61)]},
+    "samples": [{"step": 60, "text": "All:\n<b>Resolved.</b>"}],
+    "metrics": {"corpus_loss": 0.09, "shifted_loss": 3.1, "top1_accuracy": 0.99, "verbatim_recall": 0.9},
+    "created": "2026-11-21",
+}  # fmt: skip
+
+
+def memorise(ids: list[int], used: torch.Tensor) -> GPT:
+    """A model that recites `ids`, window by window: a loss of 0.01."""
+    config = ModelConfig.model_validate(FACTS["params"]["model"])
+    model = GPT(config, Vocabulary.of(used.numpy(), config.vocab_size)).initialise(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, weight_decay=0.0)
+    rows, n = model.vocabulary.fold(torch.tensor(ids)), (len(ids) - 1) // WINDOW * WINDOW
+    inputs, targets = rows[:n].view(-1, WINDOW), rows[1 : n + 1].view(-1, WINDOW)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model.loss(inputs, targets, n).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def make_version(folder: Path, bpe: Path, **facts: Any) -> Path:
+    """model/, tokens/ and facts.json of a version that knows LINES."""
+    tokenizer = load_tokenizer(bpe)
+    ids = tokenizer.encode(LINES)
+    used = torch.bincount(torch.tensor(ids), minlength=50257)
+    save_model(folder / "model", memorise(ids, used), bpe)
+    (folder / "tokens").mkdir()
+    write_part(folder / "tokens", "train", [ids], 50257)
+    write_manifest(folder / "tokens")
+    write_json(folder / "facts.json", FACTS | facts)
+    return folder
+
+
+@pytest.fixture(scope="session", name="version")
+def _version(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
+    return make_version(tmp_path_factory.mktemp("version") / "7", bpe)
+
+
+class Watched:
+    """A generator that counts the streams that are open, and takes its time where it is told to."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator, self.open, self.drawn, self.delay_s = generator, 0, 0, 0.0
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+    def stream(self, *arguments: Any) -> Iterator[Any]:
+        with self._lock:
+            self.open += 1
+        try:
+            for piece in self._generator.stream(*arguments):
+                time.sleep(self.delay_s)
+                self.drawn += 1
+                yield piece
+        finally:
+            with self._lock:
+                self.open -= 1
+
+    def open_within(self, wanted: int, seconds: float) -> bool:
+        """Whether the number of open streams comes to `wanted` in time."""
+        end = time.monotonic() + seconds
+        while self.open != wanted and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.open == wanted
+
+
+class Stub(Folder):
+    """Two versions of one folder, so that there is something to choose from."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.watched = Watched(self._served.generator)
+        self._served.generator = self.watched  # type: ignore[assignment]
+        self._other = Served(self.watched, FACTS | {"version": "6", "aliases": []})  # type: ignore[arg-type]
+
+    def versions(self) -> list[str]:
+        return ["7", "6"]
+
+    def open(self, number: str) -> Served:
+        return self._other if number == "6" else super().open(number)
+
+
+@pytest.fixture(scope="module", name="source")
+def _source(version: Path) -> Stub:
+    return Stub(version)
+
+
+@pytest.fixture(autouse=True)
+def _at_full_speed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test slowed down or broke is mended after it."""
+    yield
+    if "source" in request.fixturenames:
+        stub = request.getfixturevalue("source")
+        stub.watched.delay_s, stub.trouble = 0.0, None
+
+
+@pytest.fixture(scope="module", name="page")
+def _page(source: Stub) -> Iterator[gr.Blocks]:
+    """The page, served on a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = serve(source, "127.0.0.1", port, wait=False)
+    yield served
+    served.close(verbose=False)
+
+
+def ask(page: gr.Blocks, fn_index: int, data: list[Any], event_data: Any = None) -> dict[str, Any]:
+    """What an event of the page answers at last, called as the page's own script does."""
+    session = uuid4().hex[:10]
+    body = json.dumps({"fn_index": fn_index, "data": data, "event_data": event_data, "session_hash": session})
+    with httpx.Client(base_url=f"{page.local_url}gradio_api/", timeout=30) as http:
+        joined = http.post("queue/join", content=body, headers={"content-type": "application/json"})
+        if joined.status_code != 200:
+            return {"success": False, "output": {"error": joined.text}}
+        with http.stream("GET", "queue/data", params={"session_hash": session}) as stream:
+            for line in stream.iter_lines():
+                message = json.loads(line.removeprefix("data: ")) if line else {}
+                if message.get("msg") == "process_completed":
+                    return message
+    raise AssertionError("the stream ended without an answer")
+
+
+def event(page: gr.Blocks, api_name: str) -> int:
+    """The number of an endpoint."""
+    return next(number for number, fn in page.fns.items() if fn.api_name == api_name)

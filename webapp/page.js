@@ -1,0 +1,15 @@
+() => {
+  const press = (id) => document.querySelector(`#${id}`)?.click();
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") press("stop");
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      const panel = event.target.closest("[role=tabpanel]");
+      const button = panel?.querySelector("button.go");
+      if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
+    }
+  }, true);
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("#stop"))
+      setTimeout(() => document.querySelectorAll(".writing").forEach((text) => text.classList.remove("writing")), 400);
+  });
+}
