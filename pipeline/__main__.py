@@ -107,8 +107,10 @@ def models(arguments: argparse.Namespace) -> None:
             print(catalog.rollback(store, name))
         case "verify" if arguments.retrain:
             print(retrain(store, catalog.find_version(store, name, which), project_root()))
+        case "verify" if which is None:
+            catalog.verify_versions(store, name)
         case "verify":
-            catalog.verify_versions(store, name, which)
+            print(catalog.verify(store, catalog.find_version(store, name, which)))
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -106,21 +106,24 @@ def print_versions(store: Store, name: str) -> None:
         print("  ".join(cells).rstrip())
 
 
-def verify_versions(store: Store, name: str, which: str | None) -> None:
-    """Print of a version, or of all, whether it is as registered. Raises where one is not: IntegrityError first."""
-    versions = list_versions(store, name) if which is None else [find_version(store, name, which)]
+def verify_versions(store: Store, name: str) -> None:
+    """Print of each version whether it is as registered. Raises where one is not: IntegrityError first."""
     failures: dict[str, PipelineError] = {}
-    for version in versions:
+    for version in list_versions(store, name):
         try:
-            open_version(store, version)
+            print(verify(store, version), flush=True)
         except (IntegrityError, ModelMissing) as error:
             failures[str(version.version)] = error
-            print(f"version {version.version}: {error}", flush=True)
-        else:
-            print(f"version {version.version}: ok, model {version.tags['model_sha256']}", flush=True)
+            print(f"{_label(version)}: {error}", flush=True)
     if failures:
         kind = IntegrityError if any(isinstance(error, IntegrityError) for error in failures.values()) else ModelMissing
         raise kind(f"not whole: version {', '.join(failures)} of {name}: see above what restores it")
+
+
+def verify(store: Store, version: "ModelVersion") -> str:
+    """Say, in a line, that a version is as registered. Raises as `open_version` does."""
+    open_version(store, version)
+    return f"{_label(version)}: ok, model {version.tags['model_sha256']}"
 
 
 def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
@@ -128,6 +131,10 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
 
     Raises ModelMissing where its run or its files are gone.
     """
+    if not version.run_id:
+        raise ModelMissing(
+            f"{_label(version)} has no run behind it, so that no `register` made it: use another version"
+        )
     with _naming_failure(store, _label(version)):
         run = store.client.get_run(version.run_id)
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
@@ -221,11 +228,11 @@ def _numbers(store: Store, name: str) -> list[str]:
 
 @contextmanager
 def _naming_failure(store: Store, what: str) -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing of one line about `what`."""
+    """Turn the store's errors into a ModelMissing of one line about `what`, which was being read or changed."""
     try:
         yield
     except store_errors() as error:
         raise ModelMissing(
-            f"{what}: MLflow's store {store.uri} fails ({first_line(error)}): mend it, "
+            f"{what} cannot be had from MLflow's store {store.uri} ({first_line(error)}): mend that, "
             "or `dvc repro -f -s register`, where the model was made, restores it"
         ) from error

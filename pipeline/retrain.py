@@ -127,10 +127,8 @@ def _flaw(version: "ModelVersion", recorded: Identity, repository: Path) -> str 
     Where files had been changed, params.yaml say, the sources of training may still have been those of the commit.
     """
     commit = version.tags.get("git_commit", "unknown")
-    if (
-        not re.fullmatch("[0-9a-f]{40,64}", commit)
-        or _git(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None
-    ):
+    named = re.fullmatch("[0-9a-f]{40,64}", commit)
+    if not named or _git(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         return f"commit {commit} is not in {repository}"
     if version.tags.get("tree_clean") != "true":
         for path, sha256 in recorded["sources"].items():

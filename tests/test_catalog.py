@@ -127,7 +127,7 @@ def test_a_store_that_fails_in_the_middle_is_one_line(look, store, name, add, mo
 
     for call in ("get_model_version_download_uri", "get_run", "search_registered_models"):
         monkeypatch.setattr(type(store.client), call, down)
-    with pytest.raises(ModelMissing, match=f"{name}.*fails \\(no answer\\): mend it") as told:
+    with pytest.raises(ModelMissing, match=f"{name}.* cannot be had from .* \\(no answer\\): mend that") as told:
         look(store, version)
     assert "\n" not in str(told.value)
 
@@ -237,7 +237,7 @@ def test_nothing_that_a_hostile_version_brings_is_run(store, name, add, tmp_path
     version = find_version(store, name, "champion")
     open_version(store, version)
     describe_version(store, version)
-    verify_versions(store, name, None)
+    verify_versions(store, name)
     promote(store, name, "1")
     assert not canary.exists()
     with pytest.raises(MlflowException):  # the control: MLflow runs it, and finds no model in it
@@ -265,6 +265,8 @@ def test_a_version_that_the_stage_register_did_not_make_is_refused(store, name, 
     store.client.set_registered_model_alias(name, "champion", "1")
     with pytest.raises(IntegrityError, match=f"{name} version 1 has no tag model_sha256"):
         open_version(store, find_version(store, name, "champion"))
+    with pytest.raises(ModelMissing, match=f"{name} version 1 has no run behind it"):
+        describe_version(store, find_version(store, name, "champion"))
     assert not canary.exists()
 
 
@@ -404,21 +406,20 @@ def test_a_foreign_version_is_a_row_of_dashes_and_an_empty_model_is_told(store, 
 def test_verify_names_what_is_wrong_with_each_version_and_the_worst_decides_the_code(store, name, add, capsys):  # C7
     for loss in (0.09, 0.2, 0.3):
         add(corpus_loss=loss)
-    verify_versions(store, name, None)
+    verify_versions(store, name)
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"version {number}: ok" for number in (3, 2, 1)
+        f"{name} version {number}: ok" for number in (3, 2, 1)
     ]
     (folder := files_of(store, name, "1") / "model").rename(folder.with_name("elsewhere"))
     with pytest.raises(ModelMissing, match=f"not whole: version 1 of {name}"):
-        verify_versions(store, name, None)
+        verify_versions(store, name)
     flip(files_of(store, name, "2") / "tokens" / "train-00000.bin")
     with pytest.raises(IntegrityError, match=f"not whole: version 2, 1 of {name}"):
-        verify_versions(store, name, None)
-    verify_versions(store, name, "3")
+        verify_versions(store, name)
     lines = capsys.readouterr().out.splitlines()
-    endings = ("ok, model ", "ok, model ", "is missing: ", "ok, model ", "is altered ", "is missing: ", "ok, model ")
-    for line, number, ending in zip(lines, "3213213", endings, strict=True):
-        assert line.startswith(f"version {number}: ")
+    endings = ("ok, model ", "ok, model ", "is missing: ", "ok, model ", "is altered ", "is missing: ")
+    for line, number, ending in zip(lines, "321321", endings, strict=True):
+        assert line.startswith(f"{name} version {number}: ")
         assert ending in line
 
 
@@ -460,7 +461,7 @@ def test_a_version_whose_run_is_gone_is_told(store, name, add, monkeypatch):
         raise MlflowException(f"Run '{run_id}' not found")
 
     monkeypatch.setattr(type(store.client), "get_run", gone)
-    with pytest.raises(ModelMissing, match=f"{name} version 1: .*Run '{done['run_id']}' not found.*-s register"):
+    with pytest.raises(ModelMissing, match=f"{name} version 1 .*Run '{done['run_id']}' not found.*-s register"):
         describe_version(store, version)
 
 

@@ -214,7 +214,9 @@ def test_without_its_commit_other_code_is_refused(tags, store, version, reposito
 
 
 @pytest.mark.fault
-def test_where_there_is_no_git_the_present_code_is_looked_at(store, version, tmp_path, temporary):
+@pytest.mark.parametrize("path", ["", os.environ["PATH"]])
+def test_without_git_or_a_clone_the_present_code_is_looked_at(path, store, version, tmp_path, temporary, monkeypatch):
+    monkeypatch.setenv("PATH", path)
     with pytest.raises(InputError, match=f"is not in {tmp_path / 'nowhere'}, and the present code"):
         retrain(store, tagged(store, version, fingerprint="other"), tmp_path / "nowhere")
 
