@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.checkpoint import load_model
 from pipeline.decoder import Cache, Decoder, Precision
@@ -80,7 +79,7 @@ class Generator:
         """
         sequences = [self._begin(number, prompt, sampling) for number, prompt in enumerate(prompts)]
         yield from (Piece(each.number, [], "", "length", None) for each in sequences if each.finished)
-        cache = self.decoder.new_cache(len(sequences))
+        cache = self.decoder.new_cache(len(sequences), max((each.length for each in sequences), default=0))
         while writing := [i for i, sequence in enumerate(sequences) if not sequence.finished]:
             if len(writing) < len(sequences):
                 sequences = [sequences[i] for i in writing]
@@ -126,13 +125,13 @@ class Generator:
             room = self.trained_length - max(sequence.n_context for sequence in going_on)
             for sequence in going_on:
                 sequence.guesses = self._guess(sequence, room)
-            rows = pad_sequence([torch.tensor([s.rows[-1], *s.guesses]) for s in sequences], batch_first=True)
-            kept = torch.tensor([0 if i in begun else s.n_context - 1 for i, s in enumerate(sequences)])
-            hidden = self.decoder.extend(self._to_device(rows), self._to_device(kept), cache)  # (B, T, C)
+            rows = _padded([[sequence.rows[-1], *sequence.guesses] for sequence in sequences])
+            kept = [0 if i in begun else sequence.n_context - 1 for i, sequence in enumerate(sequences)]
+            hidden = self.decoder.extend(self._to_device(rows), kept, cache)  # (B, T, C)
             logits |= enumerate(self.decoder.logits(hidden).cpu())
         if begun:
-            contexts = [torch.tensor(sequences[i].rows[sequences[i].start :]) for i in begun]
-            hidden = self.decoder.prefill(self._to_device(pad_sequence(contexts, batch_first=True)), cache, begun)
+            contexts = [sequences[i].rows[sequences[i].start :] for i in begun]
+            hidden = self.decoder.prefill(self._to_device(_padded(contexts)), cache, begun)  # (B, T, C)
             last = torch.stack([of_one[len(rows) - 1] for of_one, rows in zip(hidden, contexts, strict=True)])
             logits |= zip(begun, self.decoder.logits(last[:, None]).cpu(), strict=True)
         return [logits[i] for i in range(len(sequences))]
@@ -193,6 +192,12 @@ def context_start(n: int, trained_length: int) -> int:
     """Where the context of `n` tokens begins: all, or else the last of them, more than half the trained length."""
     half = trained_length // 2
     return -(-max(0, n - trained_length) // half) * half
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    """Rows of unequal lengths, (B, T), with row 0 behind the shorter ones."""
+    width = max(map(len, rows))
+    return torch.tensor([each + [0] * (width - len(each)) for each in rows])
 
 
 def load_generator(folder: Path, precision: Literal["auto"] | Precision = "auto") -> Generator:

@@ -32,7 +32,7 @@ def cached_hidden(decoder, rows, cuts):
     cache = decoder.new_cache(len(rows))
     parts = [decoder.prefill(rows[:, : cuts[0]], cache, list(range(len(rows))))]
     for begin, end in zip(cuts, [*cuts[1:], rows.shape[1]], strict=True):
-        parts.append(decoder.extend(rows[:, begin:end], torch.full((len(rows),), begin), cache))
+        parts.append(decoder.extend(rows[:, begin:end], [begin] * len(rows), cache))
     return torch.cat(parts, dim=1)
 
 
@@ -54,7 +54,7 @@ def test_a_sequence_is_read_alike_alone_and_in_a_batch(model, rows):
 
 
 def test_sequences_of_different_lengths_do_not_see_each_others_padding(model, rows):
-    decoder, lengths = Decoder(model), torch.tensor([4, 70, 1])
+    decoder, lengths = Decoder(model), [4, 70, 1]
     cache = decoder.new_cache(3)
     decoder.prefill(rows[:, :70], cache, [0, 1, 2])  # padded, for all but the second
     new = torch.stack([rows[i, n : n + 2] for i, n in enumerate(lengths)])
@@ -68,8 +68,8 @@ def test_wrong_guesses_leave_no_trace(model, rows):
     decoder = Decoder(model)
     cache = decoder.new_cache(3)
     decoder.prefill(rows[:, :5], cache, [0, 1, 2])
-    decoder.extend(rows[:, 50:58], torch.full((3,), 5), cache)
-    hidden = decoder.extend(rows[:, 5:7], torch.full((3,), 5), cache)
+    decoder.extend(rows[:, 50:58], [5] * 3, cache)
+    hidden = decoder.extend(rows[:, 5:7], [5] * 3, cache)
     assert torch.allclose(hidden, cached_hidden(decoder, rows[:, :7], [5])[:, 5:], atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_a_sequence_that_begins_anew_leaves_the_others_alone(model, rows):
     decoder.prefill(rows[:, :9], cache, [0, 1, 2])
     decoder.prefill(rows[1:2, 100:103], cache, [1])
     cache.select([2, 1])
-    hidden = decoder.extend(rows[:2, 20:21], torch.tensor([9, 3]), cache)
+    hidden = decoder.extend(rows[:2, 20:21], [9, 3], cache)
     with torch.no_grad():
         for i, seen in enumerate([rows[2, :9], rows[1, 100:103]]):
             expected = model.hidden(torch.cat([seen, rows[i, 20:21]])[None])[0, -1]
@@ -91,7 +91,7 @@ def test_the_cache_grows_up_to_the_trained_length_and_no_further(model, rows):
     lengths = []
     for n in (1, GROWTH, GROWTH + 1, 160):
         cache.reserve(n)
-        lengths.append(cache.keys.shape[3])
+        lengths.append(cache.keys[0].shape[2])
     assert lengths == [64, 64, 128, 160]
 
 
