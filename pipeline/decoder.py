@@ -49,11 +49,11 @@ class Cache:
     def _keep(self, sequences: list[int], n: int) -> None:
         """Lay these sequences out with room for `n`, zero where nothing is: what is masked must be finite as well."""
         _, H, used, D = self.keys[0].shape
-        before = self.keys, self.values
+        before, which = (self.keys, self.values), torch.tensor(sequences, device=self._memory.device)
         self._lay_out(len(sequences), H, n, D)
         for layers, layers_before in zip((self.keys, self.values), before, strict=True):
             for kept, kept_before in zip(layers, layers_before, strict=True):
-                copy = kept_before[sequences]
+                copy = kept_before.index_select(0, which)  # the memory may be the same
                 kept[:, :, :used], kept[:, :, used:] = copy, 0
 
     def _lay_out(self, *shape: int) -> None:
