@@ -122,7 +122,7 @@ class Generator:
         begun = [i for i, sequence in enumerate(sequences) if self._begins_anew(sequence)]
         logits: dict[int, Tensor] = {}
         if going_on := [sequence for i, sequence in enumerate(sequences) if i not in begun]:
-            room = self.trained_length - max(sequence.n_context for sequence in going_on)
+            room = cache.limit - max(sequence.n_context for sequence in going_on)
             for sequence in going_on:
                 sequence.guesses = self._guess(sequence, room)
             rows = _padded([[sequence.rows[-1], *sequence.guesses] for sequence in sequences])
