@@ -5,9 +5,11 @@ MLflow keeps a copy of this file with the version and runs it where the version 
 
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
+from pipeline.errors import InputError
 from pipeline.generate import load_generator
 from pipeline.sampling import Sampling
 
@@ -20,7 +22,10 @@ class Continuing:
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Continue each text of the column `prompt`; `params` are complete, by the signature's defaults."""
-        sampling = Sampling.of(**params)
+        try:
+            sampling = Sampling.of(**params)
+        except InputError as error:  # so that the server answers with its line
+            raise MlflowException.invalid_parameter_value(str(error)) from None
         return [self.generator.text(prompt, sampling) for prompt in model_input["prompt"]]
 
 

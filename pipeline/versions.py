@@ -16,6 +16,7 @@ import yaml
 from pipeline.errors import IntegrityError, ModelMissing
 from pipeline.files import MANIFEST, read_json, sha256_file, verify_manifest
 from pipeline.results import read_run
+from pipeline.sampling import Sampling
 from pipeline.store import Store, store_errors
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ def _log_files(store: Store, project: Path, run: "Run", model_id: str) -> None:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     package = Path(__file__).parent
-    defaults = (("max_tokens", "long", 100), ("temperature", "double", 0.0), ("top_k", "long", 0), ("seed", "long", 0))
+    defaults = [
+        (name, "long" if isinstance(value, int) else "double", value) for name, value in Sampling() if name != "stop"
+    ]
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"
         save_model(

@@ -78,15 +78,21 @@ def test_a_batch_writes_what_each_prompt_alone_does(settings, generator):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("n", [30, 7])  # past what the model can see, and within
-def test_guessing_from_the_corpus_changes_nothing_and_saves_steps(n, settings, model, generator, tokenizer):
-    sampling = Sampling(max_tokens=n, **settings)
+def test_guessing_from_the_corpus_changes_nothing_and_saves_steps(settings, model, generator, tokenizer):
+    sampling = Sampling(max_tokens=30, **settings)
     plain = written(generator, PROMPTS, sampling)
     learnt = [i for ids in plain[:2] for i in ids] + [1, 2, 3] + plain[3][:20] + [4, 5] * 10  # true and false guesses
     guessing = Generator(model, tokenizer, CorpusIndex(learnt))
     pieces = list(guessing.stream(PROMPTS, sampling))
     assert written(guessing, PROMPTS, sampling) == plain
-    assert len(pieces) < n * len(PROMPTS)
+    assert len(pieces) < 30 * len(PROMPTS)
+
+
+def test_guesses_for_one_sequence_leave_room_for_another_that_is_nearly_done(model, generator, tokenizer):
+    sampling, prompts = Sampling(max_tokens=6, temperature=1), ["ROMEO: O", "O"]
+    first, second = written(generator, prompts, sampling)
+    learnt = tokenizer.encode(prompts[0]) + first[:3] + [7, 7] + second[1:]  # early guesses for one, late for the other
+    assert written(Generator(model, tokenizer, CorpusIndex(learnt)), prompts, sampling) == [first, second]
 
 
 def test_nothing_is_written_that_the_model_was_not_trained_to_see(model, generator, monkeypatch):

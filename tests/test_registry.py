@@ -51,6 +51,7 @@ def cheap_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def log_files(store: Store, project: Path, _run: object, model_id: str) -> None:
         store.client.log_model_artifacts(model_id, str(project / "models" / "model"), "artifacts/model")
         store.client.log_model_artifacts(model_id, str(project / "data" / "tokens"), "artifacts/tokens")
+        store.client.log_model_artifact(model_id, str(project / "params.yaml"), "artifacts")
         store.client.finalize_logged_model(model_id, "READY")
 
     monkeypatch.setattr(versions, "_log_files", log_files)
