@@ -64,6 +64,11 @@ def test_each_library_is_imported_where_it_belongs(library, allowed):
     assert users <= allowed
 
 
+def test_neither_library_nor_stages_know_the_page():
+    for path in (*(ROOT / "pipeline").glob("*.py"), *(ROOT / "stages").glob("*.py")):
+        assert not {name.split(".")[0] for name in imports(path)} & {"webapp", "app"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_reruns_a_stage_when_its_code_changes(stage):
     declared = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")]
