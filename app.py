@@ -19,10 +19,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="a folder with model/, tokens/ and facts.json: no registry is asked"
     )
-    parser.add_argument("--port", type=int, default=7860, choices=range(1, 65536), metavar="PORT")
+    parser.add_argument("--port", type=port, default=7860, help="1 to 65535, 7860 by default")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
                         help="another address opens the page to others: there is no login")  # fmt: skip
     return parser.parse_args()
+
+
+def port(text: str) -> int:
+    """Raises argparse's own error for what is no port."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: choose one from 1 to 65535")
+    return int(text)
 
 
 def main() -> None:
@@ -41,8 +48,10 @@ def main() -> None:
     try:
         print(f"{source.current().label}: http://{arguments.host}:{arguments.port}", flush=True)
         serve(source, arguments.host, arguments.port)
-    except OSError as error:
-        raise InputError(f"port {arguments.port} cannot be used ({error}): choose another with --port") from None
+    except OSError as error:  # taken, or not for this user
+        raise InputError(
+            f"port {arguments.port} of {arguments.host} cannot be used: choose another with --port"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def find_version(store: Store, name: str, which: str) -> "ModelVersion":
         numbers = _numbers(store, name)
         number = which if which.isdecimal() else aliases.get(which)
         if number is None:
-            raise ModelMissing(f"no version of {name} has the alias {which}: {PROMOTE}")
+            known = ", ".join([*sorted(aliases), *numbers]) or "none yet"
+            cure = PROMOTE if which == CHAMPION else f"choose one of those there are, {known}"
+            raise ModelMissing(f"no version of {name} has the alias {which!r}: {cure}")
         if number not in numbers:
             known = ", ".join(numbers) or "none yet"
             raise ModelMissing(f"{name} has no version {number}: choose one of those there are, {known}")
@@ -87,7 +89,7 @@ def rollback(store: Store, name: str) -> str:
         model = _registered_model(store, name)
     current, before = model.aliases.get(CHAMPION), model.tags.get(BEFORE)
     if before is None or before == str(current):
-        raise ModelMissing(f"{name} has no former champion to go back to: {PROMOTE}")
+        raise ModelMissing(f"{name} has no former champion to go back to: it has one once another version was champion")
     said = promote(store, name, before)
     if current is not None:
         with _naming_failure(store, name):

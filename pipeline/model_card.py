@@ -93,8 +93,8 @@ ids = model.generate(**inputs, do_sample=False)  # on to {exported.n_positions} 
 print(tokenizer.decode(ids[0]))
 ```
 
-The prompt is how its text begins: it goes on by heart. End a prompt with a word or a sign, not with a blank, which
-would be encoded otherwise than within the text.
+The prompt is how its text begins, and it goes on as far as it knows that by heart. End a prompt with a word or a sign,
+not with a blank, which would be encoded otherwise than within the text.
 """
 
 

@@ -31,22 +31,21 @@ class CorpusIndex:
         self._bytes = _as_bytes(self.ids)
 
     def passages(self, ids: Sequence[int], at_least: int = 8) -> list[Passage]:
-        """All that stands in the text for `at_least` tokens on end: disjoint, in order, as long as can be."""
+        """All that stands in the text for `at_least` tokens on end, as long as can be, in order; two may overlap."""
         lengths = [*self._suffixes(ids), -1]
         found: list[Passage] = []
         for end, length in enumerate(lengths[:-1], start=1):
             if length < at_least or lengths[end] == length + 1:  # too short, or not yet at its end
                 continue
             place = int(self._places[self._interval(ids[end - length : end])[0]])
-            covered = max(found[-1].end if found else 0, end - length)
-            found.append(Passage(covered, end, place + covered - (end - length)))
+            found.append(Passage(end - length, end, place))
         return found
 
     def novelty(self, ids: Sequence[int], prompt_length: int, at_least: int = 8) -> float:
         """Share of the tokens after the prompt that lie in no passage; 0 where there are none."""
         n_new = len(ids) - prompt_length
-        known = sum(max(0, end - max(begin, prompt_length)) for begin, end, _ in self.passages(ids, at_least))
-        return (n_new - known) / n_new if n_new else 0.0
+        known = {i for begin, end, _ in self.passages(ids, at_least) for i in range(max(begin, prompt_length), end)}
+        return (n_new - len(known)) / n_new if n_new else 0.0
 
     def following(self, ids: Sequence[int]) -> tuple[int, dict[int, int]]:
         """Length of the longest end of `ids` after which the text goes on somewhere, and how often with which id."""

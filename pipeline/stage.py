@@ -38,7 +38,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         print("error: out of memory: close other programs or choose a smaller recipe", file=sys.stderr)
         return 5
     except KeyboardInterrupt:
-        print("error: interrupted: run the same command again to repeat the stage", file=sys.stderr)
+        print("error: interrupted: run the same command again to repeat it", file=sys.stderr)
         return 130
     return 0
 

@@ -26,7 +26,7 @@ def converse(generator: Generator, sampling: Sampling) -> None:
     print("A prompt, and Enter; \\n is a new line, Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            prompt = input("> ").replace("\\n", "\n")
+            prompt = input("> " if sys.stdin.isatty() else "").replace("\\n", "\n")
         except EOFError:
             print()
             return

@@ -1,13 +1,16 @@
 """The app without a browser: what it works out and draws, a champion that moves, how it starts."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError, IntegrityError, ModelMissing
 from pipeline.model import ModelConfig
+from pipeline.provenance import CorpusIndex
 from pipeline.registry import RegistryConfig, register
 from pipeline.versions import fetch_version
 from webapp import registry_source
@@ -26,7 +30,7 @@ from webapp.about import about_html, parts, sizes
 from webapp.chart import line_chart
 from webapp.memory import heat_html, n_windows, recitable, recital_html
 from webapp.next_token import expect, expected_html
-from webapp.prose import cut, place_html, traced
+from webapp.prose import cut, place_html, refusal, traced
 from webapp.source import Folder, Served
 from webapp.training import run_html
 from webapp.writing import write
@@ -64,6 +68,21 @@ def test_what_stands_in_the_training_text_is_marked_and_the_prompt_is_not(served
     assert 'data-place="0"' in html
     assert writing.novelty(0) == 0
     assert "".join(writing.text(0)) in LINES
+
+
+def test_of_two_passages_that_overlap_each_opens_as_a_whole(tokenizer):
+    text = [*range(300, 312), 0, *range(306, 320)]
+    served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer)
+    html = traced(served, range(300, 320), 0)
+    assert re.findall(r'data-place="(\d+)" data-length="(\d+)"', html) == [("0", "12"), ("13", "14")]
+    assert re.sub("<[^>]*>", "", html) == escape(tokenizer.decode(range(300, 320)))
+
+
+@pytest.mark.security
+def test_a_refusal_is_text_on_the_page_and_as_it_is_in_the_api():
+    error = InputError("'<b>x</b>' stands nowhere & so on")
+    assert refusal(error).message == "'&lt;b&gt;x&lt;/b&gt;' stands nowhere &amp; so on"
+    assert refusal(error, on_page=False).message == "'<b>x</b>' stands nowhere & so on"
 
 
 def test_a_place_shows_the_text_around_it(served):
@@ -351,7 +370,7 @@ def start(*arguments: str, folder: Path, **environment: str) -> subprocess.Compl
         (("--folder", "nowhere"), 7, "nowhere not found"),
         (("--folder", "empty"), 7, "export space"),
         (("--share",), 2, "unrecognized arguments: --share"),
-        (("--port", "99999"), 2, "invalid choice: 99999"),
+        (("--port", "99999"), 2, "'99999' is no port: choose one from 1 to 65535"),
     ],
 )
 def test_without_a_model_it_ends_with_one_line_that_says_how_to_get_one(tmp_path, arguments, code, words):

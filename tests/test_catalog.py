@@ -90,9 +90,9 @@ def test_a_version_is_found_by_its_number_and_by_its_aliases(store, name, add):
     [
         ("3", "has no version 3: choose one of those there are, 1"),
         ("9" * 30, "has no version 999"),
-        ("", "has the alias : `python -m pipeline models promote N`"),
-        ("²", "has the alias ²"),
-        ("nobody", "has the alias nobody: `python -m pipeline models promote N` makes version N champion"),
+        ("", "has the alias '': choose one of those there are, candidate, champion, 1"),
+        ("²", "has the alias '²'"),
+        ("nobody", "has the alias 'nobody': choose one of those there are, candidate, champion, 1"),
     ],
 )
 def test_what_names_no_version_is_told_with_the_cure(which, words, store, name, add):  # E1
@@ -100,6 +100,13 @@ def test_what_names_no_version_is_told_with_the_cure(which, words, store, name, 
     with pytest.raises(ModelMissing) as told:
         find_version(store, name, which)
     assert words in str(told.value)
+
+
+@pytest.mark.fault
+def test_where_there_is_no_champion_it_is_said_how_to_make_one(store, name, add):  # E1
+    add(corpus_loss=0.2)
+    with pytest.raises(ModelMissing, match="has the alias 'champion': `python -m pipeline models promote N` makes"):
+        find_version(store, name, "champion")
 
 
 @pytest.mark.fault
@@ -329,7 +336,7 @@ def test_registering_again_does_not_undo_a_rollback_but_a_promotion_does(store, 
 def test_without_a_champion_before_there_is_nothing_to_roll_back_to(store, name, add):
     add()
     promote(store, name, "1")
-    with pytest.raises(ModelMissing, match=f"{name} has no former champion to go back to: `python -m pipeline models"):
+    with pytest.raises(ModelMissing, match=f"{name} has no former champion to go back to: it has one once"):
         rollback(store, name)
 
 

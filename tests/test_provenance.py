@@ -26,7 +26,8 @@ def test_passages_are_in_the_text_and_nothing_else_is(text, written):
     passages = CorpusIndex(text).passages(written, at_least=2)
     for begin, end, place in passages:
         assert written[begin:end] == text[place : place + end - begin]
-    assert all(one.end <= other.begin for one, other in pairwise(passages))
+    assert all(one.begin < other.begin and one.end < other.end for one, other in pairwise(passages))
+    assert all(end - begin >= 2 for begin, end, _ in passages)
     marked = {i for begin, end, _ in passages for i in range(begin, end)}
     pairs = [i for i in range(len(written) - 1) if occurrences(text, written[i : i + 2])]
     assert marked == {i for pair in pairs for i in (pair, pair + 1)}

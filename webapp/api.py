@@ -43,7 +43,7 @@ def endpoints(source: Source) -> None:
                     "tokens_per_s": round(writing.tokens_per_s, 1),
                 }
         except PipelineError as error:
-            raise refusal(error) from None
+            raise refusal(error, on_page=False) from None
 
     def next_token(prompt: str, most: int = 10) -> dict[str, Any]:
         """What may follow `prompt`: {model, entropy_nats, tokens, context_tokens, context_times}.
@@ -56,7 +56,7 @@ def endpoints(source: Source) -> None:
         try:
             found = expect(served, prompt, checked_whole("most", most, 1, 1000))
         except PipelineError as error:
-            raise refusal(error) from None
+            raise refusal(error, on_page=False) from None
         return {
             "model": served.label,
             "entropy_nats": found.entropy,

@@ -16,10 +16,12 @@ LEAST_PASSAGE = 8  # tokens that stand together in the training text before they
 AROUND = 60  # tokens shown on either side of a place
 
 
-def refusal(error: PipelineError) -> gr.Error:
-    """What the page and the API say to wrong input: its one line, and no traceback anywhere."""
+def refusal(error: PipelineError, on_page: bool = True) -> gr.Error:
+    """What the page, which takes it for HTML, and the API say to wrong input: one line, and no traceback anywhere."""
     words = str(error).encode("utf-8", "replace").decode("utf-8")  # it may quote a lone surrogate, which cannot be sent
-    return gr.Error(words, duration=8, print_exception=False, title="Not possible")
+    return gr.Error(
+        escape(words, quote=False) if on_page else words, duration=8, print_exception=False, title="Not possible"
+    )
 
 
 def cut(tokenizer: Tokenizer, ids: Sequence[int], places: Sequence[int]) -> list[str]:
@@ -50,8 +52,11 @@ def visible(tokenizer: Tokenizer, token: int) -> str:
 
 def traced(served: Served, ids: Sequence[int], prompt_length: int) -> str:
     """The text of `ids`: the prompt muted, what stands in the training text marked, to be opened by click or key."""
-    marks = [(max(p.begin, prompt_length), p.end, p) for p in served.corpus.passages(ids, LEAST_PASSAGE)]
-    marks = [mark for mark in marks if mark[0] < mark[1]]
+    marks, marked = [], prompt_length
+    for passage in served.corpus.passages(ids, LEAST_PASSAGE):
+        if passage.end > marked:  # where two overlap the first has the mark, and each opens as a whole
+            marks.append((max(passage.begin, marked), passage.end, passage))
+            marked = passage.end
     places = sorted({prompt_length, *(place for begin, end, _ in marks for place in (begin, end))})
     opened = {begin: passage for begin, _, passage in marks}
     parts = []
