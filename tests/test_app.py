@@ -72,7 +72,7 @@ def test_what_stands_in_the_training_text_is_marked_and_the_prompt_is_not(served
 
 def test_of_two_passages_that_overlap_each_opens_as_a_whole(tokenizer):
     text = [*range(300, 312), 0, *range(306, 320)]
-    served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer)
+    served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer, facts={"version": "1"})
     html = traced(served, range(300, 320), 0)
     assert re.findall(r'data-place="(\d+)" data-length="(\d+)"', html) == [("0", "12"), ("13", "14")]
     assert re.sub("<[^>]*>", "", html) == escape(tokenizer.decode(range(300, 320)))
