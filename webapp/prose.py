@@ -61,7 +61,7 @@ def traced(served: Served, ids: Sequence[int], prompt_length: int) -> str:
     opened = {begin: passage for begin, _, passage in marks}
     parts = []
     for start, text in zip([0, *places], cut(served.tokenizer, ids, places), strict=True):
-        if start in opened and start >= prompt_length:
+        if text and start in opened and start >= prompt_length:
             parts.append(_mark(opened[start], text, str(served.facts["version"])))
         else:
             parts.append(f'<span class="prompt">{escape(text)}</span>' if start < prompt_length else escape(text))
