@@ -63,7 +63,9 @@ class Generator:
     """A model, ready to write; several threads may use it at once.
 
     `corpus`: the text that it has learnt. How that goes on is guessed, and several guesses are checked in one pass: it
-    is faster where the model recites, and changes nothing that is written (Leviathan et al. 2023; Saxena 2023).
+    is faster where the model recites, and changes nothing that is written (Leviathan et al. 2023; Saxena 2023). So in
+    fp32; in bf16 the last bit of a product depends on how many tokens are read at once, by guesses or by a batch, and
+    decides now and then between two tokens that are all but equally likely.
     """
 
     def __init__(
