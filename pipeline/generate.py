@@ -202,7 +202,7 @@ def _padded(rows: list[list[int]]) -> Tensor:
     return torch.tensor([each + [0] * (width - len(each)) for each in rows])
 
 
-def load_generator(folder: Path, precision: Literal["auto"] | Precision = "auto") -> Generator:
+def load_generator(folder: Path) -> Generator:
     """Load what a registered version holds, `folder`/model and `folder`/tokens, onto the best device there is.
 
     Raises ModelMissing, or IntegrityError where a byte of them is not as it was written.
@@ -213,7 +213,7 @@ def load_generator(folder: Path, precision: Literal["auto"] | Precision = "auto"
         TrainConfig(
             seed=0,
             device="auto",
-            precision=precision,
+            precision="auto",
             threads="auto",
             deterministic=False,
             compile=False,

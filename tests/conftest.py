@@ -1,7 +1,9 @@
-"""What several tests need: GPT-2's BPE files, and the corpus that the published numbers are about."""
+"""What several tests need: the BPE files, the corpus that the published numbers are about, copies of the project."""
 
+import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,32 @@ def bpe(request: pytest.FixtureRequest) -> Path:
             continue
     fetch_bpe(cached)
     return cached
+
+
+@pytest.fixture(scope="session")
+def copy_project() -> Callable[[Path], None]:
+    """Copies what is in the checkout, committed or not, to a folder."""
+
+    def copy(folder: Path) -> None:
+        listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in filter(None, subprocess.check_output(listing, cwd=ROOT, text=True).split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def commit_all() -> Callable[[Path], None]:
+    """Makes a folder a repository with all of it committed."""
+
+    def commit(folder: Path) -> None:
+        for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+            identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+            subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, timeout=60)
+
+    return commit
 
 
 @pytest.fixture(scope="session")

@@ -28,19 +28,13 @@ def params(project):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, copy_project, commit_all):
     """A repository of its own, under a difficult name, with the smoke recipe."""
     folder = tmp_path_factory.mktemp("dvc") / "a project with späces"
-    tracked = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
-    for name in filter(None, tracked.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    copy_project(folder)
     (folder / "dvc.lock").unlink(missing_ok=True)
     apply_recipe("smoke", folder / "params.yaml", folder / "recipes")
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
-        subprocess.run(["git", *identity, *arguments], cwd=folder, check=True)
+    commit_all(folder)
     return folder
 
 
