@@ -9,7 +9,8 @@ import yaml
 
 from pipeline import catalog
 from pipeline.config import Section, load_params
-from pipeline.corpus import CorpusConfig
+from pipeline.corpus import CorpusConfig, verify_corpus
+from pipeline.encode import Task, encode_shards
 from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.files import locked
@@ -27,6 +28,7 @@ from pipeline.space import SweepConfig, check_space, overridden
 from pipeline.stage import run_stage
 from pipeline.store import project_root
 from pipeline.terminal import converse, show
+from pipeline.tokenizer import load_tokenizer
 
 MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
 SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")
@@ -59,14 +61,25 @@ def check(arguments: argparse.Namespace) -> None:
     faults = params.unknown_sections(*SECTIONS)
     try:
         params.check(*SECTIONS)
-        if RunConfig.of(params).target.rule == "validation" and not params.section(CorpusConfig).val_fraction:
-            faults.append("target.rule is validation, but nothing is held out: set corpus.val_fraction above 0")
+        if (need := RunConfig.of(params).target.needs_held_out) and not params.section(CorpusConfig).val_fraction:
+            faults.append(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
         check_space(params.section(SweepConfig), params)
     except InputError as error:
         faults.append(str(error).removeprefix(f"{params.path}: "))
     if faults:
         raise InputError(f"{params.path}: " + "; ".join(faults))
     print(f"{params.path} is sound")
+
+
+def tokenize(arguments: argparse.Namespace) -> None:
+    """Encode a share of the text, as one of many tasks on one disk; then `python -m stages.tokenize` joins them."""
+    config, task = load_params().section(CorpusConfig), Task(arguments.shard, arguments.of)
+    if not 0 <= task.first < task.of:
+        raise InputError(f"--shard {task.first} --of {task.of}: number the tasks from 0 to {max(task.of - 1, 0)}")
+    verify_corpus(corpus := Path("data/corpus.txt"))
+    tokenizer, folder = load_tokenizer(Path("data/bpe")), Path("data/tokens")
+    place = encode_shards(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
+    print(f"{place}: all shards of task {task.first} of {task.of} are there")
 
 
 def sweep(arguments: argparse.Namespace) -> None:
@@ -165,12 +178,15 @@ def as_yaml(text: str) -> Any:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (recipe, run, check, sweep, models, generate, export, clean):
+    for command in (recipe, run, check, tokenize, sweep, models, generate, export, clean):
         subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         subparser.set_defaults(command=command)
         if command is recipe:
             subparser.add_argument("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
             subparser.add_argument("--as-set", action="store_true", help="print -S arguments for `dvc exp run`")
+        if command is tokenize:
+            subparser.add_argument("--shard", metavar="I", type=int, required=True, help="this task's number, from 0")
+            subparser.add_argument("--of", metavar="N", type=int, required=True, help="how many tasks there are")
         if command is sweep:
             subparser.add_argument("action", nargs="?", default="run", choices=SWEEP_ACTIONS)
             for name, field in SweepConfig.model_fields.items():

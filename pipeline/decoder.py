@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Linear = Callable[[Tensor], Tensor]  # (..., C_in) -> (..., C_out)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer and its q, k, v, (B, H, T, D) each -> (B, H, T, D)
 
-FIRST_UNWRITTEN = 50256  # <|endoftext|>, which no text encodes to; the ids after it are padding
+FIRST_UNWRITTEN = 50257  # the ids after <|endoftext|> are padding
 GROWTH = 64  # positions; oneDNN compiles a kernel for each new shape, and reads what lies in one piece faster
 
 

@@ -46,10 +46,13 @@ class NGrams(NamedTuple):
 
 
 def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Figures of the training text, in nats where they are entropies; of `val` only the tokens are counted."""
+    """Figures of the training text, in nats where they are entropies; of `val` only the tokens are counted.
+
+    Between two documents stands a token that is no text: it counts among the tokens, and has no bytes.
+    """
     counts = train.counts()
-    used = np.flatnonzero(counts)
-    pieces = [tokenizer.decode_bytes([token]) for token in used.tolist()]
+    n_ends, used = int(counts[tokenizer.eot]), np.flatnonzero(counts)
+    pieces = [tokenizer.decode_bytes([token]) if token != tokenizer.eot else b"" for token in used.tolist()]
     n_bytes, characters, line_ends = (
         int(counts[used] @ np.array([measure(piece) for piece in pieces], np.int64))
         for measure in (len, _characters, lambda piece: piece.count(b"\n"))
@@ -60,6 +63,7 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
         "bytes": n_bytes,
         "characters": characters,
         "lines": line_ends,
+        "documents": n_ends + 1,
         "tokens": len(train),
         "validation_tokens": len(val),
         "distinct_ids": len(used),

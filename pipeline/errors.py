@@ -54,6 +54,10 @@ class TargetNotReached(PipelineError):  # noqa: N818
     exit_code = 8
 
 
+class PeerLost(PipelineError):  # noqa: N818
+    """Another process of the same training is gone."""
+
+
 class Pruned(PipelineError):  # noqa: N818
     """A trial was stopped, or spent its budget, before it reached the target."""
 

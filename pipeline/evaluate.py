@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pipeline.checkpoint import load_model
 from pipeline.config import Section
+from pipeline.distributed import ALONE, World
 from pipeline.errors import InputError
 from pipeline.machine import autocast_in
 from pipeline.model import GPT
-from pipeline.tokens import Tokens, data_sha256, open_tokens
-from pipeline.windows import IGNORED, gather, n_windows
+from pipeline.tokens import data_sha256, open_tokens
+from pipeline.windows import IGNORED, Rows, gather, n_windows
 
 BATCH_TOKENS = 8192  # in a forward pass; part of the definition, since it may move the last bit
 RECALL_TOKENS = 32  # of context, and again of continuation
@@ -52,11 +53,11 @@ def evaluate_model(
     device, precision = str(run["environment"]["device"]).split()[0], str(run["environment"]["precision"])
     model.to(device)
     T, autocast = model.trained_length, autocast_in(device, precision)
-    rows, held_out = _rows(model, text), _rows(model, open_tokens(tokens, "val"))
+    rows, held_out = (Rows(part, model.vocabulary, torch.device(device)) for part in (text, open_tokens(tokens, "val")))
     loss = corpus_loss(model, rows, T, autocast)
     by_shift = {str(s): corpus_loss(model, rows, T, autocast, s) for s in (T // 4, T // 2, 3 * T // 4)}
     recall = {
-        aligned: verbatim_recall(model, rows, recall_starts(len(rows), model, config, aligned), autocast)
+        aligned: verbatim_recall(model, rows, recall_starts(rows.size, model, config, aligned), autocast)
         for aligned in (True, False)
     }
     results = run["results"]
@@ -65,7 +66,7 @@ def evaluate_model(
         "corpus_perplexity": math.exp(loss),
         "shifted_loss": sum(by_shift.values()) / len(by_shift),
         "shifted_loss_by_offset": by_shift,
-        "validation_loss": corpus_loss(model, held_out, T, autocast) if len(held_out) > 1 else None,
+        "validation_loss": corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None,
         "top1_accuracy": top1_accuracy(model, rows, T, autocast),
         "verbatim_recall": recall[True],
         "verbatim_recall_shifted": recall[False],
@@ -79,18 +80,31 @@ def evaluate_model(
 
 
 @torch.inference_mode()
-def corpus_loss(model: GPT, rows: Tensor, length: int, autocast: AbstractContextManager[Any], shift: int = 0) -> float:
-    """Mean loss, in nats per token, of one pass over the text `rows`, (N,), in windows of `length` from `shift` on."""
-    total, n = 0.0, 0
-    for inputs, targets in _passes(rows[shift:], length):
+def corpus_loss(
+    model: GPT,
+    rows: Rows,
+    length: int,
+    autocast: AbstractContextManager[Any],
+    shift: int = 0,
+    world: World = ALONE,
+) -> float:
+    """Mean loss, in nats per token, of one pass over the text `rows` in windows of `length` from `shift` on.
+
+    The processes of a `world` divide the batches among them; the sum is taken in the text's order, as one process does.
+    """
+    batches = _starts(rows, length, shift)
+    sums = []
+    for begin in range(0, len(batches), world.size):
+        starts = batches[min(begin + world.rank, len(batches) - 1)]  # a sharded model needs all processes to the end
+        inputs, targets, _ = gather(rows, starts, length)
         with autocast:
-            total += model.token_losses(inputs, targets).double().sum().item()
-        n += int((targets != IGNORED).sum())
-    return total / n
+            total = model.token_losses(inputs, targets).double().sum().cpu()
+        sums += world.gather(total)
+    return sum(x.item() for x in sums[: len(batches)]) / (rows.size - 1 - shift)
 
 
 @torch.inference_mode()
-def position_loss(model: GPT, rows: Tensor, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
+def position_loss(model: GPT, rows: Rows, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
     """Mean loss at each of the `length` positions of the fixed windows."""
     total, n = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
     for inputs, targets in _passes(rows, length):
@@ -101,7 +115,7 @@ def position_loss(model: GPT, rows: Tensor, length: int, autocast: AbstractConte
 
 
 @torch.inference_mode()
-def top1_accuracy(model: GPT, rows: Tensor, length: int, autocast: AbstractContextManager[Any]) -> float:
+def top1_accuracy(model: GPT, rows: Rows, length: int, autocast: AbstractContextManager[Any]) -> float:
     """Share of the text's tokens that are the model's first guess."""
     hits, n = 0, 0
     for inputs, targets in _passes(rows, length):
@@ -112,7 +126,7 @@ def top1_accuracy(model: GPT, rows: Tensor, length: int, autocast: AbstractConte
 
 
 @torch.inference_mode()
-def verbatim_recall(model: GPT, rows: Tensor, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
+def verbatim_recall(model: GPT, rows: Rows, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
     """Share of `starts` from which greedy decoding recites the text exactly.
 
     The model is given RECALL_TOKENS tokens, fewer where its windows are short, and must continue with as many. Greedy
@@ -142,15 +156,15 @@ def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bo
     return sorted(rng.choice(candidates, min(config.recall_places, len(candidates)), replace=False).tolist())
 
 
-def _rows(model: GPT, tokens: Tokens) -> Tensor:
-    """A whole part of the text as the model's rows, (N,), on its device."""
-    ids = torch.from_numpy(tokens.read(0, len(tokens)).astype(np.int64))
-    return model.vocabulary.fold(ids).to(model.wte.weight.device)
-
-
-def _passes(rows: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _passes(rows: Rows, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The text's fixed windows in order: inputs and targets, (B, T)."""
-    starts = [length * i for i in range(n_windows(len(rows), length))]
-    for begin in range(0, len(starts), batch := max(1, BATCH_TOKENS // length)):
-        inputs, targets, _ = gather(rows, starts[begin : begin + batch], length)
+    for starts in _starts(rows, length):
+        inputs, targets, _ = gather(rows, starts, length)
         yield inputs, targets
+
+
+def _starts(rows: Rows, length: int, shift: int = 0) -> list[list[int]]:
+    """Where the text's fixed windows from token `shift` on begin, in batches."""
+    starts = [shift + length * i for i in range(n_windows(rows.size - shift, length))]
+    batch = max(1, BATCH_TOKENS // length)
+    return [starts[begin : begin + batch] for begin in range(0, len(starts), batch)]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,23 +66,30 @@ def atomic_folder(folder: Path, needed_bytes: int | None = None) -> Iterator[Pat
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
-    replaced = folder.parent / f"{UNFINISHED}replaced-{folder.name}"
     try:
         with naming_full_disk(folder.parent, needed_bytes):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             yield unfinished
-            write_manifest(unfinished)
-            for name in sorted(os.listdir(unfinished)):
-                fsync(unfinished / name)
-            fsync(unfinished)
-            if folder.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                os.rename(folder, replaced)
-            os.rename(unfinished, folder)
-            fsync(folder.parent)
+            put_in_place(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Give a finished folder its manifest and let it take the place of `folder`, as the end of `atomic_folder` does."""
+    replaced = folder.parent / f"{UNFINISHED}replaced-{folder.name}"
+    try:
+        write_manifest(finished)
+        for name in sorted(os.listdir(finished)):
+            fsync(finished / name)
+        fsync(finished)
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
+        os.rename(finished, folder)
+        fsync(folder.parent)
+    finally:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -145,14 +153,17 @@ def verify_manifest(folder: Path, cure: str = CURE) -> None:
         raise IntegrityError(f"{folder / MANIFEST} is not a manifest: {cure}") from None
     if surplus := {path.name for path in folder.iterdir()} - {*expected, MANIFEST}:
         raise IntegrityError(f"{folder / min(surplus)} is not in its manifest: {cure}")
-    for name, (size_bytes, digest) in expected.items():
+    for name, (size_bytes, _) in expected.items():
         path = folder / name
         if not path.is_file():
             raise IntegrityError(f"{path} is missing: {cure}")
         if path.stat().st_size != size_bytes:
             raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {cure}")
-        if (found := sha256_file(path)) != digest:
-            raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {digest}): {cure}")
+    with ThreadPoolExecutor() as pool:  # there may be thousands, and threads hash them side by side
+        hashes = pool.map(sha256_file, (folder / name for name in expected))
+        for (name, (_, digest)), found in zip(expected.items(), hashes, strict=True):
+            if found != digest:
+                raise IntegrityError(f"{folder / name} is altered (SHA-256 {found}, expected {digest}): {cure}")
 
 
 @contextmanager

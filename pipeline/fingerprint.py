@@ -27,12 +27,13 @@ class Identity(TypedDict):
     params: dict[str, dict[str, Any]]  # section -> values
     sources: dict[str, str]  # file -> SHA-256
     environment: dict[str, str | int]
+    inexact: list[str]  # how the environment changed in the middle of the run, which then cannot be repeated exactly
 
 
 def identify(data_sha256: str, sections: Iterable[Section], machine: Machine) -> Identity:
     """Identify the run that `sections` of params.yaml describe, on the data and the code that are here."""
     root = Path(__file__).parent.parent
-    params = {section.section_name: section.model_dump(mode="json") for section in sections}
+    params = {section.section_name: section.model_dump(mode="json", exclude={"processes"}) for section in sections}
     sources = {path: sha256_file(root / path) for path in sources_reachable_from("pipeline/train.py", root)}
     decisive = {"data": data_sha256, "params": params, "sources": sources}
     return Identity(
@@ -41,6 +42,7 @@ def identify(data_sha256: str, sections: Iterable[Section], machine: Machine) ->
         params=params,
         sources=sources,
         environment=_environment(machine),
+        inexact=[],
     )
 
 
@@ -52,7 +54,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if not key.startswith("sources.")
         else f"{key.removeprefix('sources.')} changed"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != "fingerprint"
+        if old.get(key) != new.get(key) and key not in ("fingerprint", "inexact")
     ]
 
 
@@ -94,6 +96,7 @@ def _environment(machine: Machine) -> dict[str, str | int]:
         "precision": machine.precision,
         "threads": machine.threads,
         "compiled": machine.compiled,
+        "processes": machine.world.size,
     }
 
 

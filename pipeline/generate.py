@@ -1,11 +1,12 @@
 """generate: prompts -> text, token by token, the same for a seed, never past the length that the model was trained on.
 
-A text longer than that slides: the model sees at least its last half length, and more until it is full again.
+A text longer than that slides: the model sees at least its last half length, and more until it is full again. It ends
+where the model draws <|endoftext|>, which parts the documents that it has learnt.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pipeline.tokenizer import Tokenizer, load_tokenizer
 from pipeline.tokens import open_tokens
 
 PROMPT_CHARACTERS = 1_000_000  # at most
+Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end of a document
 MOST_GUESSES = 8  # tokens; to check so many takes little longer than to compute one
 
 
@@ -31,7 +33,7 @@ class Piece(NamedTuple):
     sequence: int  # which of the prompts
     ids: list[int]
     text: str  # whole characters only, and nothing that may turn out to begin a stop text: it may be empty
-    finished: Literal["length", "stop"] | None
+    finished: Finish | None
     notice: str | None  # what a reader ought to be told, once
 
 
@@ -46,7 +48,7 @@ class Continuation:
         self.start = -1  # where the context begins that the cache holds; -1: it holds none
         self.guesses: list[int] = []  # rows that may come next
         self.trust = MOST_GUESSES  # how many guesses are worth checking
-        self.slid = False
+        self.slid, self.ended = False, False
         self.notice: str | None = None
 
     @property
@@ -55,8 +57,10 @@ class Continuation:
         return len(self.rows) - self.start
 
     @property
-    def finished(self) -> Literal["length", "stop"] | None:
-        return "stop" if self.text.stopped else "length" if len(self.ids) == self.length else None
+    def finished(self) -> Finish | None:
+        if self.text.stopped or self.ended:
+            return "stop" if self.text.stopped else "end"
+        return "length" if len(self.ids) == self.length else None
 
 
 class Generator:
@@ -161,8 +165,13 @@ class Generator:
         before, text = len(sequence.ids), ""
         for one, guess in zip(logits, [*sequence.guesses, None], strict=False):
             row = draw(one, sampling, sequence.rows, sequence.generator)
+            token = int(self.vocabulary.used[row])
+            if token == self.tokenizer.eot:  # it is no text
+                sequence.ended, sequence.notice = True, "the model has ended its document"
+                text += sequence.text.add(b"", last=True)
+                break
             sequence.rows.append(row)
-            sequence.ids.append(int(self.vocabulary.used[row]))
+            sequence.ids.append(token)
             last = len(sequence.ids) == sequence.length
             text += sequence.text.add(self.tokenizer.decode_bytes(sequence.ids[-1:]), last)
             if sequence.finished or row != guess:
@@ -218,7 +227,8 @@ def load_generator(folder: Path) -> Generator:
             deterministic=False,
             compile=False,
             gradient_checkpointing=False,
+            shard=False,
+            processes=1,
         )
     )
-    corpus = CorpusIndex(tokens.read(0, len(tokens)))
-    return Generator(model.to(machine.device), tokenizer, corpus, machine.precision)
+    return Generator(model.to(machine.device), tokenizer, CorpusIndex.of(tokens), machine.precision)

@@ -32,8 +32,7 @@ class StopSignals:
     def raise_if_received(self, where: str) -> None:
         """Raise Interrupted, whose exit code is the signal's, if one has come."""
         if self.received is not None:
-            name = signal.Signals(self.received).name
-            raise Interrupted(f"{name} {where}: run the same command again to go on", self.received)
+            raise interrupted(self.received, where)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
@@ -45,3 +44,8 @@ class StopSignals:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def interrupted(number: int, where: str) -> Interrupted:
+    """The event that a signal ends a command with."""
+    return Interrupted(f"{signal.Signals(number).name} {where}: run the same command again to go on", number)

@@ -73,6 +73,12 @@ class Journal:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
                 file.flush()
 
+    def cut(self, step: int) -> None:
+        """Forget the rows after `step`: another set-up, which would come to other numbers, takes these steps again."""
+        self.close()
+        del self.steps[step:], self.times[step:]
+        self._files = [_open_cut(self.folder / name, step) for name in (STEPS, TIMES)]
+
     def sync(self) -> None:
         """Force all rows to the disk, so that neither a checkpoint nor MLflow is ahead of the journal."""
         for file in self._files:

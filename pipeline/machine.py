@@ -13,6 +13,7 @@ from pydantic import Field
 from torch.utils._triton import has_triton
 
 from pipeline.config import Section
+from pipeline.distributed import ALONE, World
 from pipeline.errors import InputError
 
 # A run of so many FLOPs gains more by torch.compile than that costs: an estimate, not measured. On a CPU it gains
@@ -32,6 +33,8 @@ class TrainConfig(Section):
     deterministic: bool
     compile: Literal["auto"] | bool
     gradient_checkpointing: bool
+    shard: bool  # FSDP2: each process holds a part of weights, gradients and optimiser state
+    processes: int = Field(ge=1, le=1024)  # on this machine
 
 
 class Machine(NamedTuple):
@@ -41,6 +44,7 @@ class Machine(NamedTuple):
     precision: Literal["fp32", "bf16", "fp16"]
     threads: int
     compiled: bool = False
+    world: World = ALONE
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in the run's precision."""
@@ -54,23 +58,29 @@ def autocast_in(device: str, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def prepare_machine(config: TrainConfig, run_flops: float = 0) -> Machine:
+def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = ALONE) -> Machine:
     """Choose device, precision, threads and whether to compile, and set torch up for them.
 
-    `run_flops`: of the whole run; compiling pays from COMPILE_FLOPS on. Raises InputError for what is not there.
+    `run_flops`: of the whole run; compiling pays from COMPILE_FLOPS on. The processes of a `world` divide cores and
+    GPUs among them. Raises InputError for what is not there.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise InputError(f"train.device: this machine has no {name}: choose auto or cpu")
-    threads = cores() if config.threads == "auto" else config.threads
+    device = torch.device(name) if world.size == 1 or name != "cuda" else torch.device(name, world.local_rank)
+    if name == "cuda":
+        if world.local_size > (there := torch.cuda.device_count()):
+            raise InputError(f"{world.local_size} processes, but {there} GPUs: start one process for each GPU")
+        torch.cuda.set_device(world.local_rank)
+    threads = max(1, cores() // world.local_size) if config.threads == "auto" else config.threads
     torch.set_num_threads(threads)
     _keep_freed_memory()
     if config.deterministic and name == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    compiled = _compiled(config.compile, name, run_flops)
-    return Machine(torch.device(name), _precision(config.precision, name), threads, compiled)
+    compiled = not config.shard and _compiled(config.compile, name, run_flops)
+    return Machine(device, _precision(config.precision, name), threads, compiled, world)
 
 
 def cores() -> int:

@@ -19,6 +19,8 @@ from pipeline.windows import WindowsConfig
 def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> None:
     """Raise OutOfSpaceError where a step needs more memory than is free."""
     needed, windows = step_bytes(config, vocabulary, machine), config.windows
+    if machine.device.type == "cpu":
+        needed *= machine.world.local_size  # which share it
     if needed > (free := free_bytes(machine)):
         raise OutOfSpaceError(
             f"windows.batch {windows.batch} of windows.length {windows.length} needs {needed / 1e9:,.1f} GB of memory, "
@@ -28,20 +30,31 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
 
 
 def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
-    """Bytes of weights, gradients and optimiser state, and of what a step or a look at the loss makes beside them."""
+    """Bytes of weights, gradients and optimiser state, and of what a step or a look at the loss makes beside them.
+
+    For one process of the machine's world, which has its share of the batch and, where the model is sharded, of the
+    former; beside it, all of what is unsharded at a time.
+    """
+    batch = config.windows.batch // machine.world.size
+    windows = config.windows.updated(batch=batch)
     with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
         model = GPT(config.model, vocabulary)
-        activations = _kept_bytes(model, config.windows, machine)
+        activations = _kept_bytes(model, windows, machine)
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing = True
-            activations = activations // config.model.n_layer + _kept_bytes(model, config.windows, machine)
+            activations = activations // config.model.n_layer + _kept_bytes(model, windows, machine)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     matrices = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2)
-    n_logits = min(CHUNK_LOGITS, config.windows.batch * config.windows.length * vocabulary.n_rows)
+    n_logits = min(CHUNK_LOGITS, batch * windows.length * vocabulary.n_rows)
     state = 2 * weights - (matrices if config.optim.kind == "muon" else 0)  # two moments, or Muon's one
     step = activations + 10 * n_logits  # in 16 bits; on a GPU in fp32 too, before and after the softmax
     look = 8 * BATCH_TOKENS * vocabulary.n_rows  # at the whole text: logits in fp32, before and after the softmax
-    return 2 * weights + state + max(step, look)
+    held = 2 * weights + state
+    if config.train.shard and machine.world.size > 1:
+        block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
+        outside = weights - config.model.n_layer * block
+        held = held // machine.world.size + 2 * (outside + 2 * block)  # a block and the next one, and their gradients
+    return held + max(step, look)
 
 
 def free_bytes(machine: Machine) -> int:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import Section
 from pipeline.cross_entropy import cross_entropy_sum
+from pipeline.sharding import assign
 from pipeline.vocab import Vocabulary
 from pipeline.windows import IGNORED
 
@@ -138,7 +139,7 @@ class GPT(nn.Module):
                 parameter.zero_()
             elif parameter.ndim == 2:
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02 * scale)
+                assign(parameter, torch.randn(parameter.shape, generator=generator) * 0.02 * scale)
             else:
                 parameter.fill_(1)  # the LayerNorms' weights
         return self

@@ -7,10 +7,13 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from pipeline.config import Section
+from pipeline.distributed import ALONE, World
 from pipeline.model import GPT
+from pipeline.sharding import last_row, local
 from pipeline.windows import WindowsConfig
 
 Polynomials = Sequence[tuple[float, float, float]]
@@ -217,20 +220,24 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> None:
 
 
 @torch.no_grad()
-def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0) -> Tensor:
+def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, world: World = ALONE) -> Tensor:
     """Undo the loss scale, turn the folded row's gradient into one unused id's, clip; return the norm of all, 0-D.
 
-    The norm is L2 over all parameters of the full model, before clipping: the folded row counts once for each id.
+    The norm is L2 over all parameters of the full model, before clipping: the folded row counts once for each id. Of
+    sharded gradients each process of `world` holds a part, and all get the norm of the whole.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if loss_scale != 1:
         torch._foreach_div_(gradients, loss_scale)
-    unused = model.wte.weight.grad[-1] if (U := model.vocabulary.n_unused) else None  # type: ignore[index]
+    table = model.wte.weight.grad
+    unused = last_row(table) if (U := model.vocabulary.n_unused) else None  # type: ignore[arg-type]
     if unused is not None:
         unused /= U
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
     if unused is not None:
         squares += (U - 1) * unused.square().sum()
+    if isinstance(table, DTensor):
+        world.add(squares)
     norm = squares.sqrt()
     if clip is not None:
         factor = (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_

@@ -3,13 +3,16 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Final, Literal, Self
 
 from tqdm import tqdm
 
 from pipeline.journal import StepRow, TimeRow
 
 LINE_EVERY_S = 10.0
+LOOKS: Final[dict[str, Literal["corpus_loss", "validation_loss"]]] = {
+    "corpus": "corpus_loss", "validation": "validation_loss",
+}  # fmt: skip
 
 
 class Progress:
@@ -31,16 +34,18 @@ class Progress:
         self._bar.close()
 
     def show(self, row: StepRow, times: TimeRow) -> None:
-        """Tell of a step; of one that looked at the whole text, as the last one does, always."""
+        """Tell of a step; of one that looked at a whole text, as the last one does, always."""
         step_tokens, self._tokens = row["tokens"] - self._tokens, row["tokens"]
         speed = step_tokens / times["step_s"]
         self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * speed if self._tokens_per_s else speed
-        corpus = f", corpus loss {row['corpus_loss']:.4f}" if "corpus_loss" in row else ""
-        words = f"loss {row['loss']:.4f}{corpus}, target {self.target_loss:g}, {self._tokens_per_s:,.0f} tokens/s"
+        looks = [f", {name} loss {row[key]:.4f}" for name, key in LOOKS.items() if key in row]
+        words = (
+            f"loss {row['loss']:.4f}{''.join(looks)}, target {self.target_loss:g}, {self._tokens_per_s:,.0f} tokens/s"
+        )
         if not self._bar.disable:
             self._bar.set_postfix_str(words, refresh=False)
             self._bar.update()
-        elif corpus or time.monotonic() >= self._line_due:
+        elif looks or time.monotonic() >= self._line_due:
             left_s = (self.max_steps - row["step"]) * step_tokens / self._tokens_per_s
             print(f"step {row['step']}/{self.max_steps}: {words}, at most {left_s:.0f} s left", flush=True)
             self._line_due = time.monotonic() + LINE_EVERY_S

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.files import locked, write_text
-from pipeline.runs import JournalTail, Row, create_run, describe_inputs, runs_of, ship, shipped
+from pipeline.runs import JournalTail, Row, create_run, describe_inputs, identity_tags, runs_of, ship, shipped
 from pipeline.store import Store, first_line, machine_facts, open_store, store_errors
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Link:
         self.store, self.run_folder, self.identity = open_store(root), run_folder, identity
         self.run_id = self._recall() or self._create()
         self.store.client.update_run(self.run_id, status="RUNNING")
-        for key, value in tags.items():
+        for key, value in {**identity_tags(identity), **tags}.items():
             self.store.client.set_tag(self.run_id, key, value)
         describe_inputs(self.store, self.run_id, identity)
         self.store.client.log_dict(self.run_id, machine_facts(), "environment.json")

@@ -105,17 +105,15 @@ def crown(store: Store, name: str, version: "ModelVersion") -> str | None:
 
 def model_loss(project: Path, tokens: Path) -> float:
     """Loss of `project`'s model over all of `tokens`, in the windows and the precision that it was trained with."""
-    import torch
-
     from pipeline.checkpoint import load_model
     from pipeline.evaluate import corpus_loss
     from pipeline.machine import TrainConfig, prepare_machine
+    from pipeline.windows import Rows
 
     params = read_run(project / "models")["params"]
     machine = prepare_machine(TrainConfig.model_validate(params["train"]))
-    text = open_tokens(tokens, "train")
-    rows = torch.from_numpy(text.read(0, len(text)).astype("int64")).to(machine.device)
     model = load_model(project / "models" / "model").to(machine.device)
+    rows = Rows(open_tokens(tokens, "train"), model.vocabulary, machine.device)
     return corpus_loss(model, rows, params["windows"]["length"], machine.autocast())
 
 

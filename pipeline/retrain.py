@@ -48,6 +48,8 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     files = open_version(store, version)
     expected = sha256_file(files / "model" / WEIGHTS)
     recorded, here = identity_of(store, version), _identity_here(files)
+    if changes := recorded.get("inexact"):
+        raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
     doubt = _doubt(recorded, here)
     with tempfile.TemporaryDirectory(prefix="retrain-") as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project")

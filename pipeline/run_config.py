@@ -59,6 +59,14 @@ class RunConfig:
             faults.append(
                 f"windows.length {self.windows.length} is longer than model.block_size {self.model.block_size}"
             )
+        if self.train.shard and self.optim.kind != "adamw":
+            faults.append("train.shard needs optim.kind adamw: Muon needs whole matrices")
+        if self.train.shard and self.train.compile is True:
+            faults.append("train.shard and train.compile exclude each other: set train.compile to auto")
+        if self.windows.batch % self.train.processes:
+            faults.append(
+                f"train.processes {self.train.processes} do not divide windows.batch {self.windows.batch} evenly"
+            )
         return faults
 
     @property

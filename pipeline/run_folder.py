@@ -1,25 +1,43 @@
-"""run_folder: the folder of a run, `checkpoints/<fingerprint>/` -> claimed by the set-up that may go on in it."""
+"""run_folder: the folder of a run -> claimed by the set-up that may go on in it, and the state to go on from."""
 
 from pathlib import Path
+from typing import Any
 
+from pipeline.checkpoint import Tensors, is_intact, newest_valid
+from pipeline.errors import IntegrityError
 from pipeline.files import locked, read_json, write_json
 from pipeline.fingerprint import Identity, differences
-from pipeline.recorder import RECORDER_LOCK
+from pipeline.journal import STEPS, Journal
+from pipeline.recorder import RECORDER_LOCK, RUN_ID
+from pipeline.target import TargetConfig, best_step
 
 IDENTITY = "identity.json"
 
 
-def claim_folder(folder: Path, identity: Identity) -> None:
-    """Make the run's folder, or accept it as it is; one that another set-up began is moved aside, and kept."""
+def claim_folder(folder: Path, identity: Identity, elastic: bool = False) -> tuple[Identity, list[str]]:
+    """Make the run's folder, or accept it as it is; return who the run is, and what has changed since it began.
+
+    One that another set-up began is moved aside, and kept; an `elastic` run goes on in it with the new set-up.
+    """
+    changed: list[str] = []
     if (folder / IDENTITY).is_file():
-        if not (changed := differences(read_json(folder / IDENTITY), identity)):
-            return
-        aside = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
-        with locked(folder / RECORDER_LOCK, wait=True):  # the last attempt may still be sent
-            folder.rename(aside)
-        print(f"starting anew: {', '.join(changed)}; the checkpoints so far are kept in {aside}")
+        before: Identity = read_json(folder / IDENTITY)
+        changed = differences(before["environment"], identity["environment"])
+        if not changed:
+            return before, changed
+        if elastic:
+            identity = {**identity, "inexact": before["inexact"]}
+        else:
+            aside = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
+            with locked(folder / RECORDER_LOCK, wait=True):  # the last attempt may still be sent
+                folder.rename(aside)
+            print(
+                f"starting anew: {', '.join(changed)} (--elastic goes on); the checkpoints so far are kept in {aside}"
+            )
+            changed = []
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY, identity)
+    return identity, changed
 
 
 def tell_what_is_new(folder: Path, identity: Identity) -> None:
@@ -28,3 +46,36 @@ def tell_what_is_new(folder: Path, identity: Identity) -> None:
     if others:
         changed = differences(read_json(others[-1]), identity)
         print(f"a new run, not the last one's ({others[-1].parent.name}): {', '.join(changed)}")
+
+
+def newest_state(journal: Journal, target: TargetConfig) -> tuple[Tensors, dict[str, Any]] | None:
+    """Load the newest checkpoint that can be gone on from; None where there is none.
+
+    The checkpoint of the best look is needed at the end: where it is lost, go on from before it, and look again. Raises
+    IntegrityError where none is intact, or the journal does not reach up to it.
+    """
+    folder = journal.folder
+    loaded = newest_valid(folder)
+    best = best_step(journal.steps, target)
+    if loaded and best and best <= loaded[1]["step"] and not is_intact(folder, best):
+        loaded = newest_valid(folder, up_to=best - 1)
+    if loaded and len(journal.steps) < (step := loaded[1]["step"]):
+        raise IntegrityError(
+            f"{folder / STEPS} has {len(journal.steps)} rows, the checkpoint is of step {step}: "
+            f"`python -m pipeline clean {folder.name}`"
+        )
+    return loaded
+
+
+def change_set_up(journal: Journal, step: int, identity: Identity, changed: list[str]) -> None:
+    """Note in `identity` that the run goes on after `step` with another set-up, if it had come so far.
+
+    The steps behind it that were taken already will come out otherwise: MLflow's run keeps them, and a new one begins.
+    """
+    if journal.steps[step:]:
+        journal.cut(step)
+        (journal.folder / RUN_ID).unlink(missing_ok=True)
+    if step:
+        identity["inexact"].append(f"{', '.join(changed)} after step {step}")
+        write_json(journal.folder / IDENTITY, identity)
+        print(f"not exact from here on: {identity['inexact'][-1]}")

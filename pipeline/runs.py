@@ -77,12 +77,22 @@ def shipped(store: Store, run_id: str) -> dict[int, int]:
 def create_run(store: Store, identity: dict[str, Any], tags: dict[str, str], started_ms: int | None = None) -> str:
     """Create a RUNNING run of the training that `identity` describes; return its id."""
     facts = git_facts()
-    tags = tags | facts | {key: identity[key] for key in ("fingerprint", "data_sha256")}
-    tags |= {f"environment.{key}": str(value) for key, value in identity["environment"].items()}
-    tags |= {"mlflow.source.name": "stages/train.py", "mlflow.source.git.commit": facts["git_commit"]}
+    tags = (
+        tags
+        | facts
+        | identity_tags(identity)
+        | {"mlflow.source.name": "stages/train.py", "mlflow.source.git.commit": facts["git_commit"]}
+    )
     name = tags.get("dvc_experiment") or identity["fingerprint"]
     run: Run = store.client.create_run(store.experiment_id, start_time=started_ms, tags=tags, run_name=name)
     return str(run.info.run_id)
+
+
+def identity_tags(identity: dict[str, Any]) -> dict[str, str]:
+    """What a run's tags say about who it is."""
+    tags = {key: identity[key] for key in ("fingerprint", "data_sha256")}
+    tags |= {f"environment.{key}": str(value) for key, value in identity["environment"].items()}
+    return tags | ({"inexact": "; ".join(identity["inexact"])} if identity.get("inexact") else {})
 
 
 def describe_inputs(store: Store, run_id: str, identity: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import PipelineError
+from pipeline.errors import OutOfSpaceError, PeerLost, PipelineError
 
 
 def run_stage(main: Callable[[], None]) -> None:
@@ -22,7 +22,8 @@ def exit_code_of(main: Callable[[], None]) -> int:
     try:
         main()
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfSpaceError | PeerLost):
+            print(f"error: {error}", file=sys.stderr)  # what else a process started by torchrun meets, rank 0 meets too
         return error.exit_code
     except BrokenPipeError:  # whoever read, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,8 +50,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def die_with_dvc() -> None:
-    """End with `dvc repro`, where that is the parent."""
-    if "DVC_STAGE" in os.environ:
+    """End with `dvc repro` or torchrun, where that is the parent."""
+    if {"DVC_STAGE", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         die_with_parent()
 
 

@@ -1,7 +1,8 @@
 """target: the rules that say when the target loss is reached, each a pure function of the journal's rows.
 
 batch: the first minibatch below it. average: the mean of the last `average_steps` minibatches. corpus: one pass over
-the whole training text. validation: one pass over the held-out text.
+the whole training text. validation: one pass over the held-out text. A run that meets none of them ends early where
+`patience` looks at the held-out text in a row found no lower loss.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,15 @@ class TargetConfig(Section):
     loss: float = Field(gt=0)
     rule: Literal["batch", "average", "corpus", "validation"]
     average_steps: int = Field(ge=1)
+    look_steps: int | None = Field(ge=1)
+    patience: int | None = Field(ge=1)
+
+    @property
+    def needs_held_out(self) -> str | None:
+        """The setting that needs a held-out text, in words; None where none does."""
+        if self.rule == "validation":
+            return "target.rule is validation"
+        return None if self.patience is None else f"target.patience is {self.patience}"
 
 
 def is_met(rows: Sequence[StepRow], rule: str, config: TargetConfig) -> bool:
@@ -39,6 +49,47 @@ def first_met(rows: Sequence[StepRow], config: TargetConfig) -> dict[str, int | 
     """The first step at which each rule was met, None where it was not."""
     ends = [(rows[max(0, i - config.average_steps) : i], rows[i - 1]["step"]) for i in range(1, len(rows) + 1)]
     return {rule: next((step for last, step in ends if is_met(last, rule, config)), None) for rule in RULES}
+
+
+def is_out_of_patience(rows: Sequence[StepRow], config: TargetConfig) -> bool:
+    """Whether the last `patience` looks at the held-out text found no lower loss than those before them."""
+    if config.patience is None:
+        return False
+    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    before, last = losses[: -config.patience], losses[-config.patience :]
+    return bool(before) and min(last) >= min(before)
+
+
+def best_step(rows: Sequence[StepRow], config: TargetConfig) -> int | None:
+    """The step whose look found the lowest loss, the first of equals; None before the first look.
+
+    Under the rule `validation` that of the held-out text, under all others that of the training text.
+    """
+    key: Literal["corpus_loss", "validation_loss"]
+    key = "validation_loss" if config.rule == "validation" else "corpus_loss"
+    looks = [row for row in rows if key in row]
+    return min(looks, key=lambda row: (row[key], row["step"]))["step"] if looks else None
+
+
+def look_is_due(rows: Sequence[StepRow], steps_per_pass: int, held_out: bool, config: TargetConfig) -> bool:
+    """Whether to look at the text after the step of the last row, besides after the run's last step.
+
+    `held_out`: whether there is a held-out text, which is then looked at after each pass at the latest.
+    """
+    step = rows[-1]["step"]
+    if config.look_steps is not None:
+        return step % config.look_steps == 0
+    return (held_out and step % steps_per_pass == 0) or check_is_worth_it(rows, steps_per_pass, config)
+
+
+def needs_corpus_loss(rows: Sequence[StepRow], config: TargetConfig) -> bool:
+    """Whether the look after the step of the last row, its held-out loss known, needs a pass over the training text.
+
+    Under the rule `validation` with looks at fixed steps that pass decides nothing: it is due where the model may be
+    the one that is kept.
+    """
+    thrifty = config.rule == "validation" and config.look_steps is not None
+    return not thrifty or best_step(rows, config) == rows[-1]["step"]
 
 
 def check_is_worth_it(rows: Sequence[StepRow], steps_per_pass: int, config: TargetConfig) -> bool:

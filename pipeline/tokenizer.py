@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -30,8 +32,13 @@ PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|
 # comes after it, and a run of whitespace ends before its last character. So text may be cut there, and nowhere else
 # in general. The class is Unicode's White_Space, which is the \s of PIECES; Python's own \s is wider.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-LAST_CUT = re.compile(rf".+(?=[{SPACE}][^{SPACE}])", re.DOTALL)
 LONG_SPACE = re.compile(rf"(?=[{SPACE}][^{SPACE}])(?<=[{SPACE}]{{1000}})")
+SIGN_OF_LONG_SPACE = re.compile(rf"[{SPACE}]{{10}}")  # among every hundredth character
+
+# The same in UTF-8; and before a NUL, which parts two documents.
+SPACE_UTF8 = rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
+CUT = re.compile(rb"\0|%b(?!%b)(?=.)" % (SPACE_UTF8, SPACE_UTF8), re.DOTALL)
+CUT_BYTES = 6  # at most, with the character that follows
 
 
 class Tokenizer:
@@ -50,19 +57,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; a lone surrogate, which is no character, becomes U+FFFD."""
-        # tiktoken overflows its stack within a very long run of whitespace, but not where the run ends the text
-        return [i for part in LONG_SPACE.split(text) for i in self._encoding.encode_ordinary(part)]
+        return [i for part in _parts(text) for i in self._encoding.encode_ordinary(part)]
 
-    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[list[int]]:
-        """Ids of the joined chunks, in batches; the same ids wherever the chunks were cut."""
-        pending = ""
-        for chunk in chunks:
-            searched = max(len(pending) - 2, 0)
-            pending += chunk
-            if match := LAST_CUT.match(pending, searched):
-                yield self.encode(pending[: match.end()])
-                pending = pending[match.end() :]
-        yield self.encode(pending)
+    def encode_documents(self, data: bytes) -> npt.NDArray[np.uint16]:
+        """Ids, (N,), of UTF-8 text; for a NUL, which parts two documents, that of <|endoftext|>. Others may run."""
+        batches = []
+        for document in data.decode().split("\0"):
+            batches += [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _parts(document)]
+            batches.append(np.array([self.eot], np.uint32))
+        return np.concatenate(batches[:-1]).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8, as of a character cut in two, become U+FFFD."""
@@ -71,6 +74,11 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of `ids`, exactly."""
         return self._encoding.decode_bytes(list(ids))
+
+
+def _parts(text: str) -> list[str]:
+    """The text, cut where a very long run of whitespace ends: within one tiktoken overflows its stack."""
+    return LONG_SPACE.split(text) if SIGN_OF_LONG_SPACE.search(text[::100]) else [text]
 
 
 def fetch_bpe(folder: Path) -> None:

@@ -1,69 +1,91 @@
 """tracked_run: one training run, composed -> data, loop, target, samples, checkpoints, journal, MLflow, resume.
 
 The stage `train` calls `run_tracked`, a trial of the sweep what that is made of: `open_run` and `follow`. A run goes
-on from the newest checkpoint of the same fingerprint, steps until the target rule is met or the budget is spent, and
-leaves the model whose corpus loss was lowest.
+on from the newest checkpoint of the same fingerprint, steps until the target rule is met or budget or patience are
+spent, and leaves the model of the best look.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from pipeline.checkpoint import is_intact, keep_newest, load_checkpoint, newest_valid, save_checkpoint, save_model
+from pipeline.checkpoint import Tensors, keep_newest, load_checkpoint, save_checkpoint, save_model
 from pipeline.config import Params
-from pipeline.errors import IntegrityError
+from pipeline.distributed import joined, world_here
+from pipeline.errors import InputError
 from pipeline.evaluate import corpus_loss
 from pipeline.files import locked, write_json, write_text
 from pipeline.fingerprint import Identity, identify
 from pipeline.generate import Generator
-from pipeline.interrupt import StopSignals
+from pipeline.interrupt import StopSignals, interrupted
 from pipeline.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
 from pipeline.machine import Machine, prepare_machine
 from pipeline.memory import check_fits
 from pipeline.progress import Progress
 from pipeline.run_config import RunConfig
-from pipeline.run_folder import claim_folder, tell_what_is_new
+from pipeline.run_folder import change_set_up, claim_folder, newest_state, tell_what_is_new
+from pipeline.run_results import in_words, results_of
 from pipeline.sampling import Sampling
 from pipeline.store import project_root
-from pipeline.target import RULES, check_is_worth_it, first_met, is_met
+from pipeline.target import best_step, first_met, is_met, is_out_of_patience, look_is_due, needs_corpus_loss
 from pipeline.text import Text
 from pipeline.timing import flops_per_token, time_report, utilisation
 from pipeline.tracking import Recorder
 from pipeline.train import StepRecord, TrainState, fresh_state, train_steps
-from pipeline.windows import steps_of, steps_per_pass
+from pipeline.windows import Rows, steps_of, steps_per_pass
 
+AfterStep = Callable[[StepRow, TimeRow], None]
 RESUMES = "resumes"  # a line with the step for each time that the run went on
 
 
-def run_tracked(params: Params, data: Path, models: Path, timing: Path) -> None:
+def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic: bool = False) -> None:
     """Train as `params` say on `data`/tokens; write the model, run.json and the journal to `models`, times to `timing`.
 
-    Raises Interrupted after a signal, everything saved; DivergedError where the loss is not finite; RunLocked where
-    another process trains the same run.
+    An `elastic` run goes on from checkpoints of another set-up, and says that it is not exact. Raises Interrupted after
+    a signal, everything saved; DivergedError where the loss is not finite; RunLocked where another process trains the
+    same run; PeerLost where one of the processes of this training is gone.
     """
     config = RunConfig.of(params)
-    machine = prepare_machine(config.train, config.flops)
-    text = Text.read(data / "tokens", data / "bpe", config, machine)
-    root = project_root()
-    with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints") as run:
-        if run.finished:
-            print(f"the run is finished, at step {run.state.step}: nothing to train")
-        else:
-            if run.state.step == 0:
-                tell_what_is_new(run.folder, run.identity)
-            progress = Progress(run.state.step, run.state.tokens, run.max_steps, config.target.loss)
-            with Recorder(root, run.folder, dict(run.identity), config.origin(params)), progress:
-                run.follow(stop, progress.show)
-        run.write_results(models, data / "bpe", timing)
+    world = world_here()
+    if config.windows.batch % world.size:
+        raise InputError(
+            f"{world.size} processes do not divide windows.batch {config.windows.batch} evenly: change one"
+        )
+    with joined(world):
+        machine = prepare_machine(config.train, config.flops, world)
+        text = Text.read(data / "tokens", data / "bpe", config, machine)
+        root = project_root()
+        with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", elastic) as run:
+            if run.finished:
+                print(f"the run is finished, at step {run.state.step}: nothing to train")
+            else:
+                if run.state.step == 0 and world.is_main:
+                    tell_what_is_new(run.folder, run.identity)
+                with _shown(run, root, config.origin(params)) as show:
+                    run.follow(stop, show)
+            run.write_results(models, data / "bpe", timing)
 
 
 @contextmanager
-def open_run(config: RunConfig, machine: Machine, text: Text, home: Path) -> Iterator["TrackedRun"]:
+def _shown(run: "TrackedRun", root: Path, tags: dict[str, str]) -> Iterator[AfterStep]:
+    """What to call after each step; in rank 0, while MLflow is kept up to date."""
+    if not run.world.is_main:
+        yield lambda row, times: None
+        return
+    progress = Progress(run.state.step, run.state.tokens, run.max_steps, run.config.target.loss)
+    with Recorder(root, run.folder, dict(run.identity), tags), progress:
+        yield progress.show
+
+
+@contextmanager
+def open_run(
+    config: RunConfig, machine: Machine, text: Text, home: Path, elastic: bool = False
+) -> Iterator["TrackedRun"]:
     """Hold the folder in `home` of the run that these make, and yield the run, as far as it had come.
 
     Raises OutOfSpaceError where a step would not fit into memory; RunLocked where another process trains the same run.
@@ -71,128 +93,141 @@ def open_run(config: RunConfig, machine: Machine, text: Text, home: Path) -> Ite
     check_fits(config, text.vocabulary, machine)
     identity = identify(text.data_sha256, config.decisive, machine)
     folder = home / identity["fingerprint"]
-    with locked(folder.with_suffix(".lock")):
-        claim_folder(folder, identity)
-        run = TrackedRun(config, machine, text, folder, identity)
-        try:
-            yield run
-        finally:
-            run.journal.close()
+    with ExitStack() as stack:
+
+        def claim() -> tuple[Identity, list[str]]:
+            stack.enter_context(locked(folder.with_suffix(".lock")))
+            return claim_folder(folder, identity, elastic)
+
+        run = TrackedRun(config, machine, text, folder, *machine.world.on_main(claim))
+        stack.callback(run.close)
+        yield run
 
 
 class TrackedRun:
     """A run in its folder: state, journal, and what happens between two steps."""
 
-    def __init__(self, config: RunConfig, machine: Machine, text: Text, folder: Path, identity: Identity) -> None:
+    def __init__(
+        self, config: RunConfig, machine: Machine, text: Text, folder: Path, identity: Identity, changed: list[str]
+    ) -> None:
+        """Take the run up where it stopped; `changed` is what its set-up has become another in since, for good."""
         self.config, self.machine, self.text, self.folder, self.identity = config, machine, text, folder, identity
+        self.world = machine.world
         self.max_steps = config.optim.max_steps(config.windows)
-        self.steps_per_pass = steps_per_pass(len(text.train), config.windows)
+        self.steps_per_pass = steps_per_pass(text.train.size, config.windows)
         self.state: TrainState = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
         self.state.model.trained_length = config.windows.length
-        self.journal = Journal(folder)
-        self._resume()
-        self.rows: list[StepRow] = self.journal.steps[: self.state.step]
-        self._wall_before_s = self.journal.times[-1]["wall_s"] if self.journal.times else 0.0
+        self.journal = Journal(folder) if self.world.is_main else None
+        self.rows: list[StepRow] = []
+        self._resume(changed)
+        self._wall_before_s = self.journal.times[-1]["wall_s"] if self.journal and self.journal.times else 0.0
         self._started = self._saved = time.perf_counter()
 
-    def follow(self, stop: StopSignals, after_step: Callable[[StepRow, TimeRow], None]) -> None:
+    def close(self) -> None:
+        if self.journal:
+            self.journal.close()
+
+    def follow(self, stop: StopSignals, after_step: AfterStep) -> None:
         """Consume the loop: look, record, sample, save, until the target is met or the budget is spent.
 
         `after_step` is told of each step, once it is recorded; what it raises ends the run there.
         """
         config, step = self.config, self.state.step
-        if step:
+        if step and self.world.is_main:
             print(f"going on after step {step} of {self.max_steps}, from {self.folder}")
             with (self.folder / RESUMES).open("a") as resumes:
                 resumes.write(f"{step}\n")
-        batches = steps_of(step + 1, self.text.train, config.windows, config.train.seed)
+        batches = steps_of(step + 1, self.text.train, config.windows, config.train.seed, self.world)
         for record in train_steps(self.state, batches, self.max_steps, config.optim, self.machine):
-            self.journal.append(row := self._look(record), self._times(record))
+            row = self._look(record)
+            times = self._note(row, record)
             self._sample_if_due()
-            self._save_if_due(row, stop.received is not None)
-            after_step(row, self.journal.times[record.step - 1])
+            stopping = self._save_if_due(row, stop.received)
+            after_step(row, times)
             if self.finished:
                 break
-            stop.raise_if_received(f"at step {record.step} of {self.max_steps}, all saved in {self.folder}")
+            if stopping:
+                raise interrupted(stopping, f"at step {record.step} of {self.max_steps}, all saved in {self.folder}")
 
     @property
     def finished(self) -> bool:
-        """Whether the last step met the target rule or spent the budget."""
+        """Whether the last step met the target rule, or spent the budget or the patience."""
         if not self.rows:
             return False
         target = self.config.target
-        return self.rows[-1]["step"] >= self.max_steps or is_met(
-            self.rows[-target.average_steps :], target.rule, target
+        return (
+            self.rows[-1]["step"] >= self.max_steps
+            or is_met(self.rows[-target.average_steps :], target.rule, target)
+            or is_out_of_patience(self.rows, target)
         )
 
     def write_results(self, models: Path, bpe: Path, timing: Path) -> None:
         """Write the model of the best look, the run's record without times, its journal, and, apart, its times."""
-        best = best_step(self.rows)
-        assert best is not None, "a run ends with a look"
-        if best != self.state.step:
-            self.state.restore(*load_checkpoint(self.folder, best))
-        target, reached = self.config.target, first_met(self.rows, self.config.target)
-        results = {
-            "steps": len(self.rows),
-            "tokens": self.rows[-1]["tokens"],
-            "model_step": best,
-            "train_tokens": len(self.text.train),
-            "corpus_loss": self.rows[best - 1]["corpus_loss"],
-            "target_loss": target.loss,
-            "rule": target.rule,
-            "to_target": {rule: self._cost(reached[rule]) for rule in RULES},
-        }
-        save_model(models / "model", self.state.model, bpe)
+        results = results_of(self.rows, self.config.target, self.text.train.size)
+        if results["model_step"] != self.state.step:
+            self.state.restore(*load_checkpoint(self.folder, results["model_step"]))
+        model = self.state.whole_model()
+        if model is None or self.journal is None:
+            return
+        save_model(models / "model", model, bpe)
+        times = self.journal.times[: len(self.rows)]
         write_json(models / "run.json", {**self.identity, "n_params": self.config.model.n_params, "results": results})
         write_rows(models / STEPS, self.rows)
-        write_rows(models / TIMES, self.journal.times[: len(self.rows)])
-        write_json(timing, self._time_report(reached))
-        self._tell(results)
+        write_rows(models / TIMES, times)
+        write_json(timing, self._time_report(times))
+        print(in_words(results, self.rows, self.config.target))
 
-    def _resume(self) -> None:
-        """Restore the newest intact checkpoint, if there is one.
+    def _resume(self, changed: list[str]) -> None:
+        """Restore the newest checkpoint that can be gone on from, if there is one: rank 0 says which."""
+        loaded: tuple[Tensors, dict[str, Any]] | None = None
 
-        The checkpoint of the best look is needed at the end: where it is lost, go on from before it, and look again.
-        """
-        loaded = newest_valid(self.folder)
-        best = best_step(self.journal.steps)
-        if loaded and best and best <= loaded[1]["step"] and not is_intact(self.folder, best):
-            loaded = newest_valid(self.folder, up_to=best - 1)
-        if not loaded:
-            return
-        self.state.restore(*loaded)
-        if len(self.journal.steps) < self.state.step:
-            raise IntegrityError(f"{self.folder / STEPS} has {len(self.journal.steps)} rows, the checkpoint is of step "
-                                 f"{self.state.step}: `python -m pipeline clean {self.folder.name}`")  # fmt: skip
+        def find() -> list[StepRow]:
+            nonlocal loaded
+            assert self.journal, "this is rank 0"
+            loaded = newest_state(self.journal, self.config.target)
+            step = loaded[1]["step"] if loaded else 0
+            if changed:
+                change_set_up(self.journal, step, self.identity, changed)
+            return self.journal.steps[:step]
+
+        self.rows = self.world.on_main(find)
+        if self.rows:
+            self.state.restore(*(loaded or load_checkpoint(self.folder, len(self.rows))))
 
     def _look(self, record: StepRecord) -> StepRow:
-        """Add the record's row to the run's; measure the text's loss where it is worth a pass, or the last chance."""
+        """Add the record's row to the run's; measure the text's losses where a look is due, or the last chance."""
         row = StepRow(
             step=record.step, tokens=record.tokens, loss=record.loss, grad_norm=record.grad_norm, lr=record.lr
         )
         self.rows.append(row)
-        pass_ended = self.text.validation is not None and record.step % self.steps_per_pass == 0
-        worth_it = check_is_worth_it(self.rows, self.steps_per_pass, self.config.target)
-        if self.finished or pass_ended or worth_it:
+        target, held_out = self.config.target, self.text.validation
+        if self.finished or look_is_due(self.rows, self.steps_per_pass, held_out is not None, target):
             self.state.model.eval()
-            length = self.config.windows.length
-            row["corpus_loss"] = corpus_loss(self.state.model, self.text.train, length, self.machine.autocast())
-            if self.text.validation is not None:
-                row["validation_loss"] = corpus_loss(
-                    self.state.model, self.text.validation, length, self.machine.autocast()
-                )
+            if held_out is not None:
+                row["validation_loss"] = self._loss_on(held_out)
+            if self.finished or needs_corpus_loss(self.rows, target):
+                row["corpus_loss"] = self._loss_on(self.text.train)
         return row
 
-    def _times(self, record: StepRecord) -> TimeRow:
-        times = self.journal.times
-        return TimeRow(
+    def _loss_on(self, part: Rows) -> float:
+        length, autocast = self.config.windows.length, self.machine.autocast()
+        return corpus_loss(self.state.model, part, length, autocast, world=self.world)
+
+    def _note(self, row: StepRow, record: StepRecord) -> TimeRow:
+        """Put the step into the journal; return its times, those of the first time where it was taken again."""
+        before = self.journal.times if self.journal else []
+        times = TimeRow(
             step=record.step,
             step_s=record.step_s,
-            train_s=(times[-1]["train_s"] if times else 0.0) + record.step_s,
+            train_s=(before[-1]["train_s"] if before else 0.0) + record.step_s,
             wall_s=self._wall_before_s + time.perf_counter() - self._started,
             memory_bytes=self._memory_bytes(),
             logged_ms=time.time_ns() // 1_000_000,
         )
+        if not self.journal:
+            return times
+        self.journal.append(row, times)
+        return self.journal.times[record.step - 1]
 
     def _memory_bytes(self) -> int:
         if self.machine.device.type == "cuda":
@@ -204,45 +239,38 @@ class TrackedRun:
         record, step = self.config.record, self.state.step
         if not self.finished and (record.sample_steps == 0 or step % record.sample_steps):
             return
-        generator = Generator(self.state.model, self.text.tokenizer, precision=self.machine.precision)
+        model = self.state.whole_model()
+        if model is None or not self.world.is_main:
+            return
+        generator = Generator(model, self.text.tokenizer, precision=self.machine.precision)
         greedy = Sampling(max_tokens=record.sample_tokens, temperature=0)
         texts = [generator.text(prompt, greedy) for prompt in record.sample_prompts]
         write_text(self.folder / "samples" / f"step-{step:06d}.txt", "\n\n---\n\n".join(texts) + "\n")
 
-    def _save_if_due(self, row: StepRow, stopping: bool) -> None:
-        """Save every so many steps or seconds, at the best look, before stopping, and at the end."""
+    def _save_if_due(self, row: StepRow, signal_received: int | None) -> int:
+        """Save every so many steps or seconds, at the best look, before stopping, and at the end.
+
+        Rank 0's clock is the world's, and a signal that any of its processes received, which is returned, is for all.
+        """
         record = self.config.record
-        best = best_step(self.rows)
+        best = best_step(self.rows, self.config.target)
         due = record.checkpoint_steps and row["step"] % record.checkpoint_steps == 0
-        late = time.perf_counter() - self._saved >= record.checkpoint_s
-        if due or late or stopping or self.finished or best == row["step"]:
-            self.journal.sync()
-            save_checkpoint(self.folder, self.state.step, self.state.tensors(), self.state.facts())
-            keep_newest(self.folder, 2, also=best)
+        late = self.world.is_main and time.perf_counter() - self._saved >= record.checkpoint_s
+        stopping, is_late = self.world.largest(signal_received or 0, late)
+        if due or is_late or stopping or self.finished or best == row["step"]:
+            tensors = self.state.tensors()
+            if self.journal:
+                self.journal.sync()
+                save_checkpoint(self.folder, self.state.step, tensors, self.state.facts())
+                keep_newest(self.folder, 2, also=best)
             self._saved = time.perf_counter()
+        return stopping
 
-    def _cost(self, step: int | None) -> dict[str, int] | None:
-        return None if step is None else {"steps": step, "tokens": self.rows[step - 1]["tokens"]}
-
-    def _time_report(self, reached: dict[str, int | None]) -> dict[str, Any]:
+    def _time_report(self, times: list[TimeRow]) -> dict[str, Any]:
         model, length = self.config.model, self.config.windows.length
-        times = self.journal.times[: len(self.rows)]
         tokens_per_s = self.rows[-1]["tokens"] / times[-1]["train_s"]
         flops = flops_per_token(model, self.text.vocabulary.n_rows, length)
         mfu = utilisation(tokens_per_s, flops, self.machine, str(self.identity["environment"]["device"]))
         resumes = self.folder / RESUMES
+        reached = first_met(self.rows, self.config.target)
         return time_report(self.rows, times, reached, mfu, len(resumes.read_text().split()) if resumes.exists() else 0)
-
-    def _tell(self, results: dict[str, Any]) -> None:
-        cost = results["to_target"][results["rule"]]
-        found = f"{results['rule']} rule, target {results['target_loss']:g}, corpus loss {results['corpus_loss']:.4f}"
-        if cost:
-            print(f"target reached after {cost['steps']} steps, {cost['tokens']:,} tokens ({found})")
-        else:
-            print(f"target not reached in {results['steps']} steps, {results['tokens']:,} tokens ({found})")
-
-
-def best_step(rows: list[StepRow]) -> int | None:
-    """The step whose look at the text found the lowest corpus loss, the first of equals; None before the first look."""
-    looks = [row for row in rows if "corpus_loss" in row]
-    return min(looks, key=lambda row: (row["corpus_loss"], row["step"]))["step"] if looks else None

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline import recorder
-from pipeline.errors import Interrupted, Pruned
+from pipeline.errors import Interrupted, PeerLost, Pruned
 from pipeline.store import first_line
 
 LAST_CALL_S = 60.0  # how long the end of training waits for the store
@@ -55,7 +55,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            wait_s = INTERRUPTED_S if isinstance(error, Interrupted) else LAST_CALL_S
+            wait_s = INTERRUPTED_S if isinstance(error, Interrupted | PeerLost) else LAST_CALL_S
             self._process.communicate(json.dumps(ending(error)), timeout=wait_s)
         except subprocess.TimeoutExpired:
             print("MLflow gets the rest of the run in the background", file=sys.stderr)
@@ -70,5 +70,5 @@ def ending(error: BaseException | None) -> dict[str, str]:
         return {"status": "FINISHED", "ended": "done"}
     if isinstance(error, Pruned):
         return {"status": "FINISHED", "ended": f"PRUNED: {first_line(error)}"}
-    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+    stopped = isinstance(error, Interrupted | PeerLost | KeyboardInterrupt)
     return {"status": "KILLED" if stopped else "FAILED", "ended": f"{type(error).__name__}: {first_line(error)}"}

@@ -98,7 +98,9 @@ def version_tags(project: Path, run: "Run", n_tokens: int) -> dict[str, str]:
     }
     tags |= {"run_id": run.info.run_id, "train_tokens": str(n_tokens)}
     tags |= {"model_sha256": sha256_file(project / "models" / "model" / MANIFEST)}
-    results = read_run(project / "models")["results"]
+    record = read_run(project / "models")
+    tags |= {"inexact": "; ".join(record["inexact"])} if record.get("inexact") else {}
+    results = record["results"]
     metrics = project / "reports" / "metrics.json"
     loss = read_json(metrics).get("corpus_loss") if metrics.is_file() else None
     tags |= {"target_loss": str(results["target_loss"])} | ({} if loss is None else {"corpus_loss": str(loss)})

@@ -151,12 +151,13 @@ class Race:
         self.trial, self.run, self.sweep = trial, run, sweep
         self.spent, self._reported = 0.0, 0
         self._rows: list[StepRow] = []
-        self._rung_tokens = math.ceil(len(run.text.train) / RUNGS_PER_PASS)
+        self._rung_tokens = math.ceil(run.text.train.size / RUNGS_PER_PASS)
         self._best = best_trial(trial.study)
         self._start_loss = math.log(run.config.model.vocab_size)
 
     def go_on_from(self, run: TrackedRun) -> None:
         """Report what an earlier attempt had come to."""
+        assert run.journal, "a trial is trained by one process"
         for row, times in zip(run.rows, run.journal.times, strict=False):
             self._note(row, times)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from pipeline.config import load_params
 from pipeline.corpus import CorpusConfig, verify_corpus
 from pipeline.diagnose import describe_corpus
+from pipeline.encode import write_tokens
 from pipeline.files import write_json
 from pipeline.stage import run_stage
 from pipeline.tokenizer import load_tokenizer
-from pipeline.tokens import open_tokens, write_tokens
+from pipeline.tokens import open_tokens
 
 
 def main() -> None:

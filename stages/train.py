@@ -1,14 +1,25 @@
 """Stage `train`: data/tokens -> models/ and reports/timing.json, tracked in MLflow."""
 
+import argparse
+import sys
 from pathlib import Path
 
 from pipeline.config import load_params
+from pipeline.distributed import ALONE, launch, world_here
+from pipeline.run_config import RunConfig
 from pipeline.stage import run_stage
 from pipeline.tracked_run import run_tracked
 
 
 def main() -> None:
-    run_tracked(load_params(), data=Path("data"), models=Path("models"), timing=Path("reports/timing.json"))
+    parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--elastic", action="store_true", help="go on from checkpoints of another set-up, not exactly")
+    arguments = parser.parse_args()
+    params = load_params()
+    processes = RunConfig.of(params).train.processes
+    if processes > 1 and world_here() == ALONE:
+        sys.exit(launch(processes, "stages.train", sys.argv[1:]))
+    run_tracked(params, Path("data"), Path("models"), Path("reports/timing.json"), arguments.elastic)
 
 
 if __name__ == "__main__":

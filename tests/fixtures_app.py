@@ -18,7 +18,7 @@ from pipeline.checkpoint import save_model
 from pipeline.files import write_json, write_manifest
 from pipeline.model import GPT, ModelConfig
 from pipeline.tokenizer import load_tokenizer
-from pipeline.tokens import write_part
+from pipeline.tokens import write_shard
 from pipeline.vocab import Vocabulary
 from webapp.page import serve
 from webapp.source import Folder, Served
@@ -69,7 +69,7 @@ def make_version(folder: Path, bpe: Path, **facts: Any) -> Path:
     used = torch.bincount(torch.tensor(ids), minlength=50257)
     save_model(folder / "model", memorise(ids, used), bpe)
     (folder / "tokens").mkdir()
-    write_part(folder / "tokens", "train", [ids], 50257)
+    write_shard(folder / "tokens" / "train-00000.bin", [ids], 50257)
     write_manifest(folder / "tokens")
     write_json(folder / "facts.json", FACTS | facts)
     return folder

@@ -16,7 +16,7 @@ from pipeline.journal import STEPS, TIMES, Journal
 from pipeline.recorder import record
 from pipeline.runs import shipped
 from pipeline.store import Store, open_store
-from pipeline.tokens import data_sha256, write_part
+from pipeline.tokens import data_sha256, write_shard
 from pipeline.tracking import ending
 
 
@@ -89,7 +89,7 @@ def assert_holds_just_the_journal(store: Store, run_id: str, folder: Path) -> No
 def trained_project(folder: Path, corpus_loss: float = 0.09, n_tokens: int = 64, salt: int = 0) -> Path:
     """What the stages before `register` leave: model, journal, tokens, reports, params.yaml and dvc.lock."""
     (tokens := folder / "data" / "tokens").mkdir(parents=True)
-    write_part(tokens, "train", [[(i + salt) % 50 for i in range(n_tokens)]], 50257)
+    write_shard(tokens / "train-00000.bin", [[(i + salt) % 50 for i in range(n_tokens)]], 50257)
     write_manifest(tokens)
     (model := folder / "models" / "model").mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights" + bytes([salt]))

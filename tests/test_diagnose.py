@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline import diagnose
 from pipeline.diagnose import describe_corpus, irreducible_loss, next_token_entropy
-from pipeline.tokens import open_tokens, write_tokens
+from pipeline.encode import write_tokens
+from pipeline.tokens import open_tokens
 
 quickly = settings(max_examples=100, deadline=None)
 few_ids = st.lists(st.integers(0, 3), min_size=2, max_size=60).map(lambda ids: np.array(ids, np.int64))
@@ -56,6 +57,7 @@ def test_the_whole_corpus_has_its_known_figures(shakespeare, tokenizer, tmp_path
     assert figures["bytes"] == len(text.encode())
     assert figures["lines"] == text.count("\n")
     assert (figures["tokens"], figures["validation_tokens"], figures["distinct_ids"]) == (338_025, 0, 11_706)
+    assert figures["documents"] == 1
     assert figures["frequent_tokens"][0] == {"id": 198, "text": "\n", "count": 39_996}  # and "\n\n" twice
     assert figures["statistics_tokens"] == 338_025
     for kind, published in {
@@ -76,3 +78,13 @@ def test_statistics_of_a_large_text_are_those_of_its_beginning(tokenizer, tmp_pa
     assert figures["validation_tokens"] == len(val) > 0
     assert figures["characters"] == 7 * figures["lines"] == figures["bytes"] * 7 // 10
     assert figures["next_token_entropy"] == next_token_entropy(train.read(0, 20).astype(np.int64))
+
+
+def test_the_ends_of_documents_are_counted_and_have_no_bytes(tokenizer, tmp_path):
+    (tmp_path / "corpus.txt").write_bytes("one\ntwo\0漢<|endoftext|>\0x".encode())
+    write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens")
+    train, val = (open_tokens(tmp_path / "tokens", part) for part in ("train", "val"))
+    figures = describe_corpus(train, val, tokenizer)
+    assert (figures["documents"], figures["lines"]) == (3, 1)
+    assert (figures["characters"], figures["bytes"]) == (7 + 14 + 1, 7 + 16 + 1)
+    assert {"id": tokenizer.eot, "text": "<|endoftext|>", "count": 2} in figures["frequent_tokens"]

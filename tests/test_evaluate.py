@@ -13,12 +13,20 @@ from pipeline.evaluate import EvaluateConfig, corpus_loss, position_loss, recall
 from pipeline.machine import TrainConfig, prepare_machine
 from pipeline.model import GPT, ModelConfig
 from pipeline.optim import OptimConfig
+from pipeline.tokens import Tokens
 from pipeline.train import fresh_state, train_steps
 from pipeline.vocab import Vocabulary
-from pipeline.windows import WindowsConfig, steps_of
+from pipeline.windows import Rows, WindowsConfig, steps_of
 
 T = 16
-ROWS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))
+IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))
+
+
+def rows(ids):
+    return Rows(Tokens("text", [ids.numpy().astype(np.uint16)], 32), Vocabulary(np.arange(32), 32), torch.device("cpu"))
+
+
+ROWS = rows(IDS)
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=T, vocab_size=50257, dropout=0.0, fold_vocab=True)
 
 
@@ -38,7 +46,7 @@ def model():
 def test_the_corpus_loss_is_the_mean_over_every_token_but_the_first(model):
     losses = []
     for begin in range(0, 199, T):  # window by window, the last one short
-        window = ROWS[begin : begin + T + 1]
+        window = IDS[begin : begin + T + 1]
         with torch.no_grad():
             losses += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none").tolist()
     assert len(losses) == 199
@@ -47,7 +55,7 @@ def test_the_corpus_loss_is_the_mean_over_every_token_but_the_first(model):
 
 def test_a_shift_moves_the_windows(model):
     shifted = corpus_loss(model, ROWS, T, nullcontext(), shift=T // 2)
-    assert shifted == pytest.approx(corpus_loss(model, ROWS[T // 2 :], T, nullcontext()))
+    assert shifted == pytest.approx(corpus_loss(model, rows(IDS[T // 2 :]), T, nullcontext()))
     assert shifted > 2 * corpus_loss(model, ROWS, T, nullcontext())  # fixed windows memorise one alignment
 
 
@@ -62,7 +70,7 @@ def test_the_losses_by_position_have_the_corpus_loss_as_their_mean(model):
 def test_accuracy_counts_first_guesses(model):
     with torch.no_grad():
         hits = sum(
-            (model(ROWS[None, i : min(i + T, 199)])[0].argmax(1) == ROWS[i + 1 : i + T + 1]).sum().item()
+            (model(IDS[None, i : min(i + T, 199)])[0].argmax(1) == IDS[i + 1 : i + T + 1]).sum().item()
             for i in range(0, 199, T)
         )
     assert top1_accuracy(model, ROWS, T, nullcontext()) == pytest.approx(hits / 199)
@@ -77,7 +85,7 @@ def recited(model, given):
 
 def test_recall_is_what_greedy_decoding_recites(model):
     starts = list(range(0, 180, 7))
-    exact = [torch.equal(recited(model, ROWS[s : s + 8]), ROWS[s : s + 16]) for s in starts]
+    exact = [torch.equal(recited(model, IDS[s : s + 8]), IDS[s : s + 16]) for s in starts]
     assert 0 < sum(exact) < len(starts)  # some, not all: the comparison can fail
     assert verbatim_recall(model, ROWS, starts, nullcontext()) == np.mean(exact)
 

@@ -36,7 +36,7 @@ from pipeline.model_card import TINY_SHAKESPEARE
 from pipeline.registry import RegistryConfig, register
 from pipeline.store import Store
 from pipeline.tokenizer import Tokenizer
-from pipeline.tokens import write_part
+from pipeline.tokens import write_shard
 from pipeline.vocab import Vocabulary
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
@@ -71,8 +71,8 @@ def a_version(folder: Path, bpe: Path, tokenizer: Tokenizer, **model: int) -> Pa
     """The artifacts of a registered version."""
     a_model(folder / "model", bpe, **model)
     (folder / "tokens").mkdir()
-    write_part(folder / "tokens", "train", [tokenizer.encode(TEXT)], tokenizer.n_vocab)
-    write_part(folder / "tokens", "val", [], tokenizer.n_vocab)
+    write_shard(folder / "tokens" / "train-00000.bin", [tokenizer.encode(TEXT)], tokenizer.n_vocab)
+    write_shard(folder / "tokens" / "val-00000.bin", [], tokenizer.n_vocab)
     write_manifest(folder / "tokens")
     (folder / "params.yaml").write_text(f"sweep:\n  storage: {SECRET} # where\n  trials: 3\n")
     return folder

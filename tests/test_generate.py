@@ -55,8 +55,10 @@ def uncached(model, tokenizer, prompt, sampling):
     for _ in range(sampling.max_tokens):
         with torch.no_grad():
             logits = model(torch.tensor([rows[context_start(len(rows), model.trained_length) :]]))[0, -1]
-        logits[50256:] = -torch.inf
-        rows.append(draw(logits, sampling, rows, source))
+        logits[50257:] = -torch.inf
+        if (row := draw(logits, sampling, rows, source)) == tokenizer.eot:
+            break
+        rows.append(row)
     return rows[n_prompt:]
 
 
@@ -128,6 +130,26 @@ def test_a_stop_text_ends_one_sequence_and_not_the_others(generator):
         assert text == prompt + whole[len(prompt) :].partition(stop)[0]
 
 
+@pytest.mark.parametrize("guessing", [False, True])
+def test_a_text_ends_where_the_model_draws_the_end_of_its_document(model, generator, tokenizer, guessing):
+    sampling = Sampling(max_tokens=20, temperature=1)
+    free = written(generator, PROMPTS, sampling)
+    ending = free[0][5]  # the sixth token of the first text, which shall be the end of a document
+    learnt = [*tokenizer.encode(PROMPTS[0]), *free[0][:5], ending, 7]
+    changed = Generator(model, tokenizer, CorpusIndex(learnt) if guessing else None)
+    changed.vocabulary = Vocabulary.full(50304)
+    changed.vocabulary.used[ending] = tokenizer.eot
+    texts, ends, notices = [""] * len(PROMPTS), {}, set()
+    for piece in changed.stream(PROMPTS, sampling):
+        texts[piece.sequence] += piece.text
+        ends |= {piece.sequence: piece.finished} if piece.finished else {}
+        notices |= {piece.notice} if piece.finished == "end" else set()
+    assert ends[0] == "end"
+    assert notices == {"the model has ended its document"}
+    for text, ids in zip(texts, free, strict=True):
+        assert text == tokenizer.decode(ids[: ids.index(ending)] if ending in ids else ids)
+
+
 def test_pieces_join_to_the_text_of_all_tokens(generator, tokenizer):
     sampling = Sampling(max_tokens=60, temperature=1)  # random ids: many are parts of characters
     (ids,) = written(generator, ["O"], sampling)
@@ -146,8 +168,7 @@ def test_next_tokens_are_the_models_probabilities(model, generator, tokenizer):
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer.encode("ROMEO:")]))[0, -1]
     assert odds.shape == (50257,)
-    assert torch.allclose(odds[:50256], logits[:50256].softmax(0), atol=1e-6)
-    assert odds[50256] == 0
+    assert torch.allclose(odds, logits[:50257].softmax(0), atol=1e-6)
 
 
 def test_token_losses_are_those_of_windows_of_the_trained_length(model, generator):
@@ -177,8 +198,8 @@ def test_a_padded_id_is_never_drawn(tokenizer):  # E4
     model = GPT(SHAPE, Vocabulary.full(50304)).initialise(seed=1).eval()
     with torch.no_grad():
         model.ln_f.bias.fill_(1)
-        model.wte.weight[50256:] = 100.0  # the padded ids and <|endoftext|> would win by far
-    assert max(written(Generator(model, tokenizer), ["O"], Sampling(max_tokens=20, temperature=1))[0]) < 50256
+        model.wte.weight[50257:] = 100.0  # the padded ids would win by far
+    assert max(written(Generator(model, tokenizer), ["O"], Sampling(max_tokens=20, temperature=1))[0]) < 50257
 
 
 @pytest.mark.security

@@ -7,7 +7,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import provenance
 from pipeline.provenance import CorpusIndex, Passage, suffix_array
+from pipeline.tokens import Tokens
 
 ids = st.lists(st.integers(0, 3) | st.sampled_from([256, 65535]), max_size=40)  # few, so that much is repeated
 
@@ -61,3 +63,13 @@ def test_a_draft_is_how_the_text_goes_on():
     assert index.draft([4, 5], n=8) == [6]
     assert index.draft([9, 3], n=8) == []  # one token alone says too little
     assert index.draft([5, 6], n=8) == []  # the text ends there
+
+
+def test_of_a_long_text_the_beginning_is_searched_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(provenance, "INDEXED_TOKENS", 6)
+    index = CorpusIndex.of(Tokens("text", [np.arange(4, dtype=np.uint16), np.arange(4, 10, dtype=np.uint16)], 50257))
+    assert (index.ids.tolist(), index.n_text) == ([0, 1, 2, 3, 4, 5], 10)
+    assert index.limits == "Only the first 6 of the training text's 10 tokens are searched"
+    assert index.passages([3, 4, 5, 6], at_least=2) == [Passage(0, 3, 3)]
+    whole = CorpusIndex.of(Tokens("text", [np.arange(6, dtype=np.uint16)], 50257))
+    assert (whole.limits, whole.n_text) == (None, 6)

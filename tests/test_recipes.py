@@ -2,7 +2,9 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser  # what `dvc exp run -S` parses with
 from hypothesis import given
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from pipeline.config import load_params
 from pipeline.corpus import CorpusConfig
 from pipeline.errors import InputError
-from pipeline.model import ModelConfig
-from pipeline.optim import OptimConfig
+from pipeline.model import GPT
+from pipeline.optim import lr_factor
 from pipeline.recipes import apply_recipe, as_set, find_recipe, list_recipes
-from pipeline.windows import WindowsConfig
+from pipeline.run_config import RunConfig
+from pipeline.vocab import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -31,6 +34,12 @@ def recipe(folder: Path, text: str) -> str:
     path = folder / "own.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def settings_of(name: str, params: Path) -> tuple[RunConfig, CorpusConfig]:
+    """What a run of a recipe reads, on top of the committed default."""
+    apply_recipe(name, params, RECIPES)
+    return RunConfig.of(load_params(params)), load_params(params).section(CorpusConfig)
 
 
 def keys(values: dict, prefix: str = "") -> set[str]:
@@ -67,8 +76,8 @@ def test_laptop_sets_exactly_the_keys_in_which_recipes_differ():
 
 @pytest.mark.parametrize("name", list(list_recipes(RECIPES)))
 def test_every_recipe_gives_valid_params(name, params):
-    apply_recipe(name, params, RECIPES)
-    load_params(params).check(CorpusConfig, ModelConfig, WindowsConfig, OptimConfig)
+    config, corpus = settings_of(name, params)
+    assert bool(corpus.val_fraction) is bool(config.target.needs_held_out)
 
 
 @pytest.mark.parametrize("name", list(list_recipes(RECIPES)))
@@ -170,3 +179,69 @@ def test_smoke_as_arguments_says_what_its_file_says():
 def test_any_value_survives_shell_and_dvc(tmp_path_factory, value):
     own = recipe(tmp_path_factory.getbasetemp(), yaml.safe_dump({"a": {"b": value}}, allow_unicode=True))
     assert parsed(as_set(own)) == {"a.b": value}
+
+
+PUBLISHED = {path.stem: path for path in sorted((ROOT / "benchmarks" / "published").glob("seed-*.csv"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "n_params"),
+    [
+        ("seed-000", 124_439_808),
+        ("seed-002", 124_439_808),
+        ("seed-003", 124_475_904),  # its vocabulary is padded to 50,304
+        ("seed-004", 124_439_808),
+        ("gpt2-124m", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_a_recipe_has_exactly_the_parameters_of_its_gpt2(name, n_params, params):
+    model = settings_of(name, params)[0].model
+    with torch.device("meta"):
+        gpt = GPT(model, Vocabulary.full(model.vocab_size))
+    assert sum(parameter.numel() for parameter in gpt.parameters()) == model.n_params == n_params
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_published_system_sees_as_many_tokens_a_step_as_it_printed(name, params):
+    config, corpus = settings_of(name, params)
+    points = pd.read_csv(PUBLISHED[name])
+    assert ((points["step"] + 1) * config.windows.step_tokens == points["tokens"]).all()
+    assert config.optim.max_tokens >= points["tokens"].max()
+    assert corpus.fraction == 1.0
+    assert not config.model.fold_vocab
+    assert config.optim.kind == "adamw"
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"seed-000"}))
+def test_a_published_system_has_the_learning_rates_that_it_printed(name, params):
+    """Its step s is our step s + 1. Whether its schedule counts from 0 or from 1 differs from one to the next, so each
+    rate may be off by as much as it changes in one step, and by what printing rounded off."""
+    config, _ = settings_of(name, params)
+    total = config.optim.max_steps(config.windows)
+    printed = pd.read_csv(PUBLISHED[name], dtype={"lr": str}).dropna(subset="lr")
+    assert len(printed)
+    for step, text in zip(printed["step"], printed["lr"], strict=True):
+        ours = [
+            config.optim.lr * lr_factor(max(1, min(s, total)), total, config.optim) for s in (step, step + 1, step + 2)
+        ]
+        one_step = max(abs(ours[1] - ours[0]), abs(ours[2] - ours[1]))
+        digits = len(text.partition(".")[2]) if "e" not in text else 0
+        rounded = 10.0 ** -max(6, digits)
+        assert abs(ours[1] - float(text)) <= one_step + rounded, f"step {step}: {ours[1]:.4g}, printed {text}"
+
+
+def test_seed_000_has_one_rate_throughout(params):
+    optim = settings_of("seed-000", params)[0].optim
+    assert {optim.lr * lr_factor(step, 10_000, optim) for step in (1, 2, 500, 7828, 10_000)} == {3e-4}
+
+
+def test_the_published_stop_rules_are_theirs(params):
+    targets = {name: settings_of(name, params)[0].target for name in sorted(PUBLISHED)}
+    assert [(t.rule, t.loss) for t in targets.values()] == [
+        ("batch", 0.0999999), ("validation", 0.1), ("batch", 0.0999), ("batch", 0.1), ("average", 0.099999),
+    ]  # fmt: skip
+    assert targets["seed-004"].average_steps == 100
+    assert (targets["seed-001"].look_steps, targets["seed-001"].patience) == (25, 20)

@@ -19,6 +19,7 @@ from pipeline import retrain as retraining
 from pipeline import versions
 from pipeline.catalog import find_version, identity_of
 from pipeline.config import load_params
+from pipeline.encode import write_tokens
 from pipeline.errors import InputError, IntegrityError, Interrupted, ModelMissing
 from pipeline.files import read_json, sha256_file, write_json, write_manifest
 from pipeline.fingerprint import identify
@@ -28,7 +29,7 @@ from pipeline.registry import RegistryConfig, register
 from pipeline.retrain import retrain
 from pipeline.run_config import RunConfig
 from pipeline.tokenizer import load_tokenizer
-from pipeline.tokens import data_sha256, write_tokens
+from pipeline.tokens import data_sha256
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,13 +16,13 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
 from pipeline.config import load_params
+from pipeline.encode import write_tokens
 from pipeline.errors import InputError, TargetNotReached
 from pipeline.recipes import apply_recipe
 from pipeline.run_config import RunConfig
 from pipeline.space import SweepConfig, overridden
 from pipeline.study import find_study
 from pipeline.sweep import apply_best, print_best, print_status
-from pipeline.tokens import write_tokens
 from pipeline.worker import WORKER
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]

@@ -2,15 +2,25 @@
 
 import pytest
 
-from pipeline.target import TargetConfig, check_is_worth_it, first_met, is_met
+from pipeline.target import (
+    TargetConfig,
+    best_step,
+    check_is_worth_it,
+    first_met,
+    is_met,
+    is_out_of_patience,
+    look_is_due,
+    needs_corpus_loss,
+)
 
-TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=3)
+TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=3, look_steps=None, patience=None)
 
 
-def rows(losses, looks=()):
+def rows(losses, looks=(), held_out=()):
     return [
         {"step": i, "tokens": 10 * i, "loss": loss, "grad_norm": 1.0, "lr": 0.1}
         | ({"corpus_loss": dict(looks)[i]} if i in dict(looks) else {})
+        | ({"validation_loss": dict(held_out)[i]} if i in dict(held_out) else {})
         for i, loss in enumerate(losses, start=1)
     ]
 
@@ -57,3 +67,66 @@ def test_a_look_comes_after_one_pass_at_the_latest():
 @pytest.mark.parametrize("steps_per_pass", [1, 3, 100])
 def test_no_look_is_worth_it_before_there_is_a_mean(steps_per_pass):
     assert not check_is_worth_it([], steps_per_pass, TARGET)
+
+
+def looked(*losses):
+    """Rows with a look at the held-out text at every second step."""
+    return rows([1] * 2 * len(losses), held_out=[(2 * i, loss) for i, loss in enumerate(losses, start=1)])
+
+
+@pytest.mark.parametrize(
+    ("losses", "over"),
+    [
+        ([], False),
+        ([5, 6], False),
+        ([5, 6, 7], True),
+        ([5, 5, 5], True),  # the same is not lower
+        ([5, 6, 4.9], False),
+        ([5, 6, 4, 5], False),
+        ([5, 6, 4, 5, 4.5], True),
+    ],
+)
+def test_patience_counts_the_looks_since_the_lowest_held_out_loss(losses, over):
+    assert is_out_of_patience(looked(*losses), TARGET.updated(patience=2)) is over
+
+
+def test_steps_without_a_look_cost_no_patience():
+    history = looked(5, 6) + rows([1] * 100)
+    assert not is_out_of_patience(history, TARGET.updated(patience=2))
+
+
+def test_without_patience_given_no_loss_ends_a_run():
+    assert not is_out_of_patience(looked(*range(1, 100)), TARGET)
+
+
+def test_the_best_step_is_by_the_text_of_the_rule_and_the_first_of_equals():
+    history = rows([1] * 4, looks=[(1, 3), (2, 2), (3, 1)], held_out=[(1, 5), (2, 4), (3, 4), (4, 6)])
+    assert best_step(history, TARGET) == best_step(history, TARGET.updated(rule="batch")) == 3
+    assert best_step(history, TARGET.updated(rule="validation")) == 2
+    assert best_step(rows([1]), TARGET) is None
+
+
+def test_fixed_looks_come_at_their_steps_alone():
+    fixed = TARGET.updated(look_steps=4)
+    low = rows([0.01] * 9)  # where a pass would be worth it at each step
+    assert [n for n in range(1, 10) if look_is_due(low[:n], 3, True, fixed)] == [4, 8]
+
+
+def test_a_held_out_text_is_looked_at_after_each_pass():
+    assert [n for n in range(1, 10) if look_is_due(rows([9] * n), 3, True, TARGET)] == [3, 6, 9]
+    assert not any(look_is_due(rows([9] * n), 3, False, TARGET) for n in range(1, 10))
+
+
+def test_the_training_text_is_measured_where_something_hangs_on_it():
+    fixed = TARGET.updated(rule="validation", look_steps=2)
+    lower, higher = looked(5, 6, 4), looked(5, 6, 5.5)
+    assert needs_corpus_loss(lower, fixed)
+    assert not needs_corpus_loss(higher, fixed)
+    assert needs_corpus_loss(higher, fixed.updated(look_steps=None))  # the next look is set by it
+    assert needs_corpus_loss(higher, fixed.updated(rule="corpus"))
+
+
+@pytest.mark.parametrize(("rule", "patience", "named"), [("validation", None, "rule"), ("corpus", 3, "patience is 3")])
+def test_what_needs_a_held_out_text_is_named(rule, patience, named):
+    assert TARGET.needs_held_out is None
+    assert named in TARGET.updated(rule=rule, patience=patience).needs_held_out

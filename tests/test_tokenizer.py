@@ -3,16 +3,18 @@ import shutil
 import socket
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import tokenizer as module
 from pipeline.errors import InputError, IntegrityError
-from pipeline.tokenizer import SPACE, load_tokenizer
+from pipeline.tokenizer import CUT, CUT_BYTES, SPACE, load_tokenizer
 
 quickly = settings(max_examples=200, deadline=None)
 # All that GPT-2's split looks at: spaces of several kinds, \x1c (a space to Python, none to Unicode), contractions, ...
@@ -64,28 +66,53 @@ def test_a_character_cut_in_two_is_not_lost_in_bytes(tokenizer):
 
 
 @quickly
-@given(chunks=st.lists(hard_text | runs | st.text(max_size=5), max_size=8))
-def test_chunks_encode_as_the_whole_does(tokenizer, chunks):
-    ids = [i for batch in tokenizer.encode_chunks(chunks) for i in batch]
-    assert ids == whole(tokenizer, "".join(chunks))
+@given(text=hard_text | runs | st.text(st.characters(codec="utf-8"), max_size=20))
+def test_text_that_is_cut_where_it_may_be_encodes_as_the_whole_does(tokenizer, text):
+    data = text.replace("\0", "").encode()
+    cuts = [0, *(found.start() for found in CUT.finditer(data)), len(data)]
+    ids = [i for start, stop in pairwise(cuts) for i in tokenizer.encode_documents(data[start:stop]).tolist()]
+    assert ids == whole(tokenizer, data.decode())
+
+
+@quickly
+@given(texts=st.lists(hard_text | st.just("<|endoftext|>"), min_size=1, max_size=4))
+def test_between_two_documents_stands_the_end_of_text_and_nowhere_else(tokenizer, texts):
+    ids = tokenizer.encode_documents("\0".join(texts).encode())
+    assert ids.dtype == np.uint16
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
+    assert [tokenizer.decode(part[part != tokenizer.eot].tolist()) for part in documents] == texts
+    assert [part[part != tokenizer.eot].tolist() for part in documents] == [whole(tokenizer, text) for text in texts]
+
+
+def test_a_document_may_be_cut_off_before_its_boundary():
+    assert CUT.search(b"one\0two").start() == 3
 
 
 @quickly
 @given(text=hard_text | runs)
 def test_a_cut_in_long_whitespace_changes_nothing(tokenizer, text):
     shorter = module.LONG_SPACE.pattern.replace("1000", "1")  # so that it cuts at all
-    with patch.object(module, "LONG_SPACE", module.re.compile(shorter)):
+    with (
+        patch.object(module, "LONG_SPACE", module.re.compile(shorter)),
+        patch.object(module, "SIGN_OF_LONG_SPACE", module.re.compile("")),
+    ):
         assert tokenizer.encode(text) == whole(tokenizer, text)
 
 
-def test_chunks_are_encoded_as_soon_as_they_can_be(tokenizer):
-    batches = tokenizer.encode_chunks(iter(["one", " ", "two", AssertionError]))
-    assert next(batches) == tokenizer.encode("one")
+@quickly
+@given(before=st.integers(0, 300), space=st.integers(1000, 1300))
+def test_long_whitespace_is_seen_wherever_it_stands(before, space):
+    assert module._parts("x" * before + " \u3000" * (space // 2) + " x") == [
+        "x" * before + " \u3000" * (space // 2), " x"
+    ]  # fmt: skip
 
 
 def test_the_whitespace_of_the_split_is_unicodes():
     spaces = {chr(code) for code in range(0x110000) if module.re.fullmatch(f"[{SPACE}]", chr(code))}
     assert spaces == {chr(code) for code in range(0x110000) if chr(code).isspace()} - set("\x1c\x1d\x1e\x1f")
+    characters = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    assert spaces == {char for char in characters if module.re.fullmatch(module.SPACE_UTF8, char.encode())}
+    assert max(len(char.encode()) for char in spaces) * 2 == CUT_BYTES  # one before the cut, and one after it
 
 
 @pytest.mark.security
@@ -99,13 +126,6 @@ def test_a_megabyte_without_a_word_break_is_encoded_in_seconds(tokenizer, text):
     ids = tokenizer.encode(text)
     assert time.perf_counter() - started < 10  # 0.5 s here; a quadratic merge would take hours
     assert tokenizer.decode(ids) == text
-
-
-def test_chunks_without_a_word_break_are_encoded_in_seconds(tokenizer):
-    started = time.perf_counter()
-    ids = [i for batch in tokenizer.encode_chunks(["ab" * 5000] * 100) for i in batch]
-    assert time.perf_counter() - started < 10
-    assert tokenizer.decode(ids) == "ab" * 500_000
 
 
 # The two files

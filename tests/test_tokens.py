@@ -1,99 +1,41 @@
+import os
+import resource
 import struct
-import tracemalloc
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import tokens as module
 from pipeline.errors import InputError, IntegrityError
-from pipeline.files import MANIFEST, atomic_folder, write_manifest
-from pipeline.tokens import HEADER, data_sha256, open_tokens, write_part, write_tokens
+from pipeline.files import MANIFEST, atomic_file, atomic_folder, write_manifest
+from pipeline.tokens import HEADER, open_tokens, shard_name, write_shard
 
-LINES = "".join(f"Line {number} of the play, as it's spoken.\n" for number in range(100))
 quickly = settings(max_examples=60, deadline=None)
 
 
 def written(folder: Path, ids, shard_tokens=1000, vocab_size=50257) -> Path:
     with atomic_folder(folder) as unfinished:
-        write_part(unfinished, "train", [ids], vocab_size, shard_tokens)
+        for index, start in enumerate(range(0, max(len(ids), 1), shard_tokens)):
+            batches = (
+                [ids[start : start + 3], ids[start + 3 : start + shard_tokens]]
+                if shard_tokens > 3
+                else [ids[start : start + shard_tokens]]
+            )
+            write_shard(unfinished / shard_name("train", index), batches, vocab_size)
     return folder
-
-
-def text_of(tokenizer, folder: Path, part: str) -> str:
-    tokens = open_tokens(folder, part)
-    return tokenizer.decode(tokens.read(0, len(tokens)).tolist())
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_text(LINES)
-    return path
 
 
 # What is written
 
 
-def test_the_whole_corpus_has_its_known_tokens(shakespeare, tokenizer, tmp_path):
-    write_tokens(shakespeare, tokenizer, tmp_path / "tokens")
-    tokens = open_tokens(tmp_path / "tokens", "train")
-    assert len(tokens) == 338_025
-    assert np.count_nonzero(tokens.counts()) == 11_706
-    assert tokens.read(0, len(tokens)).tolist() == tokenizer.encode(shakespeare.read_text())
-
-
-@quickly
-@given(fraction=st.floats(0.05, 1), val_fraction=st.floats(0, 0.8), chunk_bytes=st.integers(1, 5000))
-def test_shares_end_with_a_line_and_lose_none_between_them(
-    tmp_path_factory, tokenizer, fraction, val_fraction, chunk_bytes
-):
-    longest_line = 45
-    assume(len(LINES) * fraction * (1 - val_fraction) > 2 * longest_line)  # less may hold no whole line: refused, below
-    folder = tmp_path_factory.getbasetemp() / "shares"
-    folder.mkdir(exist_ok=True)
-    (folder / "corpus.txt").write_text(LINES)
-    with patch.object(module, "CHUNK_BYTES", chunk_bytes):
-        write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", fraction, val_fraction)
-    train, val = (text_of(tokenizer, folder / "tokens", part) for part in ("train", "val"))
-    assert LINES.startswith(train + val)
-    assert train.endswith("\n")
-    assert int(len(LINES) * fraction) - longest_line < len(train + val) <= len(LINES) * fraction
-    assert len(val) == 0 if val_fraction == 0 else len(val) >= len(train + val) * val_fraction - 1e-6
-
-
-def test_a_text_without_a_last_line_end_is_taken_whole(tmp_path, tokenizer):
-    (tmp_path / "corpus.txt").write_text("one\ntwo")
-    write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens")
-    assert text_of(tokenizer, tmp_path / "tokens", "train") == "one\ntwo"
-
-
-def test_the_same_text_gives_the_same_bytes(corpus, tokenizer, tmp_path):
-    for name in ("one", "two"):
-        write_tokens(corpus, tokenizer, tmp_path / name, fraction=0.5, val_fraction=0.1)
-    assert data_sha256(tmp_path / "one") == data_sha256(tmp_path / "two")
-    write_tokens(corpus, tokenizer, tmp_path / "other", fraction=0.5, val_fraction=0.2)
-    assert data_sha256(tmp_path / "one") != data_sha256(tmp_path / "other")
-
-
-def test_a_text_is_never_in_memory_as_a_whole(tmp_path, tokenizer):
-    (tmp_path / "corpus.txt").write_text(LINES * 400)  # 1.7 MB, which as a list of ids would take 4 MB
-    with patch.object(module, "CHUNK_BYTES", 1 << 14):
-        tracemalloc.start()
-        write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", shard_tokens=10_000)
-        peak_bytes = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak_bytes < 700_000
-    assert len(list((tmp_path / "tokens").glob("train-*.bin"))) > 40
-
-
 @pytest.mark.parametrize("bad", [-1, 50257, 65536, 65536 + 7])
 def test_an_id_outside_of_the_vocabulary_is_never_wrapped_into_it(tmp_path, bad):
-    with pytest.raises(ValueError, match=str(bad)):
-        write_part(tmp_path, "train", [[1, bad, 2]], 50257)
+    with pytest.raises(ValueError, match=str(bad)), atomic_file(tmp_path / "train-00000.bin") as unfinished:
+        write_shard(unfinished, [[1, 2], [1, bad, 2]], 50257)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,6 +62,36 @@ def test_reading_outside_of_the_part_is_an_error(tmp_path, start, stop):
         tokens.read(start, stop)
 
 
+def test_thousands_of_shards_are_read_with_few_open_files(tmp_path):
+    folder = written(tmp_path / "tokens", list(range(3000)), shard_tokens=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        tokens = open_tokens(folder, "train")
+        assert tokens.read(0, 3000).tolist() == list(range(3000))
+        assert [tokens.read(i, i + 1)[0] for i in range(0, 3000, 7)] == list(range(0, 3000, 7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_stretch_is_found_without_looking_at_the_other_shards(tmp_path):
+    looked_at = []
+
+    class Watched(np.ndarray):
+        def __getitem__(self, stretch):
+            looked_at.append(self.number)
+            return np.asarray(self)[stretch]
+
+    def shard(number):
+        ids = np.arange(10, dtype=np.uint16).view(Watched)
+        ids.number = number
+        return ids
+
+    tokens = module.Tokens("text", [shard(number) for number in range(1000)], 50257)
+    assert tokens.read(5008, 5012).tolist() == [8, 9, 0, 1]
+    assert looked_at == [500, 501]
+
+
 # B3: corpus empty, or shorter than one window
 
 
@@ -130,14 +102,6 @@ def test_b3_too_few_tokens_are_told_with_the_number_needed(tmp_path, length):
         tokens.require(9)
     assert caught.value.exit_code == 2
     tokens.require(length)
-
-
-@pytest.mark.parametrize(("text", "fraction", "val_fraction"), [("", 1, 0), ("one line", 0.5, 0), ("a\nb", 1, 0.9)])
-def test_b3_a_share_without_a_whole_line_is_refused(tmp_path, tokenizer, text, fraction, val_fraction):
-    (tmp_path / "corpus.txt").write_text(text)
-    with pytest.raises(InputError, match=r"no whole line of .*corpus.txt is left to train on"):
-        write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", fraction, val_fraction)
-    assert not (tmp_path / "tokens").exists()
 
 
 # B4: id >= vocab, odd length, truncated, other dtype, flipped bit
@@ -201,6 +165,29 @@ def test_b4_a_missing_file_is_found(tmp_path, missing):
         write_manifest(folder)
         with pytest.raises(IntegrityError, match="lacks a shard of part train"):
             open_tokens(folder, "train")
+
+
+@pytest.mark.fault
+def test_b4_a_surplus_shard_is_found(tmp_path):
+    folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
+    (folder / "train-00003.bin").write_bytes((folder / "train-00002.bin").read_bytes())
+    with pytest.raises(IntegrityError, match=r"train-00003.bin is not in its manifest") as caught:
+        open_tokens(folder, "train")
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("index", [0, 7, 19])
+def test_b4_one_altered_or_shortened_shard_among_many_is_named(tmp_path, index):
+    folder = written(tmp_path / "tokens", list(range(200)), shard_tokens=10)
+    shard = folder / shard_name("train", index)
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + b"\1")
+    with pytest.raises(IntegrityError, match=f"{shard.name} is altered .*dvc repro -f"):
+        open_tokens(folder, "train")
+    shard.write_bytes(data[:-2])
+    with pytest.raises(IntegrityError, match=f"{shard.name} has {len(data) - 2} bytes, expected {len(data)}"):
+        open_tokens(folder, "train")
 
 
 @pytest.mark.fault

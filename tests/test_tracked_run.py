@@ -17,8 +17,9 @@ import torch
 import yaml
 
 from pipeline import checkpoint, tracked_run
-from pipeline.checkpoint import checkpoint_steps, load_checkpoint
+from pipeline.checkpoint import checkpoint_steps, load_checkpoint, load_model
 from pipeline.config import load_params
+from pipeline.encode import write_tokens
 from pipeline.errors import DivergedError, InputError, IntegrityError, RunLocked
 from pipeline.files import locked, sha256_file, sha256_json
 from pipeline.interrupt import StopSignals
@@ -26,7 +27,6 @@ from pipeline.journal import read_steps
 from pipeline.recipes import apply_recipe
 from pipeline.run_config import RunConfig
 from pipeline.stage import exit_code_of
-from pipeline.tokens import write_tokens
 from pipeline.tracked_run import run_tracked
 
 pytestmark = pytest.mark.fault
@@ -362,10 +362,51 @@ def test_a_finished_run_takes_no_step_more(workspace, straight, capsys):  # A16
 def test_the_model_of_the_best_look_is_kept_though_training_went_on(workspace, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5] + [5.0] * 100)
     monkeypatch.setattr(tracked_run, "corpus_loss", lambda *_: next(losses))
-    monkeypatch.setattr(tracked_run, "check_is_worth_it", lambda rows, *_: rows[-1]["step"] % 11 == 0)
+    change(workspace, **{"target.look_steps": 11})
     train()
     assert json.loads(Path("models/run.json").read_text())["results"]["model_step"] == 22
     assert 22 in checkpoint_steps(run_folder())
+
+
+@pytest.fixture
+def held_out(workspace, tokenizer, shakespeare):
+    """The run looks at a held-out text every five steps, and ends after three looks in vain."""
+    write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.01, val_fraction=0.2)
+    change(workspace, **{"target.rule": "validation", "target.look_steps": 5, "target.patience": 3})
+
+
+def test_a_run_out_of_patience_ends_and_keeps_the_model_that_was_best_on_the_held_out_text(
+    held_out, monkeypatch, capsys
+):
+    losses = iter([9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 6.0])  # 7.0 again is no lower loss
+    monkeypatch.setattr(tracked_run, "corpus_loss", lambda _, text, *__: next(losses) if text.size < 1500 else 1.0)
+    train()
+    results = json.loads(Path("models/run.json").read_text())["results"]
+    assert (results["steps"], results["model_step"], results["corpus_loss"]) == (35, 20, 1.0)
+    assert "the last 3 looks at the held-out text found no lower loss" in capsys.readouterr().out
+    rows = read_steps(Path("models/steps.jsonl"))
+    assert list(rows["validation_loss"].dropna().index) == [5, 10, 15, 20, 25, 30, 35]
+    assert list(rows["corpus_loss"].dropna().index) == [5, 10, 20, 35]  # where the model may be kept, and at the end
+    kept = load_checkpoint(run_folder(), 20)[0]["weights"]["wpe.weight"]
+    assert torch.equal(load_model(Path("models/model")).wpe.weight, kept)
+
+
+def die():
+    raise Killed
+
+
+def test_patience_survives_a_kill(held_out, monkeypatch):
+    change(Path.cwd(), **{"optim.lr": 0.03})  # too high: the held-out loss soon rises
+    train()
+    straight, steps = bits(), len(read_steps(Path("models/steps.jsonl")))
+    assert steps < STEPS
+    shutil.rmtree("checkpoints")
+    with monkeypatch.context() as patch:
+        at_step(patch, steps - 4, die)  # between two looks in vain
+        with pytest.raises(Killed):
+            train()
+    train()
+    assert bits() == straight
 
 
 def test_contradictions_between_sections_are_found_before_anything_is_opened(workspace):

@@ -14,13 +14,15 @@ from pipeline.errors import DivergedError
 from pipeline.machine import TrainConfig, prepare_machine
 from pipeline.model import ModelConfig
 from pipeline.optim import OptimConfig
+from pipeline.tokens import Tokens
 from pipeline.train import fresh_state, train_steps
 from pipeline.vocab import Vocabulary
-from pipeline.windows import WindowsConfig, steps_of
+from pipeline.windows import Rows, WindowsConfig, steps_of
 
-IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))  # 32 symbols
+IDS = np.random.default_rng(1).integers(0, 32, 200).astype(np.uint16)  # 32 symbols
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
 VOCABULARY = Vocabulary(np.arange(32), 32)  # none unused
+ROWS = Rows(Tokens("text", [IDS], 32), VOCABULARY, torch.device("cpu"))
 
 
 class Loop:
@@ -35,7 +37,7 @@ class Loop:
         self.state = fresh_state(MODEL.updated(dropout=dropout), VOCABULARY, self.optim, where, self.machine)
 
     def __iter__(self):
-        batches = steps_of(self.state.step + 1, IDS, self.windows, seed=1)
+        batches = steps_of(self.state.step + 1, ROWS, self.windows, seed=1)
         return train_steps(self.state, batches, self.steps, self.optim, self.machine)
 
     def weights(self):

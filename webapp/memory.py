@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 from functools import partial
 from html import escape
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -38,6 +39,7 @@ def memory_tab(source: Source) -> Fields:
             window = gr.Slider(1, n_windows(served), 1, step=1, label="Window of the text", elem_id="window")
             shift = gr.Slider(0, served.window - 1, 0, step=1, label="Shifted by, in tokens", elem_id="shift")
             html(note(_about_windows(served)))
+            html(note(f"{served.corpus.limits}.") if served.corpus.limits else "")
         with gr.Column(scale=3, min_width=300):
             heat = html("", elem_id="heat")
             recital = html("", elem_id="recital")
@@ -135,7 +137,7 @@ def recital_html(served: Served, ids: list[int]) -> str:
     prompt = served.tokenizer.decode(ids[:given])
     pieces = served.generator.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
     recited = [i for piece in pieces for i in piece.ids]
-    slip = next((n for n, (a, b) in enumerate(zip(truth, recited, strict=False)) if a != b), len(truth))
+    slip = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
     changes = SequenceMatcher(None, truth, recited, autojunk=False).get_opcodes()
     verdict = "every one right" if slip == len(truth) else f"{slip} right before the first slip"
     text = _compared(served, truth, [(a, b, kind != "equal") for kind, a, b, _, _ in changes], "del")

@@ -25,7 +25,7 @@ element.addEventListener("click", (event) => {
 
 class Likely(NamedTuple):
     token: int
-    text: str | None  # None: a part of a character
+    text: str | None  # None: a part of a character, or the end of a document
     probability: float
     times: int  # that the training text goes on so
 
@@ -138,6 +138,7 @@ def _context(served: Served, found: Expectation) -> str:
     subject = "All of your text" if n == found.n_prompt > 1 else "The last token" if n == 1 else f"The last {n} tokens"
     verb = "stands" if n in (1, found.n_prompt) else "stand"
     more = "" if n == found.n_prompt else " No longer end of your text does."
+    more += f" {served.corpus.limits}." if served.corpus.limits else ""
     return f'<p class="note after">{subject} {verb} in the training text {times}: “{dots}{words}”.{more}</p>'
 
 
@@ -146,6 +147,8 @@ def _percent(probability: float) -> str:
 
 
 def _text(served: Served, token: int) -> str | None:
+    if token == served.tokenizer.eot:
+        return None  # the end of a document: no text goes on with it
     try:
         return served.tokenizer.decode_bytes([token]).decode("utf-8")
     except UnicodeDecodeError:

@@ -82,10 +82,10 @@ def place_html(served: Served, place: int, length: int) -> str:
     start, stop = max(0, place - AROUND), min(len(served.ids), place + length + AROUND)
     ids = served.ids[start:stop].tolist()
     before, passage, after = cut(served.tokenizer, ids, [place - start, place - start + length])
-    share = place / len(served.ids)
+    n_text = served.corpus.n_text
     return (
         '<section class="place" tabindex="-1" aria-label="Place in the training text">'
-        f"<header><h3>Where it stands</h3><span>token {place:,} of {len(served.ids):,}, {share:.0%} into the "
+        f"<header><h3>Where it stands</h3><span>token {place:,} of {n_text:,}, {place / n_text:.0%} into the "
         f'training text</span></header><p class="verse"><span class="around">{escape(before)}</span>'
         f'<mark>{escape(passage)}</mark><span class="around">{escape(after)}</span></p></section>'
     )

@@ -25,7 +25,7 @@ class Served:
 
     @property
     def ids(self) -> np.ndarray:
-        """(N,) tokens of the training text."""
+        """(N,) tokens of the training text, of a long one the beginning."""
         return self.corpus.ids
 
     @property
@@ -37,8 +37,8 @@ class Served:
     @cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:
         """The training text in lower case (of ASCII), and where each token begins in it."""
-        pieces = [self.tokenizer.decode_bytes([i]) for i in self.ids.tolist()]
-        return b"".join(pieces).lower(), np.cumsum([0, *map(len, pieces)])
+        length_of = np.array([len(self.tokenizer.decode_bytes([i])) for i in range(self.tokenizer.n_vocab)])
+        return self.tokenizer.decode_bytes(self.ids.tolist()).lower(), np.append(0, length_of[self.ids].cumsum())
 
     def find(self, words: str, after: int) -> tuple[int, int] | None:
         """The next place after token `after`, from the start again after the last one, where `words` stand: its tokens.

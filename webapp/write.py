@@ -150,6 +150,8 @@ def _remarks(writing: Writing) -> str:
     )
     if writing.prompt_ids and not writing.prompt_is_known:
         words += note("The training text does not have this prompt, so that nothing could be recited from it.")
+    if writing.served.corpus.limits:
+        words += note(f"{writing.served.corpus.limits}; what stands in the rest counts as new.")
     if writing.notice:
         words += note(f"{writing.notice[0].upper()}{writing.notice[1:]}.")
     return words

@@ -1,0 +1,173 @@
+"""The five published systems under their recipes: first steps with several seeds, whole runs, beside the published.
+
+    python -m benchmarks.seeds [--recipe seed-000 ...] [--steps 30] [--seeds 1 2 3] [--whole] [--draw]
+
+Each recipe has a workspace, `checkpoints/seeds/RECIPE/`, with its params.yaml and its tokens. The first steps are taken
+without a checkpoint and noted in benchmarks/results/seeds.json one by one: what is there is not taken again, and what a
+kill cut short is taken again from its start. `--whole` trains to the recipe's stop rule with the first of `--seeds`; it
+goes on from its last checkpoint. Steps are counted from 1, the published ones from 0. `--draw` makes table and picture
+of the file alone, as every call does at its end.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.seeds_figure import draw, print_table
+from benchmarks.throughput import machine_name
+from pipeline.config import Params, load_params
+from pipeline.files import read_json, write_text
+from pipeline.interrupt import StopSignals
+from pipeline.journal import STEPS, TIMES, read_steps
+from pipeline.machine import Machine, prepare_machine
+from pipeline.progress import Progress
+from pipeline.recipes import apply_recipe
+from pipeline.run_config import RunConfig
+from pipeline.stage import run_stage
+from pipeline.text import Text
+from pipeline.tracked_run import open_run
+from pipeline.train import fresh_state, train_steps
+from pipeline.windows import steps_of
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "seeds.json"
+PICTURE = ROOT / "docs" / "seeds.png"
+NAMES = tuple(f"seed-{i:03d}" for i in range(5))
+CURVE_POINTS = 400  # of a whole run, each the mean of its share of the steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", nargs="+", default=list(NAMES), help="by name, or a variant of one by path")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--whole", action="store_true", help="train to the stop rule")
+    parser.add_argument("--again", action="store_true", help="take also those steps that are there")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    for recipe in [] if arguments.draw else arguments.recipe:
+        if arguments.whole:
+            whole_run(recipe, arguments.seeds[0])
+            continue
+        for seed in arguments.seeds:
+            if arguments.again or steps_there(recipe, seed) < arguments.steps:
+                first_steps(recipe, seed, arguments.steps)
+    results = read_json(RESULTS)
+    print_table(results)
+    draw(results, PICTURE)
+
+
+def steps_there(recipe: str, seed: int) -> int:
+    """How many of the first steps are noted already."""
+    return len(known_results().get(Path(recipe).stem, {}).get("first_steps", {}).get(str(seed), {}).get("loss", []))
+
+
+def first_steps(recipe: str, seed: int, n: int) -> None:
+    """Take the first `n` steps, noting each."""
+    config, machine, text = prepare(recipe, seed)
+    state = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
+    batches = steps_of(1, text.train, config.windows, seed)
+    rows: dict[str, Any] = {**where(machine), "loss": [], "grad_norm": [], "lr": [], "step_s": []}
+    steps = train_steps(state, batches, config.optim.max_steps(config.windows), config.optim, machine)
+    for record in islice(steps, n):
+        for key in ("loss", "grad_norm", "lr", "step_s"):
+            rows[key].append(float(f"{getattr(record, key):.6g}"))
+        print(f"{recipe}, seed {seed}, step {record.step}: loss {record.loss:.4f}, gradient {record.grad_norm:.3f}, "
+              f"{record.step_s:.1f} s", flush=True)  # fmt: skip
+        if record.step >= min(n, steps_there(recipe, seed)):  # a longer record is not lost to a shorter one
+            note(recipe, "first_steps", str(seed), rows)
+
+
+def whole_run(recipe: str, seed: int) -> None:
+    """Train until the recipe's own rule stops it, and note what it came to."""
+    config, machine, text = prepare(recipe, seed)
+    folder = workspace(recipe)
+    models, timing = folder / "models", folder / "reports" / "timing.json"
+    with StopSignals() as stop, open_run(config, machine, text, folder / "checkpoints") as run:
+        if not run.finished:
+            progress = Progress(run.state.step, run.state.tokens, run.max_steps, config.target.loss)
+            with progress:
+                run.follow(stop, progress.show)
+        run.write_results(models, folder / "data" / "bpe", timing)
+    steps, times = read_steps(models / STEPS), read_steps(models / TIMES)
+    results, rule = read_json(models / "run.json")["results"], config.target.rule
+    looks = {
+        key: [[int(step), float(f"{loss:.5g}")] for step, loss in steps[key].dropna().items()]
+        for key in ("corpus_loss", "validation_loss")
+        if key in steps
+    }
+    note(recipe, "whole", str(seed), {
+        **where(machine), "rule": rule, "target_loss": config.target.loss, **{key: results[key] for key in (
+            "steps", "tokens", "model_step", "train_tokens", "to_target")},
+        "losses": {"batch": float(steps["loss"].iloc[-1]), "average": float(steps["loss"].tail(100).mean()),
+                   **{key.removesuffix("_loss"): points[-1][1] for key, points in looks.items()}},
+        "best_looks": {key: min(points, key=lambda point: point[1]) for key, points in looks.items()},
+        "train_s": round(float(times["train_s"].iloc[-1]), 1), "wall_s": round(float(times["wall_s"].iloc[-1]), 1),
+        "curve": thinned(steps["loss"].to_numpy()), **looks,
+    })  # fmt: skip
+
+
+def thinned(losses: np.ndarray) -> list[list[float]]:
+    """At most CURVE_POINTS pairs of a step and the mean loss of the steps that lead to it."""
+    every = -(-len(losses) // CURVE_POINTS)
+    ends = range(every, len(losses) + 1, every)
+    return [[end, float(f"{losses[end - every : end].mean():.5g}")] for end in ends]
+
+
+def prepare(recipe: str, seed: int) -> tuple[RunConfig, Machine, Text]:
+    """The recipe's settings with a seed, torch set up for them, and its tokens."""
+    folder = workspace(recipe)
+    params = load_params(folder / "params.yaml")
+    params = Params({**params.values, "train": {**params.values["train"], "seed": seed}}, params.path)
+    config = RunConfig.of(params)
+    machine = prepare_machine(config.train, config.flops)
+    return config, machine, Text.read(folder / "data" / "tokens", folder / "data" / "bpe", config, machine)
+
+
+def workspace(recipe: str) -> Path:
+    """The recipe's folder, with params.yaml as the recipe wants it, and the data of the stages made once."""
+    folder = ROOT / "checkpoints" / "seeds" / Path(recipe).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "params.yaml", folder)
+    for name in ("laptop", recipe):  # laptop takes back what params.yaml has of another one
+        apply_recipe(name, folder / "params.yaml", ROOT / "recipes")
+    if not (folder / "data" / "tokens").is_dir():
+        for stage in ("download", "tokenize"):
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, check=True)
+    return folder
+
+
+def where(machine: Machine) -> dict[str, Any]:
+    return {
+        "machine": machine_name(),
+        "precision": machine.precision,
+        "threads": machine.threads,
+        "torch": torch.__version__,
+        "day": time.strftime("%Y-%m-%d"),
+    }
+
+
+def known_results() -> dict[str, Any]:
+    return read_json(RESULTS) if RESULTS.is_file() else {}  # type: ignore[return-value]
+
+
+def note(recipe: str, kind: str, seed: str, rows: dict[str, Any]) -> None:
+    """Put a run's figures in their place in RESULTS, atomically."""
+    results = known_results()
+    results.setdefault(Path(recipe).stem, {}).setdefault(kind, {})[seed] = rows
+    write_text(RESULTS, json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,104 @@
+"""seeds_figure: what seeds.json holds, and the published points -> a table, and a picture of ours over theirs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.drawing import BLACK, GREY, RED, house_style, log_scale, plain_numbers, save_png
+from pipeline.plots import PUBLISHED
+
+HERE = Path(__file__).parent / "published"
+SHAPES = {
+    "seed-000": "124M, 16 x 128, constant rate",
+    "seed-001": "6 x 384, 8 x 128 x 4, validation",
+    "seed-002": "124M, 16 x 128, bf16, cosine",
+    "seed-003": "124M, 2 x 1,024 x 16, bf16",
+    "seed-004": "124M, 16 x 128, one cycle",
+}
+NOTE = """\
+In colour: published, losses of single steps as printed; seed-001's stand times 4, as it printed them divided by 4, and
+its dots are those on held-out text. Black, thin: first steps of ours, a line for each seed. Black, thick: a whole run of
+ours; red dots: on held-out text. Last panel: how far each seed of ours is from the published losses, in their colours."""
+
+
+def published(name: str) -> pd.DataFrame:
+    """A system's points; `step` counts from 1, as ours do."""
+    points = pd.read_csv(HERE / f"{name}.csv")
+    return points.assign(step=points["step"] + 1)
+
+
+def compared(name: str, first_steps: dict[str, Any]) -> pd.DataFrame:
+    """Published step by published step: its loss, ours by seed, and where it stands among ours.
+
+    `excess`: the published loss less the mean of ours; `spread`: largest less smallest of ours.
+    """
+    points = published(name).set_index("step")
+    ours = pd.DataFrame({f"seed {seed}": pd.Series(run["loss"]) for seed, run in first_steps.items()})
+    ours.index += 1
+    table = points[["loss"]].rename(columns={"loss": "published"}).join(ours, how="inner")
+    seeds = table[ours.columns]
+    return table.assign(excess=table["published"] - seeds.mean(axis=1), spread=seeds.max(axis=1) - seeds.min(axis=1))
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Print ours beside the published losses, and what whole runs came to."""
+    for name in sorted(results):
+        kinds = results[name]
+        if "first_steps" in kinds and (HERE / f"{name}.csv").is_file():
+            table = compared(name, kinds["first_steps"])
+            print(f"\n{name}: {len(table)} published points among the first steps")
+            if len(table):
+                print(table.to_string(float_format=lambda value: f"{value:.3f}"))
+        for seed, run in kinds.get("whole", {}).items():
+            losses = ", ".join(f"{rule} {loss:.4g}" for rule, loss in run["losses"].items())
+            print(f"\n{name}, seed {seed}, to its rule `{run['rule']}`: {run['steps']:,} steps, {run['tokens']:,} tokens,"
+                  f" {run['train_s']:,.0f} s on {run['machine']}; losses at the end: {losses}")  # fmt: skip
+
+
+@house_style()
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Write a panel for each system, and one with the differences over the first steps."""
+    figure = Figure(figsize=(8, 8.6))
+    axes = figure.subplots(3, 2)
+    for panel, name in zip(axes.flat, SHAPES, strict=False):
+        _panel(panel, name, results.get(name, {}))
+    _differences(axes.flat[5], results)
+    figure.supxlabel(NOTE, x=0.01, ha="left", fontsize=8.5, color=GREY)
+    save_png(figure, path)
+
+
+def _panel(axes: Axes, name: str, kinds: dict[str, Any]) -> None:
+    colour, points = PUBLISHED[name][0], published(name)
+    axes.plot(points["step"], points["loss"], color=colour, lw=1, marker=".", ms=5, label="published")
+    if "val_loss" in points:
+        axes.plot(points["step"], points["val_loss"], color=colour, lw=1, ls=":", marker=".", ms=4)
+    for run in kinds.get("first_steps", {}).values():
+        axes.plot(range(1, len(run["loss"]) + 1), run["loss"], color=BLACK, lw=0.8)
+    for run in kinds.get("whole", {}).values():
+        axes.plot(*zip(*run["curve"], strict=True), color=BLACK, lw=2)
+        if "validation_loss" in run:
+            axes.plot(*zip(*run["validation_loss"], strict=True), color=RED, lw=1, ls=":", marker=".", ms=4)
+    log_scale(axes)
+    axes.set_xscale("log")
+    axes.set_xlim(0.9, 10**4 if name != "seed-001" else 1000)
+    plain_numbers(axes.xaxis)
+    axes.set_title(f"{name}: {SHAPES[name]}", fontsize=9.5)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+
+
+def _differences(axes: Axes, results: dict[str, Any]) -> None:
+    for name in SHAPES:
+        first_steps = results.get(name, {}).get("first_steps", {})
+        table = compared(name, first_steps)
+        seeds = [column for column in table if column.startswith("seed ")]
+        for column in seeds:
+            less = (table[column] - table["published"]).dropna()
+            axes.plot(less.index, less, color=PUBLISHED[name][0], lw=0.8, marker=".", ms=5)
+    axes.axhline(0, color=BLACK, lw=1, ls="--")
+    limit = max(0.05, *(abs(np.array(axes.get_ylim()))))
+    axes.set(ylim=(-limit, limit), xlabel="step", ylabel="nats per token")
+    axes.set_title("ours less the published, first steps", fontsize=9.5)

@@ -1,0 +1,169 @@
+"""Text to tokens, against Hugging Face datasets' `map` on the same cores: tokens/s and memory, in turn.
+
+    pip install datasets
+    python -m benchmarks.tokenizing [--gigabytes 2] [--files 8] [--rounds 1]
+
+The text is made of Tiny Shakespeare's lines (`dvc repro download` fetches them), shuffled, with numbers mixed in so that
+few pieces repeat; every file has lines of its own. Each contestant is a process of its own that goes from those files to
+tokens on the disk, in two steps that are timed apart: `prepare` makes of the files what the tokenizer reads (here one
+normalised text; there Arrow tables of lines), `tokenize` makes the tokens (here token files; there Arrow tables again).
+`map` runs batched, with as many processes as there are cores, on GPT-2's encoding by tiktoken and by Hugging Face's own
+tokenizer. Memory is that of all of a contestant's processes together, shared pages counted once (Linux's PSS), and of
+its largest one, looked at five times a second.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.corpus import write_documents
+from pipeline.documents import find_files
+from pipeline.encode import write_tokens
+from pipeline.files import write_json
+from pipeline.tokenizer import load_tokenizer
+from pipeline.tokens import open_tokens
+
+BPE = Path("data/bpe").absolute()
+RESULTS = Path("benchmarks/results/tokenizing.json")
+LOOK_S = 0.2
+
+
+def make_texts(folder: Path, size_bytes: int, n_files: int) -> None:
+    """Write `n_files` texts of together `size_bytes`."""
+    lines = Path("data/corpus.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    for number in range(n_files):
+        rng, written = random.Random(number), 0  # noqa: S311 (no secret)
+        with (folder / f"{number:02}.txt").open("w", encoding="utf-8") as file:
+            while written < size_bytes // n_files:
+                chosen = rng.choices(lines, k=10_000)
+                for i in range(0, len(chosen), 5):
+                    chosen[i] = f"{rng.randrange(10**9)} {chosen[i]}"
+                written += file.write("".join(chosen))
+
+
+def ours(texts: Path, place: Path) -> tuple[float, int]:
+    """Seconds to prepare, and tokens."""
+    started = time.perf_counter()
+    write_documents({path.name: path for path in find_files(str(texts))}, place / "corpus.txt", str(texts))
+    prepared = time.perf_counter()
+    write_tokens(place / "corpus.txt", load_tokenizer(BPE), place / "tokens")
+    return prepared - started, len(open_tokens(place / "tokens", "train"))
+
+
+def mapped(texts: Path, place: Path, encode: Callable[[list[str]], list[list[int]]]) -> tuple[float, int]:
+    """The same through `datasets.map`."""
+    os.environ |= {"HF_HOME": str(place), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import datasets
+
+    started = time.perf_counter()
+    files = [str(path) for path in find_files(str(texts))]
+    cores = len(os.sched_getaffinity(0))
+    table = datasets.load_dataset("text", data_files=files, split="train", keep_linebreaks=True, num_proc=cores)
+    prepared = time.perf_counter()
+
+    def encoded(batch: dict[str, list[str]]) -> dict[str, Any]:
+        ids = encode(batch["text"])
+        return {"ids": ids, "length": [len(each) for each in ids]}
+
+    table = table.map(encoded, batched=True, num_proc=cores, remove_columns=["text"])
+    return prepared - started, sum(table.data.column("length").to_numpy())
+
+
+def with_tiktoken(texts: Path, place: Path) -> tuple[float, int]:
+    encoding = load_tokenizer(BPE)._encoding
+    return mapped(texts, place, lambda batch: [encoding.encode_ordinary(text) for text in batch])
+
+
+def with_tokenizers(texts: Path, place: Path) -> tuple[float, int]:
+    from tokenizers import ByteLevelBPETokenizer
+
+    encoding = ByteLevelBPETokenizer(str(BPE / "encoder.json"), str(BPE / "vocab.bpe"))
+    return mapped(texts, place, lambda batch: [each.ids for each in encoding.encode_batch(batch)])
+
+
+CONTESTANTS: dict[str, Callable[[Path, Path], tuple[float, int]]] = {
+    "this project": ours,
+    "datasets.map, tiktoken": with_tiktoken,
+    "datasets.map, tokenizers": with_tokenizers,
+}
+
+
+def measure(name: str, texts: Path, place: Path) -> dict[str, float]:
+    """Run one contestant as a process of its own and look at its memory meanwhile."""
+    command = [sys.executable, "-m", "benchmarks.tokenizing", "--contestant", name, str(texts), str(place)]
+    peak_bytes = largest_bytes = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            family = [psutil.Process(process.pid)]
+            sizes = []
+            try:
+                family += family[0].children(recursive=True)
+                sizes = [each.memory_full_info().pss for each in family]
+            except psutil.Error:  # one of them has ended
+                pass
+            peak_bytes, largest_bytes = max(peak_bytes, sum(sizes)), max([largest_bytes, *sizes])
+            time.sleep(LOOK_S)
+        assert process.stdout is not None
+        said = process.stdout.read().splitlines()
+    if process.returncode:
+        sys.exit(f"error: {name} ended with {process.returncode}")
+    return {**json.loads(said[-1]), "peak_bytes": peak_bytes, "largest_process_bytes": largest_bytes}
+
+
+def contest(name: str, texts: Path, place: Path) -> None:
+    """What the process of a contestant does."""
+    started = time.perf_counter()
+    prepare_s, tokens = CONTESTANTS[name](texts, place)
+    tokenize_s = time.perf_counter() - started - prepare_s
+    figures = {"tokens": int(tokens), "prepare_s": prepare_s, "tokenize_s": tokenize_s}
+    print(
+        json.dumps(
+            {**figures, "tokens_per_s": tokens / tokenize_s, "all_tokens_per_s": tokens / (prepare_s + tokenize_s)}
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--contestant", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contestant:
+        name, texts, place = arguments.contestant
+        return contest(name, Path(texts), Path(place))
+    try:
+        import datasets
+    except ImportError:
+        sys.exit("error: Hugging Face datasets is not installed, against which this measures: pip install datasets")
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="tokenizing-") as folder:
+        (texts := Path(folder, "texts")).mkdir()
+        make_texts(texts, int(arguments.gigabytes * 1e9), arguments.files)
+        text_bytes = sum(path.stat().st_size for path in texts.iterdir())
+        for number in range(arguments.rounds):
+            for name in CONTESTANTS:
+                (place := Path(folder, "place")).mkdir()
+                rows.append({"contestant": name, "round": number, **measure(name, texts, place)})
+                shutil.rmtree(place)
+                print(json.dumps(rows[-1]), flush=True)
+    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    write_json(RESULTS, {"machine": machine, "datasets": datasets.__version__, "text_bytes": text_bytes, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

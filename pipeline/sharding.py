@@ -1,0 +1,57 @@
+"""sharding: a model and its state <-> the shards of them that the processes of a world hold (FSDP2).
+
+A sharded tensor is a DTensor, cut into equal ranges of rows, one for each process in turn; the last ones may be short.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> None:
+    """Shard the parameters of `model`; those of a block are whole while it works, the rest while one of `methods` does.
+
+    Its gradients come out as their mean over the processes.
+    """
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+
+
+@torch.no_grad()
+def assign(target: Tensor, whole: Tensor) -> None:
+    """Copy `whole`, which every process has, into `target`, or the part that is this process's."""
+    target.copy_(like(target, whole))
+
+
+def like(target: Tensor, whole: Tensor) -> Tensor:
+    """`whole` on the device of `target`, and sharded as that is, if it is."""
+    whole = whole.to(target.device)
+    if not isinstance(target, DTensor) or whole.shape != target.shape:
+        return whole
+    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def gathered(x: Tensor, keep: bool) -> Tensor:
+    """All of a sharded tensor, on the CPU, where it is to be kept, else nothing; a plain one as it is."""
+    if not isinstance(x, DTensor):
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if keep else whole.new_empty(0)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of `x`."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def last_row(x: Tensor) -> Tensor | None:
+    """The last row of a matrix, None in a process that does not hold it."""
+    if not isinstance(x, DTensor):
+        return x[-1]
+    (rows, *_), (first, *_) = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return x.to_local()[-1] if rows and first + rows == x.shape[0] else None
