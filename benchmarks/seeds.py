@@ -26,7 +26,7 @@ import torch
 from benchmarks.seeds_figure import draw, print_table
 from benchmarks.throughput import machine_name
 from pipeline.config import Params, load_params
-from pipeline.files import read_json, write_text
+from pipeline.files import locked, read_json, write_text
 from pipeline.interrupt import StopSignals
 from pipeline.journal import STEPS, TIMES, read_steps
 from pipeline.machine import Machine, prepare_machine
@@ -84,7 +84,7 @@ def first_steps(recipe: str, seed: int, n: int) -> None:
             rows[key].append(float(f"{getattr(record, key):.6g}"))
         print(f"{recipe}, seed {seed}, step {record.step}: loss {record.loss:.4f}, gradient {record.grad_norm:.3f}, "
               f"{record.step_s:.1f} s", flush=True)  # fmt: skip
-        if record.step >= min(n, steps_there(recipe, seed)):  # a longer record is not lost to a shorter one
+        if record.step >= steps_there(recipe, seed):  # a longer record is not lost to a shorter one
             note(recipe, "first_steps", str(seed), rows)
 
 
@@ -159,14 +159,15 @@ def where(machine: Machine) -> dict[str, Any]:
 
 
 def known_results() -> dict[str, Any]:
-    return read_json(RESULTS) if RESULTS.is_file() else {}  # type: ignore[return-value]
+    return read_json(RESULTS) if RESULTS.is_file() else {}
 
 
 def note(recipe: str, kind: str, seed: str, rows: dict[str, Any]) -> None:
-    """Put a run's figures in their place in RESULTS, atomically."""
-    results = known_results()
-    results.setdefault(Path(recipe).stem, {}).setdefault(kind, {})[seed] = rows
-    write_text(RESULTS, json.dumps(results) + "\n")
+    """Put a run's figures in their place in RESULTS, atomically, whoever else does so."""
+    with locked(ROOT / "checkpoints" / "seeds.lock", wait=True):
+        results = known_results()
+        results.setdefault(Path(recipe).stem, {}).setdefault(kind, {})[seed] = rows
+        write_text(RESULTS, json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":

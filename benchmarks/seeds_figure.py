@@ -20,9 +20,9 @@ SHAPES = {
     "seed-004": "124M, 16 x 128, one cycle",
 }
 NOTE = """\
-In colour: published, losses of single steps as printed; seed-001's stand times 4, as it printed them divided by 4, and
-its dots are those on held-out text. Black, thin: first steps of ours, a line for each seed. Black, thick: a whole run of
-ours; red dots: on held-out text. Last panel: how far each seed of ours is from the published losses, in their colours."""
+In colour: published, losses of single steps as printed; seed-001's stand times 4, as it printed them divided by 4;
+dotted: on held-out text. Black, thin: first steps of ours, a line for each seed. Black, thick: a whole run; red,
+dotted: on held-out text. Last panel: how far each seed of ours is from the published losses, in their colours."""
 
 
 def published(name: str) -> pd.DataFrame:
@@ -55,7 +55,7 @@ def print_table(results: dict[str, Any]) -> None:
                 print(table.to_string(float_format=lambda value: f"{value:.3f}"))
         for seed, run in kinds.get("whole", {}).items():
             losses = ", ".join(f"{rule} {loss:.4g}" for rule, loss in run["losses"].items())
-            print(f"\n{name}, seed {seed}, to its rule `{run['rule']}`: {run['steps']:,} steps, {run['tokens']:,} tokens,"
+            print(f"\n{name}, seed {seed}, to its rule {run['rule']}: {run['steps']:,} steps, {run['tokens']:,} tokens,"
                   f" {run['train_s']:,.0f} s on {run['machine']}; losses at the end: {losses}")  # fmt: skip
 
 
@@ -82,23 +82,22 @@ def _panel(axes: Axes, name: str, kinds: dict[str, Any]) -> None:
         axes.plot(*zip(*run["curve"], strict=True), color=BLACK, lw=2)
         if "validation_loss" in run:
             axes.plot(*zip(*run["validation_loss"], strict=True), color=RED, lw=1, ls=":", marker=".", ms=4)
+    axes.axhline(0.1, color=BLACK, lw=0.8, ls="--")
     log_scale(axes)
-    axes.set_xscale("log")
-    axes.set_xlim(0.9, 10**4 if name != "seed-001" else 1000)
+    low = min(0.06, points["loss"].min() * 0.8)
+    axes.set(xscale="log", xlim=(0.9, 1.5 * points["step"].max()), ylim=(low, 15))
     plain_numbers(axes.xaxis)
     axes.set_title(f"{name}: {SHAPES[name]}", fontsize=9.5)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="nats per token")
 
 
 def _differences(axes: Axes, results: dict[str, Any]) -> None:
     for name in SHAPES:
-        first_steps = results.get(name, {}).get("first_steps", {})
-        table = compared(name, first_steps)
-        seeds = [column for column in table if column.startswith("seed ")]
-        for column in seeds:
+        table = compared(name, results.get(name, {}).get("first_steps", {}))
+        for column in (column for column in table if column.startswith("seed ")):
             less = (table[column] - table["published"]).dropna()
             axes.plot(less.index, less, color=PUBLISHED[name][0], lw=0.8, marker=".", ms=5)
     axes.axhline(0, color=BLACK, lw=1, ls="--")
     limit = max(0.05, *(abs(np.array(axes.get_ylim()))))
     axes.set(ylim=(-limit, limit), xlabel="step", ylabel="nats per token")
-    axes.set_title("ours less the published, first steps", fontsize=9.5)
+    axes.set_title("Ours less the published, first steps", fontsize=9.5)

@@ -3,8 +3,8 @@
     pip install datasets
     python -m benchmarks.tokenizing [--gigabytes 2] [--files 8] [--rounds 1]
 
-The text is made of Tiny Shakespeare's lines (`dvc repro download` fetches them), shuffled, with numbers mixed in so that
-few pieces repeat; every file has lines of its own. Each contestant is a process of its own that goes from those files to
+The text is made of Tiny Shakespeare's lines (`dvc repro download` fetches them), shuffled, numbers mixed in so that it
+never repeats; every file has lines of its own. Each contestant is a process of its own that goes from those files to
 tokens on the disk, in two steps that are timed apart: `prepare` makes of the files what the tokenizer reads (here one
 normalised text; there Arrow tables of lines), `tokenize` makes the tokens (here token files; there Arrow tables again).
 `map` runs batched, with as many processes as there are cores, on GPT-2's encoding by tiktoken and by Hugging Face's own
@@ -66,6 +66,8 @@ def mapped(texts: Path, place: Path, encode: Callable[[list[str]], list[list[int
     """The same through `datasets.map`."""
     os.environ |= {"HF_HOME": str(place), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import datasets
+
+    datasets.disable_progress_bars()
 
     started = time.perf_counter()
     files = [str(path) for path in find_files(str(texts))]

@@ -169,7 +169,6 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what happened
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -179,6 +178,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    logging.disable(logging.ERROR)  # the processes themselves say what happened
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
@@ -189,4 +189,6 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         return failure.exitcode
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
     return 0

@@ -20,15 +20,9 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import InputError, IntegrityError
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 CHUNK_BYTES = 1 << 18
 MOST_LINE_BYTES = 1 << 26  # of JSONL: a record is in memory as a whole
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": zstd.open}
-CORRUPT = (gzip.BadGzipFile, zlib.error, zstd.ZstdError, EOFError)
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: zstd().open(*arguments)}
 SAVE = "save it as UTF-8 text"
 
 
@@ -42,6 +36,15 @@ class Changes:
     def __str__(self) -> str:
         marks = "byte order mark removed" if self.marks == 1 else f"{self.marks:,} byte order marks removed"
         return "; ".join([marks] * (self.marks > 0) + [f"CRLF made LF in {self.crlf:,} places"] * (self.crlf > 0))
+
+
+def zstd() -> Any:
+    """The module of the standard library, or its like for a Python before 3.14: only where texts are read."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
 
 
 def find_files(source: str) -> list[Path]:
@@ -82,7 +85,7 @@ def _naming(name: str) -> Iterator[None]:
     """Turn what goes wrong in reading into an error with the file's name."""
     try:
         yield
-    except CORRUPT as error:
+    except (gzip.BadGzipFile, zlib.error, zstd().ZstdError, EOFError) as error:
         raise IntegrityError(f"{name} is cut off or altered ({error}): get or compress it again") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror}): check corpus.source") from None

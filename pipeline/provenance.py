@@ -43,12 +43,9 @@ class CorpusIndex:
     @property
     def limits(self) -> str | None:
         """What is not looked at, in words; None where all of the text is."""
-        n = len(self.ids)
-        return (
-            f"Only the first {n:,} of the training text's {self.n_text:,} tokens are searched"
-            if n < self.n_text
-            else None
-        )
+        if (n := len(self.ids)) == self.n_text:
+            return None
+        return f"Only the first {n:,} of the {self.n_text:,} tokens of the training text are searched"
 
     def passages(self, ids: Sequence[int], at_least: int = 8) -> list[Passage]:
         """All that stands in the text for `at_least` tokens on end, as long as can be, in order; two may overlap."""

@@ -23,6 +23,7 @@ import psutil
 from pipeline.catalog import identity_of, open_version
 from pipeline.checkpoint import WEIGHTS
 from pipeline.config import load_params
+from pipeline.distributed import World
 from pipeline.errors import InputError, IntegrityError, Interrupted
 from pipeline.files import locked, read_json, sha256_file
 from pipeline.fingerprint import Identity, differences, identify
@@ -76,7 +77,8 @@ def _identity_here(files: Path) -> Identity | None:
         config = RunConfig.of(params)
     except InputError:
         return None
-    machine = prepare_machine(config.train, config.flops)
+    n = config.train.processes
+    machine = prepare_machine(config.train, config.flops, World(size=n, local_size=n))
     return identify(data_sha256(files / "tokens"), config.decisive, machine)
 
 

@@ -58,6 +58,10 @@ class MappedShard:
     def __getitem__(self, stretch: slice) -> Ids:
         return self._ids_of(self._path)[stretch]
 
+    def once(self) -> Ids:
+        """All ids, for a pass after which they are not kept."""
+        return _map_shard(self._path)
+
 
 class Tokens:
     """The ids of one part, read-only and on disk until they are looked at."""
@@ -86,8 +90,10 @@ class Tokens:
     def counts(self) -> npt.NDArray[np.int64]:
         """How often each id occurs, (vocab_size,)."""
         counts = np.zeros(self.vocab_size, np.int64)
-        for start in range(0, len(self), BLOCK_TOKENS):
-            counts += np.bincount(self.read(start, min(start + BLOCK_TOKENS, len(self))), minlength=self.vocab_size)
+        for shard in self._shards:
+            ids = shard.once() if isinstance(shard, MappedShard) else shard
+            for start in range(0, len(ids), BLOCK_TOKENS):
+                counts += np.bincount(ids[start : start + BLOCK_TOKENS], minlength=self.vocab_size)
         return counts
 
     def require(self, needed: int) -> None:

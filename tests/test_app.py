@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +26,15 @@ from pipeline.model import ModelConfig
 from pipeline.provenance import CorpusIndex
 from pipeline.registry import RegistryConfig, register
 from pipeline.versions import fetch_version
-from webapp import registry_source
+from webapp import next_token, registry_source
 from webapp.about import about_html, parts, sizes
 from webapp.chart import line_chart
 from webapp.memory import heat_html, n_windows, recitable, recital_html
-from webapp.next_token import expect, expected_html
+from webapp.next_token import Likely, expect, expected_html
 from webapp.prose import cut, place_html, refusal, traced
 from webapp.source import Folder, Served
 from webapp.training import run_html
+from webapp.write import samples_html
 from webapp.writing import write
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +91,26 @@ def test_a_place_shows_the_text_around_it(served):
     html = place_html(served, 3, 4)
     assert "<mark>\nBefore we proceed</mark>" in html
     assert "hear me speak" in html
+
+
+def test_what_is_not_searched_of_a_long_text_is_said_where_it_counts(served):
+    n = len(served.ids)
+    long = copy(served)
+    long.corpus = CorpusIndex(served.ids, n_text=10 * n)
+    said = f"Only the first {n:,} of the {10 * n:,} tokens of the training text are searched"
+    writing = list(write(long, "All:", 1, max_tokens=2, temperature=0))[-1]
+    for html in (samples_html(writing), expected_html(long, "All:")):
+        assert said in html
+    assert f"token {n - 24:,} of {10 * n:,}" in place_html(long, n - 24, 24)
+    writing = list(write(served, "All:", 1, max_tokens=2, temperature=0))[-1]
+    assert "Only the first" not in samples_html(writing) + expected_html(served, "All:")
+
+
+def test_the_end_of_a_document_is_a_token_but_no_text_to_go_on_with(served):
+    assert next_token._text(served, served.tokenizer.eot) is None
+    html = next_token._row(served, Likely(served.tokenizer.eot, None, 0.5, 0), 0)
+    assert "&lt;|endoftext|&gt;" in html
+    assert " disabled" in html
 
 
 def test_every_text_is_escaped(served):

@@ -69,7 +69,7 @@ def test_of_a_long_text_the_beginning_is_searched_and_that_is_said(monkeypatch):
     monkeypatch.setattr(provenance, "INDEXED_TOKENS", 6)
     index = CorpusIndex.of(Tokens("text", [np.arange(4, dtype=np.uint16), np.arange(4, 10, dtype=np.uint16)], 50257))
     assert (index.ids.tolist(), index.n_text) == ([0, 1, 2, 3, 4, 5], 10)
-    assert index.limits == "Only the first 6 of the training text's 10 tokens are searched"
+    assert index.limits == "Only the first 6 of the 10 tokens of the training text are searched"
     assert index.passages([3, 4, 5, 6], at_least=2) == [Passage(0, 3, 3)]
     whole = CorpusIndex.of(Tokens("text", [np.arange(6, dtype=np.uint16)], 50257))
     assert (whole.limits, whole.n_text) == (None, 6)

@@ -71,6 +71,7 @@ def test_first_steps_are_those_of_their_seed_and_noted_one_by_one(workspace, res
     seeds.first_steps("small", 1, 3)
     seeds.first_steps("small", 2, 3)
     assert noted(results)["first_steps"]["1"]["loss"] == straight != noted(results)["first_steps"]["2"]["loss"]
+    assert seeds.prepare("small", 2)[0].train.seed == 2
 
 
 def test_a_shorter_record_takes_no_place_of_a_longer_one(workspace, results):
@@ -87,6 +88,7 @@ def test_a_whole_run_is_noted_with_the_loss_by_each_rule(workspace, results):
     run = noted(results)["whole"]["1"]
     assert (run["steps"], run["rule"], run["curve"][-1][0]) == (40, "corpus", 40)
     assert run["losses"]["corpus"] == pytest.approx(run["corpus_loss"][-1][1])
+    assert run["losses"]["average"] == pytest.approx(np.mean([loss for _, loss in run["curve"]]), rel=1e-4)
     assert run["losses"]["batch"] == pytest.approx(run["curve"][-1][1], rel=1e-4)
     before = results.read_bytes()
     seeds.whole_run("small", 1)  # finished: no step more

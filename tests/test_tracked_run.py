@@ -361,7 +361,7 @@ def test_a_finished_run_takes_no_step_more(workspace, straight, capsys):  # A16
 
 def test_the_model_of_the_best_look_is_kept_though_training_went_on(workspace, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5] + [5.0] * 100)
-    monkeypatch.setattr(tracked_run, "corpus_loss", lambda *_: next(losses))
+    monkeypatch.setattr(tracked_run, "corpus_loss", lambda *_, **__: next(losses))
     change(workspace, **{"target.look_steps": 11})
     train()
     assert json.loads(Path("models/run.json").read_text())["results"]["model_step"] == 22
@@ -379,7 +379,11 @@ def test_a_run_out_of_patience_ends_and_keeps_the_model_that_was_best_on_the_hel
     held_out, monkeypatch, capsys
 ):
     losses = iter([9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 6.0])  # 7.0 again is no lower loss
-    monkeypatch.setattr(tracked_run, "corpus_loss", lambda _, text, *__: next(losses) if text.size < 1500 else 1.0)
+
+    def held_out_loss(model, text, *_, **__):
+        return next(losses) if text.size < 1500 else 1.0
+
+    monkeypatch.setattr(tracked_run, "corpus_loss", held_out_loss)
     train()
     results = json.loads(Path("models/run.json").read_text())["results"]
     assert (results["steps"], results["model_step"], results["corpus_loss"]) == (35, 20, 1.0)
@@ -407,6 +411,14 @@ def test_patience_survives_a_kill(held_out, monkeypatch):
             train()
     train()
     assert bits() == straight
+
+
+@pytest.mark.parametrize(("key", "value"), [("target.rule", "validation"), ("target.patience", 2)])
+def test_what_needs_a_held_out_text_is_refused_without_one(workspace, key, value):
+    change(workspace, **{key: value})
+    with pytest.raises(InputError, match=r"target\.\w+ is \w+, but nothing is held out: set corpus\.val_fraction"):
+        train()
+    assert not Path("checkpoints").exists()
 
 
 def test_contradictions_between_sections_are_found_before_anything_is_opened(workspace):
