@@ -65,20 +65,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 8.6))
     axes = figure.subplots(3, 2)
     for panel, name in zip(axes.flat, SHAPES, strict=False):
-        _panel(panel, name, results.get(name, {}))
+        _panel(panel, name, results)
     _differences(axes.flat[5], results)
     figure.supxlabel(NOTE, x=0.01, ha="left", fontsize=8.5, color=GREY)
     save_png(figure, path)
 
 
-def _panel(axes: Axes, name: str, kinds: dict[str, Any]) -> None:
+def _panel(axes: Axes, name: str, results: dict[str, Any]) -> None:
+    """A system's published points, and under them ours; a whole run may be one of a variant, such as NAME-folded."""
     colour, points = PUBLISHED[name][0], published(name)
     axes.plot(points["step"], points["loss"], color=colour, lw=1, marker=".", ms=5, label="published")
     if "val_loss" in points:
         axes.plot(points["step"], points["val_loss"], color=colour, lw=1, ls=":", marker=".", ms=4)
-    for run in kinds.get("first_steps", {}).values():
+    for run in results.get(name, {}).get("first_steps", {}).values():
         axes.plot(range(1, len(run["loss"]) + 1), run["loss"], color=BLACK, lw=0.8)
-    for run in kinds.get("whole", {}).values():
+    wholes = [kinds["whole"] for key, kinds in results.items() if key.startswith(name) and "whole" in kinds]
+    for run in (run for whole in wholes for run in whole.values()):
         axes.plot(*zip(*run["curve"], strict=True), color=BLACK, lw=2)
         if "validation_loss" in run:
             axes.plot(*zip(*run["validation_loss"], strict=True), color=RED, lw=1, ls=":", marker=".", ms=4)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import DivergedError, Interrupted, PeerLost, PipelineError
 
@@ -103,7 +103,7 @@ def joined(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _connect(world)
     with _Watch() as watch, redirect_stdout(sys.stdout if world.is_main else None):
         try:
             yield
@@ -116,6 +116,14 @@ def joined(world: World) -> Iterator[None]:
             raise
         watch.wait_for_all()
     dist.destroy_process_group()
+
+
+def _connect(world: World) -> None:
+    """Meet the others through torchrun's store, where the addresses of a job before its restart still lie."""
+    store, _, _ = next(rendezvous("env://"))
+    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=world.rank, world_size=world.size)
 
 
 class _Watch:
@@ -151,13 +159,21 @@ class _Watch:
     def _look(self) -> None:
         while not self._left.wait(LOOK_S):
             for rank, pid in self._others.items():
-                if not psutil.pid_exists(pid):
+                if not _lives(pid):
                     self.message = f"rank {rank}, process {pid}, is gone: run the same command again to go on"
                     self._lost.set()
                     if not self._left.wait(GRACE_S):
                         print(f"error: {self.message}", file=sys.stderr, flush=True)
                         os._exit(PeerLost.exit_code)
                     return
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def launch(processes: int, module: str, arguments: Sequence[str]) -> int:

@@ -54,7 +54,9 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
         block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
         outside = weights - config.model.n_layer * block
         held = held // machine.world.size + 2 * (outside + 2 * block)  # a block and the next one, and their gradients
-    return held + max(step, look)
+    return held + (
+        step + look if machine.device.type == "cpu" else max(step, look)
+    )  # a CPU's memory is kept when freed
 
 
 def free_bytes(machine: Machine) -> int:

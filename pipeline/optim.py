@@ -7,13 +7,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from pipeline.config import Section
 from pipeline.distributed import ALONE, World
 from pipeline.model import GPT
-from pipeline.sharding import last_row, local
+from pipeline.sharding import is_shard, last_row, local
 from pipeline.windows import WindowsConfig
 
 Polynomials = Sequence[tuple[float, float, float]]
@@ -236,7 +235,7 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, wo
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
     if unused is not None:
         squares += (U - 1) * unused.square().sum()
-    if isinstance(table, DTensor):
+    if is_shard(table):  # type: ignore[arg-type]
         world.add(squares)
     norm = squares.sqrt()
     if clip is not None:

@@ -19,6 +19,7 @@ from pipeline.errors import InputError
 from pipeline.files import write_text
 
 RECIPES = Path("recipes")
+BASE = "laptop"  # has every key that a recipe sets, and its committed value
 
 
 class Leaf(NamedTuple):
@@ -46,13 +47,13 @@ def list_recipes(folder: Path = RECIPES) -> dict[str, str]:
 def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) -> str:
     """Write a recipe's values into params.yaml, atomically; return the changes, one `key: old -> new` a line.
 
-    `name` is that of a file in `folder`, or a path that ends in .yaml. Raises InputError where there is no such recipe,
-    or where params.yaml lacks one of its keys.
+    `name` is that of a file in `folder`, which takes back what others of them set, or a path that ends in .yaml, which
+    sets its own keys alone. Raises InputError where there is no such recipe, or params.yaml lacks one of its keys.
     """
     recipe_path = find_recipe(name, folder)
     params = _read_leaves(params_path)
     changes: list[tuple[str, Leaf, Leaf]] = []
-    for key, new in _read_leaves(recipe_path).items():
+    for key, new in _values_of(recipe_path, folder).items():
         if key not in params:
             raise InputError(f"{recipe_path}: {key}: no such key in {params_path}{_did_you_mean(key, list(params))}")
         if "\n" in new.text:
@@ -88,7 +89,7 @@ def _rewrite(params_path: Path, changes: list[tuple[str, Leaf, Leaf]]) -> str:
 
 def as_set(name: str, folder: Path = RECIPES) -> str:
     """A recipe as arguments of `dvc exp run`, quoted for the shell: `-S optim.lr=0.001 -S 'optim.betas=[0.9,0.95]'`."""
-    leaves = _read_leaves(find_recipe(name, folder))
+    leaves = _values_of(find_recipe(name, folder), folder)
     return " ".join(f"-S {shlex.quote(f'{key}={_as_hydra(leaf.value)}')}" for key, leaf in leaves.items())
 
 
@@ -99,6 +100,12 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
         known = list(list_recipes(folder))
         raise InputError(f"no recipe {name}{_did_you_mean(name, known)}: {folder} holds {', '.join(known) or 'none'}")
     return path
+
+
+def _values_of(recipe_path: Path, folder: Path) -> dict[str, Leaf]:
+    """All that a recipe sets, by dotted key: one of `folder` on top of BASE."""
+    base = folder / f"{BASE}.yaml"
+    return ({} if recipe_path.parent != folder else _read_leaves(base)) | _read_leaves(recipe_path)
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -3,11 +3,13 @@
 A sharded tensor is a DTensor, cut into equal ranges of rows, one for each process in turn; the last ones may be short.
 """
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> None:
@@ -15,11 +17,18 @@ def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> 
 
     Its gradients come out as their mean over the processes.
     """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     for block in blocks:
         fully_shard(block)
     fully_shard(model)
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def is_shard(x: Tensor) -> "TypeGuard[DTensor]":
+    """Whether `x` is a DTensor; to import that class would take every command most of a second."""
+    return hasattr(x, "full_tensor")
 
 
 @torch.no_grad()
@@ -31,14 +40,16 @@ def assign(target: Tensor, whole: Tensor) -> None:
 def like(target: Tensor, whole: Tensor) -> Tensor:
     """`whole` on the device of `target`, and sharded as that is, if it is."""
     whole = whole.to(target.device)
-    if not isinstance(target, DTensor) or whole.shape != target.shape:
+    if not is_shard(target) or whole.shape != target.shape:
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def gathered(x: Tensor, keep: bool) -> Tensor:
     """All of a sharded tensor, on the CPU, where it is to be kept, else nothing; a plain one as it is."""
-    if not isinstance(x, DTensor):
+    if not is_shard(x):
         return x
     whole = x.full_tensor()
     return whole.cpu() if keep else whole.new_empty(0)
@@ -46,12 +57,14 @@ def gathered(x: Tensor, keep: bool) -> Tensor:
 
 def local(x: Tensor) -> Tensor:
     """What this process holds of `x`."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_shard(x) else x
 
 
 def last_row(x: Tensor) -> Tensor | None:
     """The last row of a matrix, None in a process that does not hold it."""
-    if not isinstance(x, DTensor):
+    if not is_shard(x):
         return x[-1]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     (rows, *_), (first, *_) = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
     return x.to_local()[-1] if rows and first + rows == x.shape[0] else None

@@ -38,7 +38,7 @@ LONG_SPACE = re.compile(rf"(?=[{SPACE}][^{SPACE}])(?<=[{SPACE}]{{1000}})")
 
 # The same in UTF-8; and before a NUL, which parts two documents.
 SPACE_UTF8 = rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
-CUT = re.compile(rb"\0|%b(?!%b)(?=.)" % (SPACE_UTF8, SPACE_UTF8), re.DOTALL)
+CUT = re.compile(rb"\0|%b(?!%b|\0)(?=.)" % (SPACE_UTF8, SPACE_UTF8), re.DOTALL)
 CUT_BYTES = 6  # at most, with the character that follows
 
 # PIECES of a text that is cut before the last whitespace character of each run that does not end it: the rest needs no

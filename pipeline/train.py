@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -63,6 +62,7 @@ class TrainState:
     loss_scale: float  # keeps fp16 gradients above zero; 1 in other precisions
     loss: nn.Module
     world: World = ALONE
+    sharded: bool = False
     good_steps: int = 0  # since the scale last changed
     step: int = 0
     tokens: int = 0
@@ -117,7 +117,7 @@ class TrainState:
 
     def whole_model(self) -> GPT | None:
         """The model; where it is sharded, a copy on the CPU of rank 0. All processes must call it together."""
-        if not isinstance(self.model, FSDPModule):
+        if not self.sharded:
             return self.model
         weights = {name: gathered(x, keep=self.world.is_main) for name, x in self.model.state_dict().items()}
         if not self.world.is_main:
@@ -164,7 +164,7 @@ def fresh_state(
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
     precision = torch.bfloat16 if machine.precision == "bf16" else torch.float32
     optimizers = build_optimizers(model, optim, precision)
-    return TrainState(model, optimizers, 2.0**16 if machine.precision == "fp16" else 1.0, loss, world)
+    return TrainState(model, optimizers, 2.0**16 if machine.precision == "fp16" else 1.0, loss, world, sharded)
 
 
 def train_steps(
@@ -218,8 +218,8 @@ def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:
     """Have a backward pass take the gradients' mean over the processes only if it is the step's last."""
     if isinstance(state.loss, DistributedDataParallel) and not last:
         return state.loss.no_sync()
-    if isinstance(state.model, FSDPModule):
-        state.model.set_requires_gradient_sync(last)
+    if state.sharded:
+        state.model.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDPModule's
     return nullcontext()
 
 

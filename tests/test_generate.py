@@ -139,8 +139,9 @@ def test_a_text_ends_where_the_model_draws_the_end_of_its_document(model, genera
     changed = Generator(model, tokenizer, CorpusIndex(learnt) if guessing else None)
     changed.vocabulary = Vocabulary.full(50304)
     changed.vocabulary.used[ending] = tokenizer.eot
+    stop = tokenizer.decode(free[0][:5])[-1] + "☃☃"  # has begun where the document ends, and never comes
     texts, ends, notices = [""] * len(PROMPTS), {}, set()
-    for piece in changed.stream(PROMPTS, sampling):
+    for piece in changed.stream(PROMPTS, sampling.model_copy(update={"stop": (stop,)})):
         texts[piece.sequence] += piece.text
         ends |= {piece.sequence: piece.finished} if piece.finished else {}
         notices |= {piece.notice} if piece.finished == "end" else set()

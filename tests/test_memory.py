@@ -105,11 +105,11 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputing_and_with_muon(
     assert step_bytes(*settings(batch=64, kind="muon")) < plain
 
 
-def test_a_look_at_the_whole_text_counts_where_it_needs_more_than_a_step():
+def test_a_look_at_the_whole_text_counts_beside_a_step_on_a_cpu_which_keeps_what_is_freed():
     config, _, machine = settings(batch=1)
     folded, full = (step_bytes(config, v, machine) for v in (VOCABULARY, Vocabulary.full(50257)))
-    logits, rows = 8 * 8192 * (50257 - VOCABULARY.n_rows), 4 * 4 * 64 * (50257 - VOCABULARY.n_rows)
-    assert full - folded == logits + rows
+    look, rows, step = (n * (50257 - VOCABULARY.n_rows) for n in (8 * 8192, 5 * 4 * 64, 10 * 32))
+    assert full - folded == look + rows + step
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatch):  # A14

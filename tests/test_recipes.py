@@ -69,6 +69,21 @@ def test_laptop_takes_back_all_that_another_recipe_sets(name, params):
     assert params.read_bytes() == before
 
 
+def test_a_recipe_takes_back_what_another_one_set(params):
+    apply_recipe("gpt2-124m", params, RECIPES)
+    straight = params.read_bytes()
+    apply_recipe("seed-001", params, RECIPES)  # another optimiser, schedule, rule, split
+    apply_recipe("gpt2-124m", params, RECIPES)
+    assert params.read_bytes() == straight
+
+
+def test_a_recipe_of_the_users_own_sets_its_own_keys_alone(params):
+    apply_recipe("seed-000", params, RECIPES)
+    assert (
+        apply_recipe(recipe(params.parent, "optim:\n  lr: 1.0e-4\n"), params, RECIPES) == "optim.lr: 3.0e-4 -> 1.0e-4"
+    )
+
+
 def test_laptop_sets_exactly_the_keys_in_which_recipes_differ():
     recipes = {name: yaml.safe_load(find_recipe(name, RECIPES).read_text()) for name in list_recipes(RECIPES)}
     assert keys(recipes.pop("laptop")) == set().union(*(keys(values) for values in recipes.values()))
@@ -159,9 +174,10 @@ def parsed(arguments: str) -> dict:
     return {override.key_or_group: override.value() for override in overrides}
 
 
-def test_smoke_as_arguments_says_what_its_file_says():
-    values = yaml.safe_load(find_recipe("smoke", RECIPES).read_text())
-    assert parsed(as_set("smoke", RECIPES)) == {key: value_of(values, key) for key in keys(values)}
+def test_smoke_as_arguments_says_what_its_file_says_and_else_what_laptop_says():
+    laptop, smoke = (yaml.safe_load(find_recipe(name, RECIPES).read_text()) for name in ("laptop", "smoke"))
+    expected = {key: value_of(values, key) for values in (laptop, smoke) for key in keys(values)}
+    assert parsed(as_set("smoke", RECIPES)) == expected
 
 
 @given(

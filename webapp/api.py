@@ -48,9 +48,9 @@ def endpoints(source: Source) -> None:
     def next_token(prompt: str, most: int = 10) -> dict[str, Any]:
         """What may follow `prompt`: {model, entropy_nats, tokens, context_tokens, context_times}.
 
-        Each of the `most` (1..1000) likeliest tokens has its id, its text (null for a part of a character and for the end of a document), its
-        probability at temperature 1, and how often the training text goes on with it after the longest end of the
-        prompt that stands there: `context_tokens` tokens, `context_times` times.
+        Each of the `most` (1..1000) likeliest tokens has its id, its text (null for a part of a character, and for the
+        end of a document), its probability at temperature 1, and how often the training text goes on with it after the
+        longest end of the prompt that stands there: `context_tokens` tokens, `context_times` times.
         """
         served = source.current()
         try:
