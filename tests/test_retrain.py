@@ -23,7 +23,7 @@ from pipeline.encode import write_tokens
 from pipeline.errors import InputError, IntegrityError, Interrupted, ModelMissing
 from pipeline.files import read_json, sha256_file, write_json, write_manifest
 from pipeline.fingerprint import identify
-from pipeline.machine import prepare_machine
+from pipeline.machine import cores, prepare_machine
 from pipeline.recipes import apply_recipe
 from pipeline.registry import RegistryConfig, register
 from pipeline.retrain import retrain
@@ -174,6 +174,26 @@ def test_another_machine_is_told_before_the_training(store, version, repository,
     assert lines[1].startswith(f"this machine is another (threads 64 -> {torch.get_num_threads()}, torch 1.0 -> ")
     assert lines[1].endswith("equal weights are not to be expected")
     assert lines[2] == "training"
+
+
+def test_what_was_trained_on_changing_machines_is_not_trained_again(store, version, repository, temporary):
+    changes = ["processes 2 -> 1 after step 7"]
+    store.client.log_dict(version.run_id, {**identity_of(store, version), "inexact": changes}, "identity.json")
+    with pytest.raises(InputError, match=r"trained with --elastic \(processes 2 -> 1 after step 7\)"):
+        retrain(store, version, repository)
+    assert_nothing_stays(repository, temporary)
+
+
+def test_several_processes_are_expected_where_the_parameters_start_them(store, version, repository, temporary, capfd):
+    params = Path(version.source) / "artifacts" / "params.yaml"
+    params.write_text(params.read_text().replace("processes: 1", "processes: 2"))
+    version = tagged(store, version, params_sha256=sha256_file(params))
+    identity = identity_of(store, version)
+    environment = {**identity["environment"], "processes": 2, "threads": max(1, cores() // 2)}
+    store.client.log_dict(version.run_id, {**identity, "environment": environment}, "identity.json")
+    with pytest.raises(IntegrityError, match="another training"):  # the stand-in's weights are those of its parameters
+        retrain(store, version, repository)
+    assert "this machine is another" not in capfd.readouterr().out
 
 
 def test_where_only_other_files_were_changed_the_commit_is_the_code(store, version, repository, temporary, capfd):
