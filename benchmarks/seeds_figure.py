@@ -34,14 +34,15 @@ def published(name: str) -> pd.DataFrame:
 def compared(name: str, first_steps: dict[str, Any]) -> pd.DataFrame:
     """Published step by published step: its loss, ours by seed, and where it stands among ours.
 
-    `excess`: the published loss less the mean of ours; `spread`: largest less smallest of ours.
+    `excess`: the published loss less the mean of ours; `spread`: largest less smallest of ours, unknown for one.
     """
     points = published(name).set_index("step")
     ours = pd.DataFrame({f"seed {seed}": pd.Series(run["loss"]) for seed, run in first_steps.items()})
     ours.index += 1
     table = points[["loss"]].rename(columns={"loss": "published"}).join(ours, how="inner")
     seeds = table[ours.columns]
-    return table.assign(excess=table["published"] - seeds.mean(axis=1), spread=seeds.max(axis=1) - seeds.min(axis=1))
+    spread = (seeds.max(axis=1) - seeds.min(axis=1)).where(seeds.count(axis=1) > 1)
+    return table.assign(excess=table["published"] - seeds.mean(axis=1), spread=spread)
 
 
 def print_table(results: dict[str, Any]) -> None:

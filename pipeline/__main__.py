@@ -75,7 +75,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     """Encode a share of the text, as one of many tasks on one disk; then `python -m stages.tokenize` joins them."""
     config, task = load_params().section(CorpusConfig), Task(arguments.shard, arguments.of)
     if not 0 <= task.first < task.of:
-        raise InputError(f"--shard {task.first} --of {task.of}: number the tasks from 0 to {max(task.of - 1, 0)}")
+        raise InputError(f"--shard {task.first} --of {task.of}: N tasks, at least one, are numbered from 0 to N - 1")
     verify_corpus(corpus := Path("data/corpus.txt"))
     tokenizer, folder = load_tokenizer(Path("data/bpe")), Path("data/tokens")
     place = encode_shards(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)

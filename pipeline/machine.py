@@ -34,7 +34,7 @@ class TrainConfig(Section):
     compile: Literal["auto"] | bool
     gradient_checkpointing: bool
     shard: bool  # FSDP2: each process holds a part of weights, gradients and optimiser state
-    processes: int = Field(ge=1, le=1024)  # on this machine
+    processes: int = Field(ge=1, le=1024, strict=True)  # on this machine
 
 
 class Machine(NamedTuple):

@@ -363,7 +363,7 @@ def test_the_encoder_is_light_enough_to_start_many_times():
 @pytest.mark.parametrize(("shard", "of"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_task_with_a_wrong_number_is_refused(project, monkeypatch, shard, of):
     monkeypatch.chdir(project)
-    with pytest.raises(InputError, match=f"--shard {shard} --of {of}: number the tasks from 0 to {max(of - 1, 0)}"):
+    with pytest.raises(InputError, match=f"--shard {shard} --of {of}: N tasks, at least one, are numbered from 0"):
         tokenize(Namespace(shard=shard, of=of))
 
 

@@ -17,6 +17,7 @@ from pipeline.model import GPT
 from pipeline.optim import lr_factor
 from pipeline.recipes import apply_recipe, as_set, find_recipe, list_recipes
 from pipeline.run_config import RunConfig
+from pipeline.space import SweepConfig, check_space
 from pipeline.vocab import Vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,7 @@ def test_laptop_sets_exactly_the_keys_in_which_recipes_differ():
 @pytest.mark.parametrize("name", list(list_recipes(RECIPES)))
 def test_every_recipe_gives_valid_params(name, params):
     config, corpus = settings_of(name, params)
+    check_space(load_params(params).section(SweepConfig), load_params(params))
     assert bool(corpus.val_fraction) is bool(config.target.needs_held_out)
 
 
