@@ -206,7 +206,7 @@ def one_step_off(tensors, facts):
 
 
 def no_rng(tensors, facts):
-    return {**tensors, "rng": {"cpu": torch.Generator().manual_seed(5).get_state()}}, facts
+    return {**tensors, "rng": {"cpu-0": torch.Generator().manual_seed(5).get_state()}}, facts
 
 
 @pytest.mark.parametrize("mutant", [no_optimiser, one_step_off, no_rng])
@@ -218,6 +218,10 @@ def test_a_restore_that_forgets_something_is_found_out(interrupted, straight, mo
     saved = 27 if mutant is one_step_off else 28
     for path in run_folder().glob("*.jsonl"):  # and where the journal has nothing to compare with
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:saved]))
+    if mutant is one_step_off:  # a journal that ends before the checkpoint is not gone on from
+        with pytest.raises(IntegrityError, match="has 27 rows, the checkpoint is of step 28"):
+            train()
+        return
     train()
     assert bits() != straight
 
