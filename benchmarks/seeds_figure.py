@@ -95,7 +95,7 @@ def _panel(axes: Axes, name: str, results: dict[str, Any]) -> None:
 
 
 def _differences(axes: Axes, results: dict[str, Any]) -> None:
-    for name in SHAPES:
+    for name in (name for name in SHAPES if name != "seed-001"):  # which soon read a few windows only
         table = compared(name, results.get(name, {}).get("first_steps", {}))
         for column in (column for column in table if column.startswith("seed ")):
             less = (table[column] - table["published"]).dropna()
@@ -103,4 +103,4 @@ def _differences(axes: Axes, results: dict[str, Any]) -> None:
     axes.axhline(0, color=BLACK, lw=1, ls="--")
     limit = max(0.05, *(abs(np.array(axes.get_ylim()))))
     axes.set(ylim=(-limit, limit), xlabel="step", ylabel="nats per token")
-    axes.set_title("Ours less the published, first steps", fontsize=9.5)
+    axes.set_title("Ours less the published, but for seed-001", fontsize=9.5)
