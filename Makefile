@@ -1,10 +1,10 @@
-# make repro: text -> registered model. make app: a page for it. make test: the tests. Each makes .venv first, from the
-# pinned dependencies.
+# make repro: text -> registered model. make app: a page for it. make test: the quick tests. make faults: the slow ones,
+# most of which break something on purpose. Each makes .venv first, from the pinned dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: repro app sweep dashboard test lint format clean-venv
+.PHONY: repro app sweep dashboard test faults lint format clean-venv
 
 repro: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
@@ -19,7 +19,11 @@ dashboard: $(INSTALLED)
 	$(BIN)/python -m pipeline sweep dashboard
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+FAULTS ?= slow or fault or security
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m "$(FAULTS)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

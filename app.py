@@ -2,14 +2,16 @@
 
 import argparse
 import os
+import re
+import socket
+import sys
 from pathlib import Path
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 from pipeline.errors import InputError
 from pipeline.stage import run_stage
 
 BESIDE = Path(__file__).parent / "version"  # where an exported Space has its model
+IN_SPACE = BESIDE.is_dir() and "SPACE_ID" in os.environ  # to publish one is to open it
 
 
 def parse() -> argparse.Namespace:
@@ -20,8 +22,11 @@ def parse() -> argparse.Namespace:
         "--folder", type=Path, help="a folder with model/, tokens/ and facts.json: no registry is asked"
     )
     parser.add_argument("--port", type=port, default=7860, help="1 to 65535, 7860 by default")
-    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+    everywhere = "0.0.0.0"  # noqa: S104 (of a Space alone, which opens the page)
+    parser.add_argument("--host", default=everywhere if IN_SPACE else "127.0.0.1",
                         help="another address opens the page to others: there is no login")  # fmt: skip
+    parser.add_argument("--allow-host", type=name, metavar="NAME", action="append", default=["*"] if IN_SPACE else [],
+                        help="a name the page is reached by, such as a reverse proxy's; may be repeated")  # fmt: skip
     return parser.parse_args()
 
 
@@ -32,8 +37,27 @@ def port(text: str) -> int:
     return int(text)
 
 
+def name(text: str) -> str:
+    """Raises argparse's own error for what is no name of a host."""
+    if not re.fullmatch(r"[\w.:-]+|\*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: give it without https:// and port, or * for any")
+    return text.lower()
+
+
+def settle_gradio() -> None:
+    """Before it is imported, take away what the environment tells Gradio: to share, to open files, to watch code.
+
+    It would also keep ten thousand records of who asked for what, and tell its makers that it was started.
+    """
+    for variable in [variable for variable in os.environ if variable.startswith("GRADIO_")]:
+        del os.environ[variable]
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_MAX_EVENTS": "1"}
+
+
 def main() -> None:
     arguments = parse()
+    settle_gradio()
+    from webapp.guard import LOOPBACK
     from webapp.page import serve
     from webapp.source import Folder, Source
 
@@ -45,12 +69,19 @@ def main() -> None:
         from webapp.registry_source import Registry
 
         source = Registry(project_root(), arguments.model, arguments.version)
+    host = arguments.host.strip("[]")
+    address = f"[{host}]" if ":" in host else host
     try:
-        print(f"{source.current().label}: http://{arguments.host}:{arguments.port}", flush=True)
-        serve(source, arguments.host, arguments.port)
-    except OSError as error:  # taken, or not for this user
+        socket.create_server((host, arguments.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        print(f"{source.current().label}: http://{address}:{arguments.port}", flush=True)
+        if not IN_SPACE and host not in LOOPBACK:
+            print(f"warning: whoever reaches {host} can use the page: it has no login and no encryption, "
+                  "see SECURITY.md", file=sys.stderr)  # fmt: skip
+        serve(source, address, arguments.port, arguments.allow_host)
+    except OSError as error:  # the port is taken, or not for this user, or the address is not of this machine
+        why = (error.strerror or str(error)).lower()
         raise InputError(
-            f"port {arguments.port} of {arguments.host} cannot be used: choose another with --port"
+            f"{address}:{arguments.port} cannot be used ({why}): choose another with --port or --host"
         ) from error
 
 

@@ -2,9 +2,15 @@
 
 import sys
 
+import httpx
 from gradio_client import Client
 
-client = Client(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:7860", verbose=False)
+address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:7860"
+address = address if "://" in address else f"http://{address}"
+try:
+    client = Client(address, verbose=False)
+except (httpx.HTTPError, ValueError):
+    sys.exit(f"error: nothing answers at {address}: start the app with `make app`, or name another address")
 
 # /generate streams: each answer holds all that is written so far, the last one says that it is finished
 job = client.submit("First Citizen:\n", max_tokens=60, temperature=0.8, samples=2, seed=1, api_name="/generate")

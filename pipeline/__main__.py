@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from pipeline import catalog
-from pipeline.config import Section, load_params
+from pipeline.config import load_params
 from pipeline.corpus import CorpusConfig, verify_corpus
+from pipeline.doctor import examine
 from pipeline.encode import Task, encode_shards
+from pipeline.environment import params_faults
 from pipeline.errors import InputError
-from pipeline.evaluate import EvaluateConfig
 from pipeline.files import locked
 from pipeline.generate import load_generator
 from pipeline.recipes import apply_recipe, as_set, list_recipes
@@ -20,11 +21,10 @@ from pipeline.recorder import RECORDER_LOCK
 from pipeline.registry import CHAMPION, RegistryConfig
 from pipeline.results import read_run
 from pipeline.retrain import retrain
-from pipeline.run_config import RUN_SECTIONS, RunConfig
 from pipeline.run_folder import IDENTITY
 from pipeline.runs import describe_run
 from pipeline.sampling import Sampling
-from pipeline.space import SweepConfig, check_space, overridden
+from pipeline.space import SweepConfig, overridden
 from pipeline.stage import run_stage
 from pipeline.store import project_root
 from pipeline.terminal import converse, show
@@ -32,7 +32,6 @@ from pipeline.tokenizer import load_tokenizer
 
 MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
 SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")
-SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig, SweepConfig)
 
 
 def recipe(arguments: argparse.Namespace) -> None:
@@ -58,15 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 def check(arguments: argparse.Namespace) -> None:
     """Check the whole of params.yaml and list every fault."""
     params = load_params()
-    faults = params.unknown_sections(*SECTIONS)
-    try:
-        params.check(*SECTIONS)
-        if (need := RunConfig.of(params).target.needs_held_out) and not params.section(CorpusConfig).val_fraction:
-            faults.append(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
-        check_space(params.section(SweepConfig), params)
-    except InputError as error:
-        faults.append(str(error).removeprefix(f"{params.path}: "))
-    if faults:
+    if faults := params_faults(params):
         raise InputError(f"{params.path}: " + "; ".join(faults))
     print(f"{params.path} is sound")
 
@@ -151,6 +142,11 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; its README.md says how to use it")
 
 
+def doctor(arguments: argparse.Namespace) -> None:
+    """Check the environment, what killed processes left, DVC's cache and MLflow's store, and say what to do."""
+    examine(project_root(), arguments.fix)
+
+
 def clean(arguments: argparse.Namespace) -> None:
     """Remove working checkpoints, so that `dvc repro -f train` trains anew; models, studies and MLflow runs stay."""
     home, name = project_root() / "checkpoints", arguments.name
@@ -178,7 +174,7 @@ def as_yaml(text: str) -> Any:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (recipe, run, check, tokenize, sweep, models, generate, export, clean):
+    for command in (recipe, run, check, tokenize, sweep, models, generate, export, doctor, clean):
         subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         subparser.set_defaults(command=command)
         if command is recipe:
@@ -207,6 +203,8 @@ def parse() -> argparse.Namespace:
             subparser.add_argument("kind", choices=("hf", "space"))
             subparser.add_argument("folder", metavar="DIR", type=Path, help="a new folder, or an empty one")
             subparser.add_argument("--version", default=CHAMPION, help="a number or an alias; champion by default")
+        if command is doctor:
+            subparser.add_argument("--fix", action="store_true", help="mend what can be mended without doubt")
         if command is clean:
             subparser.add_argument("name", nargs="?", help="a run's fingerprint, or a study; none: every run, no study")
     return parser.parse_args()

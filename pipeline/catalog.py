@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import load_params
-from pipeline.errors import IntegrityError, ModelMissing, PipelineError
+from pipeline.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.files import read_json
 from pipeline.fingerprint import Identity
 from pipeline.registry import BEFORE, CHAMPION, PASSED, ROLLED_BACK, crown
 from pipeline.store import Store, first_line, naming_dead_store, open_store, store_errors, store_uri
-from pipeline.versions import fetch_version, verify_version
+from pipeline.versions import LISTING_TAG, fetch_version, verify_version
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 NUMBERS = {"corpus loss", "target", "steps to target", "tokens to target", "train tokens"}  # aligned to the right
+TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # of every version that `register` made
+TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # of those that reached the target
 PROMOTE = "`python -m pipeline models promote N` makes version N champion"
 HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "corpus_loss")
 MAX_POINTS = 2_000  # of a curve; no screen shows more
@@ -79,8 +81,8 @@ def promote(store: Store, name: str, which: str) -> str:
     if before == str(version.version):
         return f"{_label(version)} is champion already"
     instead = f", instead of version {before}" if before else ""
-    verdict = f", though the gate said no: {version.tags['verdict']}" if version.tags.get(PASSED) == "false" else ""
-    return f"{_label(version)} is champion now{instead}{verdict}"
+    verdict = f", though the gate said no: {version.tags.get('verdict')}" if version.tags.get(PASSED) == "false" else ""
+    return _printable(f"{_label(version)} is champion now{instead}{verdict}")
 
 
 def rollback(store: Store, name: str) -> str:
@@ -105,7 +107,7 @@ def print_versions(store: Store, name: str) -> None:
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
     for row in [{title: title for title in widths}, *rows]:
         cells = (f"{row[title]:{'>' if title in NUMBERS else '<'}{width}}" for title, width in widths.items())
-        print("  ".join(cells).rstrip())
+        print(_printable("  ".join(cells).rstrip()))
 
 
 def verify_versions(store: Store, name: str) -> None:
@@ -125,23 +127,32 @@ def verify_versions(store: Store, name: str) -> None:
 def verify(store: Store, version: "ModelVersion") -> str:
     """Say, in a line, that a version is as registered. Raises as `open_version` does."""
     open_version(store, version)
-    return f"{_label(version)}: ok, model {version.tags['model_sha256']}"
+    unchecked = "" if LISTING_TAG in version.tags else "; its code has no hash, so that MLflow might run another"
+    return f"{_label(version)}: ok, model {version.tags['model_sha256']}{unchecked}"
 
 
 def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
     """What there is to know of a version and of the run behind it, ready for JSON; curves have MAX_POINTS at most.
 
-    Raises ModelMissing where its run or its files are gone.
+    Raises ModelMissing where its run or its files are gone, IntegrityError where its tags or its params.yaml are none.
     """
     if not version.run_id:
         raise ModelMissing(
             f"{_label(version)} has no run behind it, so that no `register` made it: use another version"
         )
+    for tag, kind in TAG_KINDS.items():
+        try:
+            kind(version.tags[tag] if tag in version.tags or kind is not int else 0)
+        except (KeyError, ValueError):
+            raise IntegrityError(f"{_label(version)} has no sound tag {tag}: use another version") from None
     with _naming_failure(store, _label(version)):
         run = store.client.get_run(version.run_id)
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
-        params = load_params(fetch_version(store, version, "params.yaml")).values
-        samples = _samples(store, version.run_id)
+        path, samples = fetch_version(store, version, "params.yaml"), _samples(store, version.run_id)
+        try:
+            params = load_params(path).values
+        except InputError as error:
+            raise IntegrityError(f"{error}: use another version than {version.version} of {version.name}") from None
     return {
         "name": version.name,
         "version": str(version.version),
@@ -165,10 +176,16 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
 
 
 def identity_of(store: Store, version: "ModelVersion") -> Identity:
-    """Who the run behind a version was: its parameters, the hashes of its sources, its machine."""
+    """Who the run behind a version was: its parameters, the hashes of its sources, its machine.
+
+    Raises IntegrityError where its identity.json does not say that.
+    """
     with _naming_failure(store, _label(version)), tempfile.TemporaryDirectory() as folder:
-        identity: Identity = read_json(Path(store.client.download_artifacts(version.run_id, "identity.json", folder)))
-        return identity
+        found = read_json(Path(store.client.download_artifacts(version.run_id, "identity.json", folder)))
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("sources", "environment")):
+        raise IntegrityError(f"the run of {_label(version)} has an identity.json that is none: use another version")
+    identity: Identity = found  # type: ignore[assignment]
+    return identity
 
 
 def thinned(points: list[list[float]]) -> list[list[float]]:
@@ -193,19 +210,28 @@ def _row(version: "ModelVersion") -> dict[str, str]:
     return {
         "version": str(version.version),
         "aliases": ", ".join(sorted(version.aliases)) or "-",
-        "corpus loss": f"{float(tags['corpus_loss']):.4f}" if "corpus_loss" in tags else "-",
+        "corpus loss": _in_format(tags.get("corpus_loss"), float, ".4f"),
         "target": tags.get("target_loss", "-"),
-        "steps to target": _count(tags.get("steps_to_target")),
-        "tokens to target": _count(tags.get("tokens_to_target")),
-        "train tokens": _count(tags.get("train_tokens")),
+        "steps to target": _in_format(tags.get("steps_to_target"), int, ","),
+        "tokens to target": _in_format(tags.get("tokens_to_target"), int, ","),
+        "train tokens": _in_format(tags.get("train_tokens"), int, ","),
         "data": tags.get("data_sha256", "-")[:8],
         "commit": tags.get("git_commit", "-")[:8],
         "created": _day(version),
     }
 
 
-def _count(number: str | None) -> str:
-    return "-" if number is None else f"{int(number):,}"
+def _in_format(text: str | None, kind: type[int | float], form: str) -> str:
+    """A tag's number as the table has it; what is none, which only another hand can have written, as it stands."""
+    try:
+        return "-" if text is None else format(kind(text), form)
+    except ValueError:
+        return str(text)
+
+
+def _printable(line: str) -> str:
+    """A line with tags in it, whoever wrote them: without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _day(version: "ModelVersion") -> str:

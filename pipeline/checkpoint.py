@@ -7,25 +7,31 @@ their shape, and the tokenizer.
 
 import errno
 import os
+import re
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import IntegrityError, ModelMissing
-from pipeline.files import UNFINISHED, atomic_folder, read_json, sweep_unfinished, verify_manifest, write_json
+from pipeline.files import CURE, UNFINISHED, atomic_folder, read_json, sweep_unfinished, verify_manifest, write_json
 from pipeline.model import GPT, ModelConfig
 from pipeline.tokenizer import BPE_SHA256
 from pipeline.vocab import Vocabulary
 
 STATE = "state.json"
 WEIGHTS = "model.safetensors"
+LOST = "it cannot be gone on from"
 Tensors = dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
+Require = Callable[[Path, Tensors, Any], None]  # raises IntegrityError
 
 
 def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, facts: dict[str, Any]) -> Path:
@@ -42,27 +48,33 @@ def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, facts: dict[s
 def load_checkpoint(run_folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
     """Read back what was saved. Raises IntegrityError, naming the file, unless every byte is as it was written."""
     folder = _folder_of(run_folder, step)
-    verify_manifest(folder, cure="it cannot be gone on from")
-    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    verify_manifest(folder, LOST)
+    tensors = {path.stem: _load_file(path, LOST) for path in sorted(folder.glob("*.safetensors"))}
     return tensors, read_json(folder / STATE)
 
 
 def checkpoint_steps(run_folder: Path) -> list[int]:
     """Steps of the complete checkpoints, newest first."""
-    return sorted((int(path.name.removeprefix("step-")) for path in run_folder.glob("step-*")), reverse=True)
+    names = (path.name.removeprefix("step-") for path in run_folder.glob("step-*"))
+    return sorted((int(name) for name in names if re.fullmatch("[0-9]{8,}", name)), reverse=True)
 
 
-def newest_valid(run_folder: Path, up_to: int | None = None) -> tuple[Tensors, dict[str, Any]] | None:
+def newest_valid(
+    run_folder: Path, up_to: int | None = None, require: Require | None = None
+) -> tuple[Tensors, dict[str, Any]] | None:
     """Load the newest checkpoint that is intact, at step `up_to` at most; None where there is none.
 
-    Sweeps what a killed save left; warns of each altered checkpoint that it passes over. Raises IntegrityError where
-    all are altered.
+    Sweeps what a killed save left; warns of each checkpoint that it passes over, altered or such that `require` raises
+    IntegrityError. Raises that too where none is left.
     """
     sweep_unfinished(run_folder)
     steps = [step for step in checkpoint_steps(run_folder) if up_to is None or step <= up_to]
     for step in steps:
         try:
-            return load_checkpoint(run_folder, step)
+            tensors, facts = load_checkpoint(run_folder, step)
+            if require:
+                require(_folder_of(run_folder, step), tensors, facts)
+            return tensors, facts
         except IntegrityError as error:
             print(f"warning: {error}; falling back to the checkpoint before", file=sys.stderr)
     if steps:
@@ -110,18 +122,57 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     if not folder.is_dir():
         raise ModelMissing(f"{folder} not found: `dvc repro` makes it")
     verify_manifest(folder)
-    shape = read_json(folder / "config.json")
-    config = ModelConfig.model_validate(shape["model"])
+    config, trained_length = _read_shape(folder / "config.json")
+    weights = _load_file(folder / WEIGHTS, CURE)
+    with torch.device("meta"):
+        whole = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()
+    require_alike(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in whole.items()}, CURE)
+    if counts is not None and counts[config.vocab_size :].any():
+        raise IntegrityError(f"{folder} has {config.vocab_size} ids, the text has ids beyond them: {CURE}")
     if config.fold_vocab and counts is not None:
         vocabulary = Vocabulary.of(counts, config.vocab_size)
     else:
         vocabulary = Vocabulary.full(config.vocab_size)
-    weights = load_file(folder / WEIGHTS)
     weights["wte.weight"] = vocabulary.fold_rows(weights["wte.weight"])
     model = GPT(config, vocabulary)
     model.load_state_dict(weights)
-    model.trained_length = shape["trained_length"]
+    model.trained_length = trained_length
     return model.eval()
+
+
+def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], cure: str) -> None:
+    """Raise IntegrityError unless what was `found` in a file are fp32 tensors of these names and shapes."""
+    fault = ""
+    if names := sorted(found.keys() ^ shapes.keys()):
+        fault = f"{'holds' if names[0] in found else 'lacks'} {names[0]}"
+    for name, tensor in found.items():
+        if not fault and (tensor.dtype, tensor.shape) != (torch.float32, shapes[name]):
+            fault = f"holds {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
+    if fault:
+        raise IntegrityError(f"{path} is of another model, it {fault}: {cure}")
+
+
+def _read_shape(path: Path) -> tuple[ModelConfig, int]:
+    """Shape of a model and how many positions were trained."""
+    values = read_json(path)
+    try:
+        config, trained_length = ModelConfig.model_validate(values["model"]), values["trained_length"]
+    except (KeyError, TypeError, ValidationError):
+        raise IntegrityError(f"{path} describes no model: {CURE}") from None
+    if type(trained_length) is not int or not 1 <= trained_length <= config.block_size:
+        raise IntegrityError(f"{path} has trained_length {trained_length!r}, block_size {config.block_size}: {CURE}")
+    return config, trained_length
+
+
+def _load_file(path: Path, cure: str) -> dict[str, Tensor]:
+    """Read safetensors. Raises IntegrityError where they are none, whatever their hash says."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is missing: {cure}") from None
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise IntegrityError(f"{path} holds no tensors ({type(error).__name__}): {cure}") from None
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:

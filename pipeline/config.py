@@ -47,7 +47,8 @@ class Params:
     def unknown_sections(self, *kinds: type[Section]) -> list[str]:
         """Name the top-level keys that no section reads."""
         names = [kind.section_name for kind in kinds]
-        return [f"{key}: unknown section{nearest(key, names)}" for key in self.values if key not in names]
+        unknown = [key for key in self.values if key not in names]
+        return [f"{' '.join(str(key).split())}: unknown section{nearest(key, names)}" for key in unknown]
 
     def _checked(self, kinds: list[type[Section]]) -> list[Section]:
         sections, faults = [], []
@@ -60,7 +61,7 @@ class Params:
             except ValidationError as error:
                 faults += [_describe(kind, fault, values) for fault in error.errors()]
         if faults:
-            raise InputError(f"{self.path}: " + "; ".join(faults))
+            raise InputError(f"{self.path}: " + " ".join("; ".join(faults).split()))  # a key may hold a line break
         return sections
 
 
@@ -70,7 +71,8 @@ def load_params(path: Path = PARAMS) -> Params:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise InputError(f"{path} not found: run from the folder that holds it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # the latter, too, are its own: of a date such as 2001-99-99, a tag such as !!bool, brackets without end
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no sections: expected a mapping, got {type(values).__name__}")
@@ -78,7 +80,13 @@ def load_params(path: Path = PARAMS) -> Params:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that appears twice."""
+    """YAML's safe loader, which also refuses a key that appears twice, and aliases: few lines of them are gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: write it out", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

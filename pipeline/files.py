@@ -131,7 +131,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} not found: run `dvc repro`, which makes it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON ({error}): make it again with `dvc repro -f`") from None
 
 
@@ -149,13 +149,14 @@ def verify_manifest(folder: Path, cure: str = CURE) -> None:
         expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except FileNotFoundError:
         raise IntegrityError(f"{folder / MANIFEST} is missing: {cure}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise IntegrityError(f"{folder / MANIFEST} is not a manifest: {cure}") from None
-    if surplus := {path.name for path in folder.iterdir()} - {*expected, MANIFEST}:
+    present = {path.name for path in folder.iterdir()}
+    if surplus := present - {*expected, MANIFEST}:
         raise IntegrityError(f"{folder / min(surplus)} is not in its manifest: {cure}")
     for name, (size_bytes, _) in expected.items():
         path = folder / name
-        if not path.is_file():
+        if name not in present or not path.is_file():  # a name that leads elsewhere is none of the folder's
             raise IntegrityError(f"{path} is missing: {cure}")
         if path.stat().st_size != size_bytes:
             raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {cure}")

@@ -201,7 +201,7 @@ class Generator:
 
 def context_start(n: int, trained_length: int) -> int:
     """Where the context of `n` tokens begins: all, or else the last of them, more than half the trained length."""
-    half = trained_length // 2
+    half = max(1, trained_length // 2)
     return -(-max(0, n - trained_length) // half) * half
 
 

@@ -1,4 +1,4 @@
-"""interrupt: SIGINT and SIGTERM -> a wish to stop that is looked at between two steps."""
+"""interrupt: SIGINT, SIGTERM and SIGHUP -> a wish to stop that is looked at between two steps."""
 
 import os
 import signal
@@ -11,17 +11,19 @@ from pipeline.errors import Interrupted
 class StopSignals:
     """While it is entered, the first signal is only noted; one that comes later acts as it always does, at once.
 
-    Within a second all count as one: a dying parent sends its death signal once for each of its threads.
+    Within a second all count as one: a dying parent sends its death signal once for each of its threads. SIGHUP, of a
+    terminal that is closed, stays ignored where `nohup` has it so.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     SAME_S = 1.0
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._before = {n: signal.signal(n, self._note) for n in self.NUMBERS if n not in ignored}
         return self
 
     def __exit__(
@@ -35,6 +37,7 @@ class StopSignals:
             raise interrupted(self.received, where)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        mute_closed_terminal()
         if self.received is None:
             self.received, self._noted = number, time.monotonic()
         elif time.monotonic() - self._noted > self.SAME_S:
@@ -44,6 +47,15 @@ class StopSignals:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def mute_closed_terminal() -> None:
+    """Have what is printed to a terminal that is no more go nowhere, instead of ending the process."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def interrupted(number: int, where: str) -> Interrupted:

@@ -8,8 +8,9 @@ gets the row). Row i of both files belongs to step i + 1.
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TextIO, TypedDict
 
 import pandas as pd
 
@@ -40,6 +41,9 @@ class TimeRow(TypedDict):
     wall_s: float
     memory_bytes: int
     logged_ms: int
+
+
+NEEDED = {STEPS: {"step", "tokens", "loss", "grad_norm", "lr"}, TIMES: set(TimeRow.__annotations__)}  # in each row
 
 
 class Journal:
@@ -86,7 +90,8 @@ class Journal:
 
     def close(self) -> None:
         for file in self._files:
-            file.close()
+            with suppress(OSError):  # of a row for which the disk had no room: that was told
+                file.close()
 
 
 def read_steps(path: Path) -> pd.DataFrame:
@@ -102,24 +107,27 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 
 def _whole_rows(path: Path) -> list[Any]:
-    """All rows up to the first that is torn."""
+    """All rows up to the first that is torn, or no row of a journal."""
     rows: list[Any] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         try:
-            row = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or row.get("step") != len(rows) + 1:
+        if not isinstance(row, dict) or row.get("step") != len(rows) + 1 or not _is_sound(row, NEEDED[path.name]):
             break
         rows.append(row)
     return rows
 
 
-def _open_cut(path: Path, rows: int) -> Any:
+def _is_sound(row: dict[str, Any], needed: set[str]) -> bool:
+    """Whether a row has the keys that are needed, and finite numbers alone."""
+    return needed <= row.keys() and all(type(value) in (int, float) and abs(value) < 1e300 for value in row.values())
+
+
+def _open_cut(path: Path, rows: int) -> TextIO:
     """Open a file for appending after its first `rows` lines."""
-    file = path.open("a+", encoding="utf-8", newline="\n")
-    file.seek(0)
-    size = sum(len(file.readline().encode()) for _ in range(rows))
-    file.truncate(size)
-    file.seek(0, os.SEEK_END)
-    return file
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(sum(len(file.readline()) for _ in range(rows)))
+    return path.open("a", encoding="utf-8", newline="\n")

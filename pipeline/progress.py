@@ -7,6 +7,7 @@ from typing import Final, Literal, Self
 
 from tqdm import tqdm
 
+from pipeline.interrupt import mute_closed_terminal
 from pipeline.journal import StepRow, TimeRow
 
 LINE_EVERY_S = 10.0
@@ -32,6 +33,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+        mute_closed_terminal()  # what else the run has to say must not end it
 
     def show(self, row: StepRow, times: TimeRow) -> None:
         """Tell of a step; of one that looked at a whole text, as the last one does, always."""

@@ -18,20 +18,27 @@ from pipeline.runs import JournalTail, Row, create_run, describe_inputs, identit
 from pipeline.store import Store, first_line, machine_facts, open_store, store_errors
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 RUN_ID = "mlflow_run_id"  # file in the run's folder
 RECORDER_LOCK = "recorder.lock"  # likewise; held while the run's rows are being sent
+OWING = "recorder.pid"  # likewise; the process that has to send them, the last that was started; gone once FINISHED
 KILLED = {"status": "KILLED", "ended": "killed"}
 
 
 def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool:
     """Send what the run folder gets to the store of `root`, until `control` can be read again; whether all arrived.
 
-    What fails is told once and tried again at the next tick.
+    What fails is told once and tried again at the next tick. Where training was started again before its turn came, the
+    recorder of that start has it all to send, and the last word.
     """
     start = json.loads(control.readline())
+    if not _owes(run_folder):
+        return True
     with locked(run_folder / RECORDER_LOCK, wait=True):  # the one before may still ship what a kill left
+        if not _owes(run_folder):
+            return True
         tail, link, warned = JournalTail(run_folder), None, False
         while True:
             stopped = bool(select.select([control], [], [], 0)[0])  # asked first, so that the last look sees all
@@ -48,6 +55,12 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
                 if stopped:
                     return False
             select.select([control], [], [], tick_s)
+
+
+def _owes(run_folder: Path) -> bool:
+    """Whether this process is the one that has to send the run's rows; the folder may be gone."""
+    path = run_folder / OWING
+    return path.is_file() and path.read_text(encoding="utf-8") == str(os.getpid())
 
 
 class Link:
@@ -80,21 +93,13 @@ class Link:
         """Close the run."""
         self.store.client.set_tag(self.run_id, "ended", ended)
         self.store.client.set_terminated(self.run_id, status)
+        if status == "FINISHED":
+            (self.run_folder / OWING).unlink()
 
     def _recall(self) -> str | None:
         """The run that this folder began with, unless the store has lost or deleted it."""
-        from mlflow.exceptions import MlflowException
-
-        if not (path := self.run_folder / RUN_ID).is_file():
-            return None
-        run_id = path.read_text(encoding="utf-8").strip()
-        try:
-            run = self.store.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        return run_id if run.info.lifecycle_stage == "active" else None
+        run = noted_run(self.store, self.run_folder)
+        return str(run.info.run_id) if run and run.info.lifecycle_stage == "active" else None
 
     def _create(self) -> str:
         """Close what a killed process left RUNNING, create a run and note its id."""
@@ -119,6 +124,20 @@ class Link:
         )
         for monitor in self._monitor.monitors:
             monitor.clear_metrics()
+
+
+def noted_run(store: Store, run_folder: Path) -> "Run | None":
+    """The run that a folder says its rows went to, deleted or not; None where it says none, or the store lost it."""
+    from mlflow.exceptions import MlflowException
+
+    if not (path := run_folder / RUN_ID).is_file():
+        return None
+    try:
+        return store.client.get_run(path.read_text(encoding="utf-8").strip())
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def _system_monitor(run_id: str, store: Store) -> "SystemMetricsMonitor":

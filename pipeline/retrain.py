@@ -34,6 +34,7 @@ from pipeline.run_config import RunConfig
 from pipeline.store import Store
 from pipeline.tokenizer import BPE_SHA256
 from pipeline.tokens import data_sha256
+from pipeline.versions import temporary_prefix
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -52,7 +53,7 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     if changes := recorded.get("inexact"):
         raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
     doubt = _doubt(recorded, here)
-    with tempfile.TemporaryDirectory(prefix="retrain-") as folder, StopSignals() as stop:
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project")
         with _code_of(version, recorded, here, repository, Path(folder) / "code") as code:
             if doubt:
@@ -116,13 +117,13 @@ def _code_of(
         yield Path(__file__).parent.parent
         return
     commit = version.tags["git_commit"]
-    if _git(repository, "worktree", "add", "--detach", str(folder), commit) is None:
+    if git_output(repository, "worktree", "add", "--detach", str(folder), commit) is None:
         raise InputError(f"commit {commit} cannot be checked out in {repository}: `git worktree add` there says why")
     try:
         print(f"training with the code of commit {commit}", flush=True)
         yield folder
     finally:
-        _git(repository, "worktree", "remove", "--force", str(folder))
+        git_output(repository, "worktree", "remove", "--force", str(folder))
 
 
 def _flaw(version: "ModelVersion", recorded: Identity, repository: Path) -> str | None:
@@ -132,11 +133,11 @@ def _flaw(version: "ModelVersion", recorded: Identity, repository: Path) -> str 
     """
     commit = version.tags.get("git_commit", "unknown")
     named = re.fullmatch("[0-9a-f]{40,64}", commit)
-    if not named or _git(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None:
+    if not named or git_output(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         return f"commit {commit} is not in {repository}"
     if version.tags.get("tree_clean") != "true":
         for path, sha256 in recorded["sources"].items():
-            source = _git(repository, "show", f"{commit}:{path}")
+            source = git_output(repository, "show", f"{commit}:{path}")
             if source is None or hashlib.sha256(source).hexdigest() != sha256:
                 return f"{path} was another than that of its commit {commit}"
     return None
@@ -184,7 +185,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _git(repository: Path, *arguments: str) -> bytes | None:
+def git_output(repository: Path, *arguments: str) -> bytes | None:
     """What git prints, None where it fails; what a repository's hooks would do is not done."""
     command = ["git", "-C", str(repository), "-c", "core.hooksPath=/dev/null", *arguments]
     try:

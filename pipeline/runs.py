@@ -132,7 +132,7 @@ def ensure_run(store: Store, project: Path) -> "Run":
     if not (rows := JournalTail(project / "models").read()):
         raise InputError(f"{project / 'models' / STEPS} holds no steps: run `dvc repro train`")
     last = rows[-1]
-    if run_id := _run_with(store, identity["fingerprint"], rows):
+    if run_id := run_with(store, identity["fingerprint"], rows):
         del rows[: len(shipped(store, run_id))]
     else:
         run_id = create_run(store, identity, {"rebuilt": "true"}, int(rows[0]["logged_ms"]))
@@ -163,7 +163,7 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
         }
 
 
-def _run_with(store: Store, fingerprint: str, rows: list[Row]) -> str | None:
+def run_with(store: Store, fingerprint: str, rows: list[Row]) -> str | None:
     """Id of a run that holds a part of just these rows: a training that was repeated has other times."""
     logged = {(int(row["step"]), int(row["logged_ms"])) for row in rows}
     ids = (str(run.info.run_id) for run in runs_of(store, fingerprint))

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pipeline.config import Params, Section, nearest
 from pipeline.errors import InputError
 from pipeline.run_config import RUN_SECTIONS, RunConfig
+from pipeline.store import has_password
 
 STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.batch", "windows.accumulate")
 NOT_SEARCHED = ("target", "record")  # what is asked for, and what decides nothing
@@ -99,6 +100,15 @@ class SweepConfig(Section):
     grace_s: float = Field(ge=2, description="seconds without a sign of life after which another worker takes a trial")
     seed: int = Field(ge=0, lt=2**31, description="of the sampler")
     applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
+
+    @model_validator(mode="after")
+    def _keeps_no_secret(self) -> Self:
+        if has_password(self.storage):
+            raise ValueError(
+                "storage holds a password, which git and every run would keep: leave it out, "
+                "PostgreSQL's clients read it from ~/.pgpass or PGPASSWORD"
+            )
+        return self
 
     @property
     def axes(self) -> dict[str, Range | list[Any]]:

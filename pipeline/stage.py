@@ -14,7 +14,11 @@ from pipeline.errors import OutOfSpaceError, PeerLost, PipelineError
 def run_stage(main: Callable[[], None]) -> None:
     """Run `main` and exit with its code; an error that the user can cause is one line on stderr, without traceback."""
     die_with_dvc()
-    sys.exit(exit_code_of(main))
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of stages/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = exit_code_of(main)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said
+    sys.exit(code)
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

@@ -146,7 +146,7 @@ def open_dashboard(sweep: SweepConfig) -> None:
 def _prepare_tokens() -> None:
     """Bring data/tokens up to date with DVC, so that no trial learns stale ones."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [sys.executable, "-m", "dvc", "repro", "tokenize"]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]  # another one is done in seconds
     if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode:
         raise InputError("sweep: `dvc repro tokenize` failed, as told above: mend that first")
 

@@ -45,6 +45,11 @@ def is_met(rows: Sequence[StepRow], rule: str, config: TargetConfig) -> bool:
     return len(last) == config.average_steps and _mean(last) < config.loss
 
 
+def is_finished(rows: Sequence[StepRow], max_steps: int, config: TargetConfig) -> bool:
+    """Whether the step of the last row met the run's rule, or spent its budget or its patience."""
+    return rows[-1]["step"] >= max_steps or is_met(rows, config.rule, config) or is_out_of_patience(rows, config)
+
+
 def first_met(rows: Sequence[StepRow], config: TargetConfig) -> dict[str, int | None]:
     """The first step at which each rule was met, None where it was not."""
     ends = [(rows[max(0, i - config.average_steps) : i], rows[i - 1]["step"]) for i in range(1, len(rows) + 1)]

@@ -27,10 +27,10 @@ class Text:
         """Read and verify what the stage `tokenize` wrote."""
         train = open_tokens(tokens, "train")
         train.require(config.windows.length + 1)
-        size = config.model.vocab_size
+        held_out, size = open_tokens(tokens, "val"), config.model.vocab_size
+        if (n_ids := max(train.vocab_size, held_out.vocab_size)) > size:
+            raise InputError(f"{tokens} has {n_ids} ids, model.vocab_size is {size}: make model.vocab_size larger")
         vocabulary = Vocabulary.of(train.counts(), size) if config.model.fold_vocab else Vocabulary.full(size)
-
-        held_out = open_tokens(tokens, "val")
         validation = Rows(held_out, vocabulary, machine.device) if len(held_out) > 1 else None
         if validation is None and (need := config.target.needs_held_out):
             raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")

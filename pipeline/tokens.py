@@ -19,6 +19,7 @@ from pipeline.files import MANIFEST, sha256_file, verify_manifest
 
 HEADER = struct.Struct("<8sHHIQ")  # magic, format, dtype, vocab_size, number of ids
 MAGIC, FORMAT, UINT16 = b"GPT2TOKS", 1, 16
+MOST_IDS = 1 << 16
 BLOCK_TOKENS = 1 << 22  # ids looked at together in a pass over a shard
 MOST_MAPPED = 16  # shards at once: each holds a file descriptor, and what was read of it counts as this process's
 
@@ -133,6 +134,8 @@ def _read_header(path: Path) -> tuple[int, int]:
     _, version, dtype, vocab_size, length = HEADER.unpack(header)
     if (version, dtype) != (FORMAT, UINT16):
         raise IntegrityError(f"{path} has format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}: {CURE}")
+    if vocab_size > MOST_IDS:  # what counts ids would take as much memory as this says
+        raise IntegrityError(f"{path} has vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits: {CURE}")
     return vocab_size, length
 
 

@@ -25,14 +25,15 @@ from pipeline.generate import Generator
 from pipeline.interrupt import StopSignals, interrupted
 from pipeline.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
 from pipeline.machine import Machine, prepare_machine
-from pipeline.memory import check_fits
+from pipeline.memory import check_disk, check_fits
 from pipeline.progress import Progress
+from pipeline.recorder import OWING
 from pipeline.run_config import RunConfig
 from pipeline.run_folder import change_set_up, claim_folder, newest_state, tell_what_is_new
 from pipeline.run_results import in_words, results_of
 from pipeline.sampling import Sampling
 from pipeline.store import project_root
-from pipeline.target import best_step, first_met, is_met, is_out_of_patience, look_is_due, needs_corpus_loss
+from pipeline.target import best_step, first_met, is_finished, look_is_due, needs_corpus_loss
 from pipeline.text import Text
 from pipeline.timing import flops_per_token, time_report, utilisation
 from pipeline.tracking import Recorder
@@ -60,14 +61,15 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
         machine = prepare_machine(config.train, config.flops, world)
         text = Text.read(data / "tokens", data / "bpe", config, machine)
         root = project_root()
-        with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", elastic) as run:
+        with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", models, elastic) as run:
             if run.finished:
                 print(f"the run is finished, at step {run.state.step}: nothing to train")
-            else:
-                if run.state.step == 0 and world.is_main:
-                    tell_what_is_new(run.folder, run.identity)
+            elif run.state.step == 0 and world.is_main:
+                tell_what_is_new(run.folder, run.identity)
+            if not run.finished or (run.folder / OWING).is_file():  # MLflow may lack its end
                 with _shown(run, root, config.origin(params)) as show:
-                    run.follow(stop, show)
+                    if not run.finished:
+                        run.follow(stop, show)
             run.write_results(models, data / "bpe", timing)
 
 
@@ -84,11 +86,12 @@ def _shown(run: "TrackedRun", root: Path, tags: dict[str, str]) -> Iterator[Afte
 
 @contextmanager
 def open_run(
-    config: RunConfig, machine: Machine, text: Text, home: Path, elastic: bool = False
+    config: RunConfig, machine: Machine, text: Text, home: Path, models: Path | None = None, elastic: bool = False
 ) -> Iterator["TrackedRun"]:
     """Hold the folder in `home` of the run that these make, and yield the run, as far as it had come.
 
-    Raises OutOfSpaceError where a step would not fit into memory; RunLocked where another process trains the same run.
+    Raises OutOfSpaceError where a step would not fit into memory, or what the run saves, there and in `models`, on the
+    disk; RunLocked where another process trains the same run.
     """
     check_fits(config, text.vocabulary, machine)
     identity = identify(text.data_sha256, config.decisive, machine)
@@ -101,6 +104,8 @@ def open_run(
 
         run = TrackedRun(config, machine, text, folder, *machine.world.on_main(claim))
         stack.callback(run.close)
+        if not run.finished:
+            machine.world.on_main(lambda: check_disk(config, text.vocabulary, machine, folder, models))
         yield run
 
 
@@ -152,14 +157,7 @@ class TrackedRun:
     @property
     def finished(self) -> bool:
         """Whether the last step met the target rule, or spent the budget or the patience."""
-        if not self.rows:
-            return False
-        target = self.config.target
-        return (
-            self.rows[-1]["step"] >= self.max_steps
-            or is_met(self.rows[-target.average_steps :], target.rule, target)
-            or is_out_of_patience(self.rows, target)
-        )
+        return bool(self.rows) and is_finished(self.rows, self.max_steps, self.config.target)
 
     def write_results(self, models: Path, bpe: Path, timing: Path) -> None:
         """Write the model of the best look, the run's record without times, its journal, and, apart, its times."""
@@ -184,7 +182,7 @@ class TrackedRun:
         def find() -> list[StepRow]:
             nonlocal loaded
             assert self.journal, "this is rank 0"
-            loaded = newest_state(self.journal, self.config.target)
+            loaded = newest_state(self.journal, self.config.target, self.state)
             step = loaded[1]["step"] if loaded else 0
             if changed:
                 change_set_up(self.journal, step, self.identity, changed)

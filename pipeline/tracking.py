@@ -14,7 +14,8 @@ from typing import Any, Self
 
 from pipeline import recorder
 from pipeline.errors import Interrupted, PeerLost, Pruned
-from pipeline.store import first_line
+from pipeline.files import write_text
+from pipeline.store import first_line, require_usable
 
 LAST_CALL_S = 60.0  # how long the end of training waits for the store
 INTERRUPTED_S = 1.0  # and how long after a signal, when whoever sent it waits
@@ -31,6 +32,9 @@ class Recorder:
     def __init__(
         self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str], tick_s: float = 5.0
     ) -> None:
+        """Raises InputError, before anything is begun, where the store's address is one that cannot be used."""
+        require_usable(root)
+        self._run_folder = run_folder
         self._arguments = [str(root.absolute()), str(run_folder.absolute()), str(tick_s)]
         self._start = {"identity": identity, "tags": tags}
 
@@ -46,6 +50,7 @@ class Recorder:
         )
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # training comes first, from the first import on
+        write_text(self._run_folder / recorder.OWING, str(self._process.pid))
         assert self._process.stdin is not None, "a pipe, as asked for"
         self._process.stdin.write(json.dumps(self._start) + "\n")
         self._process.stdin.flush()

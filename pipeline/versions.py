@@ -4,6 +4,8 @@ Everything is looked for before it is made and mended where it is broken, so tha
 """
 
 import atexit
+import os
+import re
 import shutil
 import tempfile
 from importlib import metadata
@@ -11,47 +13,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import yaml
-
 from pipeline.errors import IntegrityError, ModelMissing
-from pipeline.files import MANIFEST, read_json, sha256_file, verify_manifest
-from pipeline.results import read_run
+from pipeline.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.sampling import Sampling
-from pipeline.store import Store, store_errors
+from pipeline.store import Store, git_facts, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
+TEMPORARY = "gpt2-to-target-"  # prefix of large folders in the system's temporary one; their maker's pid follows
 REQUIREMENTS = ("mlflow", "numpy", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch", "tqdm")  # of serving.py
 FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
-PARAMS_TAG = "params_sha256"  # versions of before this tag have their params.yaml unchecked
+LISTING = "files.json"  # hashes of a version's other files: code, MLmodel, params.yaml and so on
+LISTING_TAG = "files_sha256"  # hash of the listing; versions of before this tag have those files unchecked,
+PARAMS_TAG = "params_sha256"  # but for params.yaml, which this tag of theirs is about
+RESTORED = "restored"  # tag: from which commit a version got its code anew, once it was altered or lost
+ADDED_BY_USE = "registered_model_meta"  # written into a version's folder by MLflow, when it loads it
 
 
 def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dict[str, str]) -> "ModelVersion":
     """Find or make the one version with this fingerprint and these weights; mend its files and its tags.
 
     Versions never change: where another machine gave the fingerprint other weights, they are a version of their own.
+    Raises IntegrityError or ModelMissing where what was stored does not come back whole.
     """
     client = store.client
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     same = " and ".join(f"tags.{key} = '{tags[key]}'" for key in ("fingerprint", "model_sha256"))
     found = client.search_model_versions(f"name = '{name}' and {same}")
-    if found and _is_whole(store, found[0]):
-        version = found[0]
-    else:
-        model = client.get_logged_model(found[0].tags["model_id"]) if found else _logged_model(store, run)
-        _log_files(store, project, run, model.model_id)
+    version = next((version for version in found if _is_whole(store, version)), None)
+    if version is None:
+        broken = next((version for version in found if _is_in_its_place(store, version)), None)
+        model = client.get_logged_model(broken.tags["model_id"]) if broken else _logged_model(store, run)
+        _set_aside(model.artifact_location)
         tags |= {"model_id": model.model_id}  # which MLflow's SQL registry would forget
-        tags |= {PARAMS_TAG: sha256_file(project / "params.yaml")}
-        version = found[0] if found else client.create_model_version(
+        tags |= {LISTING_TAG: _log_files(store, project, run, model.model_id)}
+        tags |= {RESTORED: _present_code()} if broken else {}
+        version = broken or client.create_model_version(
             name, model.artifact_location, run.info.run_id, tags=tags, model_id=model.model_id
-        )  # fmt: skip
+        )
     for key, value in tags.items():
         if version.tags.get(key) != value:
             client.set_model_version_tag(name, version.version, key, value)
-    return client.get_model_version(name, version.version)
+    version = client.get_model_version(name, version.version)
+    if LISTING_TAG in tags:  # its files were stored just now
+        verify_version(store, version)
+    return version
 
 
 def fetch_version(store: Store, version: "ModelVersion", name: str = "") -> Path:
@@ -60,53 +69,85 @@ def fetch_version(store: Store, version: "ModelVersion", name: str = "") -> Path
     Else it is a copy that is there until this process ends. Nothing in it is checked or run. Raises one of
     `store_errors()` where it is missing.
     """
-    from mlflow.artifacts import download_artifacts
-
-    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
-    if urlsplit(uri).scheme not in ("", "file"):
-        copy = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    path = f"{uri}/artifacts/{name}".rstrip("/")
-    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
+    return _fetch(store, version, f"artifacts/{name}")
 
 
 def verify_version(store: Store, version: "ModelVersion") -> Path:
     """Fetch all of a version's files, model/, tokens/ and params.yaml, once every byte is what was registered.
 
-    Nothing in them is run. Raises ModelMissing where they are gone, IntegrityError where they are altered, or where no
-    `register` made the version; one of `store_errors()` where the store does not answer.
+    That includes the code that MLflow would run. Here nothing is run. Raises ModelMissing where files are gone,
+    IntegrityError where they are altered, or where no `register` made the version; one of `store_errors()` where the
+    store does not answer.
     """
     label = f"{version.name} version {version.version}"
     cure = f"{label} cannot be used until `dvc repro -f -s register`, where its model is, restores it"
-    if not version.tags.keys() >= {*FOLDER_TAGS.values()}:
-        raise IntegrityError(f"{label} has no tag model_sha256, so that no `register` made it: use another version")
-    folder = fetch_version(store, version)
+    for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG, PARAMS_TAG})):
+        if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
+            raise IntegrityError(f"{label} has no hash as its tag {tag}, so that no `register` made it: use another")
+    whole = _fetch(store, version)
+    folder = whole / "artifacts"
     for name, tag in FOLDER_TAGS.items():
         if not (folder / name).is_dir():
             raise ModelMissing(f"{folder / name} is missing: {cure}")
         _verify_hash(folder / name / MANIFEST, version.tags[tag], cure)
         verify_manifest(folder / name, cure)
-    if PARAMS_TAG in version.tags:
+    if link := next((path for path in whole.rglob("*") if path.is_symlink()), None):
+        raise IntegrityError(f"{link} is a link, and may lead anywhere: {cure}")
+    if LISTING_TAG in version.tags:
+        _verify_hash(whole / LISTING, version.tags[LISTING_TAG], cure)
+        if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
+            for cache in whole.rglob("__pycache__"):
+                shutil.rmtree(cache)
+        _verify_listing(whole, cure)
+    elif PARAMS_TAG in version.tags:
         _verify_hash(folder / "params.yaml", version.tags[PARAMS_TAG], cure)
     return folder
 
 
-def version_tags(project: Path, run: "Run", n_tokens: int) -> dict[str, str]:
-    """What a version says about where it comes from and what it reached."""
-    tags = {
-        key: run.data.tags.get(key, "unknown") for key in ("fingerprint", "data_sha256", "git_commit", "tree_clean")
-    }
-    tags |= {"run_id": run.info.run_id, "train_tokens": str(n_tokens)}
-    tags |= {"model_sha256": sha256_file(project / "models" / "model" / MANIFEST)}
-    record = read_run(project / "models")
-    tags |= {"inexact": "; ".join(record["inexact"])} if record.get("inexact") else {}
-    results = record["results"]
-    metrics = project / "reports" / "metrics.json"
-    loss = read_json(metrics).get("corpus_loss") if metrics.is_file() else None
-    tags |= {"target_loss": str(results["target_loss"])} | ({} if loss is None else {"corpus_loss": str(loss)})
-    if reached := results["to_target"]["corpus"]:
-        tags |= {"steps_to_target": str(reached["steps"]), "tokens_to_target": str(reached["tokens"])}
-    return tags | _output_hashes(project / "dvc.lock")
+def temporary_prefix() -> str:
+    """What a large temporary folder is named by, so that one whose maker was killed can be told."""
+    return f"{TEMPORARY}{os.getpid()}-"
+
+
+def _fetch(store: Store, version: "ModelVersion", place: str = "") -> Path:
+    """What stands at `place` in a version's folder, as `fetch_version` has it."""
+    from mlflow.artifacts import download_artifacts
+
+    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
+    if not _is_local(uri):
+        copy = tempfile.mkdtemp(prefix=temporary_prefix())
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    path = f"{uri}/{place}".rstrip("/")
+    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
+
+
+def _is_local(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("", "file")
+
+
+def _listing(whole: Path) -> list[str]:
+    """Names of a version's files that the manifests of model and tokens do not hold, and that a use does not add."""
+    elsewhere = {whole / "artifacts" / name for name in FOLDER_TAGS}
+    files = (path for path in whole.rglob("*") if path.is_file() and not elsewhere & {*path.parents})
+    return sorted({path.relative_to(whole).as_posix() for path in files} - {LISTING, ADDED_BY_USE})
+
+
+def _write_listing(whole: Path) -> str:
+    """Note the hash of each file; return the hash of that."""
+    write_json(whole / LISTING, {name: sha256_file(whole / name) for name in _listing(whole)})
+    return sha256_file(whole / LISTING)
+
+
+def _verify_listing(whole: Path, cure: str) -> None:
+    """Raise IntegrityError, naming the file, unless a version's folder holds what its listing says, and no more."""
+    expected = read_json(whole / LISTING)
+    if not isinstance(expected, dict):
+        raise IntegrityError(f"{whole / LISTING} is no listing: {cure}")
+    for name in _listing(whole):
+        if name not in expected:
+            raise IntegrityError(f"{whole / name} is not one of its files: {cure}")
+    for name, sha256 in expected.items():
+        _verify_hash(whole / name, sha256, cure)
 
 
 def _verify_hash(path: Path, expected: str, cure: str) -> None:
@@ -126,6 +167,32 @@ def _is_whole(store: Store, version: "ModelVersion") -> bool:
     return True
 
 
+def _is_in_its_place(store: Store, version: "ModelVersion") -> bool:
+    """Whether a version's files lie where those of its logged model do, so that storing these anew mends it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = store.client.get_logged_model(version.tags.get("model_id", ""))
+    except MlflowException:
+        return False
+    return bool(model.artifact_location == version.source)
+
+
+def _set_aside(uri: str) -> None:
+    """Keep what is where a version is to be stored, so that nothing of it is taken for the version's; if it is here."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    if _is_local(uri) and (folder := Path(local_file_uri_to_path(uri))).is_dir() and any(folder.iterdir()):
+        aside = next(path for i in range(1, 1000) if not (path := folder.with_name(f"{folder.name}.{i}")).exists())
+        folder.rename(aside)
+        print(f"{folder} is not as registered: stored anew; what was there is kept in {aside}")
+
+
+def _present_code() -> str:
+    facts = git_facts()
+    return f"code of commit {facts['git_commit']}{'' if facts['tree_clean'] == 'true' else ', with changes'}"
+
+
 def _logged_model(store: Store, run: "Run") -> "LoggedModel":
     """Find the run's model, of which a killed `register` may have left an empty one, or create it."""
     from mlflow.entities import LoggedModelOutput
@@ -140,8 +207,19 @@ def _logged_model(store: Store, run: "Run") -> "LoggedModel":
     return model
 
 
-def _log_files(store: Store, project: Path, run: "Run", model_id: str) -> None:
-    """Give a logged model its files: code, weights, tokenizer, tokens, params.yaml; no pickle among them."""
+def _log_files(store: Store, project: Path, run: "Run", model_id: str) -> str:
+    """Give a logged model its files; return the hash of their listing."""
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder:
+        whole = Path(folder) / "files"
+        _save_files(whole, project, run.info.run_id, model_id)
+        sha256 = _write_listing(whole)
+        store.client.log_model_artifacts(model_id, str(whole))
+    store.client.finalize_logged_model(model_id, "READY")
+    return sha256
+
+
+def _save_files(whole: Path, project: Path, run_id: str, model_id: str) -> None:
+    """Write a version's folder: code, weights, tokenizer, tokens, params.yaml; no pickle among them."""
     import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
@@ -151,34 +229,23 @@ def _log_files(store: Store, project: Path, run: "Run", model_id: str) -> None:
     defaults = [
         (name, "long" if isinstance(value, int) else "double", value) for name, value in Sampling() if name != "stop"
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder) / "files"
-        save_model(
-            files,
-            python_model=str(package / "serving.py"),
-            code_paths=[str(package)],
-            artifacts={
-                "model": str(project / "models" / "model"),
-                "tokens": str(project / "data" / "tokens"),
-                "params": str(project / "params.yaml"),
-            },
-            signature=ModelSignature(
-                inputs=Schema([ColSpec("string", "prompt")]),
-                outputs=Schema([ColSpec("string")]),
-                params=ParamSchema([ParamSpec(*default) for default in defaults]),
-            ),
-            input_example=pd.DataFrame({"prompt": ["ROMEO:"]}),
-            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
-            mlflow_model=Model(run_id=run.info.run_id, model_id=model_id),
-        )
-        for cache in files.rglob("__pycache__"):
-            shutil.rmtree(cache)
-        store.client.log_model_artifacts(model_id, str(files))
-    store.client.finalize_logged_model(model_id, "READY")
-
-
-def _output_hashes(lock: Path) -> dict[str, str]:
-    """MD5 of the stages' outputs, as DVC noted them: {"md5.models/model": "..."}."""
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
-    outs = (out for stage in stages.values() for out in stage.get("outs", []))
-    return {f"md5.{out['path']}": out["md5"] for out in outs if "md5" in out}
+    save_model(
+        whole,
+        python_model=str(package / "serving.py"),
+        code_paths=[str(package)],
+        artifacts={
+            "model": str(project / "models" / "model"),
+            "tokens": str(project / "data" / "tokens"),
+            "params": str(project / "params.yaml"),
+        },
+        signature=ModelSignature(
+            inputs=Schema([ColSpec("string", "prompt")]),
+            outputs=Schema([ColSpec("string")]),
+            params=ParamSchema([ParamSpec(*default) for default in defaults]),
+        ),
+        input_example=pd.DataFrame({"prompt": ["ROMEO:"]}),
+        pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
+        mlflow_model=Model(run_id=run_id, model_id=model_id),
+    )
+    for cache in whole.rglob("__pycache__"):
+        shutil.rmtree(cache)

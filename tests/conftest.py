@@ -1,5 +1,8 @@
 """What several tests need: the BPE files, the corpus that the published numbers are about, copies of the project."""
 
+import os
+import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fixtures_mlflow import _no_foreign_store, store  # noqa: F401 (fixtures for all)
+from fixtures_network import _only_this_machine, wheels  # noqa: F401 (fixtures for all)
 from hypothesis import settings
 
 from pipeline.config import load_params
@@ -35,8 +39,8 @@ def bpe(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def copy_project() -> Callable[[Path], None]:
-    """Copies what is in the checkout, committed or not, to a folder."""
+def copy_project(wheels: Path) -> Callable[[Path], None]:  # noqa: F811
+    """Copies what is in the checkout, committed or not, to a folder, where the stage `download` finds its sources."""
 
     def copy(folder: Path) -> None:
         listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -82,3 +86,15 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """Chance for moments and orders that nobody chose: another seed in each test and run.
+
+    A failure shows, under "Captured stdout setup", a line `seed 123456: repeat with FAULT_SEED=123456`;
+    `FAULT_SEED=123456 pytest tests/test_file.py -k name` then draws the same numbers again.
+    """
+    seed = int(os.environ.get("FAULT_SEED") or secrets.randbelow(10**6))
+    print(f"seed {seed}: repeat with FAULT_SEED={seed}")
+    return random.Random(seed)

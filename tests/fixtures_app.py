@@ -85,29 +85,30 @@ class Watched:
 
     def __init__(self, generator: Any) -> None:
         self._generator, self.open, self.drawn, self.delay_s = generator, 0, 0, 0.0
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
 
     def stream(self, *arguments: Any) -> Iterator[Any]:
-        with self._lock:
-            self.open += 1
+        self._count(1)
         try:
             for piece in self._generator.stream(*arguments):
-                time.sleep(self.delay_s)
+                time.sleep(self.delay_s)  # as a large model does
                 self.drawn += 1
                 yield piece
         finally:
-            with self._lock:
-                self.open -= 1
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self.open += change
+            self._changed.notify_all()
 
     def open_within(self, wanted: int, seconds: float) -> bool:
         """Whether the number of open streams comes to `wanted` in time."""
-        end = time.monotonic() + seconds
-        while self.open != wanted and time.monotonic() < end:
-            time.sleep(0.02)
-        return self.open == wanted
+        with self._changed:
+            return self._changed.wait_for(lambda: self.open == wanted, seconds)
 
 
 class Stub(Folder):
@@ -143,12 +144,15 @@ def _at_full_speed(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="module", name="page")
 def _page(source: Stub) -> Iterator[gr.Blocks]:
     """The page, served on a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    served = serve(source, "127.0.0.1", port, wait=False)
+    served = serve(source, "127.0.0.1", free_port(), wait=False)
     yield served
     served.close(verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def ask(page: gr.Blocks, fn_index: int, data: list[Any], event_data: Any = None) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def ask(page: gr.Blocks, fn_index: int, data: list[Any], event_data: Any = None)
     with httpx.Client(base_url=f"{page.local_url}gradio_api/", timeout=30) as http:
         joined = http.post("queue/join", content=body, headers={"content-type": "application/json"})
         if joined.status_code != 200:
-            return {"success": False, "output": {"error": joined.text}}
+            return {"success": False, "status": joined.status_code, "output": {"error": joined.text}}
         with http.stream("GET", "queue/data", params={"session_hash": session}) as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data: ")) if line else {}

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from html import escape
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipeline.model import ModelConfig
 from pipeline.provenance import CorpusIndex
 from pipeline.registry import RegistryConfig, register
 from pipeline.versions import fetch_version
+from tests.waiting import wait_until
 from webapp import next_token, registry_source
 from webapp.about import about_html, parts, sizes
 from webapp.chart import line_chart
@@ -254,11 +256,12 @@ def catalog(version: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStore:
 
 def becomes(registry: registry_source.Registry, holds: Callable[[], bool]) -> bool:
     """Whether it holds within ten seconds, while requests come in."""
-    end = time.monotonic() + 10
-    while not holds() and time.monotonic() < end:
+
+    def after_a_request() -> bool:
         registry.current()
-        time.sleep(0.01)
-    return holds()
+        return holds()
+
+    return wait_until(after_a_request, 10)
 
 
 def serves(registry: registry_source.Registry, label: str) -> bool:
@@ -275,14 +278,40 @@ def test_a_new_champion_is_served_without_a_restart(catalog):
     assert catalog.opened == ["1", "2"]  # each loaded once, however often it is asked for
 
 
+@pytest.mark.fault
+def test_the_champion_moves_to_and_fro_under_load_and_each_reply_is_of_one_version(catalog, served):  # E7
+    registry = registry_source.Registry(Path(), "parrot", "champion")
+    alone = {n: list(write(served, "All:", 1, max_tokens=10, seed=n))[-1].text(0) for n in range(25)}
+
+    def reply(n: int) -> tuple[int, set[str], str]:
+        parts = [
+            (each.served.label, each.text(0)) for each in write(registry.current(), "All:", 1, max_tokens=10, seed=n)
+        ]
+        return n, {label for label, _ in parts}, parts[-1][1]
+
+    catalog.broken = {"3"}
+    replies = []
+    with ThreadPoolExecutor(8) as pool:
+        for number, stays in (("2", "2"), ("1", "1"), ("3", "1"), ("2", "2")):
+            catalog.champion = number
+            replies += [pool.submit(reply, n) for n in alone]  # which are written while it moves
+            moved = f"parrot version {stays}"
+            assert becomes(registry, lambda moved=moved: registry.current().label == moved)
+            assert number == stays or becomes(registry, lambda: "version 3 is altered" in (registry.trouble or ""))
+    for n, labels, text in (each.result() for each in replies):
+        assert len(labels) == 1
+        assert text == alone[n]
+    assert {label for each in replies for label in each.result()[1]} == {"parrot version 1", "parrot version 2"}
+
+
 def test_the_registry_is_asked_every_few_seconds_at_most(catalog, monkeypatch):
     monkeypatch.setattr(registry_source, "CHECK_S", 60.0)
     registry = registry_source.Registry(Path(), "parrot", "champion")
     before = catalog.looked
     for _ in range(100):
         registry.current()
-    time.sleep(0.1)
-    assert catalog.looked == before
+    with registry._looking:  # whatever look has been begun is over
+        assert catalog.looked == before
 
 
 @pytest.mark.fault

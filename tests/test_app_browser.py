@@ -110,6 +110,24 @@ def test_ctrl_enter_writes_and_esc_stops(visit, source):
     assert "All:" in visitor.locator("#written .verse").inner_text()  # what was written stays
 
 
+def test_write_cannot_be_pressed_while_it_writes(visit, source):
+    visitor = visit()
+    source.watched.delay_s = 0.03
+    button = visitor.locator("#write")
+    assert button.evaluate("button => getComputedStyle(button).pointerEvents") != "none"
+    button.click()
+    visitor.locator("#written .writing").wait_for()
+    assert button.evaluate("button => getComputedStyle(button).pointerEvents") == "none"
+    visitor.locator("#stop").click()
+    visitor.wait_for_function("getComputedStyle(document.querySelector('#write')).pointerEvents != 'none'")
+
+
+def test_an_example_is_put_in_place_of_the_prompt(visit):
+    visitor = visit()
+    visitor.locator("#example-3").click()
+    playwright.expect(visitor.locator("#prompt textarea")).to_have_value("First Citizen:\nBefore we proceed")
+
+
 def test_the_keys_reach_what_is_used_most_in_order(visit):
     visitor = visit()
     visitor.locator("#prompt textarea").focus()
@@ -190,10 +208,11 @@ def test_wrong_input_is_refused_in_words_and_what_was_there_stays(visit):
     before = visitor.locator("#written").inner_text()
     visitor.get_by_role("button", name="More").click()
     visitor.get_by_label("Seed").first.fill("")
+    visitor.get_by_label("Seed").first.press("Tab")  # as who leaves the field does
     visitor.locator("#write").click()
     toast = visitor.locator(".toast-body")
     toast.wait_for()
-    assert "seed None" in toast.inner_text()
+    assert "Seed None" in toast.inner_text()  # the name beside the field, not the API's
     assert visitor.locator("#written").inner_text() == before
 
 

@@ -74,3 +74,11 @@ def test_a_file_that_is_no_mapping_is_refused_in_a_line(tmp_path, text):
 def test_a_missing_file_says_where_to_run(tmp_path):
     with pytest.raises(InputError, match="not found: run from the folder that holds it"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.security
+def test_an_alias_which_a_few_lines_would_multiply_to_gigabytes_is_refused(tmp_path):  # B9
+    path = tmp_path / "params.yaml"
+    path.write_text("fruit:\n  names: &few [a, a]\n  more: [*few, *few]\n")
+    with pytest.raises(InputError, match=r"params\.yaml is not YAML: \*few: write it out .*line 3"):
+        load_params(path)

@@ -33,6 +33,7 @@ from pipeline.train import fresh_state, train_steps
 from pipeline.vocab import Vocabulary
 from pipeline.windows import Rows, WindowsConfig, steps_of
 from tests.test_tracked_run import change, prepared, run_folder, workspace  # noqa: F401 (fixtures)
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 IDS = np.random.default_rng(1).integers(0, 32, 300).astype(np.uint16)  # 32 symbols of 40: eight ids are folded into one
@@ -179,7 +180,7 @@ with joined(world := world_here()):
     print("joined", flush=True)
     if world.rank == 1:
         os._exit(9)
-    time.sleep(60)  # as a GPU does that waits for the other one
+    time.sleep(60)  # stands still, as a GPU does that waits for the other one
 """
 
 
@@ -253,9 +254,8 @@ def rows():
 
 
 def wait_for_rows(process, n, deadline_s=120):
-    end = time.monotonic() + deadline_s
-    while rows() < n and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
+    enough = wait_until(lambda: rows() >= n or process.poll() is not None, deadline_s)
+    assert enough, f"{rows()} steps in {deadline_s} s"
     assert process.poll() is None, process.communicate()[0]
 
 

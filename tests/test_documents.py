@@ -243,6 +243,24 @@ def test_a_bomb_that_fills_the_disk_ends_the_stage_with_5_and_one_line():
     assert list(Path("data").iterdir()) == []
 
 
+@pytest.mark.fault
+@quickly
+@given(
+    content=st.binary(max_size=60)
+    | st.lists(st.sampled_from([*LINES, '"', "{", "\\", "\n"])).map("".join).map(str.encode),
+    name=st.sampled_from([f"any{kind}{packing}" for kind in (".txt", ".jsonl") for packing in PACK]),
+    packed=st.booleans(),
+)
+def test_b2_any_bytes_in_any_kind_of_file_are_text_or_refused_by_name(content, name, packed):
+    path = Path("texts", name)
+    path.write_bytes(PACK.get(path.suffix, bytes)(content) if packed else content)
+    try:
+        b"".join(read_documents(path, str(path), Changes())).decode()
+    except (InputError, IntegrityError) as error:
+        assert str(path) in str(error)  # noqa: PT017 (either outcome is right)
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+
+
 def test_files_of_a_folder_are_found_wherever_they_are_in_it():
     for name in ("f/b", "f/a/c", "f/a/.d", "f/.e/g"):
         put(name, "x")

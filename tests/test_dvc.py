@@ -5,13 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.files import sha256_file
 from pipeline.recipes import apply_recipe
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 ROOT = Path(__file__).parent.parent
@@ -76,13 +77,6 @@ def trainers(project):
     return found
 
 
-def wait_until(condition, deadline_s):
-    end = time.monotonic() + deadline_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child of its parent's death")
 @pytest.mark.parametrize(("number", "shell"), [(signal.SIGTERM, "/bin/bash"), (signal.SIGKILL, "/bin/sh")])
 def test_the_trainer_ends_with_dvc_and_the_next_repro_goes_on(project, params, monkeypatch, number, shell):  # A10
@@ -97,7 +91,7 @@ def test_the_trainer_ends_with_dvc_and_the_next_repro_goes_on(project, params, m
     assert wait_until(lambda: rows(project) > before + 5, 120), process.communicate()[0]
     process.send_signal(number)
     process.wait()
-    assert wait_until(lambda: not trainers(project), 10)
+    assert wait_until(lambda: not trainers(project), 60)  # 2 s where nothing else is at work
     code, said = output_of(repro(project, "train"))
     assert code == 0, said
     assert "going on after step" in said
@@ -112,19 +106,12 @@ def test_a_whole_repro_can_be_repeated_and_then_does_nothing(project):
 
 
 def test_every_stage_run_twice_writes_the_same_bytes(project):  # B8
-    timed = {"models/times.jsonl", "reports/timing.json", "reports/figures/speed.png", "reports/registered.json"}
-
-    def outputs():
-        found = [path for part in ("data", "models", "reports") for path in (project / part).rglob("*")]
-        names = {str(path.relative_to(project)): path for path in found if path.is_file()}
-        return {name: sha256_file(path) for name, path in names.items() if name not in timed}
-
-    before = outputs()
+    before, _ = hashes_of(project)
     assert {"models/model/model.safetensors", "reports/metrics.json", "reports/figures/loss.png"} <= before.keys()
     subprocess.run([sys.executable, "-m", "pipeline", "clean"], cwd=project, env=environment(), check=True)
     code, said = output_of(repro(project, "--force"))
     assert code == 0, said
-    assert outputs() == before
+    assert hashes_of(project)[0] == before
 
 
 def test_an_altered_cache_entry_is_refused_by_the_stage_that_reads_it(project):  # B6
@@ -148,3 +135,38 @@ def test_an_altered_cache_entry_is_refused_by_the_stage_that_reads_it(project): 
 
 def same(a, b):
     return a.stat().st_size == b.stat().st_size and sha256_file(a) == sha256_file(b)
+
+
+TIMED = {"models/times.jsonl", "reports/timing.json", "reports/figures/speed.png", "reports/registered.json"}
+
+
+def hashes_of(project):
+    """Of every file that the stages left, and of every out in dvc.lock, but for those that tell of time."""
+    found = [path for part in ("data", "models", "reports") for path in (project / part).rglob("*") if path.is_file()]
+    files = {str(path.relative_to(project)): sha256_file(path) for path in found}
+    stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    return [{name: each for name, each in hashes.items() if name not in TIMED} for hashes in (files, outs)]
+
+
+def test_two_clean_clones_come_to_the_same_bytes_wherever_they_are(project, tmp_path, monkeypatch):  # B8
+    code, said = output_of(repro(project))
+    assert code == 0, said
+    clone = tmp_path / "another place" / "ünd a much longer name, of a clone in another zone and another language"
+    subprocess.run(["git", "clone", "-q", project, clone], check=True, timeout=60)
+    assert not (clone / "data").exists()  # a clean clone: nothing of what the stages made, and no cache
+    assert not (clone / "dvc.lock").exists()
+    for name, value in {"TZ": "Pacific/Apia", "LANG": "C.UTF-8", "PYTHONHASHSEED": "7"}.items():
+        monkeypatch.setenv(name, value)
+    elsewhere = {**environment(), "LC_ALL": "C.UTF-8"}
+    monkeypatch.setattr(sys.modules[__name__], "environment", lambda: elsewhere)
+    code, said = output_of(repro(clone))
+    assert code == 0, said
+    (files, outs), (other_files, other_outs) = hashes_of(project), hashes_of(clone)
+    assert {"models/model/model.safetensors", "models/steps.jsonl", "reports/metrics.json"} <= files.keys()
+    assert {"models/model", "data/tokens", "data/corpus.txt"} <= outs.keys()
+    assert files == other_files
+    assert outs == other_outs
+    assert (project / "models/times.jsonl").read_bytes() != (clone / "models/times.jsonl").read_bytes()  # each its own
+    for folder in (project, clone):
+        assert "up to date" in output_of(repro(folder))[1]

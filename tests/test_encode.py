@@ -1,14 +1,15 @@
 """The corpus -> token files: the same bytes however it is cut, by however many, however often it was killed."""
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from unittest.mock import patch
@@ -261,26 +262,33 @@ def test_shards_of_another_text_or_other_shares_are_not_taken(corpus, tokenizer,
 
 @pytest.mark.fault
 def test_a_shard_that_another_task_is_making_is_waited_for_and_not_made_twice(corpus, tokenizer, tmp_path):
-    begun, go_on = threading.Event(), threading.Event()
-    original = module.write_shard
+    begun, waited_for = threading.Event(), threading.Event()
+    write, lock = module.write_shard, fcntl.flock
 
     def slow(*arguments):
         begun.set()
-        assert go_on.wait(10)
-        original(*arguments)
+        assert waited_for.wait(10), "nobody waits"
+        write(*arguments)
+
+    def telling(file, how):
+        try:
+            lock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited_for.set()
+            lock(file, how)
 
     def encode():
         encode_shards(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
 
-    with patch.object(module, "write_shard", side_effect=slow) as made:
-        threads = [threading.Thread(target=encode) for _ in range(2)]
-        threads[0].start()
+    with (
+        patch.object(module, "write_shard", side_effect=slow) as made,
+        patch.object(fcntl, "flock", telling),
+        ThreadPoolExecutor() as pool,
+    ):
+        first = pool.submit(encode)
         assert begun.wait(10)
-        threads[1].start()
-        time.sleep(0.2)  # time to do it wrong
-        go_on.set()
-        for thread in threads:
-            thread.join()
+        second = pool.submit(encode)
+        first.result(), second.result()
     assert made.call_count == 2  # train and val, once each
 
 
@@ -315,7 +323,7 @@ STAGE = """if True:
         made.append(path)
         if len(made) > int(sys.argv[1]):
             path.write_bytes(b"half")
-            Path("killable").touch()
+            print("half written", flush=True)
             time.sleep(60)
         original(path, batches, vocab_size)
         Path("made").write_text(str(len(made)))
@@ -329,24 +337,23 @@ STAGE = """if True:
 def start(project, n_shards):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", STAGE, str(n_shards)]
-    return subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=project, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_b7_a_killed_stage_goes_on_at_its_last_finished_shard(project, tokenizer, number, interruptible):
-    process, deadline = start(project, 2), time.monotonic() + 60
-    while not (project / "killable").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = start(project, 2)
+    assert "half written\n" in process.stdout, process.stderr.read()  # waits for that line, or for the end
     process.send_signal(number)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert said == ("error: interrupted: run the same command again to repeat it\n" if number == signal.SIGINT else "")
     assert not (project / "data" / "tokens").exists()
     process = start(project, 1000)
-    assert process.wait(timeout=60) == 0, process.stderr.read()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, said
     write_tokens(project / "data" / "corpus.txt", tokenizer, project / "clean", 1.0, 0.1, 1 << 18)
     assert data_sha256(project / "data" / "tokens") == data_sha256(project / "clean")
     assert int((project / "made").read_text()) == len(names(project / "clean")) - 1 - 2  # but the manifest, and those

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
@@ -38,6 +38,7 @@ from pipeline.store import Store
 from pipeline.tokenizer import Tokenizer
 from pipeline.tokens import write_shard
 from pipeline.vocab import Vocabulary
+from tests.waiting import wait_until
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
 SECRET = "postgresql://me:s3cret@db.example/studies"
@@ -360,7 +361,7 @@ def test_a_space_runs_by_itself(version, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"GRADIO_SERVER_NAME": "0.0.0.0", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # as in a Space
+    environment |= {"SPACE_ID": "you/shakespeare-gpt2", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # as in a Space
     with (tmp_path / "said").open("w") as said:
         app = subprocess.Popen(
             [sys.executable, "app.py", "--port", str(port)],
@@ -380,16 +381,21 @@ def test_a_space_runs_by_itself(version, tmp_path):
 
 
 def wait_for_page(url: str, app: "subprocess.Popen[bytes]", said: Path) -> str:
-    end = time.monotonic() + 90  # torch and Gradio are slow to import on busy cores
     request = urllib.request.Request(url, headers={"Host": "you-shakespeare-gpt2.hf.space"})
-    while True:
+
+    def answer() -> str:
+        assert app.poll() is None, said.read_text()
         try:
             with urllib.request.urlopen(request, timeout=10) as response:
                 return response.read().decode()
-        except OSError:
-            assert app.poll() is None, said.read_text()
-            assert time.monotonic() < end, said.read_text()
-            time.sleep(0.2)
+        except urllib.error.HTTPError:
+            raise
+        except OSError:  # not there yet
+            return ""
+
+    page = wait_until(answer, 90)  # torch and Gradio are slow to import on busy cores
+    assert page, said.read_text()
+    return page
 
 
 @pytest.fixture

@@ -1,13 +1,18 @@
 """Files are whole or absent; manifests find every change; a lock is held by one."""
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import InputError, IntegrityError, RunLocked
 from pipeline.files import (
+    MANIFEST,
     UNFINISHED,
     atomic_file,
     atomic_folder,
@@ -63,6 +68,10 @@ def test_a_folder_takes_the_place_of_its_predecessor(tmp_path):
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not a manifest"),
         (lambda folder: (folder / "manifest.json").write_text('{"a.txt": 3}'), "is not a manifest"),
+        (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "is not a manifest"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\0"), "is not a manifest"),
+        (lambda folder: (folder / "b.txt").unlink() or (folder / "b.txt").symlink_to("nowhere"), "b.txt is missing"),
+        (lambda folder: (folder / "b.txt").unlink() or (folder / "b.txt").mkdir(), "b.txt is missing"),
     ],
 )
 def test_a_manifest_finds_every_change(tmp_path, damage, words):
@@ -70,6 +79,37 @@ def test_a_manifest_finds_every_change(tmp_path, damage, words):
     damage(tmp_path / "f")
     with pytest.raises(IntegrityError, match=words):
         verify_manifest(tmp_path / "f")
+
+
+@pytest.mark.security
+@pytest.mark.parametrize(
+    "name", ["../outside.txt", "{folder}/outside.txt", "./a.txt", "x" * 300, "a\0b", "", ".", "..", "\ud800"]
+)
+def test_a_manifest_vouches_for_nothing_outside_of_its_folder(tmp_path, name):
+    fill(tmp_path / "f")
+    (tmp_path / "outside.txt").write_text("b")
+    manifest = json.loads((tmp_path / "f" / MANIFEST).read_text())
+    manifest[name.format(folder=tmp_path)] = manifest["b.txt"]
+    (tmp_path / "f" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match=r"is missing|is no file"):
+        verify_manifest(tmp_path / "f")
+
+
+@pytest.mark.security
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=80) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["a.txt", "b.txt", "size_bytes", "sha256", "../f/a.txt"]), inner, max_size=3), max_leaves=6,
+).map(json.dumps).map(str.encode))  # fmt: skip
+def test_any_bytes_as_a_manifest_are_refused_in_words(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "any"
+    fill(folder)
+    (folder / MANIFEST).write_bytes(content)
+    with pytest.raises(IntegrityError, match=str(folder)):
+        verify_manifest(folder)
+    with suppress(IntegrityError):
+        read_json(folder / MANIFEST)
 
 
 def test_leftovers_of_a_killed_writer_are_swept(tmp_path):

@@ -104,6 +104,7 @@ def test_nothing_is_written_that_the_model_was_not_trained_to_see(model, generat
     assert max(reserved) == model.trained_length
     assert [context_start(n, 12) for n in (1, 12, 13, 18, 19, 24, 25)] == [0, 0, 6, 6, 12, 12, 18]
     assert {n - context_start(n, 5) for n in range(6, 50)} == {4, 5}  # an odd length, half of it rounded down
+    assert {n - context_start(n, 1) for n in range(1, 9)} == {1}  # half of it is no token
 
 
 def test_a_reader_is_told_once_that_the_context_slides(generator):

@@ -1,10 +1,11 @@
-"""The foretold memory of a step against what a step really keeps, and the refusal."""
+"""What is foretold of memory and disk against what a step keeps and a run saves, and the refusals."""
 
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,17 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline import memory
+from pipeline.checkpoint import save_checkpoint, save_model
 from pipeline.config import load_params
 from pipeline.errors import OutOfSpaceError
 from pipeline.machine import Machine
-from pipeline.memory import check_fits, step_bytes
+from pipeline.memory import check_disk, check_fits, saved_bytes, step_bytes
 from pipeline.model import GPT, ModelConfig
 from pipeline.run_config import RunConfig
+from pipeline.tokens import Tokens
+from pipeline.train import fresh_state, train_steps
 from pipeline.vocab import Vocabulary
+from pipeline.windows import Rows, steps_of
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ModelConfig(n_layer=3, n_head=2, n_embd=64, block_size=32, vocab_size=50257, dropout=0.0, fold_vocab=True)
@@ -121,3 +126,86 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatc
     assert error.value.exit_code == 5
     monkeypatch.setattr(memory, "free_bytes", lambda machine: step_bytes(*settings()))
     check_fits(*settings())
+
+
+# The disk
+
+
+def bytes_in(folder):
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_checkpoint_and_a_model_take_as_much_disk_as_is_foretold_and_never_more(tmp_path, bpe, kind):  # A7
+    config, *_ = settings(kind=kind)
+    text = Rows(Tokens("text", [np.arange(200, dtype=np.uint16)], 50257), VOCABULARY, MACHINE.device)
+    state = fresh_state(config.model, VOCABULARY, config.optim, config.train, MACHINE)
+    next(train_steps(state, steps_of(1, text, config.windows, 1), 1, config.optim, MACHINE))
+    checkpoint = bytes_in(save_checkpoint(tmp_path, 1, state.tensors(), state.facts()))
+    save_model(tmp_path / "model", state.model, bpe)
+    foretold, model = saved_bytes(config, VOCABULARY)
+    assert checkpoint <= foretold < 1.03 * checkpoint  # a larger model comes nearer: its headers are as small
+    assert bytes_in(tmp_path / "model") <= model < 1.01 * bytes_in(tmp_path / "model")
+
+
+def test_each_process_has_random_numbers_of_its_own_to_save():
+    config, *_ = settings()
+    alone, four = (saved_bytes(config, VOCABULARY, processes)[0] for processes in (1, 4))
+    assert four - alone >= 3 * torch.get_rng_state().numel()
+
+
+ELSEWHERE = Path("/proc/models")  # of another file system
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    """A folder of checkpoints to be, and room on its disk and on another one, which a test may change."""
+    room = {True: 10**12, False: 10**12}
+
+    def usage(place):
+        return Namespace(free=room[tmp_path.is_relative_to(place) or place.is_relative_to(tmp_path)])
+
+    monkeypatch.setattr(memory.shutil, "disk_usage", usage)
+    folder = Namespace(path=tmp_path / "checkpoints" / "run", models=tmp_path / "models", room=room)
+    folder.checkpoint, folder.model = saved_bytes(settings()[0], VOCABULARY)
+    return folder
+
+
+def require_exactly(needed, checkpoints, models, here=True):
+    """Fail unless so many bytes of room are just enough for a run."""
+    checkpoints.room[here] = needed
+    check_disk(*settings(), checkpoints.path, models)
+    checkpoints.room[here] = needed - 1
+    place = "/proc" if not here else str(checkpoints.path.parents[1])
+    said = f"the run may need {needed:,} bytes of disk in {place}.*, {needed - 1:,} bytes are free: make room there"
+    with pytest.raises(OutOfSpaceError, match=said) as error:
+        check_disk(*settings(), checkpoints.path, models)
+    assert error.value.exit_code == 5
+
+
+def test_a_disk_needs_room_for_four_checkpoints_or_for_three_and_the_model(checkpoints, monkeypatch):  # A7
+    small, large = sorted((checkpoints.checkpoint, checkpoints.model))
+    monkeypatch.setattr(memory, "saved_bytes", lambda *_: (large, small))
+    require_exactly(4 * large, checkpoints, checkpoints.models)
+    monkeypatch.setattr(memory, "saved_bytes", lambda *_: (small, large))
+    require_exactly(3 * small + large, checkpoints, checkpoints.models)
+    require_exactly(4 * small, checkpoints, None)  # a trial leaves no model
+
+
+def test_two_disks_are_each_asked_for_their_part(checkpoints):  # A7
+    require_exactly(4 * checkpoints.checkpoint, checkpoints, ELSEWHERE)
+    checkpoints.room[True] = 10**12
+    require_exactly(checkpoints.model, checkpoints, ELSEWHERE, here=False)
+
+
+def test_what_the_run_holds_already_needs_no_room_again(checkpoints):  # A7
+    held = 0
+    for name in ("step-00000007", "step-00000014", ".unfinished-step-00000021"):  # the last one goes when it goes on
+        (checkpoints.path / name).mkdir(parents=True)
+        with (checkpoints.path / name / "weights.safetensors").open("wb") as file:
+            held += file.truncate(checkpoints.checkpoint - 5)
+    require_exactly(4 * checkpoints.checkpoint - held, checkpoints, None)
+    (checkpoints.path / "step-00000021").mkdir()
+    (checkpoints.path / "step-00000021" / "weights.safetensors").open("wb").truncate(checkpoints.checkpoint + 15)
+    checkpoints.room[True] = 0
+    check_disk(*settings(), checkpoints.path, None)

@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 from pathlib import Path
 from uuid import uuid4
@@ -7,18 +9,19 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from fixtures_mlflow import root_of, trained_project
+from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F401 (a fixture)
 
-from pipeline import registry, versions
+from pipeline import registry
 from pipeline.checkpoint import save_model
 from pipeline.errors import IntegrityError, ModelMissing
 from pipeline.files import read_json, verify_manifest, write_json
 from pipeline.generate import load_generator
 from pipeline.model import GPT, ModelConfig
-from pipeline.registry import Registered, RegistryConfig, fetch_version, register
+from pipeline.registry import Registered, RegistryConfig, register
 from pipeline.runs import find_run
 from pipeline.sampling import Sampling
 from pipeline.store import Store
+from pipeline.versions import fetch_version, verify_version
 from pipeline.vocab import Vocabulary
 
 
@@ -29,7 +32,7 @@ def config() -> RegistryConfig:
 
 
 @pytest.fixture
-def register_it(store: Store, config: RegistryConfig, cheap_files: None):
+def register_it(store: Store, config: RegistryConfig, cheap_versions: None):
     """Register a project; a loss on foreign tokens is what the test says."""
 
     def call(project: Path, foreign_loss: float | Exception = 0.0) -> Registered:
@@ -42,19 +45,6 @@ def register_it(store: Store, config: RegistryConfig, cheap_files: None):
         return register(root_of(store), project, config, loss_on)
 
     return call
-
-
-@pytest.fixture
-def cheap_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a version's own files, leave out what MLflow adds for serving, which takes a second."""
-
-    def log_files(store: Store, project: Path, _run: object, model_id: str) -> None:
-        store.client.log_model_artifacts(model_id, str(project / "models" / "model"), "artifacts/model")
-        store.client.log_model_artifacts(model_id, str(project / "data" / "tokens"), "artifacts/tokens")
-        store.client.log_model_artifact(model_id, str(project / "params.yaml"), "artifacts")
-        store.client.finalize_logged_model(model_id, "READY")
-
-    monkeypatch.setattr(versions, "_log_files", log_files)
 
 
 def aliases(store: Store, config: RegistryConfig) -> dict[str, str]:
@@ -119,14 +109,15 @@ CALLS = [*MAKING, "log_batch", "log_artifact", "create_registered_model", "log_o
          "finalize_logged_model", "set_model_version_tag"]  # fmt: skip
 
 
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(("dying", "after"), [*((call, False) for call in CALLS), *((call, True) for call in MAKING)])
 def test_killed_anywhere_a_repetition_makes_no_duplicate(
     dying, after, store, config, register_it, tmp_path, monkeypatch
-):
-    class Killed(BaseException):
-        """Nothing catches it, as nothing catches SIGKILL."""
-
+):  # C5
     project = trained_project(tmp_path / "project")
     client = type(store.client)
     whole = getattr(client, dying)
@@ -149,6 +140,47 @@ def test_killed_anywhere_a_repetition_makes_no_duplicate(
     run = store.client.get_run(done["run_id"])
     assert len({output.model_id for output in run.outputs.model_outputs}) == 1
     assert len(store.client.search_runs([store.experiment_id], f"tags.fingerprint = '{done['fingerprint']}'")) == 1
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_dying_at_any_call_that_changes_the_store_the_champion_loads_and_the_repetition_is_complete(  # C5
+    store, cheap_versions, tmp_path, monkeypatch
+):
+    client = type(store.client)
+    changing = [name for name in dir(client) if name.startswith(("create_", "log_", "set_", "update_", "finalize_"))]
+    dying_at, whole = 0, False
+    while not whole:
+        dying_at += 1
+        config, place = RegistryConfig(model=f"model-{uuid4().hex[:8]}", gate=0.1), tmp_path / str(dying_at)
+        register(root_of(store), trained_project(place / "champion"), config)
+        rival, calls = trained_project(place / "rival", corpus_loss=0.08), iter(range(1, 1000))
+
+        def dying(call, calls=calls, last=dying_at):
+            def counted(*arguments, **named):
+                if next(calls) == last:
+                    raise Killed
+                return call(*arguments, **named)
+
+            return counted
+
+        with monkeypatch.context() as crash:
+            for name in changing:
+                crash.setattr(client, name, dying(getattr(client, name)))
+            try:
+                register(root_of(store), rival, config)
+                whole = True
+            except Killed:
+                pass
+        for number in aliases(store, config).values():
+            verify_version(store, store.client.get_model_version(config.model, number))
+        done = register(root_of(store), rival, config)
+        assert aliases(store, config) == {"champion": "2", "candidate": "2"}
+        assert len(all_versions(store, config)) == 2
+        assert len(store.client.search_runs([store.experiment_id], f"tags.fingerprint = '{done['fingerprint']}'")) == 1
+        assert len(store.client.get_run(done["run_id"]).outputs.model_outputs) == 1
+        assert store.client.get_model_version(config.model, "2").tags["passed_gate"] == "true"
+    assert dying_at > 20, "run, rows, figures, reports, model, files, version, tags and two aliases"
 
 
 @pytest.mark.fault
@@ -205,6 +237,106 @@ def test_a_target_above_the_gate_or_a_missing_evaluation_makes_no_champion(store
     (unevaluated / "reports" / "metrics.json").unlink()
     assert "metrics.json not found" in register_it(unevaluated)["reason"]
     assert aliases(store, config) == {"candidate": "2"}
+
+
+def edited(name: str, **changes):
+    """Change keys of a report by hand; `results_x` is x among the results of a run."""
+
+    def edit(project: Path) -> None:
+        values = json.loads((project / name).read_text())
+        values |= {key: value for key, value in changes.items() if not key.startswith("results_")}
+        inner = {key.removeprefix("results_"): value for key, value in changes.items() if key.startswith("results_")}
+        values |= {"results": values["results"] | inner} if inner else {}
+        (project / name).write_text(json.dumps(values))
+
+    return edit
+
+
+def both(*edits):
+    return lambda project: [edit(project) for edit in edits]
+
+
+METRICS, RUN = "reports/metrics.json", "models/run.json"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda project: (project / METRICS).unlink(), r"could not be judged: InputError: .*metrics\.json not found"),
+        (
+            edited(METRICS, corpus_loss=0.01),
+            "metrics.json says loss 0.0100, the training's own look at its model 0.0900",
+        ),
+        (edited(METRICS, corpus_loss=-5), "metrics.json says loss -5.0000, the training's own"),
+        (edited(METRICS, corpus_loss=float("nan")), "metrics.json says loss nan, the training's own"),
+        (edited(METRICS, corpus_loss="0.01"), "could not be judged: TypeError"),
+        (edited(METRICS, corpus_loss=None), "could not be judged: TypeError"),
+        (
+            both(edited(METRICS, corpus_loss=0.01), edited(RUN, results_corpus_loss=0.01)),
+            r"run\.json is not what its journal says: loss 0\.0100 at step 20",
+        ),
+        (edited(RUN, results_model_step=10), r"run\.json is not what its journal says: loss 0\.0900 at step 10"),
+        (edited(RUN, results_model_step=99), "could not be judged: KeyError: 99"),
+    ],
+)
+def test_figures_that_were_edited_or_are_missing_make_no_champion(  # C6
+    edit, reason, store, config, register_it, tmp_path
+):
+    register_it(trained_project(tmp_path / "champion"))
+    edit(rival := trained_project(tmp_path / "rival"))
+    done = register_it(rival)
+    assert re.match(reason, done["reason"]), done["reason"]
+    assert aliases(store, config) == {"champion": "1", "candidate": "2"}
+    assert store.client.get_run(done["run_id"]).info.status == "FINISHED"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (edited(METRICS, fingerprint="another"), "is not about the run"),
+        (lambda project: (project / METRICS).write_text("{"), "is not JSON"),
+        (edited(RUN, fingerprint="another"), "is not about the run another"),
+        (edited(RUN, results_to_target=None), r"run\.json is no record of a run"),
+        (edited(RUN, results={}), r"run\.json is no record of a run"),
+        (lambda project: (project / RUN).write_text("[]"), r"run\.json is no record of a run"),
+        (
+            lambda project: shutil.copytree(
+                trained_project(project / "other", salt=7) / "data", project / "data", dirs_exist_ok=True
+            ),
+            "is not what the present model was trained on",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_not_registered(edit, words, store, config, register_it, tmp_path):  # C6
+    register_it(trained_project(tmp_path / "champion"))
+    edit(rival := trained_project(tmp_path / "rival"))
+    with pytest.raises(IntegrityError, match=words) as told:
+        register_it(rival)
+    assert "\n" not in str(told.value)
+    assert aliases(store, config) == {"champion": "1", "candidate": "1"}
+    assert len(all_versions(store, config)) == 1
+
+
+@pytest.mark.security
+def test_beside_a_champion_that_was_forged_the_gate_stays_shut_and_says_why(store, config, register_it, tmp_path):
+    store.client.create_registered_model(config.model)
+    store.client.create_model_version(config.model, str(tmp_path), tags={"corpus_loss": "0.0"})
+    store.client.set_registered_model_alias(config.model, "champion", "1")
+    done = register_it(trained_project(tmp_path / "project"))
+    assert done["reason"] == "champion 1 has no tag data_sha256, so that no `register` made it"
+    assert aliases(store, config) == {"champion": "1", "candidate": "2"}
+
+
+@pytest.mark.security
+def test_forged_tags_of_a_version_are_set_right_when_it_is_registered_again(store, config, register_it, tmp_path):
+    register_it(trained_project(tmp_path / "champion"))
+    worse = trained_project(tmp_path / "worse", corpus_loss=0.099)
+    register_it(worse)
+    store.client.set_model_version_tag(config.model, "2", "corpus_loss", "0.0")
+    assert register_it(worse)["reason"].startswith("worse: loss 0.0990")
+    assert store.client.get_model_version(config.model, "2").tags["corpus_loss"] == "0.099"
 
 
 @pytest.mark.fault

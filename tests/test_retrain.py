@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 from uuid import uuid4
 
+import psutil
 import pytest
 import torch
-from fixtures_mlflow import root_of, trained_project
+from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F401 (a fixture)
 
 from pipeline import retrain as retraining
-from pipeline import versions
 from pipeline.catalog import find_version, identity_of
 from pipeline.config import load_params
 from pipeline.encode import write_tokens
@@ -30,6 +30,8 @@ from pipeline.retrain import retrain
 from pipeline.run_config import RunConfig
 from pipeline.tokenizer import load_tokenizer
 from pipeline.tokens import data_sha256
+from pipeline.versions import _write_listing
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,7 +87,7 @@ def repository(tmp_path):
 
 
 @pytest.fixture
-def version(store, repository, tmp_path, monkeypatch):
+def version(store, repository, tmp_path, monkeypatch, cheap_versions):
     """A version that the stage above has trained, in a clean checkout of its commit, on this machine."""
     project = trained_project(tmp_path / "project")
     params = (ROOT / "params.yaml").read_text().replace("seed: 1", f"seed: {uuid4().int % 10**9}")
@@ -103,14 +105,6 @@ def version(store, repository, tmp_path, monkeypatch):
     (project / "models" / "model" / "manifest.json").unlink()
     (project / "reports" / "metrics.json").unlink()  # of another run; nothing asks for it
     write_manifest(project / "models" / "model")
-
-    def log_files(store, project, _run, model_id):  # without what MLflow adds for serving, which takes a second
-        for source, place in (("models/model", "model"), ("data/tokens", "tokens")):
-            store.client.log_model_artifacts(model_id, str(project / source), f"artifacts/{place}")
-        store.client.log_model_artifact(model_id, str(project / "params.yaml"), "artifacts")
-        store.client.finalize_logged_model(model_id, "READY")
-
-    monkeypatch.setattr(versions, "_log_files", log_files)
     monkeypatch.chdir(repository)  # whose commit the run then has
     name = f"model-{uuid4().hex[:8]}"
     register(root_of(store), project, RegistryConfig(model=name, gate=0.1))
@@ -127,6 +121,13 @@ def tagged(store, version, **tags):
 
 def weights_of(version):
     return sha256_file(Path(version.source) / "artifacts" / "model" / "model.safetensors")
+
+
+def is_alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def assert_nothing_stays(repository, temporary):
@@ -187,7 +188,7 @@ def test_what_was_trained_on_changing_machines_is_not_trained_again(store, versi
 def test_several_processes_are_expected_where_the_parameters_start_them(store, version, repository, temporary, capfd):
     params = Path(version.source) / "artifacts" / "params.yaml"
     params.write_text(params.read_text().replace("processes: 1", "processes: 2"))
-    version = tagged(store, version, params_sha256=sha256_file(params))
+    version = tagged(store, version, files_sha256=_write_listing(Path(version.source)))
     identity = identity_of(store, version)
     environment = {**identity["environment"], "processes": 2, "threads": max(1, cores() // 2)}
     store.client.log_dict(version.run_id, {**identity, "environment": environment}, "identity.json")
@@ -281,15 +282,13 @@ def test_a_signal_takes_the_training_and_its_recorder_along(
     """The recorder is in a process group of its own, as the real one is, and would make its folder anew."""
     loop = "for _ in range(1000):\n time.sleep(0.01)\n os.makedirs(place, exist_ok=True)"
     recorder = f"import os, time\nplace = os.path.abspath('checkpoints/x')\n{loop}"
-    start = f"import subprocess; subprocess.Popen([sys.executable, '-c', {recorder!r}], process_group=0)"
-    monkeypatch.setenv(
-        "BEHAVIOUR", f"{start}\ntime.sleep(0.3)\nPath({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(99)"
-    )
+    start = f"import subprocess; beside = subprocess.Popen([sys.executable, '-c', {recorder!r}], process_group=0)"
+    wait = "while not os.path.isdir('checkpoints/x'):\n time.sleep(0.01)"
+    note = f"Path({str(tmp_path / 'pid')!r}).write_text(str(beside.pid)); Path({str(tmp_path / 'begun')!r}).touch()"
+    monkeypatch.setenv("BEHAVIOUR", f"{start}\n{wait}\n{note}\ntime.sleep(99)")
 
     def send():
-        end = time.monotonic() + 60
-        while not (tmp_path / "begun").exists() and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until((tmp_path / "begun").exists, 60)
         sent.append(time.monotonic())
         os.kill(os.getpid(), number)
 
@@ -300,7 +299,7 @@ def test_a_signal_takes_the_training_and_its_recorder_along(
     sender.join()
     assert time.monotonic() - sent[0] < 30  # it would sleep for 99 s
     assert told.value.exit_code == 128 + number
-    time.sleep(0.2)  # for what is still there to leave a trace
+    assert wait_until(lambda: not is_alive(int((tmp_path / "pid").read_text())), 10)  # which would make its folder anew
     assert_nothing_stays(repository, temporary)
 
 

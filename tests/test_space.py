@@ -133,3 +133,12 @@ def test_an_override_is_checked_as_the_file_is_and_named_as_what_it_is(params):
 def test_a_study_name_is_safe_as_a_folders_name(params):
     with pytest.raises(InputError, match=r"sweep\.study"):
         overridden(params, {"study": "../x"}).section(SweepConfig)
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("given", ["postgresql://me:s3cret@host/db", "postgresql://host/db?user=me&password=s3cret"])
+def test_a_password_is_refused_where_git_and_every_run_would_keep_it_and_is_not_shown(params, given):
+    with pytest.raises(InputError, match=r"sweep: storage holds a password.*PGPASSWORD") as refused:
+        overridden(params, {"storage": given}).section(SweepConfig)
+    assert "s3cret" not in str(refused.value)
+    overridden(params, {"storage": "postgresql://me@host/db"}).section(SweepConfig)

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.__main__ import SECTIONS
 from pipeline.config import Params, load_params
+from pipeline.environment import SECTIONS
 from pipeline.errors import (
     DivergedError,
     InputError,
@@ -141,6 +141,95 @@ def test_any_single_change_to_a_value_is_accepted_or_refused_in_words(data):  # 
         RunConfig.of(changed)
     except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017 (either outcome is right)
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.dates(), st.binary(max_size=5),
+    st.sampled_from([10**400, -(10**400), 2**63, 1e308, 5e-324]),
+)  # fmt: skip
+ANYTHING = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | LEAVES, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def require_a_line(check, *arguments):
+    """Return the faults that `check` names in one line; nothing where it finds none. Fail on any other error."""
+    try:
+        check(*arguments)
+    except InputError as error:
+        assert error.exit_code == 2  # noqa: PT017 (either outcome is right)
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+        return str(error)
+    return ""
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_values_of_any_type_are_accepted_or_refused_in_a_line(tmp_path_factory, data):  # B9
+    values = {name: dict(section) for name, section in load_params(ROOT / "params.yaml").values.items()}
+    for section in data.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=4, unique=True)):
+        key = data.draw(
+            st.sampled_from(sorted(values[section])) | ANYTHING.filter(lambda key: hash_of(key) is not None)
+        )
+        values[section][key] = data.draw(ANYTHING)
+    if data.draw(st.booleans()):
+        values[data.draw(st.sampled_from(sorted(values)) | st.text(max_size=5))] = data.draw(ANYTHING)
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump(values))
+    params = load_params(path)
+    for check, kinds in ((params.check, SECTIONS), (lambda: RunConfig.of(params), ())):
+        require_a_line(check, *kinds)
+    assert all(len(fault.splitlines()) == 1 for fault in params.unknown_sections(*SECTIONS))
+
+
+def hash_of(key):
+    try:
+        return hash(key)
+    except TypeError:
+        return None
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_each_of_several_wrong_values_is_named_by_section_and_key(data):  # B9
+    values = {name: dict(section) for name, section in load_params(ROOT / "params.yaml").values.items()}
+    stage = data.draw(st.sampled_from([RUN_SECTIONS, *((kind,) for kind in set(SECTIONS) - set(RUN_SECTIONS))]))
+    keys = [(kind.section_name, key) for kind in stage for key in kind.model_fields]
+    wrong = data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=5, unique=True))
+    for section, key in wrong:
+        values[section][key] = {"no": {"such": "thing"}}  # of no section's types
+    said = require_a_line(Params(values).check, *stage)
+    assert all(f"{section}.{key}" in said for section, key in wrong)
+
+
+SCRAPS = st.text("&*!{}[]:,-?<|>'\"%@`#a1 \n.~=e", max_size=40).map(str.encode)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=60) | SCRAPS)
+def test_any_bytes_as_params_are_read_or_refused_in_a_line(tmp_path_factory, content):  # B9
+    path = tmp_path_factory.getbasetemp() / "bytes.yaml"
+    path.write_bytes(content)
+    if not require_a_line(load_params, path):
+        require_a_line(load_params(path).check, *SECTIONS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 5000, "a: 2001-99-99", "a: !!int ''", "a: !!bool x", "a: !!timestamp x", "a: !!float z", "a: 1" + "0" * 5000,
+     "a: !!python/object:os.system {}", "? [1]\n: 2\n", "a: \0"],
+)  # fmt: skip
+def test_what_only_yaml_itself_stumbles_over_is_refused_in_a_line(tmp_path, content):  # B9
+    (tmp_path / "params.yaml").write_text(content)
+    assert "is not YAML" in require_a_line(load_params, tmp_path / "params.yaml")
+
+
+def test_a_key_with_a_line_break_is_named_in_one_line():
+    params = Params({"corpus": {"a\nb": 1}, "c\nd": {}})
+    assert "corpus.a b: unknown key" in require_a_line(params.check, *SECTIONS)
+    assert params.unknown_sections(*SECTIONS)[0].startswith("c d: unknown section")
 
 
 @pytest.mark.parametrize(

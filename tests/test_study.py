@@ -3,14 +3,16 @@
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler, TPESampler
-from optuna.storages import InMemoryStorage
+from optuna.storages import InMemoryStorage, fail_stale_trials
 from optuna.trial import TrialState, create_trial
 
 from pipeline import study as studies
@@ -136,6 +138,25 @@ def test_what_kills_every_worker_is_given_up_in_the_end(study):
         assert study.ask().number == number + 1
     take_up_again(study, studies.RETRIES, studies.RETRIES)
     assert len(study.trials) == studies.RETRIES + 1
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("silent_s", "state"), [(300, TrialState.RUNNING), (601, TrialState.FAIL)])
+def test_what_a_silent_worker_has_is_taken_up_again_after_the_grace_and_not_before(  # D1, D3
+    silent_s, state, sweep, tmp_path
+):
+    storage = open_storage("sqlite:///optuna.db", tmp_path, grace_s=600)
+    study = join_study(sweep, question(sweep), storage)
+    left = study.ask()
+    values = suggest(left, sweep)
+    storage.record_heartbeat(left._trial_id)
+    with closing(sqlite3.connect(tmp_path / "optuna.db")) as database, database:  # as if it had been so long ago
+        database.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, ?)", [f"-{silent_s} seconds"])
+    fail_stale_trials(study)
+    assert study.trials[0].state is state
+    again = study.ask()
+    assert (taken_up_again(study) == {0}) is (state is TrialState.FAIL)
+    assert (suggest(again, sweep) == values) is (state is TrialState.FAIL)
 
 
 def test_patience_ends_a_study_that_finds_nothing_better(study):

@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,18 @@ def with_checkpoint():
     return None
 
 
+def stopped_between_transactions(pid):
+    """Stop a process; whether SQLite can be written to then: in the midst of a write it would keep all others out."""
+    os.kill(pid, signal.SIGSTOP)
+    with closing(sqlite3.connect("optuna.db", timeout=1, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+            return True
+        except sqlite3.OperationalError:
+            os.kill(pid, signal.SIGCONT)
+            return False
+
+
 def is_alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -178,6 +192,15 @@ def test_a_study_finds_a_best_tracks_every_trial_and_its_best_is_applied(workspa
     assert RunConfig.of(load_params()).origin(load_params()) == {}
     with pytest.raises(InputError, match=r"optim.clip 1.0 -> 0.5"):
         apply_best(config(), Path("params.yaml"))
+    # With another space it is another study, which is told before anything is trained.
+    change(
+        workspace, **{"optim.clip": 1.0, "sweep.space": {"optim": {"lr": {"low": 0.003, "high": 0.007, "log": True}}}}
+    )
+    code, said = run("--trials", 8)
+    assert code == 2, said
+    assert said.splitlines()[-1].startswith("error: study tiny asks something else: ")  # D5
+    assert "space.optim.lr.high 0.006 -> 0.007" in said
+    assert len(study().trials) == 4
 
 
 def test_a_killed_workers_trial_goes_on_from_its_checkpoint_in_the_same_run(workspace, store):  # D1
@@ -233,7 +256,7 @@ def test_a_slow_worker_that_lives_keeps_its_trial_and_a_second_sweep_is_told_of_
     change(workspace, **{"target.loss": 0.3, "sweep.pruner": "none"})
     sweep = start("--trials", 2, "--workers", 2, "--grace-s", 30)
     pid, slow = wait_until(with_checkpoint)
-    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: stopped_between_transactions(pid))
     code, said = run("--trials", 2)  # a second sweep of the study here, which takes a fraction of the grace
     fail_stale_trials(find_study(config(grace_s=30), Path.cwd()))  # as a worker does that begins a trial
     os.kill(pid, signal.SIGCONT)

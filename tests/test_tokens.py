@@ -1,5 +1,6 @@
 import os
 import resource
+import shutil
 import struct
 from pathlib import Path
 from unittest.mock import patch
@@ -136,6 +137,8 @@ WRONG_FILES = {
     "other format": (lambda shard: with_header(shard, version=2), "has format 2"),
     "other dtype": (lambda shard: with_header(shard, dtype=32), "dtype 32"),
     "id too large": (lambda shard: shard[:-2] + struct.pack("<H", 50257), "holds the id 50257"),
+    "a vocabulary that fills the memory": (lambda shard: with_header(shard, vocab_size=2**32 - 1), "65536 ids fit 16"),
+    "a length that fills the memory": (lambda shard: with_header(shard, length=2**64 - 1), "has 64 bytes"),
     "smaller vocabulary": (lambda shard: with_header(shard, vocab_size=19), "holds the id 19"),
 }
 
@@ -152,6 +155,44 @@ def test_b4_a_wrong_file_is_found_even_where_its_manifest_agrees(tmp_path, chang
     with pytest.raises(IntegrityError, match=f"train-00000.bin .*{message}") as caught:
         open_tokens(folder, "train")
     assert caught.value.exit_code == 3
+
+
+WHOLE = HEADER.pack(b"GPT2TOKS", 1, 16, 50257, 4) + struct.pack("<4H", 1, 2, 3, 50256)
+
+
+@st.composite
+def shards(draw):
+    """A token file of any bytes, or one with any bytes in some places, cut or prolonged."""
+    shard = bytearray(WHOLE)
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(shard)))
+        some = draw(st.binary(max_size=8))
+        shard[at : at + len(some)] = some
+    return draw(st.binary(max_size=64) | st.just(bytes(shard)) | st.just(bytes(shard[: draw(st.integers(0, 40))])))
+
+
+@pytest.mark.fault
+@pytest.mark.security
+@settings(max_examples=200, deadline=None)
+@given(first=shards(), second=shards())
+def test_b4_any_files_under_a_manifest_that_agrees_are_read_to_their_end_or_refused(tmp_path_factory, first, second):
+    folder = tmp_path_factory.getbasetemp() / "hostile"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for index, shard in enumerate((first, second)):
+        (folder / shard_name("train", index)).write_bytes(shard)
+    write_manifest(folder)
+    try:
+        tokens = open_tokens(folder, "train")
+    except IntegrityError as error:
+        assert "train-0000" in str(error)  # noqa: PT017 (either outcome is right)
+        assert error.exit_code == 3  # noqa: PT017
+        return
+    ids = tokens.read(0, len(tokens))
+    assert len(ids) == len(tokens)
+    assert tokens.vocab_size <= 65536
+    assert all(ids < tokens.vocab_size)
+    assert tokens.counts().sum() == len(tokens)
 
 
 @pytest.mark.fault

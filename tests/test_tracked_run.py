@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,19 @@ from pipeline import checkpoint, tracked_run
 from pipeline.checkpoint import checkpoint_steps, load_checkpoint, load_model
 from pipeline.config import load_params
 from pipeline.encode import write_tokens
-from pipeline.errors import DivergedError, InputError, IntegrityError, RunLocked
-from pipeline.files import locked, sha256_file, sha256_json
+from pipeline.errors import InputError, IntegrityError, RunLocked
+from pipeline.files import locked, sha256_file, sha256_json, write_manifest
 from pipeline.interrupt import StopSignals
-from pipeline.journal import read_steps
+from pipeline.journal import Journal, read_steps
 from pipeline.recipes import apply_recipe
 from pipeline.run_config import RunConfig
-from pipeline.stage import exit_code_of
+from pipeline.stage import exit_code_of, run_stage  # noqa: F401 (for `start`)
+from pipeline.store import open_store
+from pipeline.tokens import write_shard
 from pipeline.tracked_run import run_tracked
+from pipeline.tracking import ending
+from tests.test_checkpoint import at_nth_call
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parent.parent
@@ -106,58 +111,60 @@ def straight(prepared, tmp_path_factory):
         return bits()
 
 
-def start():
-    """The stage in a process of its own, without MLflow."""
-    program = (
-        "import sys\nfrom pipeline import tracked_run\nfrom tests.test_tracked_run import Untracked, train\n"
-        "from pipeline.stage import run_stage\ntracked_run.Recorder = Untracked\nrun_stage(train)"
+def start(setting="pass"):
+    """The stage in a process of its own, without MLflow, after what `setting` does there."""
+    program = f"from tests.test_tracked_run import *\ntracked_run.Recorder = Untracked\n{setting}\nrun_stage(train)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_steps(process, n, deadline_s=120):
-    """Return once the journal has `n` rows, or the process is gone."""
-    end = time.monotonic() + deadline_s
-    while process.poll() is None and time.monotonic() < end:
-        if sum(path.read_text().count("\n") for path in Path("checkpoints").glob("*/times.jsonl")) >= n:
-            return
-        time.sleep(0.005)
+def end(process):
+    """Wait for a process that ends by itself; return its code and what it said on stderr."""
+    said = process.communicate(timeout=300)[1]
+    return process.returncode, said
 
 
-def kill_in_a_save(process, deadline_s=120):
-    """Kill it as soon as a checkpoint is being written; whether one was left unfinished."""
-    end = time.monotonic() + deadline_s
-    while process.poll() is None and time.monotonic() < end:
-        if list(Path("checkpoints").glob("*/.unfinished-step-*")):
-            break
-    process.kill()
-    process.wait()
-    return bool(list(Path("checkpoints").glob("*/.unfinished-step-*")))
+def n_rows():
+    """Rows in the journal of the one run there is, or is to be."""
+    return sum(path.read_text().count("\n") for path in Path("checkpoints").glob("*/times.jsonl"))
+
+
+def hold_after(step):
+    """Have the process wait there for its end."""
+    at_step(pytest.MonkeyPatch(), step, sys.stdin.read)
+
+
+def die_in_the_save_of(step, at_call):
+    """Have SIGKILL end the process at the `at_call`-th call that touches the disk in the save of `step`, or later."""
+    save = tracked_run.save_checkpoint
+
+    def deadly(folder, saved, *state):
+        if saved == step:
+            at_nth_call(at_call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        return save(folder, saved, *state)
+
+    tracked_run.save_checkpoint = deadly
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight):  # A1
-    print("seed", seed := random.randrange(10**6))  # shown on failure
-    chance = random.Random(seed)
-    change(workspace, **{"record.checkpoint_steps": 2})  # often, so that all kills fall within the run's 60 steps
-    codes, in_saves = [], 0
-    for n in range(5, STEPS, 7):  # 8 times
-        process = start()
-        wait_for_steps(process, n)
-        if n % 2:
-            in_saves += kill_in_a_save(process)
-        else:
-            time.sleep(chance.uniform(0, 0.02))  # into a step, most of the time
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight, chance):  # A1
+    change(workspace, **{"record.checkpoint_steps": 2})  # often, so that each kill finds new ones
+    unfinished = 0
+    for n in range(6, 54, 12):  # 8 times: in a step or between two, and in the save of the step after
+        with start(f"hold_after({n + 8})") as process:
+            assert wait_until(lambda: n_rows() >= n or process.poll() is not None, 120)  # noqa: B023 (used at once)
+            time.sleep(chance.uniform(0, 0.02))  # a moment that nobody chose, which need not be any one in particular
             process.kill()
-        codes.append(process.wait())
-        assert codes[-1] in (-signal.SIGKILL, 0), process.stderr.read()  # 0: done before the kill came
-        process.stderr.close()
-    assert codes.count(-signal.SIGKILL) >= 6
-    assert in_saves >= 1
-    process = start()
-    assert process.wait() == 0, process.stderr.read()
-    process.stderr.close()
+        assert process.returncode == -signal.SIGKILL
+        in_save = checkpoint_steps(run_folder())[0] + 2
+        code, said = end(start(f"die_in_the_save_of({in_save}, {chance.randint(4, 20)})"))
+        assert code == -signal.SIGKILL, said
+        unfinished += len(list(Path("checkpoints").glob("*/.unfinished-step-*")))
+    assert unfinished == 4, "kills in a save leave what the next start sweeps"
+    code, said = end(start())
+    assert code == 0, said
     assert bits() == straight
 
 
@@ -229,10 +236,10 @@ def test_a_restore_that_forgets_something_is_found_out(interrupted, straight, mo
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_says_so(workspace, straight, number, code):  # A8
     process = start()
-    wait_for_steps(process, 10)
+    assert wait_until(lambda: n_rows() >= 10 or process.poll() is not None, 120)
     process.send_signal(number)
-    said = process.communicate()[1]
-    assert process.returncode == code
+    found, said = end(process)
+    assert found == code
     assert said.strip().splitlines()[-1].startswith(f"error: {signal.Signals(number).name} at step")
     assert "Traceback" not in said
     rows = len(read_steps(run_folder() / "steps.jsonl"))
@@ -292,35 +299,195 @@ def test_a_run_on_a_full_disk_ends_with_5_and_goes_on_once_there_is_room(
     assert bits() == straight
 
 
+def turn_back_the_clock():
+    """Let each look at the time of day find it an hour earlier; what measures spans goes on as ever."""
+    hours, now, now_ns = count(), time.time, time.time_ns
+    time.time = lambda: now() - 3600 * next(hours)
+    time.time_ns = lambda: now_ns() - 3600 * 10**9 * next(hours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "utf8"),
+    [("a project with späces, 文字 and 🎭", {}), ("no UTF-8 at all", {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})],
+)
+def test_locale_clock_and_path_decide_no_bit_and_mlflow_gets_every_row(
+    prepared, straight, tmp_path, monkeypatch, name, utf8
+):  # A15
+    shutil.copytree(prepared, folder := tmp_path / name)
+    change(folder, **{"record.sample_prompts": ["Brünnhilde:"]})  # which samples repeat
+    with (folder / "params.yaml").open("a", encoding="utf-8") as params:
+        params.write("# Grüße\n")
+    monkeypatch.chdir(folder)
+    program = "from tests.test_tracked_run import *\nturn_back_the_clock()\nrun_stage(train)"
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
+    python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**kept, "LC_ALL": "C", "TZ": "Pacific/Apia", "PYTHONPATH": python_path, **utf8}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert bits() == straight
+    times = Journal(run_folder()).times
+    stamps = [row["logged_ms"] for row in times]
+    assert stamps == sorted(stamps, reverse=True), "the control: the clock went back in each step"
+    for key in ("train_s", "wall_s"):
+        assert all(0 <= a[key] < b[key] for a, b in pairwise(times))
+    assert json.loads(Path("reports/timing.json").read_text())["tokens_per_s"] > 0
+    store = open_store(folder)
+    (run,) = store.client.search_runs([store.experiment_id])
+    run_id = run.info.run_id  # a slow machine gets the last rows when training is over
+    assert wait_until(lambda: store.client.get_run(run_id).info.status == "FINISHED", 60)
+    for key in ("loss", "tokens_per_s"):
+        rows = store.client.get_metric_history(run_id, key)
+        assert [(row.step, row.timestamp) for row in sorted(rows, key=lambda row: row.step)] == list(
+            zip(range(1, STEPS + 1), stamps, strict=True)
+        )
+        assert all(row.value > 0 for row in rows)
+
+
+@pytest.fixture
+def namespaces():
+    """Skips where a process may not mount a file system of its own."""
+    tried = subprocess.run(["unshare", "-Urm", "true"], capture_output=True) if shutil.which("unshare") else None
+    if tried is None or tried.returncode:
+        pytest.skip("no user namespaces here: RLIMIT_FSIZE stands for the full disk")
+
+
+def on_a_small_disk(left_bytes):
+    """In a mount namespace: train on a disk that is too small, on one that fills up in the middle, and once more."""
+    tracked_run.Recorder = Untracked
+    disk = Path("checkpoints")
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)  # a checkpoint has 1.3 MB
+    codes = [exit_code_of(train)]
+    assert not n_rows()
+    subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+
+    def fill():
+        with (disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - left_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 10, fill)
+        codes.append(exit_code_of(train))
+    left = [path.name for path in run_folder().iterdir() if path.name.startswith((".", "step-"))]
+    (disk / "filler").unlink()
+    codes.append(exit_code_of(train))
+    print(json.dumps([codes, left, bits()]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_bytes", [0, 100_000])  # none for the journal's next row; some, but not for the weights
+def test_a_real_small_disk_is_refused_and_a_full_one_costs_nothing(
+    workspace, straight, namespaces, left_bytes
+):  # A6, A7
+    program = f"from tests.test_tracked_run import *\non_a_small_disk({left_bytes})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(["unshare", "-Urm", sys.executable, "-c", program], env=environment, capture_output=True,
+                          text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    codes, left, found = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [5, 5, 0]
+    assert left == ["step-00000007"]  # intact, and nothing half written beside it
+    assert found == straight
+    early, late = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.search(r"may need [\d,]+ bytes of disk in \S+checkpoints\S*, [\d,]+ bytes are free: make room", early)
+    needed = r"1,2\d\d,\d\d\d bytes needed, [\d,]+ bytes free" if left_bytes else "(.+ needed, )?0 bytes free"
+    assert re.search(rf"disk full in \S+: {needed}, make room", late)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step(workspace, straight, monkeypatch, capsys):  # A7
+    usage = shutil.disk_usage(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
+        assert exit_code_of(train) == 5
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"error: the run may need [\d,]+ bytes of disk in .+, 1,000,000 bytes are free: .+\n", said)
+        assert not n_rows()
+        assert not list(Path("checkpoints").rglob("step-*"))
+        assert not Path("models").exists()
+        at_step(patch, 30, die)
+        patch.setattr(shutil, "disk_usage", lambda place: usage)
+        with pytest.raises(Killed):
+            train()
+        patch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
+        assert exit_code_of(train) == 5  # what is held is not enough
+        assert n_rows() == 30
+    train()
+    assert bits() == straight
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
+    train()  # a finished run saves no checkpoint any more
+
+
+def test_a_batch_too_large_for_memory_is_refused_before_anything_is_made(workspace, capsys):  # A14
+    change(workspace, **{"windows.batch": 10**8, "optim.max_tokens": 10**12, "optim.warmup": 0.0})
+    assert exit_code_of(train) == 5
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: windows\.batch 100000000 of windows\.length 64 needs [\d,.]+ GB of memory, [\d,.]+ GB are free: "
+        r"make windows\.batch smaller .+\n", said)  # fmt: skip
+    assert not Path("checkpoints").exists()
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_what_it_has_and_needs(workspace, tokenizer, capsys):  # B3
+    (workspace / "short.txt").write_text("Speak, speak.\n" * 3)
+    shutil.rmtree("data/tokens")
+    write_tokens(workspace / "short.txt", tokenizer, Path("data/tokens"))
+    assert exit_code_of(train) == 2
+    assert re.fullmatch(r"error: data/tokens/train has 18 tokens, needs 65: .+\n", capsys.readouterr().err)
+    assert not Path("checkpoints").exists()
+
+
 def test_a_second_trainer_is_told_who_holds_the_run(interrupted):  # A11
-    before = {path: path.stat().st_mtime_ns for path in run_folder().rglob("*")}
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path().rglob("*")}
+
     with locked(run_folder().with_suffix(".lock")):
-        process = start()
-        said = process.communicate()[1]
-    assert process.returncode == 6
-    assert f"is held by process {os.getpid()}: wait for it or stop it" in said
-    assert {path: path.stat().st_mtime_ns for path in run_folder().rglob("*")} == before
+        before = state()
+        code, said = end(start())
+        assert state() == before  # of the whole workspace
+    assert code == 6
+    assert f"{run_folder().name} is held by process {os.getpid()}: wait for it or stop it" in said
     with locked(run_folder().with_suffix(".lock")), pytest.raises(RunLocked):
         train()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(workspace, monkeypatch):  # A12
+@pytest.mark.parametrize("poison", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(
+    workspace, monkeypatch, capsys, poison
+):  # A12
+    ends = []
+    monkeypatch.setattr(Untracked, "__exit__", lambda self, kind, error, trace: ends.append(ending(error)["status"]))
     forward = tracked_run.TrainState.__post_init__
 
     def poisoned(state):
         forward(state)
         calls = iter(range(10**6))
         loss = state.model.loss
-        state.model.loss = lambda *batch: loss(*batch) * (float("nan") if next(calls) == 39 else 1)
+        state.model.loss = lambda *batch: loss(*batch) * (float(poison) if next(calls) == 39 else 1)
 
     monkeypatch.setattr(tracked_run.TrainState, "__post_init__", poisoned)
-    with pytest.raises(DivergedError, match=r"loss is nan at step 40, lr 0\.00\d+"):
-        train()
+    assert exit_code_of(train) == 4
+    assert re.fullmatch(rf"error: loss is {poison} at step 40, lr 0\.00\d+.*\n", capsys.readouterr().err)
     assert checkpoint_steps(run_folder())[0] == 35
     assert load_checkpoint(run_folder(), 35)[1]["step"] == 35
+    assert len(read_steps(run_folder() / "steps.jsonl")) == 39  # what did not happen has no row
+    assert ends == ["FAILED"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("optim.lr", 0.001), ("train.seed", 2), ("target.loss", 0.2)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", 0.001),
+        ("train.seed", 2),
+        ("target.loss", 0.2),
+        ("model.vocab_size", 50304),
+        ("model.fold_vocab", False),
+    ],
+)
 def test_changed_parameters_are_another_run_and_named(interrupted, capsys, key, value):  # A13
     change(interrupted, **{key: value})
     train()
@@ -337,7 +504,9 @@ def run_folder_of_step(step):
 def test_changed_data_are_another_run_and_named(interrupted, capsys, tokenizer, shakespeare):  # A13
     write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.006)
     train()
-    assert re.search(r"a new run, not the last one's .*: data_sha256 ", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"a new run, not the last one's .*: data_sha256 ", said)
+    assert "going on" not in said
 
 
 def test_another_number_of_threads_starts_anew_and_keeps_the_old(interrupted, capsys, monkeypatch):  # A13
@@ -435,3 +604,14 @@ def test_contradictions_between_sections_are_found_before_anything_is_opened(wor
 
 def test_the_committed_params_are_a_run():
     assert RunConfig.of(load_params(ROOT / "params.yaml")).record.checkpoint_s > 0
+
+
+def test_tokens_with_more_ids_than_the_model_has_are_refused(workspace):  # B4
+    shutil.rmtree("data/tokens")
+    Path("data/tokens").mkdir()
+    for part in ("train", "val"):
+        write_shard(Path(f"data/tokens/{part}-00000.bin"), [[50300] * 1000], vocab_size=60000)
+    write_manifest(Path("data/tokens"))
+    with pytest.raises(InputError, match=r"has 60000 ids, model\.vocab_size is 50257: make model\.vocab_size larger"):
+        train()
+    assert not Path("checkpoints").exists()

@@ -1,13 +1,17 @@
 import os
+import resource
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from fixtures_mlflow import (
     an_identity,
@@ -18,15 +22,17 @@ from fixtures_mlflow import (
     trained_project,
 )
 
-from pipeline.errors import Interrupted, ModelMissing, Pruned
+from pipeline.errors import DivergedError, Interrupted, ModelMissing, Pruned
 from pipeline.files import read_json, write_json, write_text
 from pipeline.journal import STEPS, TIMES, Journal
 from pipeline.recorder import RUN_ID
 from pipeline.runs import JournalTail, describe_run, ensure_run, find_run, runs_of, shipped
 from pipeline.store import Store, project_root, store_uri
 from pipeline.tracking import Recorder, ending
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parent.parent
+PATIENCE_S = 240  # with a recorder, whose priority is the lowest: where others work, it gets to the store in a minute
 
 
 @pytest.fixture
@@ -48,11 +54,18 @@ def noted_id(journal: Journal) -> str:
     return (journal.folder / RUN_ID).read_text().strip()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+@contextmanager
+def recorder_of(root: Path, folder: Path, identity: dict, capfd: pytest.CaptureFixture) -> Iterator[list[str]]:
+    """A process beside a training, as `Recorder` starts it; yields what has been told so far, in lines."""
+    told: list[str] = []
+    with Recorder(root, folder, identity, {}, tick_s=0.05):
+        yield told
+    told += capfd.readouterr().err.splitlines()
+
+
+def has_warned(told: list[str], capfd: pytest.CaptureFixture) -> bool:
+    told += capfd.readouterr().err.splitlines()
+    return any("training goes on" in line for line in told)
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen:
@@ -96,26 +109,34 @@ def test_how_training_ended_is_how_the_run_ends(error: BaseException | None, sta
 
 
 @pytest.mark.fault
-def test_a_run_that_a_signal_stops_is_killed_and_has_all_its_rows(store: Store, journal: Journal, identity: dict):
+@pytest.mark.parametrize(
+    ("error", "status", "ended"),
+    [
+        (Interrupted("at step 3", signal.SIGTERM), "KILLED", "Interrupted: at step 3"),
+        pytest.param(DivergedError("loss nan\nat step 3"), "FAILED", "DivergedError: loss nan", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_a_signal_or_an_error_ends_says_so_and_has_all_its_rows(  # C1
+    error: Exception, status: str, ended: str, store: Store, journal: Journal, identity: dict
+):
     def train() -> None:
         with Recorder(root_of(store), journal.folder, identity, {}):
             append_steps(journal, 0, 3)
-            raise Interrupted("at step 3", signal.SIGTERM)
+            raise error
 
-    with pytest.raises(Interrupted):
-        train()  # waits a second at most, and the recorder goes on by itself
-    end = time.monotonic() + 60
-    while time.monotonic() < end and not (
-        (journal.folder / RUN_ID).is_file() and store.client.get_run(noted_id(journal)).info.status == "KILLED"
-    ):
-        time.sleep(0.05)
-    run = store.client.get_run(noted_id(journal))
-    assert (run.info.status, run.data.tags["ended"]) == ("KILLED", "Interrupted: at step 3")
-    assert_holds_just_the_journal(store, run.info.run_id, journal.folder)
+    with pytest.raises(type(error)):
+        train()  # after a signal it waits a second at most, and the recorder goes on by itself
+    assert wait_until((journal.folder / RUN_ID).is_file, PATIENCE_S)
+    assert wait_until(lambda: store.client.get_run(noted_id(journal)).info.status == status, PATIENCE_S)
+    assert store.client.get_run(noted_id(journal)).data.tags["ended"] == ended
+    assert_holds_just_the_journal(store, noted_id(journal), journal.folder)
 
 
 @pytest.mark.fault
-def test_after_a_kill_the_same_run_goes_on_with_each_row_once(store: Store, tmp_path: Path):
+@pytest.mark.parametrize("recorder_too", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_after_a_kill_the_same_run_goes_on_with_each_row_once(  # C1, C2
+    recorder_too: bool, store: Store, tmp_path: Path
+):
     write_json(make_folder(folder := tmp_path / "run") / "identity.json", identity := an_identity())
     process = python(
         """if True:
@@ -130,7 +151,7 @@ def test_after_a_kill_the_same_run_goes_on_with_each_row_once(store: Store, tmp_
         with Recorder(root, folder, read_json(folder / "identity.json"), {}, tick_s=0.05):
             for step in range(100_000):
                 append_steps(journal, step, step + 1)
-                time.sleep(0.001)
+                time.sleep(0.01)
         """,
         root_of(store),
         folder,
@@ -142,16 +163,24 @@ def test_after_a_kill_the_same_run_goes_on_with_each_row_once(store: Store, tmp_
         return run.info.run_id, run.info.status, len(shipped(store, run.info.run_id))
 
     try:
-        wait_until(lambda: runs_of(store, identity["fingerprint"]) and found()[2] >= 5)
+        assert wait_until(lambda: runs_of(store, identity["fingerprint"]) and found()[2] >= 5, PATIENCE_S)
     finally:
-        process.kill()
+        for doomed in (*(psutil.Process(process.pid).children() if recorder_too else ()), process):
+            doomed.kill()
         process.wait()
-    wait_until(lambda: found()[1] == "KILLED")  # by the process beside it, which has sent all that there was
+    if not recorder_too:
+        assert wait_until(
+            lambda: runs_of(store, identity["fingerprint"])[0].info.status == "KILLED", 60
+        )  # by the other
     before, journal = found(), Journal(folder)
-    assert before[2] == len(journal.steps)
+    steps = len(journal.steps)
+    if recorder_too:
+        assert before[1] == "RUNNING"  # nobody was left to close it
+    else:
+        assert before[2] == steps
     with recording(root_of(store), folder, identity):
-        append_steps(journal, before[2] // 2, before[2] + 100)  # the last checkpoint is older than the last row
-    assert found() == (before[0], "FINISHED", before[2] + 100)
+        append_steps(journal, steps // 2, steps + 100)  # the last checkpoint is older than the last row
+    assert found() == (before[0], "FINISHED", steps + 100)
     assert_holds_just_the_journal(store, before[0], folder)
 
 
@@ -168,16 +197,132 @@ def test_a_run_that_lost_its_folders_note_or_was_deleted_is_closed_and_replaced(
         assert "RUNNING" not in {run.info.status for run in runs_of(store, identity["fingerprint"])}
 
 
-@pytest.mark.fault
-def test_training_goes_on_while_the_store_is_locked_and_nothing_is_lost(store, journal, identity):
-    with recording(root_of(store), journal.folder, identity):
-        blocker = sqlite3.connect(store.uri.removeprefix("sqlite:///"), check_same_thread=False)
-        blocker.execute("BEGIN EXCLUSIVE")
-        threading.Timer(1.0, blocker.rollback).start()
-        started = time.monotonic()
-        append_steps(journal, 0, 30)
-        assert time.monotonic() - started < 0.5  # training did not wait for the lock's end
+class Gate:
+    """A way to a server, for which whoever comes in has to wait while it is stalled, and which can be shut."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self._way = port, threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.open()
+
+    def open(self) -> None:
+        """Let all through, also what has waited."""
+        if self._listener.fileno() < 0:
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._way.set()
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def stall(self) -> None:
+        self._way.clear()
+
+    def shut(self) -> None:
+        """Refuse connections, and end those that there are as soon as they are used."""
+        self._way.clear()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._target))
+                for source, sink in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError), source, sink:
+            while data := source.recv(1 << 16):
+                while not self._way.wait(0.05):
+                    if self._listener.fileno() < 0:
+                        return
+                sink.sendall(data)
+
+
+@pytest.fixture(scope="module")
+def tracking_server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of MLflow's own server of the session's store."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("tracking server")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri, "--host", "127.0.0.1"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--port", str(port), "--workers", "1"], cwd=folder, stdout=log, stderr=log, process_group=0
+        )
+
+    def answers() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+        assert server.poll() is None, (folder / "log").read_text()
+        return False
+
+    try:
+        assert wait_until(answers, PATIENCE_S), (folder / "log").read_text()
+        yield port
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(30)
+
+
+def ships_once_it_can(store, journal, identity, capfd, root: Path, fail, mend) -> None:
+    """Train while the store fails and is mended: training goes on, one warning, and all rows arrive, once each."""
+    fingerprint = identity["fingerprint"]
+
+    def shipped_steps() -> int:
+        runs = runs_of(store, fingerprint)
+        return len(shipped(store, runs[0].info.run_id)) if runs else 0
+
+    with recorder_of(root, journal.folder, identity, capfd) as told:
+        append_steps(journal, 0, 50)
+        assert wait_until(lambda: shipped_steps() == 50, PATIENCE_S)
+        fail()
+        append_steps(journal, 50, 400)
+        assert wait_until(lambda: has_warned(told, capfd), PATIENCE_S)
+        mend()
+        append_steps(journal, 400, 410)
+        assert wait_until(lambda: shipped_steps() == 410, PATIENCE_S)
+    (line,) = [line for line in told if line.startswith("warning")]
+    assert line.startswith("warning: MLflow's store fails (")
+    assert store.client.get_run(noted_id(journal)).info.status == "FINISHED"
     assert_holds_just_the_journal(store, noted_id(journal), journal.folder)
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["shut", "stall"])
+def test_a_server_that_is_down_or_slow_in_mid_run_gets_everything_once_it_is_back(  # C3
+    fault, store, journal, identity, tracking_server, tmp_path, monkeypatch, capfd
+):
+    gate = Gate(tracking_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{gate.port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")  # seconds, of ten, so that the test is short
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    ships_once_it_can(store, journal, identity, capfd, tmp_path, getattr(gate, fault), gate.open)
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_a_database_that_is_locked_in_mid_run_gets_everything_once_it_is_free(store, journal, identity, capfd):  # C3
+    blocker = sqlite3.connect(store.uri.removeprefix("sqlite:///"), isolation_level=None)
+    lock, free = (lambda: blocker.execute("BEGIN EXCLUSIVE")), blocker.rollback
+    ships_once_it_can(store, journal, identity, capfd, root_of(store), lock, free)
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_a_database_on_a_full_disk_gets_everything_once_there_is_room(store, journal, identity, capfd):  # C3
+    database = Path(store.uri.removeprefix("sqlite:///"))
+
+    def limit(size_bytes: int) -> None:
+        (recorder,) = (child for child in psutil.Process().children() if "pipeline.recorder" in child.cmdline())
+        before = resource.prlimit(recorder.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(recorder.pid, resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+
+    def fill() -> None:
+        limit(database.stat().st_size // 2)
+
+    ships_once_it_can(store, journal, identity, capfd, root_of(store), fill, lambda: limit(resource.RLIM_INFINITY))
 
 
 @pytest.mark.fault
@@ -189,9 +334,8 @@ def test_a_store_that_is_down_costs_one_warning_and_register_ships_the_run(
     with monkeypatch.context() as down:
         down.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
         down.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with Recorder(tmp_path, make_folder(tmp_path / "run"), identity, {}, tick_s=0.05):
-            time.sleep(3)  # several ticks
-    told = capfd.readouterr().err.splitlines()
+        with recorder_of(tmp_path, make_folder(tmp_path / "run"), identity, capfd) as told:
+            assert wait_until(lambda: has_warned(told, capfd), PATIENCE_S)
     assert [line.split(":")[0] for line in told] == ["warning", "warning"]  # in the run, and at its end
     assert "training goes on" in told[0]
     assert "register" in told[1]
@@ -202,21 +346,23 @@ def test_a_store_that_is_down_costs_one_warning_and_register_ships_the_run(
 
 @pytest.mark.fault
 def test_a_store_that_fails_in_mid_run_gets_everything_once_it_is_back(store, journal, identity, monkeypatch, capfd):
-    broken = threading.Event()
+    broken, failed, arrived = threading.Event(), threading.Semaphore(0), threading.Event()
     log_batch = type(store.client).log_batch
 
     def failing(*arguments, **named):
         if broken.is_set():
+            failed.release()
             raise OSError("disk full\nand more")
-        return log_batch(*arguments, **named)
+        log_batch(*arguments, **named)
+        arrived.set()
 
     monkeypatch.setattr(type(store.client), "log_batch", failing)
     with recording(root_of(store), journal.folder, identity):
         append_steps(journal, 0, 5)
-        time.sleep(0.3)
+        assert arrived.wait(PATIENCE_S)
         broken.set()
         append_steps(journal, 5, 250)
-        time.sleep(0.3)
+        assert all(failed.acquire(timeout=PATIENCE_S) for _ in range(3))  # more than one failure, and one warning
         broken.clear()
         append_steps(journal, 250, 260)
     assert capfd.readouterr().err.splitlines() == ["warning: MLflow's store fails (disk full): training goes on"]

@@ -1,5 +1,6 @@
 """page: a source of models -> the whole page, and the server that shows it."""
 
+from collections.abc import Collection
 from functools import partial
 from html import escape
 from typing import Any
@@ -9,10 +10,12 @@ from starlette.middleware import Middleware
 
 from webapp.about import about_html
 from webapp.api import endpoints
-from webapp.guard import LOOPBACK, Guard
+from webapp.body import Call
+from webapp.guard import LOOPBACK, Guard, Known
 from webapp.memory import first_look, memory_tab, n_windows
 from webapp.next_token import next_token_tab
 from webapp.prose import html
+from webapp.readers import Readers
 from webapp.source import Source
 from webapp.style import css, keys, theme
 from webapp.training import choices, training_tab
@@ -42,7 +45,7 @@ def compose(source: Source) -> gr.Blocks:
         page.load(partial(first_look, source), None, [memory.heat, memory.recital], **refresh)
         started.then(partial(head_html, source), None, head, **refresh)
         endpoints(source)
-    return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
+    return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)  # no way past the queue
 
 
 def head_html(source: Source) -> str:
@@ -67,14 +70,32 @@ def _refreshed(source: Source) -> tuple[Any, ...]:
     return head_html(source), about_html(served), window, *choices(source)
 
 
-def serve(source: Source, host: str, port: int, wait: bool = True) -> gr.Blocks:
-    """Serve the page on `host` alone: no share, no upload, no file, no proxy, nobody told."""
-    page = compose(source)
-    guard = Middleware(Guard, loopback=host in LOOPBACK)
+def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True) -> gr.Blocks:
+    """Serve the page on `host` alone: no share, no upload, no file, no proxy, nobody told.
+
+    `names`: what else it may be asked for by than `host` and this machine; ANY of webapp.guard: by any name.
+    """
+    page, bare = compose(source), host.strip("[]").lower()
+    known = Known({*LOOPBACK, bare, *names}, bare not in LOOPBACK, calls(page), Readers(page._queue))
     page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not wait,
         theme=theme(), css=css(), js=keys(), footer_links=["api"], run_history=False, ssr_mode=False, pwa=False,
-        max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False, num_workers=0,
-        app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None}, state_session_capacity=200,
+        max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False, num_workers=0, root_path="",
+        app_kwargs={"middleware": [Middleware(Guard, known=known)], "docs_url": None, "redoc_url": None},
+        state_session_capacity=50,  # each takes some 50 KB, for values that nothing here reads
     )  # fmt: skip
     return page
+
+
+def calls(page: gr.Blocks) -> dict[int, Call]:
+    """What each event takes that Python answers, by its number."""
+    found = {}
+    documented = page.get_api_info()["named_endpoints"]
+    for number, event in page.fns.items():
+        if event.fn is None:
+            continue
+        api = documented.get(f"/{event.api_name}", {}).get("parameters")
+        names = [one["parameter_name"] for one in api] if api else [f"value {n + 1}" for n in range(len(event.inputs))]
+        needed = [one["parameter_name"] for one in api or [] if not one["parameter_has_default"]]
+        found[number] = Call(event.api_name, names, needed)
+    return found

@@ -1,5 +1,7 @@
 """write: the tab that continues a prompt, and shows which of it stands word for word in the training text."""
 
+import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -7,13 +9,18 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
-from pipeline.errors import PipelineError
+from pipeline.errors import InputError, PipelineError
 from webapp.prose import LEAST_PASSAGE, html, note, place_html, refusal, traced
 from webapp.source import Source
 from webapp.writing import LONGEST_PROMPT, MOST_SAMPLES, MOST_TOKENS, Writing, checked_whole, write
 
 EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
-NUMBERS = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+LABELS = {
+    "samples": "Samples", "max_tokens": "Length", "temperature": "Temperature", "top_k": "Top-k", "top_p": "Top-p",
+    "repetition_penalty": "Repetition penalty", "seed": "Seed",
+}  # fmt: skip
+NUMBERS = tuple(LABELS)[1:]
+NAMED = re.compile(rf"\b({'|'.join(LABELS)})\b")  # as the API calls them
 EMPTY = '<p class="unwritten">What the model writes will stand here.</p>'
 OPEN_PLACE = """
 const open = (event) => {
@@ -42,7 +49,7 @@ def write_tab(source: Source) -> Dependency:
                 for n, example in enumerate(EXAMPLES):
                     name = " ".join(example.split())
                     chip = gr.Button(name, size="sm", elem_id=f"example-{n}")
-                    chip.click(partial(str, example), None, prompt, queue=False, api_visibility="private")
+                    chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private")
             with gr.Row():
                 go = gr.Button("Write", variant="primary", elem_classes="go", elem_id="write", min_width=120)
                 stop = gr.Button("Stop", elem_id="stop", min_width=90)
@@ -96,6 +103,8 @@ def _written(source: Source, prompt: Any, samples: Any, *numbers: Any) -> Iterat
     try:
         for writing in write(source.current(), prompt, samples, **dict(zip(NUMBERS, numbers, strict=True))):
             yield status_html(writing), samples_html(writing), ""
+    except InputError as error:
+        raise refusal(InputError(NAMED.sub(lambda name: LABELS[name[0]], str(error)))) from None
     except PipelineError as error:
         raise refusal(error) from None
 

