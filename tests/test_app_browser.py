@@ -56,6 +56,12 @@ def visit(browser: Any, page: gr.Blocks) -> Iterator[Open]:
 
 def tab(visitor: Any, name: str) -> None:
     visitor.get_by_role("tab", name=name, exact=True).click()
+    drawn(visitor)
+
+
+def drawn(visitor: Any) -> None:
+    """Wait for what was opened just now: Gradio lays fields out at the press and sets their values in the next frame."""
+    visitor.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def write(visitor: Any, prompt: str) -> Any:
@@ -204,9 +210,10 @@ def test_a_prompt_is_shown_as_the_text_it_is(visit, prompt):
 
 def test_wrong_input_is_refused_in_words_and_what_was_there_stays(visit):
     visitor = visit()
+    visitor.get_by_role("button", name="More").click()
+    drawn(visitor)
     write(visitor, "All:")
     before = visitor.locator("#written").inner_text()
-    visitor.get_by_role("button", name="More").click()
     visitor.get_by_label("Seed").first.fill("")
     visitor.get_by_label("Seed").first.press("Tab")  # as who leaves the field does
     visitor.locator("#write").click()
