@@ -6,9 +6,12 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 
-from pipeline.errors import OutOfSpaceError, PeerLost, PipelineError
+from pipeline.errors import Interrupted, OutOfSpaceError, PeerLost, PipelineError
+
+RANK_0_SPEAKS_WITHIN_S = 30
 
 
 def run_stage(main: Callable[[], None]) -> None:
@@ -26,8 +29,12 @@ def exit_code_of(main: Callable[[], None]) -> int:
     try:
         main()
     except PipelineError as error:
+        line = f"error: {error}"
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfSpaceError | PeerLost):
-            print(f"error: {error}", file=sys.stderr)  # what else a process started by torchrun meets, rank 0 meets too
+            print(line, file=sys.stderr)
+        elif not isinstance(error, Interrupted):  # a signal stops all of them, and torchrun waits for each
+            time.sleep(RANK_0_SPEAKS_WITHIN_S)  # it meets this too, and once it has said so torchrun ends this process
+            print(line, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # whoever read, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

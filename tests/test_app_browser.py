@@ -60,7 +60,7 @@ def tab(visitor: Any, name: str) -> None:
 
 
 def drawn(visitor: Any) -> None:
-    """Wait for what was opened just now: Gradio lays fields out at the press and sets their values in the next frame."""
+    """Wait for what was opened just now: Gradio lays fields out at the press and sets their values a frame later."""
     visitor.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 

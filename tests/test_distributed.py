@@ -28,6 +28,7 @@ from pipeline.machine import TrainConfig, prepare_machine
 from pipeline.model import ModelConfig
 from pipeline.optim import OptimConfig
 from pipeline.run_folder import IDENTITY, claim_folder
+from pipeline.stage import RANK_0_SPEAKS_WITHIN_S, exit_code_of
 from pipeline.tokens import Tokens
 from pipeline.train import fresh_state, train_steps
 from pipeline.vocab import Vocabulary
@@ -373,6 +374,40 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_in_one_line(workspace
     assert code != 0
     assert said.count("error: 2 processes do not divide windows.batch 5 evenly: change one\n") == 1
     assert not Path("checkpoints").exists()
+
+
+ALIKE = """
+import os, time
+from pipeline.errors import InputError
+from pipeline.stage import run_stage
+
+def main():
+    if os.environ["RANK"] == "0":
+        time.sleep(1)  # so that the other is first
+    raise InputError("rank " + os.environ["RANK"])
+
+run_stage(main)
+"""
+
+
+def test_what_all_meet_is_said_by_rank_0_though_another_is_first(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    (tmp_path / "alike.py").write_text(ALIKE)
+    assert launch(2, "alike", []) == InputError.exit_code
+    assert capfd.readouterr().err == "error: rank 0\n"
+
+
+def test_what_another_rank_alone_meets_is_said_in_the_end(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+
+    def fails():
+        raise InputError("params.yaml: gone")
+
+    assert exit_code_of(fails) == 2
+    assert capsys.readouterr().err == "error: params.yaml: gone\n"
+    assert waited == [RANK_0_SPEAKS_WITHIN_S]
 
 
 @pytest.mark.slow
