@@ -19,13 +19,13 @@ from pipeline.config import Params, Section, load_params
 from pipeline.corpus import CorpusConfig
 from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig
+from pipeline.facts import git_facts
 from pipeline.finding import Finding
 from pipeline.machine import TrainConfig, cores, prepare_machine
 from pipeline.memory import CHECKPOINTS, nearest_existing, saved_bytes
 from pipeline.registry import RegistryConfig
 from pipeline.run_config import RUN_SECTIONS, RunConfig
 from pipeline.space import SweepConfig, check_space
-from pipeline.store import git_facts
 from pipeline.vocab import Vocabulary
 
 SECTIONS: tuple[type[Section], ...] = (CorpusConfig, *RUN_SECTIONS, EvaluateConfig, RegistryConfig, SweepConfig)
@@ -100,7 +100,7 @@ def examine_machine() -> Iterator[Finding]:
             "note", "threads", f"OMP_NUM_THREADS={omp} binds what else computes; training sets its own number"
         )
     name = machine.device.type
-    why = "which is fast here" if machine.precision == "bf16" else f"since this {_chip(name)} has no fast bf16"
+    why = "which is fast here" if machine.precision == "bf16" else f"since this {name} has no fast bf16"
     yield Finding("ok", "precision", f"train.precision: auto is {machine.precision}, {why}")
     if machine.compiled:
         yield Finding("ok", "compiler", f"there is one for train.compile on this {name}")
@@ -215,10 +215,6 @@ def _granted(group: Path) -> list[float]:
         return [int(quota) / int(period)] if quota != "max" and int(quota) > 0 else []
     except (OSError, ValueError):
         return []
-
-
-def _chip(device: str) -> str:
-    return "CPU (neither AVX512-BF16 nor AMX)" if device == "cpu" else device
 
 
 def _interpreter(script: Path) -> str | None:

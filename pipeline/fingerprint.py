@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import torch
 
 from pipeline.config import Section
+from pipeline.facts import cpu_name
 from pipeline.files import sha256_file, sha256_json
 from pipeline.machine import Machine
 
@@ -89,7 +90,9 @@ def _imports(path: Path, root: Path) -> list[str]:
 
 def _environment(machine: Machine) -> dict[str, str | int]:
     device = machine.device.type
-    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    # One kind of CPU multiplies in another order than the next, though both have the same instructions.
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {cpu_name()}"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {
         "torch": torch.__version__,
         "device": f"{device} {name}",

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipeline.facts import machine_facts
 from pipeline.files import locked, write_text
 from pipeline.runs import JournalTail, Row, create_run, describe_inputs, identity_tags, runs_of, ship, shipped
-from pipeline.store import Store, first_line, machine_facts, open_store, store_errors
+from pipeline.store import Store, first_line, open_store, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

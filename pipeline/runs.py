@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, ModelMissing
+from pipeline.facts import git_facts
 from pipeline.files import fsync, read_json
 from pipeline.journal import STEPS, TIMES
 from pipeline.results import read_run
-from pipeline.store import Store, git_facts, naming_dead_store, open_store
+from pipeline.store import Store, naming_dead_store, open_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

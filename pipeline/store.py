@@ -5,15 +5,11 @@ Importing MLflow takes seconds, so that it is imported by the functions that nee
 
 import logging
 import os
-import platform
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, quote, urlsplit
 
 from pipeline.errors import InputError, ModelMissing
@@ -163,35 +159,3 @@ def naming_dead_store(root: Path, cure: str = "then `dvc repro -f -s register`")
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where there is none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def git_facts() -> dict[str, str]:
-    """Commit of the working directory, and whether anything but DVC's own outputs differs from it."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
-    clean = "unknown" if commit is None or changes is None else str(not changes).lower()
-    return {"git_commit": commit or "unknown", "tree_clean": clean}
-
-
-def machine_facts() -> dict[str, Any]:
-    """Python, platform, processor and the installed packages."""
-    packages = sorted(f"{package.name}=={package.version}" for package in metadata.distributions())
-    return {"python": sys.version, "platform": platform.platform(), "cpu": _cpu_name(), "packages": packages}
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints, None where it fails: no git, no repository, no commit."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import Store, git_facts
+from pipeline.facts import git_facts
+from pipeline.store import Store
 
 
 def open_study_run(store: Store, run_id: str | None, study: str, settings: dict[str, Any]) -> str:

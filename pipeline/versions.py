@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.errors import IntegrityError, ModelMissing
+from pipeline.facts import git_facts
 from pipeline.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.sampling import Sampling
-from pipeline.store import Store, git_facts, store_errors
+from pipeline.store import Store, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import fingerprint
 from pipeline.config import load_params
 from pipeline.fingerprint import differences, identify, sources_reachable_from
 from pipeline.machine import Machine
@@ -42,6 +43,14 @@ def test_another_machine_keeps_the_fingerprint_but_is_named():
     other = identity(machine=MACHINE._replace(threads=1))
     assert other["fingerprint"] == identity()["fingerprint"]
     assert differences(identity(), other) == ["threads 2 -> 1"]
+
+
+def test_another_processor_is_named(monkeypatch):
+    here = identity()
+    monkeypatch.setattr(fingerprint, "cpu_name", lambda: "Another CPU")
+    (found,) = differences(here, identity())
+    assert found.startswith("device cpu ")
+    assert found.endswith(", Another CPU")
 
 
 def test_how_often_to_look_and_save_is_no_part_of_it():

@@ -19,12 +19,27 @@ def test_what_the_machine_lacks_is_refused_in_a_line(changes, monkeypatch):
 
 def test_bf16_is_taken_only_where_the_chip_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "_product_s", {torch.bfloat16: 1, torch.float32: 4}.get)
     for has_it, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert prepare_machine(load_params().section(TrainConfig).updated(device="cpu")).precision == precision
     with pytest.raises(InputError, match=r"train\.precision: this cpu has no fast bf16"):
         prepare_machine(load_params().section(TrainConfig).updated(device="cpu", precision="bf16"))
+
+
+def test_bf16_is_not_taken_where_the_chip_has_it_and_fp32_is_faster(monkeypatch):
+    config = load_params().section(TrainConfig).updated(device="cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(machine, "_product_s", {torch.bfloat16: 2, torch.float32: 1}.get)
+    assert prepare_machine(config).precision == "fp32"
+    assert prepare_machine(config.updated(precision="bf16")).precision == "bf16"  # as one may ask for
+
+
+def test_the_time_of_a_product_is_a_time(monkeypatch):
+    monkeypatch.setattr(machine, "_product_s", machine._product_s.__wrapped__)
+    flops = 2 * 512**3
+    assert flops / 1e14 < machine._product_s(torch.float32) < 10  # no core does 100 TFLOP/s
 
 
 @pytest.mark.parametrize(("asked", "share", "compiled"), [("auto", 0.5, False), ("auto", 1, True), (False, 1, False)])
