@@ -350,3 +350,12 @@ def test_what_is_not_there_is_named_in_a_line(folder, arguments):
     assert code == 2
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [["-m", "pipeline", "doctor"], ["-m", "stages.train"], ["app.py"]])
+def test_a_python_without_the_packages_is_told_in_a_line(program):
+    no_packages = "-S"
+    done = subprocess.run([sys.executable, no_packages, *program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {sys.executable} has no torch: activate")
+    assert done.stderr.count("\n") == 1
