@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors config distributed sharding files results documents corpus tokenizer tokens encode diagnose vocab windows "
     "cross_entropy machine model optim checkpoint provenance decoder sampling text_stream generate terminal evaluate "
-    "train journal target timing fingerprint interrupt progress run_config text memory store runs recorder tracking "
-    "run_folder serving versions registry catalog retrain run_results tracked_run drawing plots recipes model_card "
-    "space_card export stage extrapolation space study study_run study_plots worker sweep finding "
+    "train journal target timing facts fingerprint interrupt progress run_config text memory store runs recorder "
+    "tracking run_folder serving versions registry catalog retrain run_results tracked_run drawing plots recipes "
+    "model_card space_card export stage extrapolation space study study_run study_plots worker sweep finding "
     "environment dvc_cache leftovers relocation stranded doctor __main__"
 ).split()
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
