@@ -140,10 +140,15 @@ def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
 
 @cache
 def _product_s(dtype: torch.dtype) -> float:
-    """Seconds that a matrix product on the CPU takes: the least of several, which other programs do not lengthen."""
-    x, took = torch.ones(512, 512, dtype=dtype), []
+    """Processor seconds of a matrix product on one core, the least of several: other programs hardly change them.
+
+    Those by the clock, on all cores, have called the faster kind the slower one on a busy machine.
+    """
+    threads, x, took = torch.get_num_threads(), torch.ones(384, 384, dtype=dtype), []
+    torch.set_num_threads(1)
     for _ in range(12):
-        began = time.perf_counter()
+        began = time.thread_time()
         x @ x
-        took.append(time.perf_counter() - began)
+        took.append(time.thread_time() - began)
+    torch.set_num_threads(threads)
     return min(took)
