@@ -90,8 +90,9 @@ def _imports(path: Path, root: Path) -> list[str]:
 
 def _environment(machine: Machine) -> dict[str, str | int]:
     device = machine.device.type
-    # One kind of CPU multiplies in another order than the next, though both have the same instructions.
-    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {cpu_name()}"
+    # One kind of CPU adds up a product in another order than the next, and virtual ones share names.
+    amx = " AMX" * torch.cpu._is_amx_tile_supported()
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}{amx}, {cpu_name()}"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {
         "torch": torch.__version__,

@@ -53,6 +53,12 @@ def test_another_processor_is_named(monkeypatch):
     assert found.endswith(", Another CPU")
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_processor_that_differs_in_its_units_alone_is_named(amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert (" AMX, " in identity()["environment"]["device"]) == amx
+
+
 def test_how_often_to_look_and_save_is_no_part_of_it():
     assert "record" not in identity()["params"]
 
