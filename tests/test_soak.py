@@ -39,6 +39,7 @@ ENDINGS = (
     ["SIGTERM"], ["SIGINT"], ["SIGHUP"], ["SIGKILL"], ["SIGSTOP", "SIGKILL"], ["SIGSTOP", "SIGCONT", "SIGTERM"],
     ["the recorder's end", "SIGTERM"], ["the recorder's end", "SIGKILL"],
 )  # fmt: skip
+NOTHING_TO_SAVE = "error: interrupted: run the same command again to repeat it\n"  # before its steps, or after them
 PATIENCE_S = 200  # for anything at all, on a machine that others use too
 
 
@@ -234,7 +235,9 @@ def test_thirty_starts_that_all_end_otherwise_come_to_the_same_run(prepared, str
         heeded = number != signal.SIGKILL and place in ("steps", "save")
         assert code in ({0, 128 + number} if heeded else {0, -number, 128 + number}), said
         assert "Traceback" not in said, said
-        if code > 128:  # it had the time to say something, and to save
+        if said.endswith(NOTHING_TO_SAVE):
+            assert (code, place in ("start", "end")) == (128 + signal.SIGINT, True), place
+        elif code > 128:  # it had the time to save
             assert f"error: {number.name} at step {newest_step(project)} of {N_STEPS}, all saved in" in said
     (
         run_folder(project) / f"{UNFINISHED}removed-1"
