@@ -253,9 +253,9 @@ def other_tensors(draw, folder):
         del tensors[key]
     if act in ("rename", "add"):
         key = draw(st.text(max_size=8).filter(lambda text: text.isprintable() and text not in tensors))
-        other = one.clone() if act == "rename" else other
+        other = one if act == "rename" else other
     if act != "remove":
-        tensors[key] = other
+        tensors[key] = other.clone()  # a file holds no tensor twice
     return name, tensors
 
 
