@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Files of tests at once, as many as there are cores, four at most; OpenMP's threads wait without spinning meanwhile.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: repro app sweep dashboard test faults lint format clean-venv
 
@@ -19,11 +21,11 @@ dashboard: $(INSTALLED)
 	$(BIN)/python -m pipeline sweep dashboard
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 FAULTS ?= slow or fault or security
 faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m "$(FAULTS)"
+	$(PYTEST) -m "$(FAULTS)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

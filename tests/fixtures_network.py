@@ -13,6 +13,7 @@ from offline.sitecustomize import refuse
 
 from pipeline.config import load_params
 from pipeline.corpus import CorpusConfig
+from pipeline.files import locked
 from pipeline.tokenizer import BPE_SHA256, BPE_SOURCES
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,9 @@ CLOSED = {**PROXIES, **{name.upper(): value for name, value in PROXIES.items()},
 def _only_this_machine(request: pytest.FixtureRequest) -> Iterator[None]:
     """First fetches what the chosen tests need and is not there yet; from then on nothing gets out."""
     needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for name in {"bpe", "shakespeare"} & needed:
-        request.getfixturevalue(name)
+    with locked(request.config.cache.mkdir("fetched") / "one.lock", wait=True):  # one of pytest's processes fetches
+        for name in {"bpe", "shakespeare"} & needed:
+            request.getfixturevalue(name)
     sys.addaudithook(refuse)  # for as long as the process lives: a hook cannot be taken away
     begin = subprocess.Popen.__init__
 

@@ -245,6 +245,7 @@ def test_a_user_of_the_bpe(bpe):
 def test_only_what_the_chosen_tests_need_is_fetched_and_that_before_the_guard_closes(tmp_path):
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_user.py").write_text(USER)
-    pytest_alone = [sys.executable, "-I", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    told = child(*pytest_alone, "--rootdir", tmp_path, tmp_path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    told = child(
+        sys.executable, "-I", "-m", "pytest", "-q", "--rootdir", tmp_path, tmp_path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
+    )
     assert told.returncode == 0, told.stdout
