@@ -13,6 +13,7 @@ from pipeline.relocation import examine_database, flaw_of
 from pipeline.store import (
     EXPERIMENT,
     Store,
+    all_found,
     connect,
     first_line,
     made_in,
@@ -80,7 +81,7 @@ def examine_store(root: Path) -> Iterator[Finding]:
 def examine_versions(store: Store) -> Iterator[Finding]:
     """Every byte of each version that a `register` made."""
     whole = []
-    for model in store.client.search_registered_models():
+    for model in all_found(store.client.search_registered_models):
         for version in list_versions(store, model.name):
             if not version.tags.keys() >= {*FOLDER_TAGS.values()}:
                 continue

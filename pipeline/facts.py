@@ -22,15 +22,6 @@ def machine_facts() -> dict[str, Any]:
     return {"python": sys.version, "platform": platform.platform(), "cpu": cpu_name(), "packages": packages}
 
 
-def _git(*arguments: str) -> str | None:
-    """What git prints, None where it fails: no git, no repository, no commit."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def cpu_name() -> str:
     """What the processor calls itself."""
     try:
@@ -39,3 +30,12 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, None where it fails: no git, no repository, no commit."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -6,10 +6,10 @@ Importing MLflow takes seconds, so that it is imported by the functions that nee
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlsplit
 
 from pipeline.errors import InputError, ModelMissing
@@ -135,6 +135,14 @@ def open_store(root: Path) -> Store:
             return Store(client, experiment.experiment_id, uri)
         artifacts = None if served else str(root / ARTIFACTS)  # a server knows where it keeps them
         return Store(client, client.create_experiment(EXPERIMENT, artifacts), uri)
+
+
+def all_found(search: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """All that a search of MLflow's client finds, page by page: by itself it ends at a hundred, or a thousand."""
+    found = [*(page := search(*arguments))]
+    while page.token:
+        found += (page := search(*arguments, page_token=page.token))
+    return found
 
 
 def store_errors() -> tuple[type[Exception], ...]:

@@ -22,7 +22,7 @@ from pipeline.recorder import KILLED, RECORDER_LOCK, RUN_ID, noted_run
 from pipeline.results import read_run
 from pipeline.run_folder import IDENTITY
 from pipeline.runs import JournalTail, Row, create_run, describe_inputs, ensure_run, run_with, ship, shipped
-from pipeline.store import Store, first_line, own_database
+from pipeline.store import Store, all_found, first_line, own_database
 from pipeline.target import TargetConfig, is_finished
 from pipeline.windows import WindowsConfig
 
@@ -34,7 +34,7 @@ UNKNOWN = "unknown, the run was sent by `python -m pipeline doctor`"
 
 def examine_running(store: Store, root: Path) -> Iterator[Finding]:
     """The runs that say they are RUNNING: whether a process of this machine is at it still."""
-    found = store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'")
+    found = all_found(store.client.search_runs, [store.experiment_id], "attributes.status = 'RUNNING'")
     for run in found:
         name, place = f"run {run.info.run_name} ({run.info.run_id})", _place_of(run, root)
         host = run.data.tags.get("host", socket.gethostname())
@@ -171,7 +171,7 @@ def _create(store: Store, folder: Path, identity: dict[str, Any], rows: list[Row
 
 def _study_tags(store: Store, study: str) -> dict[str, str]:
     """What a trial's run says of its study, and of that one's own run, where there is one."""
-    runs = store.client.search_runs([store.experiment_id], f"tags.study = '{study}'")
+    runs = all_found(store.client.search_runs, [store.experiment_id], f"tags.study = '{study}'")
     parents = [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]
     return {"study": study} | ({"mlflow.parentRunId": parents[0]} if parents else {})
 

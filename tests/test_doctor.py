@@ -1,6 +1,7 @@
 """What `python -m pipeline doctor` says of a project, what it mends, and that it leaves no trace of its own."""
 
 import sys
+from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -153,6 +154,15 @@ def test_a_version_whose_files_are_altered_or_gone_is_named_with_the_cure(
     assert words in found[0].what
     assert "dvc repro -f -s register" in found[0].what
     assert f"{name} 2" in [*examine_versions(store)][-1].what
+
+
+def test_every_model_is_looked_at(store, tmp_path, cheap_versions, monkeypatch):
+    project, names = trained_project(tmp_path), [f"model-{uuid4().hex[:8]}" for _ in range(2)]
+    for name in names:
+        register(root_of(store), project, RegistryConfig(model=name, gate=0.1), lambda *_: 0.0)
+    search = partial(store.client.search_registered_models, max_results=1)  # at a time; by itself, a hundred
+    monkeypatch.setattr(store.client, "search_registered_models", search)
+    assert all(f"{name} 1" in [*examine_versions(store)][-1].what for name in names)
 
 
 def test_a_version_that_no_register_made_is_none_of_ours(store):

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -83,6 +84,12 @@ def grow(folder, start, stop):
 # -- runs left RUNNING
 
 
+@pytest.fixture
+def short_pages(store, monkeypatch):
+    """The store finds one thing at a time, as a large one finds a thousand."""
+    monkeypatch.setattr(store.client, "search_runs", partial(store.client.search_runs, max_results=1))
+
+
 @pytest.mark.fault
 def test_the_run_of_a_dead_process_is_closed_as_killed_when_its_last_row_was_logged(store, root, run_folder):  # C1
     folder, identity = run_folder()
@@ -118,6 +125,12 @@ def test_of_a_run_of_unknown_whereabouts_nothing_is_claimed(store, root, run_fol
     (finding,) = about(examine_running(store, root), run_id)
     assert finding.mark == "note"
     assert "cannot be told from here" in finding.what
+
+
+@pytest.mark.fault
+def test_every_run_left_running_is_found(store, root, run_folder, short_pages):
+    for name in left_running(store, *run_folder()), left_running(store, *run_folder()):
+        assert about(examine_running(store, root), name)
 
 
 @pytest.mark.fault
@@ -202,9 +215,10 @@ def test_a_run_of_params_that_this_code_does_not_know_is_killed_rather_than_fini
     assert store.client.get_run((folder / RUN_ID).read_text().strip()).info.status == "KILLED"
 
 
-def test_a_trial_that_no_store_heard_of_comes_below_its_study(store, root, run_folder):
+def test_a_trial_that_no_store_heard_of_comes_below_its_study(store, root, run_folder, short_pages):
     study = f"study-{uuid4().hex[:8]}"
     parent = open_study_run(store, None, study, {})
+    store.client.create_run(store.experiment_id, tags={"study": study, "mlflow.parentRunId": parent})  # a newer one
     folder, _ = run_folder(name=f"{study}/0f")
     (finding,) = about(examine_journals(store, root), f"{study}/0f")
     finding.fix()
