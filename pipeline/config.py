@@ -4,6 +4,7 @@ A section is a pydantic class that lives beside the code that reads it and names
 for the sections that it needs, and all of their faults come back at once.
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -59,7 +60,7 @@ class Params:
             try:
                 sections.append(kind.model_validate(values))
             except ValidationError as error:
-                faults += [_describe(kind, fault, values) for fault in error.errors()]
+                faults += _describe(kind, error.errors(), values)
         if faults:
             raise InputError(f"{self.path}: " + " ".join("; ".join(faults).split()))  # a key may hold a line break
         return sections
@@ -95,21 +96,32 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _describe(kind: type[Section], fault: Any, values: dict[str, Any]) -> str:
-    """One fault in words: `optim.lr: input should be greater than 0, got -1`."""
-    where = ".".join([kind.section_name, *(str(part) for part in fault["loc"])])
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(str(fault['loc'][-1]), _siblings(kind, fault['loc']))}"
-    if fault["type"] == "missing":
-        return f"{where}: missing"
-    what = fault["msg"].removeprefix("Value error, ")
-    if not fault["loc"]:  # a contradiction between keys already names them
-        return f"{kind.section_name}: {what}"
-    got: Any = values
-    for part in fault["loc"]:
-        if (isinstance(got, dict) and part in got) or (isinstance(got, list) and isinstance(part, int)):
-            got = got[part]
-    return f"{where}: {what[0].lower()}{what[1:]}, got {got!r}"
+def _describe(kind: type[Section], faults: Sequence[Any], values: dict[str, Any]) -> list[str]:
+    """The faults in words: `optim.lr: input should be greater than 0, got -1`."""
+    said: dict[str, str] = {}
+    for fault in faults:
+        location, got = _follow(fault["loc"], values)
+        where, what = ".".join([kind.section_name, *map(str, location)]), fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            said[where] = f"unknown key{nearest(str(location[-1]), _siblings(kind, location))}"
+        elif fault["type"] == "missing":
+            said[where] = "missing"
+        elif not location:  # a contradiction between keys already names them
+            said[where] = what
+        else:
+            before = f"{said[where].removesuffix(got)} or " if where in said else ""  # it fits no member of a union
+            said[where] = f"{before}{what[0].lower()}{what[1:]}{got}"
+    return [f"{where}: {what}" for where, what in said.items()]
+
+
+def _follow(location: tuple[Any, ...], values: Any) -> tuple[tuple[Any, ...], str]:
+    """Where a fault is, without the name of a union's member after a plain value, and what stands there, in words."""
+    for depth, part in enumerate(location):
+        if not isinstance(values, dict | list):
+            return location[:depth], f", got {values!r}"
+        if part in (values if isinstance(values, dict) else range(len(values))):
+            values = values[part]
+    return location, f", got {values!r}"
 
 
 def _siblings(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -21,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.facts import git_facts
 from pipeline.finding import Finding
-from pipeline.machine import TrainConfig, cores, prepare_machine
+from pipeline.machine import Machine, TrainConfig, cores, prepare_machine
 from pipeline.memory import CHECKPOINTS, nearest_existing, saved_bytes
 from pipeline.registry import RegistryConfig
 from pipeline.run_config import RUN_SECTIONS, RunConfig
@@ -150,12 +149,19 @@ def examine_params(root: Path) -> Iterator[Finding]:
         params = load_params(root / "params.yaml")
         if faults := params_faults(params):
             raise InputError(f"{params.path}: {'; '.join(faults)}")
-        _machine_of(params)
+        machine = _machine_of(params)
     except InputError as error:
         what, cure = str(error), "mend it, `git diff params.yaml` shows what was changed"
         yield Finding("mend", "params", what, None if "not found" in what else cure)
     else:
         yield Finding("ok", "params", f"{params.path} is sound")
+        if machine.threads > (n := cores()):
+            what = f"train.threads is {machine.threads}, and {n} cores may be used: more threads than cores are slower"
+            yield Finding("note", "params", what, "train.threads: auto")
+        at_best = prepare_machine(AUTO.updated(device=machine.device.type, compile=False)).precision
+        if (machine.precision, at_best) == ("bf16", "fp32"):
+            what = "train.precision is bf16, in which a product takes longer on this cpu than in fp32"
+            yield Finding("note", "params", what, "train.precision: auto")
 
 
 def examine_disk(root: Path) -> Finding:
@@ -189,8 +195,8 @@ def _needs(root: Path) -> dict[str, int]:
     return {"checkpoints": CHECKPOINTS * checkpoint, "models": model, ".dvc": model, "mlruns": model}
 
 
-def _machine_of(params: Params) -> Any:
-    """Raises InputError for what the section `train` asks for and is not there."""
+def _machine_of(params: Params) -> Machine:
+    """What the section `train` comes to here. Raises InputError for what it asks for and is not there."""
     return prepare_machine(params.section(TrainConfig).updated(compile=False))
 
 

@@ -31,7 +31,7 @@ class TrainConfig(Section):
     seed: int = Field(ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(union_mode="left_to_right")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(union_mode="left_to_right")
     deterministic: bool
     compile: Literal["auto"] | bool
     gradient_checkpointing: bool

@@ -142,7 +142,7 @@ def _unsent(store: Store, folder: Path, name: str, identity: dict[str, Any], row
                 store.client.set_terminated(run_id, status, end_time=int(rows[-1]["logged_ms"]))
         return f"{name}: sent {n_rows:,} of its {len(rows):,} steps to run {run_id}"
 
-    return Finding("mend", "journals", f"{name}: {lost}", "`python -m pipeline doctor --fix` sends them", send)
+    return Finding("mend", "journals", f"{name}: {lost}", "`python -m pipeline doctor --fix` sends its rows", send)
 
 
 def _run_of(store: Store, folder: Path, identity: dict[str, Any], rows: list[Row]) -> str | None:

@@ -1,6 +1,6 @@
 """params.yaml is checked before anything is opened, and all faults come at once."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
@@ -21,6 +21,12 @@ class StoneConfig(Section):
     section_name: ClassVar[str] = "stone"
 
     hardness: float
+
+
+class BowlConfig(Section):
+    section_name: ClassVar[str] = "bowl"
+
+    pears: Literal["all"] | Annotated[int, Field(ge=1, strict=True)]
 
 
 def faults(values, *kinds):
@@ -51,6 +57,19 @@ def test_all_faults_of_all_sections_come_at_once():
     ):
         assert fault in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("many", "input should be 'all' or input should be a valid integer"),
+        (0, "input should be 'all' or input should be greater than or equal to 1"),
+        (True, "input should be 'all' or input should be a valid integer"),
+    ],
+)
+def test_what_fits_no_member_of_a_union_is_one_fault_in_the_files_own_words(value, what):
+    said = faults({"bowl": {"pears": value}}, BowlConfig)
+    assert said == f"params.yaml: bowl.pears: {what}, got {value!r}"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "many", None])

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from pipeline import environment
+from pipeline import environment, machine
 from pipeline.environment import (
     cpu_quota,
     examine_disk,
@@ -151,6 +152,24 @@ def test_params_that_are_not_sound_here_are_a_fault(tmp_path, monkeypatch, chang
     (finding,) = examine_params(tmp_path)
     assert finding.mark == "mend"
     assert words in finding.what
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "cure"),
+    [
+        (("threads: auto", "threads: 3"), "train.threads is 3, and 2 cores may be used", "train.threads: auto"),
+        (("precision: auto", "precision: bf16"), "train.precision is bf16, in which", "train.precision: auto"),
+    ],
+)
+def test_a_slow_choice_is_worth_a_line(tmp_path, monkeypatch, change, words, cure):
+    monkeypatch.setattr(environment, "cores", lambda: 2)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)  # and yet slower than fp32
+    monkeypatch.setattr(machine, "_product_s", lambda dtype: 2.0 if dtype == torch.bfloat16 else 1.0)
+    text = (ROOT / "params.yaml").read_text().replace("device: auto", "device: cpu")
+    (tmp_path / "params.yaml").write_text(text.replace(*change, 1))
+    sound, note = examine_params(tmp_path)
+    assert (sound.mark, note.mark, note.cure) == ("ok", "note", cure)
+    assert words in note.what
 
 
 def test_missing_params_are_a_fault_with_its_own_cure(tmp_path):
