@@ -238,12 +238,10 @@ def test_thirty_starts_that_all_end_otherwise_come_to_the_same_run(prepared, str
         if said.endswith(NOTHING_TO_SAVE):
             assert (code, place in ("start", "end")) == (128 + signal.SIGINT, True), place
         elif code > 128:  # it had the time to save
-            assert (
-                f"error: {number.name} at step {newest_step(project, rows_before)} of {N_STEPS}, all saved in" in said
-            )
-    (
-        run_folder(project) / f"{UNFINISHED}removed-1"
-    ).mkdir()  # what a kill in a removal leaves, which chance seldom draws
+            saved = f"at step {newest_step(project, rows_before)} of {N_STEPS}, all saved in"
+            assert f"error: {number.name} {saved}" in said
+    half_removed = run_folder(project) / f"{UNFINISHED}removed-1"  # by a kill that chance seldom draws
+    half_removed.mkdir()
     with Start(project) as start:
         assert start.process.wait(PATIENCE_S) == 0, start.said
     print(met)
