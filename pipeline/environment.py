@@ -156,7 +156,7 @@ def examine_params(root: Path) -> Iterator[Finding]:
     else:
         yield Finding("ok", "params", f"{params.path} is sound")
         if machine.threads > (n := cores()):
-            what = f"train.threads is {machine.threads}, and {n} cores may be used: more threads than cores are slower"
+            what = f"train.threads is {machine.threads}, and {n} cores may be used"
             yield Finding("note", "params", what, "train.threads: auto")
         at_best = prepare_machine(AUTO.updated(device=machine.device.type, compile=False)).precision
         if (machine.precision, at_best) == ("bf16", "fp32"):

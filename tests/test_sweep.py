@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from pipeline.space import SweepConfig, overridden
 from pipeline.study import find_study
 from pipeline.sweep import apply_best, print_best, print_status
 from pipeline.worker import WORKER
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 ROOT = Path(__file__).parent.parent
@@ -105,11 +105,9 @@ def child_runs(store):
     return store.client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'")
 
 
-def wait_until(is_so, seconds=90):
-    end = time.monotonic() + seconds
-    while not (found := is_so()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+def waited_for(is_so, seconds=90):
+    found = wait_until(is_so, seconds)
+    assert found, "waited in vain"
     return found
 
 
@@ -206,7 +204,7 @@ def test_a_study_finds_a_best_tracks_every_trial_and_its_best_is_applied(workspa
 def test_a_killed_workers_trial_goes_on_from_its_checkpoint_in_the_same_run(workspace, store):  # D1
     change(workspace, **{"target.loss": 0.3, "sweep.pruner": "none"})
     sweep = start("--trials", 3, "--workers", 2)
-    pid, left = wait_until(with_checkpoint)
+    pid, left = waited_for(with_checkpoint)
     os.kill(pid, signal.SIGKILL)
     code, said = ended(sweep)
     assert code == 0, said
@@ -226,10 +224,10 @@ def test_a_killed_workers_trial_goes_on_from_its_checkpoint_in_the_same_run(work
 def test_a_sweep_that_is_killed_takes_its_workers_along_and_is_gone_on_with(workspace):  # D2
     change(workspace, **{"target.loss": 0.3, "sweep.pruner": "none"})
     sweep = start("--trials", 2)
-    pid, left = wait_until(with_checkpoint)
+    pid, left = waited_for(with_checkpoint)
     sweep.kill()
     sweep.communicate()
-    wait_until(lambda: not is_alive(pid), 30)
+    waited_for(lambda: not is_alive(pid), 30)
     code, said = run("--trials", 2)
     assert code == 0, said
     trials = study().trials
@@ -242,7 +240,7 @@ def test_a_sweep_that_is_killed_takes_its_workers_along_and_is_gone_on_with(work
 def test_an_interrupted_sweep_keeps_everything_and_says_so(workspace, store):
     change(workspace, **{"target.loss": 0.3, "sweep.pruner": "none"})
     sweep = start("--trials", 2)
-    wait_until(with_checkpoint)
+    waited_for(with_checkpoint)
     sweep.send_signal(signal.SIGTERM)
     code, said = ended(sweep)
     assert code == 143, said
@@ -255,8 +253,8 @@ def test_an_interrupted_sweep_keeps_everything_and_says_so(workspace, store):
 def test_a_slow_worker_that_lives_keeps_its_trial_and_a_second_sweep_is_told_of_the_first(workspace):  # D3
     change(workspace, **{"target.loss": 0.3, "sweep.pruner": "none"})
     sweep = start("--trials", 2, "--workers", 2, "--grace-s", 30)
-    pid, slow = wait_until(with_checkpoint)
-    wait_until(lambda: stopped_between_transactions(pid))
+    pid, slow = waited_for(with_checkpoint)
+    waited_for(lambda: stopped_between_transactions(pid))
     code, said = run("--trials", 2)  # a second sweep of the study here, which takes a fraction of the grace
     fail_stale_trials(find_study(config(grace_s=30), Path.cwd()))  # as a worker does that begins a trial
     os.kill(pid, signal.SIGCONT)
