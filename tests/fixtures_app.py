@@ -30,6 +30,8 @@ LINES = (
     "No more talking on't.\n"
 )  # the last lines would be shown wrongly by whoever forgets to escape them
 WINDOW = 24
+SLOW_S = 0.2  # between two tokens: the page's 200 take 40 s
+PATIENCE_S = 30  # for a stream to begin, or to end before its time, on a machine that others use too
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 48, "block_size": WINDOW, "vocab_size": 50257, "dropout": 0.0}
 FACTS: dict[str, Any] = {
     "name": "parrot",
@@ -105,10 +107,10 @@ class Watched:
             self.open += change
             self._changed.notify_all()
 
-    def open_within(self, wanted: int, seconds: float) -> bool:
-        """Whether the number of open streams comes to `wanted` in time."""
+    def opens(self, wanted: int) -> bool:
+        """Whether the number of open streams comes to `wanted` long before a stream of SLOW_S would end by itself."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.open == wanted, seconds)
+            return self._changed.wait_for(lambda: self.open == wanted, PATIENCE_S)
 
 
 class Stub(Folder):
@@ -159,7 +161,7 @@ def ask(page: gr.Blocks, fn_index: int, data: list[Any], event_data: Any = None)
     """What an event of the page answers at last, called as the page's own script does."""
     session = uuid4().hex[:10]
     body = json.dumps({"fn_index": fn_index, "data": data, "event_data": event_data, "session_hash": session})
-    with httpx.Client(base_url=f"{page.local_url}gradio_api/", timeout=30) as http:
+    with httpx.Client(base_url=f"{page.local_url}gradio_api/", timeout=60) as http:
         joined = http.post("queue/join", content=body, headers={"content-type": "application/json"})
         if joined.status_code != 200:
             return {"success": False, "status": joined.status_code, "output": {"error": joined.text}}

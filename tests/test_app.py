@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -203,12 +202,11 @@ def test_an_answer_is_the_same_for_a_seed_and_for_one_sample_among_four(served):
 
 
 def test_a_generation_that_is_closed_stops_the_model(source, served):
-    source.watched.delay_s = 0.02
     writing = write(served, "All:", 1, max_tokens=500)
     next(writing)
     assert source.watched.open == 1
     writing.close()
-    assert source.watched.open_within(0, 1)
+    assert source.watched.open == 0
 
 
 def test_all_windows_of_the_text_can_be_chosen(served):
@@ -255,13 +253,13 @@ def catalog(version: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStore:
 
 
 def becomes(registry: registry_source.Registry, holds: Callable[[], bool]) -> bool:
-    """Whether it holds within ten seconds, while requests come in."""
+    """Whether it comes to hold, while requests come in."""
 
     def after_a_request() -> bool:
         registry.current()
         return holds()
 
-    return wait_until(after_a_request, 10)
+    return wait_until(after_a_request, 60)
 
 
 def serves(registry: registry_source.Registry, label: str) -> bool:
@@ -344,20 +342,20 @@ def test_after_a_failure_the_files_are_not_read_again_at_once_but_another_champi
 
 def test_nobody_waits_while_a_new_champion_is_loaded(catalog, monkeypatch):
     registry = registry_source.Registry(Path(), "parrot", "champion")
-    loading, go_on = threading.Event(), threading.Event()
+    loading, go_on, loaded = threading.Event(), threading.Event(), threading.Event()
 
     def slow(store: Any, version: Any) -> Path:
         loading.set()
-        go_on.wait(10)
+        go_on.wait(60)
+        loaded.set()
         return catalog.folder
 
     monkeypatch.setattr(registry_source, "open_version", slow)
     catalog.champion = "2"
-    begun = time.monotonic()
     registry.current()
-    assert loading.wait(10)
+    assert loading.wait(60)
     assert registry.current().label == "parrot version 1"
-    assert time.monotonic() - begun < 0.5
+    assert not loaded.is_set()
     go_on.set()
     assert serves(registry, "parrot version 2")
 
