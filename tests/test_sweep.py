@@ -105,8 +105,8 @@ def child_runs(store):
     return store.client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'")
 
 
-def waited_for(is_so, seconds=90):
-    found = wait_until(is_so, seconds)
+def waited_for(is_so):
+    found = wait_until(is_so, 180)
     assert found, "waited in vain"
     return found
 
@@ -227,7 +227,7 @@ def test_a_sweep_that_is_killed_takes_its_workers_along_and_is_gone_on_with(work
     pid, left = waited_for(with_checkpoint)
     sweep.kill()
     sweep.communicate()
-    waited_for(lambda: not is_alive(pid), 30)
+    waited_for(lambda: not is_alive(pid))
     code, said = run("--trials", 2)
     assert code == 0, said
     trials = study().trials
