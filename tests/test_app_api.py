@@ -223,11 +223,11 @@ def app(version: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         process = subprocess.Popen(command, env=known | OPENING, cwd=said.parent, stdout=out, stderr=out)
     url = f"http://127.0.0.1:{port}/"
     try:
-        assert wait_until(lambda: process.poll() is not None or answers(url), 120)
+        assert wait_until(lambda: process.poll() is not None or answers(url), 300)
         yield url, psutil.Process(process.pid), said
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 OPENING = {

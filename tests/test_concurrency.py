@@ -20,7 +20,7 @@ from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 BIN = Path(sys.executable).parent
-PATIENCE_S = 300  # for anything at all, on a machine that others use too
+PATIENCE_S = 600  # for anything at all, on a machine that others use too
 PYTHON = (sys.executable, "-m")
 DVC_IS_BUSY = (
     "Unable to acquire lock. Most likely another DVC process is running"  # told after three seconds of waiting

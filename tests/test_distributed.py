@@ -124,7 +124,7 @@ def worlds(tmp_path_factory):
     program = "import sys; from tests.test_distributed import in_a_world; in_a_world(sys.argv[1])"
     (folder / "program.py").write_text(program)
     process = torchrun(2, str(folder / "program.py"), str(folder))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return folder, output, [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -209,8 +209,8 @@ def test_a_process_that_waits_for_a_dead_one_ends_by_itself(tmp_path):
         for r in "01"
     ]
     assert both[0].stdout.readline() == "joined\n"
-    both[1].communicate(timeout=60)
-    _, said = both[0].communicate(timeout=60)
+    both[1].communicate(timeout=120)
+    _, said = both[0].communicate(timeout=120)
     assert both[0].returncode == PeerLost.exit_code
     assert f"error: rank 1, process {both[1].pid}, is gone: run the same command again to go on" in said
 
@@ -234,7 +234,7 @@ def start(*arguments, processes=3, restarts=0):
     return torchrun(processes, "program.py", *arguments, restarts=restarts)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
@@ -243,7 +243,7 @@ def alone(*arguments):
     Path("program.py").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "program.py", *arguments], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "program.py", *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -252,7 +252,7 @@ def rows():
     return sum(path.read_text().count("\n") for path in Path("checkpoints").glob("*/times.jsonl"))
 
 
-def wait_for_rows(process, n, deadline_s=120):
+def wait_for_rows(process, n, deadline_s=300):
     enough = wait_until(lambda: rows() >= n or process.poll() is not None, deadline_s)
     assert enough, f"{rows()} steps in {deadline_s} s"
     assert process.poll() is None, process.communicate()[0]
@@ -285,7 +285,7 @@ def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the
     job = start()
     wait_for_rows(job, 5)
     job.terminate()
-    code, output = finish(job, timeout=60)
+    code, output = finish(job, timeout=120)
     assert code != 0
     assert "error: SIGTERM at step" in output
     assert checkpoint_steps(run_folder())[0] == rows() < 60  # the last step is saved
@@ -294,7 +294,7 @@ def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the
     wait_for_rows(job, rows() + 5)
     processes = ranks(job)
     processes[1].kill()
-    code, output = finish(job, timeout=60)
+    code, output = finish(job, timeout=120)
     assert code != 0
     assert not [p for p in processes if p.is_running()]
 

@@ -56,7 +56,7 @@ def repro(project, *arguments):
 
 
 def output_of(process):
-    said = process.communicate(timeout=200)[0]
+    said = process.communicate(timeout=600)[0]
     return process.returncode, said
 
 
@@ -88,10 +88,10 @@ def test_the_trainer_ends_with_dvc_and_the_next_repro_goes_on(project, params, m
     params.write_text(longer)  # a run that DVC does not have in its cache, and that lasts
     before = rows(project)
     process = repro(project, "train")
-    assert wait_until(lambda: rows(project) > before + 5, 120), process.communicate()[0]
+    assert wait_until(lambda: rows(project) > before + 5, 300), process.communicate()[0]
     process.send_signal(number)
     process.wait()
-    assert wait_until(lambda: not trainers(project), 60)  # 2 s where nothing else is at work
+    assert wait_until(lambda: not trainers(project), 300)  # 2 s where nothing else is at work
     code, said = output_of(repro(project, "train"))
     assert code == 0, said
     assert "going on after step" in said

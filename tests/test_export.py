@@ -393,7 +393,7 @@ def wait_for_page(url: str, app: "subprocess.Popen[bytes]", said: Path) -> str:
         except OSError:  # not there yet
             return ""
 
-    page = wait_until(answer, 90)  # torch and Gradio are slow to import on busy cores
+    page = wait_until(answer, 300)  # torch and Gradio are slow to import on busy cores
     assert page, said.read_text()
     return page
 

@@ -326,7 +326,7 @@ def test_a_real_training_gives_the_same_weights_bit_for_bit(bpe, tmp_path):
 
     def run(*words):
         return subprocess.run(
-            [sys.executable, "-m", *words], cwd=project, env=inherited, capture_output=True, text=True, timeout=280
+            [sys.executable, "-m", *words], cwd=project, env=inherited, capture_output=True, text=True, timeout=600
         )
 
     assert run("stages.train").returncode == 0

@@ -40,7 +40,7 @@ ENDINGS = (
     ["the recorder's end", "SIGTERM"], ["the recorder's end", "SIGKILL"],
 )  # fmt: skip
 NOTHING_TO_SAVE = "error: interrupted: run the same command again to repeat it\n"  # before its steps, or after them
-PATIENCE_S = 200  # for anything at all, on a machine that others use too
+PATIENCE_S = 600  # for anything at all, on a machine that others use too
 
 
 @pytest.fixture(autouse=True)

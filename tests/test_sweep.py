@@ -87,7 +87,7 @@ def run(*arguments):
 
 
 def ended(process):
-    said = process.communicate(timeout=240)[0]
+    said = process.communicate(timeout=600)[0]
     return process.returncode, said
 
 
