@@ -30,7 +30,7 @@ LINES = (
     "No more talking on't.\n"
 )  # the last lines would be shown wrongly by whoever forgets to escape them
 WINDOW = 24
-SLOW_S = 0.2  # between two tokens: the page's 200 take 40 s
+SLOW_S = 0.3  # between two tokens: the page's 200 take a minute
 PATIENCE_S = 30  # for a stream to begin, or to end before its time, on a machine that others use too
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 48, "block_size": WINDOW, "vocab_size": 50257, "dropout": 0.0}
 FACTS: dict[str, Any] = {
@@ -86,7 +86,7 @@ class Watched:
     """A generator that counts the streams that are open, and takes its time where it is told to."""
 
     def __init__(self, generator: Any) -> None:
-        self._generator, self.open, self.drawn, self.delay_s = generator, 0, 0, 0.0
+        self._generator, self.open, self.delay_s = generator, 0, 0.0
         self._changed = threading.Condition()
 
     def __getattr__(self, name: str) -> Any:
@@ -97,7 +97,6 @@ class Watched:
         try:
             for piece in self._generator.stream(*arguments):
                 time.sleep(self.delay_s)  # as a large model does
-                self.drawn += 1
                 yield piece
         finally:
             self._count(-1)

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
 import httpx
@@ -165,16 +167,37 @@ def test_a_user_who_stops_ends_no_other_stream(page, source):
     assert going_on.result(timeout=60)["finished"]
 
 
-def test_a_user_who_leaves_ends_the_stream(page, source):
-    source.watched.delay_s = SLOW_S
-    number = event(page, "generate")
-    with httpx.Client(base_url=f"{page.local_url}gradio_api/", timeout=30) as http:
+def stop(page: gr.Blocks, source: Stub) -> float:
+    """Begin a stream and stop it; return when."""
+    job = Client(page.local_url, verbose=False).submit("All:", 1000, 0, api_name="/generate")
+    assert source.watched.opens(1)
+    next(job)
+    stopped = time.monotonic()
+    job.cancel()
+    return stopped
+
+
+def leave(page: gr.Blocks, source: Stub) -> float:
+    """Begin a stream and read no more of it; return since when."""
+    number, session = event(page, "generate"), uuid4().hex
+    with httpx.Client(base_url=f"{page.local_url}gradio_api/", timeout=60) as http:
         data = ["All:", 1000, 0.8, 0, 1.0, 1.0, 1, 0]
-        http.post("queue/join", json={"fn_index": number, "data": data, "session_hash": "leaves"})
-        with http.stream("GET", "queue/data", params={"session_hash": "leaves"}) as stream:
+        http.post("queue/join", json={"fn_index": number, "data": data, "session_hash": session})
+        with http.stream("GET", "queue/data", params={"session_hash": session}) as stream:
             next(stream.iter_lines())
             assert source.watched.opens(1)
-    assert source.watched.opens(0)
+            return time.monotonic()
+
+
+@pytest.mark.parametrize("end", [stop, leave])
+def test_a_user_who_stops_or_leaves_ends_the_stream_within_a_second(page, source, end):  # E6
+    source.watched.delay_s = SLOW_S
+    lasted = []
+    for _ in range(3):  # the best counts: others use this machine too
+        ended = end(page, source)
+        assert source.watched.opens(0)
+        lasted.append(time.monotonic() - ended)
+    assert min(lasted) < 1
 
 
 def test_a_reply_that_nobody_reads_ends_and_is_not_kept(page, source, monkeypatch):  # E6

@@ -210,7 +210,9 @@ def test_a_process_that_waits_for_a_dead_one_ends_by_itself(tmp_path):
     ]
     assert both[0].stdout.readline() == "joined\n"
     both[1].communicate(timeout=120)
+    gone = time.monotonic()
     _, said = both[0].communicate(timeout=120)
+    assert time.monotonic() - gone < 5
     assert both[0].returncode == PeerLost.exit_code
     assert f"error: rank 1, process {both[1].pid}, is gone: run the same command again to go on" in said
 
@@ -285,7 +287,9 @@ def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the
     job = start()
     wait_for_rows(job, 5)
     job.terminate()
-    code, output = finish(job, timeout=120)
+    began = time.monotonic()
+    code, output = finish(job)
+    assert time.monotonic() - began < 15  # a loaded machine's; what a step, a save and two exits take is a part of it
     assert code != 0
     assert "error: SIGTERM at step" in output
     assert checkpoint_steps(run_folder())[0] == rows() < 60  # the last step is saved
@@ -294,7 +298,9 @@ def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the
     wait_for_rows(job, rows() + 5)
     processes = ranks(job)
     processes[1].kill()
-    code, output = finish(job, timeout=120)
+    began = time.monotonic()
+    code, output = finish(job)
+    assert time.monotonic() - began < 5
     assert code != 0
     assert not [p for p in processes if p.is_running()]
 

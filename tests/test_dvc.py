@@ -91,7 +91,7 @@ def test_the_trainer_ends_with_dvc_and_the_next_repro_goes_on(project, params, m
     assert wait_until(lambda: rows(project) > before + 5, 300), process.communicate()[0]
     process.send_signal(number)
     process.wait()
-    assert wait_until(lambda: not trainers(project), 300)  # 2 s where nothing else is at work
+    assert wait_until(lambda: not trainers(project), 60)  # 2 s where nothing else is at work
     code, said = output_of(repro(project, "train"))
     assert code == 0, said
     assert "going on after step" in said

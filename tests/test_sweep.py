@@ -227,7 +227,7 @@ def test_a_sweep_that_is_killed_takes_its_workers_along_and_is_gone_on_with(work
     pid, left = waited_for(with_checkpoint)
     sweep.kill()
     sweep.communicate()
-    waited_for(lambda: not is_alive(pid))
+    assert wait_until(lambda: not is_alive(pid), 30)
     code, said = run("--trials", 2)
     assert code == 0, said
     trials = study().trials

@@ -110,10 +110,10 @@ def test_the_whitespace_of_the_split_is_unicodes():
     ["a" * 1_000_000, "\u6f22" * 300_000, " " * 2_000_000 + "x", "\n" * 2_000_000 + "x", " " * 2_000_000],
     ids=["letters", "cjk", "spaces-then-x", "newlines-then-x", "spaces"],
 )
-def test_a_megabyte_without_a_word_break_is_encoded_soon(tokenizer, text):
+def test_a_megabyte_without_a_word_break_is_encoded_in_seconds(tokenizer, text):
     started = time.perf_counter()
     ids = tokenizer.encode(text)
-    assert time.perf_counter() - started < 60  # 0.5 s here; a quadratic merge would take hours
+    assert time.perf_counter() - started < 10  # 0.5 s here; a quadratic merge would take hours
     assert tokenizer.decode(ids) == text
 
 
