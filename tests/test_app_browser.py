@@ -180,6 +180,7 @@ def test_a_visitor_who_leaves_ends_the_stream(visit, source):
     visitor = visit()
     source.watched.delay_s = SLOW_S
     visitor.locator("#write").click()
+    visitor.locator("#written .writing").wait_for()  # until the page reads, the server waits half a minute for it
     assert source.watched.opens(1)
     visitor.close()
     assert source.watched.opens(0)
