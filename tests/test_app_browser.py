@@ -179,7 +179,7 @@ def test_stop_ends_this_stream_alone(visit, source):
 def test_a_visitor_who_leaves_ends_the_stream(visit, source):
     visitor = visit()
     source.watched.delay_s = SLOW_S
-    visitor.locator("#write").click()
+    press_write(visitor, "First Citizen:\n")
     visitor.locator("#written .writing").wait_for()  # until the page reads, the server waits half a minute for it
     assert source.watched.opens(1)
     visitor.close()
