@@ -12,7 +12,7 @@ from pipeline.facts import git_facts
 from pipeline.files import fsync, read_json
 from pipeline.journal import STEPS, TIMES
 from pipeline.results import read_run
-from pipeline.store import Store, naming_dead_store, open_store
+from pipeline.store import Store, naming_dead_store, open_store, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -109,7 +109,11 @@ def describe_inputs(store: Store, run_id: str, identity: dict[str, Any]) -> None
         store.client.log_batch(run_id, params=params[start : start + 100])
     digest = identity["data_sha256"][:36]  # MLflow's limit
     dataset = Dataset("tokens", digest, "local", json.dumps({"uri": "data/tokens"}))
-    store.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    try:
+        store.client.log_inputs(run_id, inputs)
+    except store_errors():  # MLflow refuses the later of two that log the same data first, at once: now it is there
+        store.client.log_inputs(run_id, inputs)
     store.client.log_dict(run_id, identity, "identity.json")
 
 

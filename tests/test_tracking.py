@@ -21,12 +21,23 @@ from fixtures_mlflow import (
     root_of,
     trained_project,
 )
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from pipeline.errors import DivergedError, Interrupted, ModelMissing, Pruned
 from pipeline.files import read_json, write_json, write_text
 from pipeline.journal import STEPS, TIMES, Journal
 from pipeline.recorder import RUN_ID
-from pipeline.runs import JournalTail, describe_run, ensure_run, find_run, runs_of, shipped
+from pipeline.runs import (
+    JournalTail,
+    create_run,
+    describe_inputs,
+    describe_run,
+    ensure_run,
+    find_run,
+    runs_of,
+    shipped,
+)
 from pipeline.store import Store, project_root, store_uri
 from pipeline.tracking import Recorder, ending
 from tests.waiting import wait_until
@@ -409,6 +420,23 @@ def test_four_processes_start_on_a_fresh_store_at_once(tmp_path: Path):
         sys.exit(any([os.wait()[1] for _ in folders]))
         """
     assert python(code, tmp_path, *folders).wait(timeout=60) == 0
+
+
+@pytest.mark.fault
+def test_data_that_another_run_logs_at_the_same_moment_is_logged_all_the_same(
+    store: Store, identity: dict, monkeypatch
+):
+    log, runs = MlflowClient.log_inputs, [create_run(store, identity, {}) for _ in range(2)]
+
+    def meet(client: MlflowClient, run_id: str, inputs: list) -> None:
+        monkeypatch.setattr(MlflowClient, "log_inputs", log)
+        log(client, runs[1], inputs)  # the other one is first
+        raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", meet)
+    describe_inputs(store, runs[0], identity)
+    noted = [store.client.get_run(run_id).inputs.dataset_inputs for run_id in runs]
+    assert [[each.dataset.digest for each in of] for of in noted] == [[identity["data_sha256"][:36]]] * 2
 
 
 def test_a_run_that_the_store_lacks_is_rebuilt_once_with_its_reports(store: Store, tmp_path: Path):
