@@ -7,8 +7,8 @@ import socket
 import sys
 from pathlib import Path
 
-from pipeline.errors import InputError
-from pipeline.stage import run_stage
+from pipeline.system.entrypoint import run_stage
+from pipeline.system.errors import InputError
 
 BESIDE = Path(__file__).parent / "version"  # where an exported Space has its model
 IN_SPACE = BESIDE.is_dir() and "SPACE_ID" in os.environ  # to publish one is to open it
@@ -65,7 +65,7 @@ def main() -> None:
     if folder:
         source: Source = Folder(folder)
     else:
-        from pipeline.store import project_root
+        from pipeline.tracking.mlflow_store import project_root
         from webapp.registry_source import Registry
 
         source = Registry(project_root(), arguments.model, arguments.version)

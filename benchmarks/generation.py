@@ -22,16 +22,16 @@ import numpy as np
 import torch
 
 from benchmarks.throughput import N_USED, machine_name, shape_of, synchronise
-from pipeline.checkpoint import load_model
-from pipeline.config import load_params
-from pipeline.generate import Generator, Piece
-from pipeline.machine import Machine, TrainConfig, prepare_machine
-from pipeline.model import GPT
-from pipeline.provenance import CorpusIndex
-from pipeline.sampling import Sampling
-from pipeline.tokenizer import Tokenizer, load_tokenizer
-from pipeline.tokens import open_tokens
-from pipeline.vocab import Vocabulary
+from pipeline.config.params import load_params
+from pipeline.data.corpus_index import CorpusIndex
+from pipeline.data.token_files import open_tokens
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.generator import Generator, Piece
+from pipeline.model.gpt import GPT
+from pipeline.model.sampling import Sampling
+from pipeline.system.device import Machine, TrainConfig, prepare_machine
+from pipeline.training.checkpoint import load_model
 
 PROMPTS = [f"{n} ships came home from the sea" for n in range(10, 26)]  # of equal length, as Hugging Face needs them
 PLACES = 50

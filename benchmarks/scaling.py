@@ -36,14 +36,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.throughput import N_USED, PRESETS, machine_name, shape_of, synchronise
-from pipeline.config import load_params
-from pipeline.distributed import joined, launch, world_here
-from pipeline.machine import TrainConfig, cores, prepare_machine
-from pipeline.optim import OptimConfig
-from pipeline.timing import PEAK_FLOPS, flops_per_token
-from pipeline.train import fresh_state, train_steps
-from pipeline.vocab import Vocabulary
-from pipeline.windows import Batch
+from pipeline.config.params import load_params
+from pipeline.data.batches import Batch
+from pipeline.data.vocab import Vocabulary
+from pipeline.system.device import TrainConfig, cores, prepare_machine
+from pipeline.system.distributed import joined, launch, world_here
+from pipeline.training.loop import fresh_state, train_steps
+from pipeline.training.optim import OptimConfig
+from pipeline.training.timing import PEAK_FLOPS, flops_per_token
 
 WINDOWS, LENGTH = 16, 256  # of a step, of all processes together
 STEPS = 7  # of a job; the first two are not counted

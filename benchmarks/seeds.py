@@ -25,19 +25,19 @@ import torch
 
 from benchmarks.seeds_figure import draw, print_table
 from benchmarks.throughput import machine_name
-from pipeline.config import Params, load_params
-from pipeline.files import locked, read_json, write_text
-from pipeline.interrupt import StopSignals
-from pipeline.journal import STEPS, TIMES, read_steps
-from pipeline.machine import Machine, prepare_machine
-from pipeline.progress import Progress
-from pipeline.recipes import apply_recipe
-from pipeline.run_config import RunConfig
-from pipeline.stage import run_stage
-from pipeline.text import Text
-from pipeline.tracked_run import open_run
-from pipeline.train import fresh_state, train_steps
-from pipeline.windows import steps_of
+from pipeline.config.params import Params, load_params
+from pipeline.config.recipes import apply_recipe
+from pipeline.data.batches import steps_of
+from pipeline.data.text import Text
+from pipeline.system.device import Machine, prepare_machine
+from pipeline.system.entrypoint import run_stage
+from pipeline.system.files import locked, read_json, write_text
+from pipeline.system.signals import StopSignals
+from pipeline.tracking.journal import STEPS, TIMES, read_steps
+from pipeline.training.config import RunConfig
+from pipeline.training.loop import fresh_state, train_steps
+from pipeline.training.progress import Progress
+from pipeline.training.run import open_run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "seeds.json"

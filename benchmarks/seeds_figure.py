@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.drawing import BLACK, GREY, RED, house_style, log_scale, plain_numbers, save_png
-from pipeline.plots import PUBLISHED
+from pipeline.report.figures import PUBLISHED
+from pipeline.report.style import BLACK, GREY, RED, house_style, log_scale, plain_numbers, save_png
 
 HERE = Path(__file__).parent / "published"
 SHAPES = {

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import load_params
-from pipeline.machine import Machine, TrainConfig, prepare_machine
-from pipeline.model import GPT, ModelConfig
-from pipeline.optim import OptimConfig
-from pipeline.timing import flops_per_token
-from pipeline.train import fresh_state, train_steps
-from pipeline.vocab import Vocabulary
-from pipeline.windows import Batch
+from pipeline.config.params import load_params
+from pipeline.data.batches import Batch
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.system.device import Machine, TrainConfig, prepare_machine
+from pipeline.training.loop import fresh_state, train_steps
+from pipeline.training.optim import OptimConfig
+from pipeline.training.timing import flops_per_token
 
 N_USED = 11_706  # ids that occur in Tiny Shakespeare
 LENGTH = 256

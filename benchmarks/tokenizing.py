@@ -29,12 +29,12 @@ from typing import Any
 
 import psutil
 
-from pipeline.corpus import write_documents
-from pipeline.documents import find_files
-from pipeline.encode import write_tokens
-from pipeline.files import write_json
-from pipeline.tokenizer import load_tokenizer
-from pipeline.tokens import open_tokens
+from pipeline.data.corpus import write_documents
+from pipeline.data.documents import find_files
+from pipeline.data.encode import write_tokens
+from pipeline.data.token_files import open_tokens
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.system.files import write_json
 
 BPE = Path("data/bpe").absolute()
 RESULTS = Path("benchmarks/results/tokenizing.json")

@@ -16,16 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.config import load_params
-from pipeline.fingerprint import identify
-from pipeline.journal import Journal, StepRow, TimeRow
-from pipeline.machine import prepare_machine
-from pipeline.run_config import RunConfig
-from pipeline.store import open_store
-from pipeline.text import Text
-from pipeline.tracking import Recorder
-from pipeline.train import fresh_state, train_steps
-from pipeline.windows import steps_of
+from pipeline.config.params import load_params
+from pipeline.data.batches import steps_of
+from pipeline.data.text import Text
+from pipeline.system.device import prepare_machine
+from pipeline.tracking.fingerprint import identify
+from pipeline.tracking.journal import Journal, StepRow, TimeRow
+from pipeline.tracking.mlflow_store import open_store
+from pipeline.tracking.recorder import Recorder
+from pipeline.training.config import RunConfig
+from pipeline.training.loop import fresh_state, train_steps
 
 
 def main() -> None:

@@ -7,28 +7,28 @@ from typing import Any
 
 import yaml
 
-from pipeline import catalog
-from pipeline.config import load_params
-from pipeline.corpus import CorpusConfig, verify_corpus
-from pipeline.doctor import examine
-from pipeline.encode import Task, encode_shards
-from pipeline.environment import params_faults
-from pipeline.errors import InputError
-from pipeline.files import locked
-from pipeline.generate import load_generator
-from pipeline.recipes import apply_recipe, as_set, list_recipes
-from pipeline.recorder import RECORDER_LOCK
-from pipeline.registry import CHAMPION, RegistryConfig
-from pipeline.results import read_run
-from pipeline.retrain import retrain
-from pipeline.run_folder import IDENTITY
-from pipeline.runs import describe_run
-from pipeline.sampling import Sampling
-from pipeline.space import SweepConfig, overridden
-from pipeline.stage import run_stage
-from pipeline.store import project_root
-from pipeline.terminal import converse, show
-from pipeline.tokenizer import load_tokenizer
+from pipeline.config.params import load_params
+from pipeline.config.recipes import apply_recipe, as_set, list_recipes
+from pipeline.data.corpus import CorpusConfig, verify_corpus
+from pipeline.data.encode import Task, encode_shards
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model.generator import load_generator
+from pipeline.model.sampling import Sampling
+from pipeline.ops.chat import converse, show
+from pipeline.ops.checks import params_faults
+from pipeline.ops.doctor import examine
+from pipeline.registry import catalog
+from pipeline.registry.register import CHAMPION, RegistryConfig
+from pipeline.registry.reproduce import retrain
+from pipeline.sweep.search_space import SweepConfig, overridden
+from pipeline.system.entrypoint import run_stage
+from pipeline.system.errors import InputError
+from pipeline.system.files import locked
+from pipeline.tracking.mlflow_runs import describe_run
+from pipeline.tracking.mlflow_store import project_root
+from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.tracking.run_record import read_run
+from pipeline.training.run_folder import IDENTITY
 
 MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
 SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")
@@ -75,8 +75,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 def sweep(arguments: argparse.Namespace) -> None:
     """Search for the settings that reach the target for the least; status, best and apply look at what was found."""
-    from pipeline import sweep as sweeps  # Optuna takes a second to import
-    from pipeline.study import naming_dead_storage
+    from pipeline.sweep import controller as sweeps  # Optuna takes a second to import
+    from pipeline.sweep.study import naming_dead_storage
 
     params = load_params()
     config = overridden(params, vars(arguments)).section(SweepConfig)
@@ -131,7 +131,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a registered version as a folder for Transformers (hf), or as a Hugging Face Space with the app (space)."""
-    from pipeline import export as exports  # matplotlib takes a second to import
+    from pipeline.registry import export as exports  # matplotlib takes a second to import
 
     exports.refuse_filled(arguments.folder)
     name, store = load_params().section(RegistryConfig).model, catalog.open_registry(project_root())

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.config import load_params
-from pipeline.corpus import CorpusConfig, fetch_corpus
-from pipeline.stage import run_stage
-from pipeline.tokenizer import fetch_bpe
+from pipeline.config.params import load_params
+from pipeline.data.corpus import CorpusConfig, fetch_corpus
+from pipeline.data.tokenizer import fetch_bpe
+from pipeline.system.entrypoint import run_stage
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pipeline.config import load_params
-from pipeline.evaluate import EvaluateConfig, evaluate_model
-from pipeline.files import write_json
-from pipeline.results import read_run
-from pipeline.stage import run_stage
+from pipeline.config.params import load_params
+from pipeline.model.evaluate import EvaluateConfig, evaluate_model
+from pipeline.system.entrypoint import run_stage
+from pipeline.system.files import write_json
+from pipeline.tracking.run_record import read_run
 
 
 def main() -> None:

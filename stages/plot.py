@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.plots import RunReport, write_figures, write_tables
-from pipeline.stage import run_stage
+from pipeline.report.figures import RunReport, write_figures, write_tables
+from pipeline.system.entrypoint import run_stage
 
 
 def main() -> None:

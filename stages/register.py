@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.config import load_params
-from pipeline.registry import RegistryConfig, register
-from pipeline.stage import run_stage
-from pipeline.store import project_root
+from pipeline.config.params import load_params
+from pipeline.registry.register import RegistryConfig, register
+from pipeline.system.entrypoint import run_stage
+from pipeline.tracking.mlflow_store import project_root
 
 
 def main() -> None:

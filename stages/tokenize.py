@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pipeline.config import load_params
-from pipeline.corpus import CorpusConfig, verify_corpus
-from pipeline.diagnose import describe_corpus
-from pipeline.encode import write_tokens
-from pipeline.files import write_json
-from pipeline.stage import run_stage
-from pipeline.tokenizer import load_tokenizer
-from pipeline.tokens import open_tokens
+from pipeline.config.params import load_params
+from pipeline.data.corpus import CorpusConfig, verify_corpus
+from pipeline.data.encode import write_tokens
+from pipeline.data.statistics import describe_corpus
+from pipeline.data.token_files import open_tokens
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.system.entrypoint import run_stage
+from pipeline.system.files import write_json
 
 
 def main() -> None:

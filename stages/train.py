@@ -4,11 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.config import load_params
-from pipeline.distributed import ALONE, launch, world_here
-from pipeline.run_config import RunConfig
-from pipeline.stage import run_stage
-from pipeline.tracked_run import run_tracked
+from pipeline.config.params import load_params
+from pipeline.system.distributed import ALONE, launch, world_here
+from pipeline.system.entrypoint import run_stage
+from pipeline.training.config import RunConfig
+from pipeline.training.run import run_tracked
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from fixtures_mlflow import _no_foreign_store, store  # noqa: F401 (fixtures for
 from fixtures_network import _only_this_machine, wheels  # noqa: F401 (fixtures for all)
 from hypothesis import settings
 
-from pipeline.config import load_params
-from pipeline.corpus import CorpusConfig, fetch_corpus, verify_corpus
-from pipeline.errors import InputError, IntegrityError
-from pipeline.tokenizer import Tokenizer, fetch_bpe, load_tokenizer
+from pipeline.config.params import load_params
+from pipeline.data.corpus import CorpusConfig, fetch_corpus, verify_corpus
+from pipeline.data.tokenizer import Tokenizer, fetch_bpe, load_tokenizer
+from pipeline.system.errors import InputError, IntegrityError
 
 ROOT = Path(__file__).parent.parent
 settings.register_profile("the same examples each time", derandomize=True)

@@ -14,12 +14,12 @@ import httpx
 import pytest
 import torch
 
-from pipeline.checkpoint import save_model
-from pipeline.files import write_json, write_manifest
-from pipeline.model import GPT, ModelConfig
-from pipeline.tokenizer import load_tokenizer
-from pipeline.tokens import write_shard
-from pipeline.vocab import Vocabulary
+from pipeline.data.token_files import write_shard
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.system.files import write_json, write_manifest
+from pipeline.training.checkpoint import save_model
 from webapp.page import serve
 from webapp.source import Folder, Served
 

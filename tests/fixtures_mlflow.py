@@ -12,13 +12,13 @@ from uuid import uuid4
 
 import pytest
 
-from pipeline import versions
-from pipeline.files import write_json, write_manifest, write_text
-from pipeline.journal import STEPS, TIMES, Journal
-from pipeline.recorder import OWING, record
-from pipeline.store import Store, open_store
-from pipeline.tokens import data_sha256, write_shard
-from pipeline.tracking import ending
+from pipeline.data.token_files import data_sha256, write_shard
+from pipeline.registry import artifacts as versions
+from pipeline.system.files import write_json, write_manifest, write_text
+from pipeline.tracking.journal import STEPS, TIMES, Journal
+from pipeline.tracking.mlflow_store import Store, open_store
+from pipeline.tracking.recorder import ending
+from pipeline.tracking.recorder_process import OWING, record
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from offline.sitecustomize import refuse
 
-from pipeline.config import load_params
-from pipeline.corpus import CorpusConfig
-from pipeline.files import locked
-from pipeline.tokenizer import BPE_SHA256, BPE_SOURCES
+from pipeline.config.params import load_params
+from pipeline.data.corpus import CorpusConfig
+from pipeline.data.tokenizer import BPE_SHA256, BPE_SOURCES
+from pipeline.system.files import locked
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = str(Path(__file__).parent / "offline")

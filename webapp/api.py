@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.errors import PipelineError
+from pipeline.system.errors import PipelineError
 from webapp.next_token import expect
 from webapp.prose import LEAST_PASSAGE, refusal
 from webapp.source import Source

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a session or an event
 EXAMPLE = 'send an object, such as {"data": ["All:", 10]}'

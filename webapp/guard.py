@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from webapp.body import NAME, Call, checked_body
 from webapp.readers import Readers
 

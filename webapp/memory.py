@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from pipeline.errors import InputError, PipelineError
-from pipeline.sampling import Sampling
+from pipeline.model.sampling import Sampling
+from pipeline.system.errors import InputError, PipelineError
 from webapp.prose import cut, html, note, refusal
 from webapp.source import Served, Source
 from webapp.writing import checked_whole

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 import torch
 
-from pipeline.errors import PipelineError
+from pipeline.system.errors import PipelineError
 from webapp.prose import html, note, refusal, visible
 from webapp.source import Served, Source
 from webapp.writing import LONGEST_PROMPT, checked_prompt, checked_whole

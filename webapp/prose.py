@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.errors import PipelineError
-from pipeline.provenance import Passage
-from pipeline.tokenizer import Tokenizer
+from pipeline.data.corpus_index import Passage
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.system.errors import PipelineError
 from webapp.source import Served
 
 LEAST_PASSAGE = 8  # tokens that stand together in the training text before they count as taken from it

@@ -5,9 +5,9 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-from pipeline.catalog import describe_version, find_version, list_versions, open_registry, open_version
-from pipeline.errors import InputError, PipelineError
-from pipeline.generate import load_generator
+from pipeline.model.generator import load_generator
+from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry, open_version
+from pipeline.system.errors import InputError, PipelineError
 from webapp.source import Served
 
 CHECK_S = 3.0  # between two looks at the registry

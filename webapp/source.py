@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.errors import InputError, ModelMissing
-from pipeline.files import read_json
-from pipeline.generate import Generator, load_generator
+from pipeline.model.generator import Generator, load_generator
+from pipeline.system.errors import InputError, ModelMissing
+from pipeline.system.files import read_json
 
 LEAST_FACTS = {"name": "model", "version": "?", "aliases": [], "tags": {}, "params": {}, "environment": {}}
 LEAST_FACTS |= {"history": {}, "samples": [], "metrics": {}, "created": "unknown"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.errors import PipelineError
+from pipeline.system.errors import PipelineError
 from webapp.chart import line_chart
 from webapp.prose import html, note, refusal
 from webapp.source import Served, Source

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
-from pipeline.errors import InputError, PipelineError
+from pipeline.system.errors import InputError, PipelineError
 from webapp.prose import LEAST_PASSAGE, html, note, place_html, refusal, traced
 from webapp.source import Source
 from webapp.writing import LONGEST_PROMPT, MOST_SAMPLES, MOST_TOKENS, Writing, checked_whole, write

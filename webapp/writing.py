@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import InputError
-from pipeline.sampling import Sampling
+from pipeline.model.sampling import Sampling
+from pipeline.system.errors import InputError
 from webapp.prose import LEAST_PASSAGE, cut
 from webapp.source import Served
 

@@ -1,0 +1,142 @@
+"""windows: ids -> (B, T) inputs and targets, in an order that is a pure function of (seed, epoch, position).
+
+A window is T inputs with their T targets, each target the token after its input. Fixed windows cut the text every T
+tokens; the last one is padded, and its surplus targets are IGNORED, so that one pass sees every token of the text but
+the first exactly once as a target.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config.params import Section
+from pipeline.data.token_files import Tokens
+from pipeline.data.vocab import Vocabulary
+from pipeline.system.distributed import ALONE, World
+
+IGNORED = -100  # a target that counts nowhere; cross_entropy's own default
+BLOCK_WINDOWS = 1 << 20  # shuffled together: a permutation of 8 MiB
+BLOCKS = 2**32 - 1  # stands for the blocks' own order where another key is the number of a block
+
+
+class WindowsConfig(Section):
+    """What one optimiser step sees: `accumulate` batches of `batch` windows of `length` tokens."""
+
+    section_name: ClassVar[str] = "windows"
+
+    length: int = Field(ge=2)
+    batch: int = Field(ge=1)
+    accumulate: int = Field(ge=1)
+    order: Literal["shuffled", "sequential", "random"]
+
+    @property
+    def step_tokens(self) -> int:
+        """Targets in a step of whole windows."""
+        return self.length * self.batch * self.accumulate
+
+
+class Batch(NamedTuple):
+    """One forward pass; `n_targets` is known without asking the device."""
+
+    inputs: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, IGNORED past the end of the text
+    n_targets: int
+
+
+def n_windows(n_tokens: int, length: int) -> int:
+    """Fixed windows in a text, the padded last one included."""
+    return -(-(n_tokens - 1) // length)
+
+
+def steps_per_pass(n_tokens: int, config: WindowsConfig) -> int:
+    """Steps that see as many windows as the text has, rounded up."""
+    return -(-n_windows(n_tokens, config.length) // (config.batch * config.accumulate))
+
+
+class Rows(NamedTuple):
+    """A part of the text as the model reads it: rows of its embedding, cut out of the token files window by window."""
+
+    tokens: Tokens
+    vocabulary: Vocabulary
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Tokens in the part."""
+        return len(self.tokens)
+
+
+def steps_of(
+    first_step: int, rows: Rows, config: WindowsConfig, seed: int, world: World = ALONE
+) -> Iterator[list[Batch]]:
+    """Yield the batches of step `first_step` (counted from 1), of the next, and so on for ever.
+
+    The windows run on from pass to pass: a step may hold the end of one and the start of the next. The processes of
+    a `world` get their share of each batch, which still counts the targets of all of it.
+    """
+    windows_per_step = config.batch * config.accumulate
+    position = (first_step - 1) * windows_per_step
+    while True:
+        starts = [_start(position + i, rows.size, config, seed) for i in range(windows_per_step)]
+        batches = [starts[i : i + config.batch] for i in range(0, windows_per_step, config.batch)]
+        yield [
+            gather(rows, world.share(batch), config.length)._replace(n_targets=_n_targets(rows, batch, config.length))
+            for batch in batches
+        ]
+        position += windows_per_step
+
+
+def gather(rows: Rows, starts: list[int], length: int) -> Batch:
+    """Cut the windows that begin at `starts` out of the text; what is past its end repeats its last token."""
+    ids = np.empty((len(starts), length + 1), np.int64)
+    known = []
+    for window, start in zip(ids, starts, strict=True):
+        found = rows.tokens.read(start, min(start + length + 1, rows.size))
+        window[: len(found)], window[len(found) :] = found, found[-1]
+        known.append(len(found))
+    windows = rows.vocabulary.fold(torch.from_numpy(ids))  # (B, T + 1)
+    inputs, targets = windows[:, :-1].clone(), windows[:, 1:].clone()  # (B, T) each
+    for i, n in enumerate(known):
+        targets[i, n - 1 :] = IGNORED
+    if rows.device.type == "cuda":  # without waiting for the step before
+        inputs, targets = (part.pin_memory().to(rows.device, non_blocking=True) for part in (inputs, targets))
+    return Batch(inputs.to(rows.device), targets.to(rows.device), _n_targets(rows, starts, length))
+
+
+def _n_targets(rows: Rows, starts: list[int], length: int) -> int:
+    return sum(min(length, rows.size - 1 - start) for start in starts)
+
+
+def _start(position: int, n_tokens: int, config: WindowsConfig, seed: int) -> int:
+    """Where the window at `position`, counted from 0 over all passes, begins."""
+    epoch, index = divmod(position, n := n_windows(n_tokens, config.length))
+    if config.order == "random":
+        return int(_rng(seed, epoch, index).integers(max(1, n_tokens - config.length)))
+    return config.length * (shuffled(index, n, seed, epoch) if config.order == "shuffled" else index)
+
+
+def shuffled(index: int, n: int, seed: int, epoch: int, block_size: int = BLOCK_WINDOWS) -> int:
+    """Which of a text's `n` windows comes `index`-th in a pass.
+
+    The windows of a block are shuffled; so are the blocks, but for the shorter one at the text's end, which comes last.
+    """
+    full, rest = divmod(n, block_size)
+    turn, within = divmod(index, block_size)
+    if turn == full:
+        return full * block_size + int(_permutation(rest, seed, epoch, full)[within])
+    block = int(_permutation(full, seed, epoch, BLOCKS)[turn])
+    return block * block_size + int(_permutation(block_size, seed, epoch, block)[within])
+
+
+@lru_cache(maxsize=4)  # a step may straddle two passes or two blocks
+def _permutation(n: int, seed: int, epoch: int, block: int) -> np.ndarray:
+    return _rng(seed, epoch, block).permutation(n)
+
+
+def _rng(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))

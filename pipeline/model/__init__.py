@@ -1,0 +1,1 @@
+"""GPT-2: the network, its loss, evaluation and generation."""

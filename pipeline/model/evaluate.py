@@ -1,0 +1,170 @@
+"""evaluate: a model and a token file -> what it knows of the text.
+
+Every figure is taken in eval mode, with the full softmax in fp32 and the run's precision below it, so that the check in
+training and the stage `evaluate` give the same number.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config.params import Section
+from pipeline.data.batches import IGNORED, Rows, gather, n_windows
+from pipeline.data.token_files import data_sha256, open_tokens
+from pipeline.model.gpt import GPT
+from pipeline.system.device import autocast_in
+from pipeline.system.distributed import ALONE, World
+from pipeline.system.errors import InputError
+from pipeline.training.checkpoint import load_model
+
+BATCH_TOKENS = 8192  # in a forward pass; part of the definition, since it may move the last bit
+RECALL_TOKENS = 32  # of context, and again of continuation
+
+
+class EvaluateConfig(Section):
+    """How verbatim recall is sampled."""
+
+    section_name: ClassVar[str] = "evaluate"
+
+    recall_places: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**63)
+
+
+def evaluate_model(
+    folder: Path, tokens: Path, run: dict[str, Any], config: EvaluateConfig
+) -> tuple[dict[str, Any], list[float]]:
+    """Measure a model folder on the tokens it was trained on; `run` is its run.json.
+
+    Returns the figures of reports/metrics.json, and the mean loss at each position of the window. Raises IntegrityError
+    where model or tokens are altered, InputError where the tokens are not those of the run.
+    """
+    text = open_tokens(tokens, "train")
+    if data_sha256(tokens) != run["data_sha256"]:
+        raise InputError(f"{tokens} is not what {folder} was trained on: run `dvc repro`")
+    model = load_model(folder, text.counts())
+    torch.set_num_threads(int(run["environment"]["threads"]))
+    device, precision = str(run["environment"]["device"]).split()[0], str(run["environment"]["precision"])
+    model.to(device)
+    T, autocast = model.trained_length, autocast_in(device, precision)
+    rows, held_out = (Rows(part, model.vocabulary, torch.device(device)) for part in (text, open_tokens(tokens, "val")))
+    loss = corpus_loss(model, rows, T, autocast)
+    by_shift = {str(s): corpus_loss(model, rows, T, autocast, s) for s in (T // 4, T // 2, 3 * T // 4)}
+    recall = {
+        aligned: verbatim_recall(model, rows, recall_starts(rows.size, model, config, aligned), autocast)
+        for aligned in (True, False)
+    }
+    results = run["results"]
+    metrics = {
+        "corpus_loss": loss,
+        "corpus_perplexity": math.exp(loss),
+        "shifted_loss": sum(by_shift.values()) / len(by_shift),
+        "shifted_loss_by_offset": by_shift,
+        "validation_loss": corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None,
+        "top1_accuracy": top1_accuracy(model, rows, T, autocast),
+        "verbatim_recall": recall[True],
+        "verbatim_recall_shifted": recall[False],
+        "recall_tokens": recall_context(model),
+        "fingerprint": run["fingerprint"],
+        "n_params": run["n_params"],
+        "target_loss": results["target_loss"],
+        "to_target": results["to_target"],
+    }
+    return metrics, position_loss(model, rows, T, autocast)
+
+
+@torch.inference_mode()
+def corpus_loss(
+    model: GPT,
+    rows: Rows,
+    length: int,
+    autocast: AbstractContextManager[Any],
+    shift: int = 0,
+    world: World = ALONE,
+) -> float:
+    """Mean loss, in nats per token, of one pass over the text `rows` in windows of `length` from `shift` on.
+
+    The processes of a `world` divide the batches among them; the sum is taken in the text's order, as one process does.
+    """
+    batches = _starts(rows, length, shift)
+    sums = []
+    for begin in range(0, len(batches), world.size):
+        starts = batches[min(begin + world.rank, len(batches) - 1)]  # a sharded model needs all processes to the end
+        inputs, targets, _ = gather(rows, starts, length)
+        with autocast:
+            total = model.token_losses(inputs, targets).double().sum().cpu()
+        sums += world.gather(total)
+    return sum(x.item() for x in sums[: len(batches)]) / (rows.size - 1 - shift)
+
+
+@torch.inference_mode()
+def position_loss(model: GPT, rows: Rows, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
+    """Mean loss at each of the `length` positions of the fixed windows."""
+    total, n = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
+    for inputs, targets in _passes(rows, length):
+        with autocast:
+            total += model.token_losses(inputs, targets).double().sum(dim=0).cpu()
+        n += (targets != IGNORED).sum(dim=0).cpu()
+    return (total / n.clamp(min=1)).tolist()
+
+
+@torch.inference_mode()
+def top1_accuracy(model: GPT, rows: Rows, length: int, autocast: AbstractContextManager[Any]) -> float:
+    """Share of the text's tokens that are the model's first guess."""
+    hits, n = 0, 0
+    for inputs, targets in _passes(rows, length):
+        with autocast:
+            hits += int((model(inputs).argmax(dim=2) == targets).sum())
+        n += int((targets != IGNORED).sum())
+    return hits / n
+
+
+@torch.inference_mode()
+def verbatim_recall(model: GPT, rows: Rows, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
+    """Share of `starts` from which greedy decoding recites the text exactly.
+
+    The model is given RECALL_TOKENS tokens, fewer where its windows are short, and must continue with as many. Greedy
+    decoding does so if and only if each true token is the first guess after all true ones before it, so one forward
+    pass decides it.
+    """
+    context = recall_context(model)
+    exact = 0
+    for begin in range(0, len(starts), batch := max(1, BATCH_TOKENS // (2 * context))):
+        inputs, targets, _ = gather(rows, starts[begin : begin + batch], 2 * context - 1)
+        with autocast:
+            guesses = model(inputs)[:, context - 1 :].argmax(dim=2)  # (B, context)
+        exact += int((guesses == targets[:, context - 1 :]).all(dim=1).sum())
+    return exact / len(starts)
+
+
+def recall_context(model: GPT) -> int:
+    """Tokens of context that recall is asked with: RECALL_TOKENS, or half a window where that is less."""
+    return min(RECALL_TOKENS, model.trained_length // 2)
+
+
+def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bool) -> list[int]:
+    """Seeded places in the text that have room for context and continuation: at windows' starts, or anywhere."""
+    room = n_tokens - 2 * recall_context(model)
+    candidates = np.arange(0, room + 1, model.trained_length if aligned else 1)
+    rng = np.random.Generator(np.random.PCG64(config.seed))
+    return sorted(rng.choice(candidates, min(config.recall_places, len(candidates)), replace=False).tolist())
+
+
+def _passes(rows: Rows, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The text's fixed windows in order: inputs and targets, (B, T)."""
+    for starts in _starts(rows, length):
+        inputs, targets, _ = gather(rows, starts, length)
+        yield inputs, targets
+
+
+def _starts(rows: Rows, length: int, shift: int = 0) -> list[list[int]]:
+    """Where the text's fixed windows from token `shift` on begin, in batches."""
+    starts = [shift + length * i for i in range(n_windows(rows.size - shift, length))]
+    batch = max(1, BATCH_TOKENS // length)
+    return [starts[begin : begin + batch] for begin in range(0, len(starts), batch)]

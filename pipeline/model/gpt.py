@@ -1,0 +1,187 @@
+"""model: ids -> logits, as GPT-2 computes them.
+
+B: windows in a batch, T: positions in a window, C: n_embd, H: n_head, V: rows of the embedding (the vocabulary, or what
+is left of it after folding, see vocab). Source: Radford et al. 2019, and the published weights' own configuration.
+"""
+
+import math
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.config.params import Section
+from pipeline.data.batches import IGNORED
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.fsdp import assign
+from pipeline.model.loss import cross_entropy_sum
+
+SHORT = 512  # positions; the scores of attention grow with their square
+
+
+class ModelConfig(Section):
+    """The shape of a GPT-2; the fields bear GPT-2's own names."""
+
+    section_name: ClassVar[str] = "model"
+
+    n_layer: int = Field(ge=1, le=1000)
+    n_head: int = Field(ge=1)
+    n_embd: int = Field(ge=1, le=2**16)
+    block_size: int = Field(ge=2, le=2**20)
+    vocab_size: int = Field(ge=50257, le=65536)  # GPT-2's ids, padded at will; an id must fit 16 bits
+    dropout: float = Field(ge=0, lt=1)
+    fold_vocab: bool
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        return self
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the standard model with its full vocabulary, the tied head counted once."""
+        C, block = self.n_embd, 12 * self.n_embd**2 + 13 * self.n_embd
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention of queries on keys and values, (B, H, T, C / H) each.
+
+    torch's kernel, but for bf16 on a CPU: there, and as long as the scores are few, two plain matrix products are more
+    than twice as fast.
+    """
+    T = q.shape[2]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    future = q.new_full((T, T), -torch.inf).triu(1)
+    scores = (q * q.shape[3] ** -0.5) @ k.mT + future  # (B, H, T, T)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C / H)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+def through(block: nn.Module, x: Tensor) -> Tensor:
+    """What the blocks have in common: compiled once, it serves all of them."""
+    return block(x)  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """GPT-2: learned positions, a head tied to the embedding; inputs and targets are rows of `vocabulary`.
+
+    `compiled` and `gradient_checkpointing` act in training alone.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocabulary: Vocabulary, gradient_checkpointing: bool = False, compiled: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        self.gradient_checkpointing = gradient_checkpointing
+        self._through = torch.compile(through, dynamic=False) if compiled else through
+        self.trained_length = config.block_size  # positions beyond it have never been trained
+        self.wte = nn.Embedding(vocabulary.n_rows, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> Self:
+        """Draw the weights as GPT-2 does: normal(0, 0.02), less where they add to the residual stream; biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 2:
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                assign(parameter, torch.randn(parameter.shape, generator=generator) * 0.02 * scale)
+            else:
+                parameter.fill_(1)  # the LayerNorms' weights
+        return self
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """Rows (B, T) -> what the head reads, (B, T, C)."""
+        T = rows.shape[1]
+        assert self.config.block_size >= T, "longer than the model has positions"
+        x = self.wte(rows) + self.wpe.weight[:T]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        run = self._through if self.training else through
+        for block in self.h:
+            recompute = self.gradient_checkpointing and self.training
+            x = checkpoint(run, block, x, use_reentrant=False) if recompute else run(block, x)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> logits (..., V); that of the unused row counts for all the ids behind it."""
+        if not self.vocabulary.n_unused:
+            return F.linear(hidden, self.wte.weight)
+        bias = self.wte.weight.new_zeros(self.vocabulary.n_rows)  # (V,)
+        bias[-1] = self.vocabulary.unused_bias
+        return F.linear(hidden, self.wte.weight, bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows (B, T) -> logits (B, T, V)."""
+        return self.head(self.hidden(rows))
+
+    def loss(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:
+        """Sum of the targets' losses over `n_targets`, in nats per token; softmax in fp32, IGNORED targets left out."""
+        hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
+        return cross_entropy_sum(hidden, self.wte.weight, self.vocabulary.unused_bias, targets.flatten()) / n_targets
+
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each target, (B, T), 0 where it is IGNORED; the head and the softmax in fp32 whatever is below them.
+
+        A target that does not occur in the training text is one of the U ids behind the last row, and gets its share.
+        """
+        hidden = self.hidden(inputs)  # (B, T, C)
+        with torch.autocast(inputs.device.type, enabled=False):
+            logits = self.head(hidden.float())  # (B, T, V)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        if self.vocabulary.n_unused:
+            losses = losses + self.vocabulary.unused_bias * (targets.flatten() == self.vocabulary.n_rows - 1)
+        return losses.view_as(targets)

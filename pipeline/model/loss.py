@@ -1,0 +1,80 @@
+"""cross_entropy: what the head reads, and the targets -> their loss and its gradients, a few rows of logits at a time.
+
+The logits of a step are its largest tensor by far: V numbers a token. Here they are made, turned into their gradient
+and used up chunk by chunk, in the forward pass; all of them together never exist, and the backward pass only scales.
+The softmax, in fp32, goes through a chunk in pieces that a CPU's cache holds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.data.batches import IGNORED
+
+CHUNK_LOGITS = 2**25  # in a matrix product: 64 MiB of bf16
+CACHED_LOGITS = 2**20  # in a softmax on a CPU: 4 MiB of fp32
+FP16_SCALE = 2.0**4  # keeps small probabilities above zero in fp16, and the sums over a chunk's rows finite
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, last_bias: float, targets: Tensor) -> Tensor:
+    """Sum of the targets' losses, 0-D, in nats; softmax in fp32, matrix products in autocast's precision.
+
+    hidden: (N, C); weight: (V, C), whose last row's logit gets `last_bias` more; targets: (N,), left out where IGNORED.
+    Equals torch's cross_entropy of all the logits with reduction="sum".
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, last_bias, targets)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, last_bias: float, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        exact = torch.promote_types(precision, torch.float32)
+        ctx.scale = FP16_SCALE if precision == torch.float16 else 1.0
+        with torch.autocast(device, enabled=False):
+            counts = (targets != IGNORED)[:, None]  # (N, 1)
+            labels = targets.clamp(min=0)[:, None]  # (N, 1)
+            x, w = hidden.to(precision), weight.to(precision)
+            read = x * counts  # what each token adds to the weights' gradient: nothing where IGNORED
+            total = torch.zeros((), dtype=exact, device=hidden.device)
+            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            for rows in _spans(len(x), CHUNK_LOGITS // len(w)):
+                logits = x[rows] @ w.T  # (n, V)
+                for part in _spans(len(logits), CACHED_LOGITS // len(w) if device == "cpu" else len(logits)):
+                    log_p = _to_gradient(logits[part], last_bias, labels[rows][part], exact, ctx.scale)
+                    total -= (log_p * counts[rows][part]).sum()
+                d_hidden[rows] = (logits @ w) * counts[rows]
+                d_weight += logits.T @ read[rows]
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        factor = gradients[0] / ctx.scale
+        return d_hidden * factor, d_weight * factor, None, None
+
+
+def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.dtype, scale: float) -> Tensor:
+    """Overwrite logits (n, V) with `scale` times (p, less 1 at the labels); return the labels' log p in `exact`.
+
+    labels and their log p: (n, 1).
+    """
+    x = logits.to(exact)
+    x[:, -1] += last_bias
+    at_label, highest = x.gather(1, labels), x.amax(dim=-1, keepdim=True)
+    p = x.softmax(dim=-1)
+    log_p = at_label - highest + p.amax(dim=-1, keepdim=True).log()  # the highest p is 1 over the sum of exponentials
+    p.scatter_add_(1, labels, p.new_full((1, 1), -1).expand_as(labels))
+    logits.copy_(p if scale == 1 else p.mul_(scale))
+    return log_p
+
+
+def _spans(n: int, longest: int) -> list[slice]:
+    """0 ... n in the fewest spans of equal length, at most `longest` but at least 1; the last may be shorter."""
+    length = -(-n // -(-n // max(1, longest)))
+    return [slice(begin, min(begin + length, n)) for begin in range(0, n, length)]

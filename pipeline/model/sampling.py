@@ -1,0 +1,62 @@
+"""sampling: logits -> the next token of each sequence."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from pipeline.system.errors import InputError
+
+
+class Sampling(BaseModel):
+    """How to continue a prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: int = Field(100, ge=0, le=10_000, description="how many to write")
+    temperature: float = Field(0.8, ge=0, le=100, description="0: always the likeliest; 1: by the probabilities")
+    top_k: int = Field(0, ge=0, le=50_257, description="draw from the likeliest so many; 0: from all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the fewest that have so much probability together")
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="how much less likely is what stands there already")
+    seed: int = Field(0, ge=0, lt=2**63, description="the same one writes the same text")
+    stop: tuple[str, ...] = Field((), max_length=16, description="text before which the continuation ends")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Check the values. Raises one InputError that names every bad one."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = (f"{fault['loc'][0]} {_brief(fault['input'])}: {fault['msg'].lower()}" for fault in error.errors())
+            raise InputError("; ".join(faults)) from None
+
+
+@torch.inference_mode()
+def draw(logits: Tensor, sampling: Sampling, seen: Sequence[int], generator: torch.Generator) -> int:
+    """Draw a row of the vocabulary from its fp32 logits (V,) on the CPU; `seen`: the rows that stand there already.
+
+    The penalty divides positive logits and multiplies negative ones. Sources: Keskar et al. 2019 (penalty), Fan et al.
+    2018 (top-k), Holtzman et al. 2020 (top-p).
+    """
+    if (penalty := sampling.repetition_penalty) != 1:
+        known = torch.tensor(sorted(set(seen)))
+        penalised = torch.where(logits[known] > 0, logits[known] / penalty, logits[known] * penalty)
+        logits = logits.index_copy(0, known, penalised)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = (logits - logits.max()).double() / sampling.temperature
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    probabilities = logits.softmax(dim=0)
+    if sampling.top_p < 1:
+        descending, order = probabilities.sort(descending=True)
+        enough = descending.cumsum(dim=0) - descending >= sampling.top_p  # there is, without it
+        probabilities[order[enough]] = 0
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -1,0 +1,43 @@
+"""terminal: prompts, given or asked for -> their continuations, shown as they are written."""
+
+import sys
+import time
+
+from pipeline.model.generator import Generator
+from pipeline.model.sampling import Sampling
+from pipeline.system.errors import InputError
+
+
+def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
+    """Print the prompt and its continuation, piece by piece; notices and the speed go to stderr."""
+    started, n_tokens, shown = time.perf_counter(), 0, prompt
+    for piece in generator.stream([prompt], sampling):
+        print(shown + _printable(piece.text), end="", flush=True)
+        n_tokens, shown = n_tokens + len(piece.ids), ""
+        if piece.notice:
+            print(f"\n[{piece.notice}]", file=sys.stderr)
+    print(flush=True)
+    if sys.stderr.isatty():
+        print(f"[{n_tokens} tokens, {n_tokens / (time.perf_counter() - started):,.0f} a second]", file=sys.stderr)
+
+
+def converse(generator: Generator, sampling: Sampling) -> None:
+    """Ask for one prompt after another, until Ctrl-D; Ctrl-C ends a continuation."""
+    print("A prompt, and Enter; \\n is a new line, Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "").replace("\\n", "\n")
+        except EOFError:
+            print()
+            return
+        try:
+            show(generator, prompt, sampling)
+        except KeyboardInterrupt:
+            print()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would take for a command."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

@@ -1,0 +1,199 @@
+"""export: a registered version -> a folder that Transformers loads, or a Hugging Face Space that runs the app.
+
+Both take the version's artifacts, as `open_version` verified them, and its facts, as `describe_version` gives them.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.config.params import load_params
+from pipeline.config.recipes import write_values
+from pipeline.data.token_files import open_tokens
+from pipeline.data.tokenizer import EOT, Tokenizer, load_tokenizer
+from pipeline.model.gpt import GPT
+from pipeline.report.figures import curve_figure
+from pipeline.report.model_card import CURVE, Exported, model_card
+from pipeline.report.space_card import space_card
+from pipeline.report.style import save_png
+from pipeline.system.errors import InputError
+from pipeline.system.files import UNFINISHED, fsync, naming_full_disk, write_json, write_manifest, write_text
+from pipeline.system.host import SOURCE_ROOT
+from pipeline.training.checkpoint import WEIGHTS, load_model
+
+PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
+APP_REQUIREMENTS = ("gradio", "numpy", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch", "tqdm")  # in a Space
+CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
+CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's own layers have their weights transposed, (in, out)
+LOCAL_STUDIES = "sqlite:///optuna.db"
+PROMPT_TOKENS = 16  # of the text's beginning, in the card's example
+
+
+def export_hf(artifacts: Path, facts: dict[str, Any], folder: Path) -> None:
+    """Write a folder for Transformers. Raises InputError where `folder` is there and not empty."""
+    with new_folder(folder) as unfinished:
+        model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
+        weights = hf_weights(model, tokenizer.n_vocab)
+        n_positions = len(weights["transformer.wpe.weight"])
+        (unfinished / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
+        write_json(unfinished / "config.json", hf_config(model, tokenizer, n_positions))
+        write_json(unfinished / "generation_config.json", {**_special_ids(tokenizer), "max_length": n_positions})
+        write_json(unfinished / "tokenizer_config.json", _tokenizer_config(n_positions))
+        shutil.copyfile(artifacts / "model" / "encoder.json", unfinished / "vocab.json")
+        shutil.copyfile(artifacts / "model" / "vocab.bpe", unfinished / "merges.txt")
+        _write_params(artifacts, unfinished)
+        shutil.copyfile(SOURCE_ROOT / "LICENSE", unfinished / "LICENSE")
+        if facts["history"].get("loss"):
+            save_png(curve_figure(facts["history"], float(facts["tags"]["target_loss"])), unfinished / CURVE)
+        exported = _describe(artifacts, model, tokenizer, weights)
+        write_text(unfinished / "README.md", model_card(facts, exported))
+        write_manifest(unfinished)
+
+
+def export_space(artifacts: Path, facts: dict[str, Any], folder: Path) -> None:
+    """Write a Hugging Face Space. Raises InputError where `folder` is there and not empty, or the app is not here."""
+    if not (app := SOURCE_ROOT / "app.py").is_file():
+        raise InputError(f"{app} not found: run from the project's folder, as `make` installs it")
+    with new_folder(folder) as unfinished:
+        for name in PROGRAM:
+            _copy_tree(SOURCE_ROOT / name, unfinished / name)
+        for name in ("model", "tokens"):
+            _copy_tree(artifacts / name, unfinished / "version" / name)
+        for path in (app, SOURCE_ROOT / "LICENSE"):
+            shutil.copyfile(path, unfinished / path.name)
+        params = _write_params(artifacts, unfinished / "version")
+        write_json(unfinished / "version" / "facts.json", {**facts, "params": params})
+        pins = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in APP_REQUIREMENTS]
+        write_text(unfinished / ".gitignore", "__pycache__/\n")
+        write_text(unfinished / "requirements.txt", "\n".join([CPU_INDEX, *pins, ""]))
+        python = ".".join(map(str, sys.version_info[:2]))
+        card = space_card(facts, metadata.version("gradio"), python, folder_bytes(unfinished))
+        write_text(unfinished / "README.md", card)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raise InputError where `folder` is there and not empty: what a user made is never overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already: name a new folder, or an empty one")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `folder` when the block ends well, and is removed when it does not.
+
+    Raises InputError where `folder` is there and not empty, OutOfSpaceError where the disk is full.
+    """
+    refuse_filled(folder := folder.resolve())
+    unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming_full_disk(folder.parent):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
+            unfinished.mkdir()
+            yield unfinished
+            for path in (*unfinished.rglob("*"), unfinished):
+                fsync(path)
+            os.rename(unfinished, folder)  # which fails where somebody filled it meanwhile
+            fsync(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
+    """The weights under GPT-2's own names and in its layout, without padded ids and without untrained positions."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        transposed = kind == "weight" and layer.endswith(CONV1D)
+        weights[f"transformer.{name}"] = tensor.T.contiguous() if transposed else tensor
+    for name, rows in (("wte", n_vocab), ("wpe", model.trained_length)):
+        weights[f"transformer.{name}.weight"] = weights[f"transformer.{name}.weight"][:rows].contiguous()
+    return weights
+
+
+def hf_config(model: GPT, tokenizer: Tokenizer, n_positions: int) -> dict[str, Any]:
+    """What Transformers calls the model's shape."""
+    config = model.config
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": tokenizer.n_vocab,
+        "n_positions": n_positions,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": model.ln_f.eps,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        **_special_ids(tokenizer),
+    }
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+
+
+def _tokenizer_config(n_positions: int) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": n_positions,
+        "split_special_tokens": True,  # <|endoftext|> in a text is plain text, as in training
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT),
+    }
+
+
+def _describe(artifacts: Path, model: GPT, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> Exported:
+    text, shape = open_tokens(artifacts / "tokens", "train"), model.config
+    return Exported(
+        n_params=sum(tensor.numel() for tensor in weights.values()),
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        n_positions=len(weights["transformer.wpe.weight"]),
+        n_vocab=tokenizer.n_vocab,
+        n_used=int((text.counts() > 0).sum()),
+        n_tokens=len(text),
+        beginning=_beginning(text.read(0, min(PROMPT_TOKENS, len(text))).tolist(), tokenizer),
+    )
+
+
+def _beginning(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The longest beginning of a text that is encoded as within the text; one that ends with a blank may not be."""
+    for length in range(len(ids), 0, -1):
+        text = tokenizer.decode(ids[:length])
+        if not text[-1].isspace() and tokenizer.encode(text) == ids[:length]:
+            return text
+    return tokenizer.decode(ids)
+
+
+def _write_params(artifacts: Path, folder: Path) -> dict[str, Any]:
+    """Copy params.yaml, but for the address of the studies, which may name a host and a password; return its values."""
+    path = folder / "params.yaml"
+    shutil.copyfile(artifacts / "params.yaml", path)
+    if "storage" in load_params(path).values.get("sweep", {}):
+        write_values({"sweep.storage": LOCAL_STUDIES}, path)
+    return load_params(path).values
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder's files with this user's own permissions, compiled modules left out."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__"))

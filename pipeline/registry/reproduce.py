@@ -1,0 +1,196 @@
+"""retrain: a registered version -> the same training once more, and its weights compared bit for bit.
+
+It runs the code of the recorded commit on the version's own parameters and tokens, in a temporary folder with an MLflow
+store of its own; nothing of it stays.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from pipeline.config.params import load_params
+from pipeline.data.token_files import data_sha256
+from pipeline.data.tokenizer import BPE_SHA256
+from pipeline.registry.artifacts import temporary_prefix
+from pipeline.registry.catalog import identity_of, open_version
+from pipeline.system.device import prepare_machine
+from pipeline.system.distributed import World
+from pipeline.system.errors import InputError, IntegrityError, Interrupted
+from pipeline.system.files import locked, read_json, sha256_file
+from pipeline.system.host import SOURCE_ROOT
+from pipeline.system.signals import StopSignals
+from pipeline.tracking.fingerprint import Identity, differences, identify
+from pipeline.tracking.mlflow_store import Store
+from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.training.checkpoint import WEIGHTS
+from pipeline.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+
+def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
+    """Train what `version` is once more; return, in a line, that the weights are the same bit for bit.
+
+    Raises IntegrityError where they are not; InputError where the code that trained it is not in `repository`;
+    Interrupted after a signal. Where the training itself fails, its own line and exit code are what is left.
+    """
+    label = f"{version.name} version {version.version}"
+    files = open_version(store, version)
+    expected = sha256_file(files / "model" / WEIGHTS)
+    recorded, here = identity_of(store, version), _identity_here(files)
+    if changes := recorded.get("inexact"):
+        raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
+    doubt = _doubt(recorded, here)
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder, StopSignals() as stop:
+        project = _set_up(files, Path(folder) / "project")
+        with _code_of(version, recorded, here, repository, Path(folder) / "code") as code:
+            if doubt:
+                print(doubt, flush=True)
+            _train(code, project, stop)
+        found = sha256_file(project / "models" / "model" / WEIGHTS)
+        fingerprint = read_json(project / "models" / "run.json")["fingerprint"]
+    if found == expected:
+        return f"{label} trained again: the same weights bit for bit, SHA-256 {found}"
+    if fingerprint != version.tags["fingerprint"]:
+        doubt = f"it is another training, {fingerprint} instead of {version.tags['fingerprint']}"
+    raise IntegrityError(
+        f"{label} trained again has other weights, SHA-256 {found} instead of {expected}: "
+        f"{doubt or 'the machine is as it was, so look for what is not deterministic'}"
+    )
+
+
+def _identity_here(files: Path) -> Identity | None:
+    """What the present code and machine make of a version's parameters; None where the code does not know them."""
+    params = load_params(files / "params.yaml")
+    try:
+        config = RunConfig.of(params)
+    except InputError:
+        return None
+    n = config.train.processes
+    machine = prepare_machine(config.train, config.flops, World(size=n, local_size=n))
+    return identify(data_sha256(files / "tokens"), config.decisive, machine)
+
+
+def _doubt(recorded: Identity, here: Identity | None) -> str | None:
+    """Why equal weights are not to be expected of this machine; None where it is as the one that trained them."""
+    if here is None:
+        return "the present code does not know all of the parameters: whether the machine is the same remains unknown"
+    changed = differences(recorded["environment"], here["environment"])
+    return f"this machine is another ({', '.join(changed)}): equal weights are not to be expected" if changed else None
+
+
+def _set_up(files: Path, project: Path) -> Path:
+    """Lay out what the stage `train` reads."""
+    shutil.copytree(files / "tokens", project / "data" / "tokens")
+    (project / "data" / "bpe").mkdir()
+    for name in BPE_SHA256:
+        shutil.copyfile(files / "model" / name, project / "data" / "bpe" / name)
+    shutil.copyfile(files / "params.yaml", project / "params.yaml")
+    return project
+
+
+@contextmanager
+def _code_of(
+    version: "ModelVersion", recorded: Identity, here: Identity | None, repository: Path, folder: Path
+) -> Iterator[Path]:
+    """The code that trained a version: its commit, checked out into `folder`, or the present code where that is it."""
+    if flaw := _flaw(version, recorded, repository):
+        now, then = here["fingerprint"] if here else "none", version.tags["fingerprint"]
+        if now != then:
+            raise InputError(
+                f"{version.name} version {version.version} cannot be trained again: {flaw}, and the present code is "
+                f"another (fingerprint {now} instead of {then}): bring back the code that trained it"
+            )
+        print(f"training with the present code: {flaw}, but the fingerprint {now} is the same", flush=True)
+        yield SOURCE_ROOT
+        return
+    commit = version.tags["git_commit"]
+    if git_output(repository, "worktree", "add", "--detach", str(folder), commit) is None:
+        raise InputError(f"commit {commit} cannot be checked out in {repository}: `git worktree add` there says why")
+    try:
+        print(f"training with the code of commit {commit}", flush=True)
+        yield folder
+    finally:
+        git_output(repository, "worktree", "remove", "--force", str(folder))
+
+
+def _flaw(version: "ModelVersion", recorded: Identity, repository: Path) -> str | None:
+    """Why a version's commit is not to be had, or not the code that trained it; None where it is.
+
+    Where files had been changed, params.yaml say, the sources of training may still have been those of the commit.
+    """
+    commit = version.tags.get("git_commit", "unknown")
+    named = re.fullmatch("[0-9a-f]{40,64}", commit)
+    if not named or git_output(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None:
+        return f"commit {commit} is not in {repository}"
+    if version.tags.get("tree_clean") != "true":
+        for path, sha256 in recorded["sources"].items():
+            source = git_output(repository, "show", f"{commit}:{path}")
+            if source is None or hashlib.sha256(source).hexdigest() != sha256:
+                return f"{path} was another than that of its commit {commit}"
+    return None
+
+
+def _train(code: Path, project: Path, stop: StopSignals) -> None:
+    """Run the stage `train` in `project`, and wait for it and its recorder. Ends the command where it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
+        "DVC_STAGE": "train",  # so that it ends with this process, as it does with DVC
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"],
+        cwd=project,
+        env=environment,
+        process_group=0,  # Ctrl-C comes to this process, which ends that one
+    )
+    try:
+        while process.poll() is None and stop.received is None:
+            time.sleep(0.1)
+    finally:
+        _end(process)
+        for lock in project.glob(f"checkpoints/*/{RECORDER_LOCK}"):
+            with locked(lock, wait=True):  # a recorder that is still at it
+                pass
+    if stop.received is not None:
+        name = signal.Signals(stop.received).name
+        raise Interrupted(f"{name} while training again: nothing of it stays, repeat it", stop.received)
+    if process.returncode < 0:
+        raise Interrupted(f"signal {-process.returncode} ended the training: repeat it", -process.returncode)
+    if process.returncode:
+        sys.exit(process.returncode)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the training and its recorder, if they are still there: nothing of it stays, so there is nothing to save."""
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+
+
+def git_output(repository: Path, *arguments: str) -> bytes | None:
+    """What git prints, None where it fails; what a repository's hooks would do is not done."""
+    command = ["git", "-C", str(repository), "-c", "core.hooksPath=/dev/null", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout if done.returncode == 0 else None

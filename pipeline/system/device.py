@@ -1,0 +1,154 @@
+"""machine: the section `train` -> where and in what numbers to train here, and torch set up for it."""
+
+import ctypes
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch.utils._triton import has_triton
+
+from pipeline.config.params import Section
+from pipeline.system.distributed import ALONE, World
+from pipeline.system.errors import InputError
+
+# A run of so many FLOPs gains more by torch.compile than that costs: an estimate, not measured. On a CPU it gains
+# nothing (benchmarks/LOG.md).
+COMPILE_FLOPS = {"cuda": 3e16}
+
+
+class TrainConfig(Section):
+    """Where and in what numbers to train."""
+
+    section_name: ClassVar[str] = "train"
+
+    seed: int = Field(ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(union_mode="left_to_right")
+    deterministic: bool
+    compile: Literal["auto"] | bool
+    gradient_checkpointing: bool
+    shard: bool  # FSDP2: each process holds a part of weights, gradients and optimiser state
+    processes: int = Field(ge=1, le=1024, strict=True)  # on this machine
+
+
+class Machine(NamedTuple):
+    """What a TrainConfig comes to here."""
+
+    device: torch.device
+    precision: Literal["fp32", "bf16", "fp16"]
+    threads: int
+    compiled: bool = False
+    world: World = ALONE
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in the run's precision."""
+        return autocast_in(self.device.type, self.precision)
+
+
+def autocast_in(device: str, precision: str) -> AbstractContextManager[Any]:
+    """Have matrix products done in `precision`, fp32, bf16 or fp16, wherever the result is entered."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = ALONE) -> Machine:
+    """Choose device, precision, threads and whether to compile, and set torch up for them.
+
+    `run_flops`: of the whole run; compiling pays from COMPILE_FLOPS on. The processes of a `world` divide cores and
+    GPUs among them. Raises InputError for what is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise InputError(f"train.device: this machine has no {name}: choose auto or cpu")
+    device = torch.device(name) if world.size == 1 or name != "cuda" else torch.device(name, world.local_rank)
+    if name == "cuda":
+        if world.local_size > (there := torch.cuda.device_count()):
+            raise InputError(f"{world.local_size} processes, but {there} GPUs: start one process for each GPU")
+        torch.cuda.set_device(world.local_rank)
+    threads = max(1, cores() // world.local_size) if config.threads == "auto" else config.threads
+    torch.set_num_threads(threads)
+    _keep_freed_memory()
+    if config.deterministic and name == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    compiled = not config.shard and _compiled(config.compile, name, run_flops)
+    return Machine(device, _precision(config.precision, name), threads, compiled, world)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def give_back_memory() -> None:
+    """Have glibc give back what it keeps for the next step: after a run that others follow in the same process."""
+    if hasattr(libc := _libc(), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one: given back, each page would be faulted in every step."""
+    if hasattr(libc := _libc(), "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+
+
+def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> bool:
+    """Resolve `auto`, and say so where a compiler is wanted and missing, or where it changes what a user expects."""
+    wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
+    if not wanted:
+        return False
+    there = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
+    if not there:
+        print(f"train.compile: no {'triton' if device == 'cuda' else 'C++ compiler'} here: training goes on without")
+    elif asked == "auto":
+        print("train.compile: the run is long enough for compiling to pay")
+    return there
+
+
+def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
+    """Resolve `auto`, and refuse what the chip lacks."""
+    if device == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # without these instructions bf16 on a CPU is 10 to 100 times slower than fp32
+        bf16 = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if asked == "auto":
+        if device == "cpu" and bf16:  # with them, four times as fast or half as fast: chips differ
+            bf16 = _product_s(torch.bfloat16) < _product_s(torch.float32)
+        return "bf16" if bf16 else "fp16" if device == "cuda" else "fp32"
+    if asked == "bf16" and not bf16:
+        raise InputError(f"train.precision: this {device} has no fast bf16: choose auto or fp32")
+    if asked == "fp16" and device != "cuda":
+        raise InputError(f"train.precision: fp16 is for GPUs, the device is {device}: choose auto")
+    return asked  # type: ignore[return-value]
+
+
+@cache
+def _product_s(dtype: torch.dtype) -> float:
+    """Processor seconds of a matrix product on one core, the least of several: other programs hardly change them.
+
+    Those by the clock, on all cores, have called the faster kind the slower one on a busy machine.
+    """
+    threads, x, took = torch.get_num_threads(), torch.ones(384, 384, dtype=dtype), []
+    torch.set_num_threads(1)
+    for _ in range(12):
+        began = time.thread_time()
+        x @ x
+        took.append(time.thread_time() - began)
+    torch.set_num_threads(threads)
+    return min(took)

@@ -1,0 +1,188 @@
+"""files: bytes -> files that are whole or absent, with SHA-256 manifests and locks."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError, RunLocked
+
+MANIFEST = "manifest.json"
+CURE = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f` the stage that makes it"
+UNFINISHED = ".unfinished-"  # prefix of whatever is being written; swept by the next writer
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """SHA-256 of a value's canonical JSON, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; it takes the place of `path` when the block ends well, and is removed when it does not.
+
+    Raises OutOfSpaceError where the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.parent / f"{UNFINISHED}{path.name}"
+    try:
+        with naming_full_disk(path.parent):
+            yield unfinished
+            fsync(unfinished)
+            os.replace(unfinished, path)
+            fsync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, needed_bytes: int | None = None) -> Iterator[Path]:
+    """Yield a folder to fill; at the end of the block it gets a manifest and takes the place of `folder`.
+
+    Every file is on the disk before the rename, and the rename before the return. A folder that is already there is
+    moved away only once its successor is complete. Raises OutOfSpaceError where the disk is full.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
+    try:
+        with naming_full_disk(folder.parent, needed_bytes):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            yield unfinished
+            put_in_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Give a finished folder its manifest and let it take the place of `folder`, as the end of `atomic_folder` does."""
+    replaced = folder.parent / f"{UNFINISHED}replaced-{folder.name}"
+    try:
+        write_manifest(finished)
+        for name in sorted(os.listdir(finished)):
+            fsync(finished / name)
+        fsync(finished)
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
+        os.rename(finished, folder)
+        fsync(folder.parent)
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Remove what a killed writer left in `folder`."""
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_full_disk(folder: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn the system's 'no space left' and 'file too large' into an OutOfSpaceError with the bytes needed and free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free
+        needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes needed, "
+        raise OutOfSpaceError(
+            f"disk full in {folder}: {needed}{free:,} bytes free, make room and run the same command again"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; keys keep their order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises InputError where it is missing, IntegrityError where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} not found: run `dvc repro`, which makes it") from None
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path} is not JSON ({error}): make it again with `dvc repro -f`") from None
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and SHA-256 of each file in `folder` to its manifest.json."""
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    manifest = {path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def verify_manifest(folder: Path, cure: str = CURE) -> None:
+    """Raise IntegrityError, naming the file, unless `folder` holds exactly what its manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except FileNotFoundError:
+        raise IntegrityError(f"{folder / MANIFEST} is missing: {cure}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise IntegrityError(f"{folder / MANIFEST} is not a manifest: {cure}") from None
+    present = {path.name for path in folder.iterdir()}
+    if surplus := present - {*expected, MANIFEST}:
+        raise IntegrityError(f"{folder / min(surplus)} is not in its manifest: {cure}")
+    for name, (size_bytes, _) in expected.items():
+        path = folder / name
+        if name not in present or not path.is_file():  # a name that leads elsewhere is none of the folder's
+            raise IntegrityError(f"{path} is missing: {cure}")
+        if path.stat().st_size != size_bytes:
+            raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {cure}")
+    with ThreadPoolExecutor() as pool:  # there may be thousands, and threads hash them side by side
+        hashes = pool.map(sha256_file, (folder / name for name in expected))
+        for (name, (_, digest)), found in zip(expected.items(), hashes, strict=True):
+            if found != digest:
+                raise IntegrityError(f"{folder / name} is altered (SHA-256 {found}, expected {digest}): {cure}")
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, X.lock for a thing X, released with the process whatever happens to it.
+
+    Without `wait`, raises RunLocked with the holder's pid where another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            held = path.with_suffix("")
+            raise RunLocked(f"{held} is held by process {holder}: wait for it or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

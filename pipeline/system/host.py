@@ -1,0 +1,43 @@
+"""facts: the commit, the packages and the processor that a run is made with."""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SOURCE_ROOT = Path(__file__).parents[2]  # the folder that holds pipeline/, stages/ and webapp/
+
+
+def git_facts() -> dict[str, str]:
+    """Commit of the working directory, and whether anything but DVC's own outputs differs from it."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
+    clean = "unknown" if commit is None or changes is None else str(not changes).lower()
+    return {"git_commit": commit or "unknown", "tree_clean": clean}
+
+
+def machine_facts() -> dict[str, Any]:
+    """Python, platform, processor and the installed packages."""
+    packages = sorted(f"{package.name}=={package.version}" for package in metadata.distributions())
+    return {"python": sys.version, "platform": platform.platform(), "cpu": cpu_name(), "packages": packages}
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, None where it fails: no git, no repository, no commit."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

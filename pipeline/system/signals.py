@@ -1,0 +1,63 @@
+"""interrupt: SIGINT, SIGTERM and SIGHUP -> a wish to stop that is looked at between two steps."""
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+
+from pipeline.system.errors import Interrupted
+
+
+class StopSignals:
+    """While it is entered, the first signal is only noted; one that comes later acts as it always does, at once.
+
+    Within a second all count as one: a dying parent sends its death signal once for each of its threads. SIGHUP, of a
+    terminal that is closed, stays ignored where `nohup` has it so.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    SAME_S = 1.0
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._before = {n: signal.signal(n, self._note) for n in self.NUMBERS if n not in ignored}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def raise_if_received(self, where: str) -> None:
+        """Raise Interrupted, whose exit code is the signal's, if one has come."""
+        if self.received is not None:
+            raise interrupted(self.received, where)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        mute_closed_terminal()
+        if self.received is None:
+            self.received, self._noted = number, time.monotonic()
+        elif time.monotonic() - self._noted > self.SAME_S:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def mute_closed_terminal() -> None:
+    """Have what is printed to a terminal that is no more go nowhere, instead of ending the process."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def interrupted(number: int, where: str) -> Interrupted:
+    """The event that a signal ends a command with."""
+    return Interrupted(f"{signal.Signals(number).name} {where}: run the same command again to go on", number)

@@ -1,0 +1,1 @@
+"""One training run, from params.yaml to a model."""

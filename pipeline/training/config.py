@@ -1,0 +1,92 @@
+"""run_config: params.yaml -> all that a training run reads of it, checked together."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import Field
+
+from pipeline.config.params import Params, Section
+from pipeline.data.batches import WindowsConfig
+from pipeline.model.gpt import ModelConfig
+from pipeline.system.device import TrainConfig
+from pipeline.system.errors import InputError
+from pipeline.system.files import sha256_json
+from pipeline.training.optim import OptimConfig
+from pipeline.training.target import TargetConfig
+
+
+class RecordConfig(Section):
+    """How often to save and to sample; decides no number, so that it is no part of the fingerprint."""
+
+    section_name: ClassVar[str] = "record"
+
+    checkpoint_steps: int = Field(ge=0)  # 0: by time alone
+    checkpoint_s: float = Field(gt=0)
+    sample_steps: int = Field(ge=0)  # 0: at the end alone
+    sample_tokens: int = Field(ge=1, le=10_000)
+    sample_prompts: list[str]
+
+
+RUN_SECTIONS: tuple[type[Section], ...] = (
+    ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, RecordConfig,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All sections that a run reads."""
+
+    model: ModelConfig
+    windows: WindowsConfig
+    optim: OptimConfig
+    train: TrainConfig
+    target: TargetConfig
+    record: RecordConfig
+
+    @classmethod
+    def of(cls, params: Params) -> "RunConfig":
+        """Check all sections and the agreement between them; raises one InputError with every fault."""
+        params.check(*RUN_SECTIONS)
+        config = cls(*(params.section(kind) for kind in RUN_SECTIONS))  # type: ignore[arg-type]
+        if faults := config.contradictions():
+            raise InputError(f"{params.path}: " + "; ".join(faults))
+        return config
+
+    def contradictions(self) -> list[str]:
+        """What is wrong between sections that are each right."""
+        faults = self.optim.check_length(self.windows)
+        if self.windows.length > self.model.block_size:
+            faults.append(
+                f"windows.length {self.windows.length} is longer than model.block_size {self.model.block_size}"
+            )
+        if self.train.shard and self.optim.kind != "adamw":
+            faults.append("train.shard needs optim.kind adamw: Muon needs whole matrices")
+        if self.train.shard and self.train.compile is True:
+            faults.append("train.shard and train.compile exclude each other: set train.compile to auto")
+        if self.windows.batch % self.train.processes:
+            faults.append(
+                f"train.processes {self.train.processes} do not divide windows.batch {self.windows.batch} evenly"
+            )
+        return faults
+
+    @property
+    def flops(self) -> float:
+        """About what the whole run takes: 6 a parameter and token."""
+        return 6.0 * self.model.n_params * self.optim.max_tokens
+
+    @property
+    def digest(self) -> str:
+        """A short name for the settings that decide a run's numbers."""
+        return sha256_json([section.model_dump(mode="json") for section in self.decisive])[:8]
+
+    def origin(self, params: Params) -> dict[str, str]:
+        """Tags of a run whose settings are, unchanged, those that `sweep apply` wrote into `params`; else none."""
+        section = params.values.get("sweep")
+        applied = section.get("applied") if isinstance(section, dict) else None
+        study, trial, digest = str(applied).split("/") if str(applied).count("/") == 2 else ("", "", "")
+        return {"study": study, "trial": trial} if digest == self.digest else {}
+
+    @property
+    def decisive(self) -> tuple[Section, ...]:
+        """The sections that decide a run's numbers."""
+        return self.model, self.windows, self.optim, self.train, self.target

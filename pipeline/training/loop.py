@@ -1,0 +1,242 @@
+"""train: windows in, StepRecords out. The loop knows nothing of files, MLflow or Optuna; its consumers do.
+
+Logging, evaluation, samples, checkpoints, pruning and stopping at the target happen between two records, in whoever
+iterates; only training is on the loop's clock.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from pipeline.data.batches import Batch
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.fsdp import assign, gathered, like, shard
+from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.system.device import Machine, TrainConfig
+from pipeline.system.distributed import ALONE, World
+from pipeline.system.errors import DivergedError
+from pipeline.training.optim import OptimConfig, build_optimizers, finish_gradients, lr_factor, set_lr
+
+
+class StepRecord(NamedTuple):
+    """What one optimiser step did; every field is logged under its own name."""
+
+    step: int  # counts from 1
+    tokens: int  # seen so far, this step included
+    loss: float  # nats per token on this step's windows, before the update
+    grad_norm: float  # L2 over all parameters, before clipping
+    lr: float  # of AdamW
+    step_s: float  # of this step; a GPU may still be at its update, which the next step then waits for
+
+
+class Loss(nn.Module):
+    """A model's loss as a module of its own, which is what DistributedDataParallel can replicate."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:
+        return self.model.loss(inputs, targets, n_targets)
+
+
+@dataclass
+class TrainState:
+    """All that a step changes: saved whole, restored whole, it goes on with the same bits.
+
+    Every process of `world` has all of it, or, where the model is sharded, a part.
+    """
+
+    FACTS: ClassVar = ("step", "tokens", "loss_scale", "good_steps")
+
+    model: GPT
+    optimizers: list[Optimizer]
+    loss_scale: float  # keeps fp16 gradients above zero; 1 in other precisions
+    loss: nn.Module
+    world: World = ALONE
+    sharded: bool = False
+    good_steps: int = 0  # since the scale last changed
+    step: int = 0
+    tokens: int = 0
+    names: dict[int, str] = field(init=False)  # id of a parameter -> its name
+
+    def __post_init__(self) -> None:
+        self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The state's tensors by file: weights, optimiser, random numbers of each process.
+
+        All processes must call it together; what is sharded, rank 0 alone gets, on its CPU.
+        """
+        slots = {
+            f"{self.names[id(parameter)]}/{key}": value
+            for optimizer in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+        groups = {"weights": dict(self.model.state_dict()), "optimizer": slots}
+        whole = {
+            stem: {key: gathered(value, keep=self.world.is_main) for key, value in group.items()}
+            for stem, group in groups.items()
+        }
+        return {**whole, "rng": self._random_states()}
+
+    def facts(self) -> dict[str, Any]:
+        """The state's numbers."""
+        return {name: getattr(self, name) for name in self.FACTS}
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        """Take over what `tensors()` and `facts()` gave, in place; the processes may have been more or fewer."""
+        weights = self.model.state_dict()
+        assert weights.keys() == tensors["weights"].keys(), "of the same model"
+        for name, weight in weights.items():
+            assign(weight, tensors["weights"][name])
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    prefix = f"{self.names[id(parameter)]}/"
+                    optimizer.state[parameter] = {
+                        key.removeprefix(prefix): like(parameter, value)
+                        for key, value in tensors["optimizer"].items()
+                        if key.startswith(prefix)
+                    }
+        if (cpu := f"cpu-{self.world.rank}") in tensors["rng"]:
+            torch.set_rng_state(tensors["rng"][cpu])
+        if (cuda := f"cuda-{self.world.rank}") in tensors["rng"]:
+            torch.cuda.set_rng_state(tensors["rng"][cuda])
+        for name in self.FACTS:
+            setattr(self, name, facts[name])
+
+    def whole_model(self) -> GPT | None:
+        """The model; where it is sharded, a copy on the CPU of rank 0. All processes must call it together."""
+        if not self.sharded:
+            return self.model
+        weights = {name: gathered(x, keep=self.world.is_main) for name, x in self.model.state_dict().items()}
+        if not self.world.is_main:
+            return None
+        model = GPT(self.model.config, self.model.vocabulary)
+        model.load_state_dict(weights)
+        model.trained_length = self.model.trained_length
+        return model
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """The state of each process's random numbers, from which dropout is drawn."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.model.wte.weight.is_cuda:
+            states["cuda"] = torch.cuda.get_rng_state()
+        return {f"{key}-{rank}": x for key, state in states.items() for rank, x in enumerate(self.world.gather(state))}
+
+    def scale_after(self, finite: bool) -> None:
+        """Halve the fp16 loss scale after an overflow, double it after many steps without one."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.loss_scale /= 2
+        elif self.good_steps == 2000 and self.loss_scale > 1:
+            self.loss_scale, self.good_steps = self.loss_scale * 2, 0
+
+
+def fresh_state(
+    shape: ModelConfig, vocabulary: Vocabulary, optim: OptimConfig, train: TrainConfig, machine: Machine
+) -> TrainState:
+    """An untrained model and its optimisers, drawn from the seed: the same in every process of the machine's world.
+
+    What dropout draws differs between them.
+    """
+    world = machine.world
+    torch.manual_seed(train.seed + world.rank)
+    sharded = train.shard and world.size > 1
+    with torch.device("meta" if sharded else machine.device):  # whole, it may be too large for a device
+        model = GPT(shape, vocabulary, train.gradient_checkpointing, machine.compiled)
+    if sharded:
+        shard(model, model.h, methods=("loss", "token_losses"))
+        model.to_empty(device=machine.device)
+    model.initialise(train.seed)
+    loss: nn.Module = Loss(model)
+    if world.size > 1 and not sharded:
+        loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    precision = torch.bfloat16 if machine.precision == "bf16" else torch.float32
+    optimizers = build_optimizers(model, optim, precision)
+    return TrainState(model, optimizers, 2.0**16 if machine.precision == "fp16" else 1.0, loss, world, sharded)
+
+
+def train_steps(
+    state: TrainState, steps: Iterator[list[Batch]], max_steps: int, optim: OptimConfig, machine: Machine
+) -> Iterator[StepRecord]:
+    """Take optimiser steps until `max_steps`, yielding a record after each; `state` is mutated.
+
+    The caller may log, evaluate, sample, save `state` or stop between records. `steps` begins with the batches of step
+    `state.step + 1`; the processes of a world have a share of the batches each, and yield equal records. Raises
+    DivergedError before the update when loss or gradient is not finite.
+    """
+    first_step = state.step + 1
+    for step in range(first_step, max_steps + 1):
+        started = time.perf_counter()
+        state.model.train()  # the caller may have evaluated since the last step
+        set_lr(state.optimizers, factor := lr_factor(step, max_steps, optim))
+        batches = next(steps)
+        if step == first_step and isinstance(state.loss, DistributedDataParallel):
+            _settle(state, batches, machine)
+        loss, grad_norm = _gradients(state, batches, optim.clip, machine)
+        while not math.isfinite(grad_norm) and math.isfinite(loss) and state.loss_scale > 1:
+            state.scale_after(finite=False)  # an fp16 overflow: the same step again
+            loss, grad_norm = _gradients(state, batches, optim.clip, machine)
+        _check_finite(step, loss, grad_norm, lr := optim.lr * factor)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.scale_after(finite=True)
+        state.step, state.tokens = step, state.tokens + sum(batch.n_targets for batch in batches)
+        yield StepRecord(step, state.tokens, loss, grad_norm, lr, time.perf_counter() - started)
+
+
+def _gradients(state: TrainState, batches: list[Batch], clip: float | None, machine: Machine) -> tuple[float, float]:
+    """Leave the clipped gradients of the mean loss over all batches in the model; return that loss and their norm."""
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    n_targets = sum(batch.n_targets for batch in batches)
+    loss = torch.zeros((), device=machine.device)
+    for batch in batches:
+        with _exchange(state, batch is batches[-1]):
+            with machine.autocast():
+                part = state.loss(batch.inputs, batch.targets, n_targets)
+            (part * (state.loss_scale * state.world.size)).backward()  # of which the mean over the processes is taken
+        loss += part.detach()
+    grad_norm = finish_gradients(state.model, clip, state.loss_scale, state.world)
+    state.world.add(loss)
+    loss_now, norm_now = torch.stack([loss, grad_norm]).tolist()  # the one time in a step that a GPU is waited for
+    return loss_now, norm_now
+
+
+def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:
+    """Have a backward pass take the gradients' mean over the processes only if it is the step's last."""
+    if isinstance(state.loss, DistributedDataParallel) and not last:
+        return state.loss.no_sync()
+    if state.sharded:
+        state.model.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDPModule's
+    return nullcontext()
+
+
+def _settle(state: TrainState, batches: list[Batch], machine: Machine) -> None:
+    """Take the step's gradients once for nothing: only then does DistributedDataParallel fix the order of its sums.
+
+    Otherwise the first step after a resume would add up in another order than in a run without it.
+    """
+    devices = [machine.device] if machine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        _gradients(state, batches[-1:], None, machine)
+
+
+def _check_finite(step: int, loss: float, grad_norm: float, lr: float) -> None:
+    for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"{name} is {value} at step {step}, lr {lr:.3g}: the weights before it are kept; "
+                "try a smaller optim.lr or a longer optim.warmup"
+            )

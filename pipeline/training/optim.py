@@ -1,0 +1,245 @@
+"""optim: gradients -> updates. Parameter groups, AdamW and Muon, clipping, and the learning rate of each step."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from pipeline.config.params import Section
+from pipeline.data.batches import WindowsConfig
+from pipeline.model.fsdp import is_shard, last_row, local
+from pipeline.model.gpt import GPT
+from pipeline.system.distributed import ALONE, World
+
+Polynomials = Sequence[tuple[float, float, float]]
+
+# a x + b x^3 + c x^5, one after the other: the first three of those by Amsel et al. (2025) for singular values in
+# [0.001, 1], with their margin of 1% for what bf16 rounds up. From 0.005 on they end between 0.18 and 1.9; lifting the
+# small ones pays more than bringing the large ones closer to 1 (benchmarks/LOG.md).
+POLYNOMIALS: Polynomials = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8233, 0.5250))
+
+
+class OptimConfig(Section):
+    """The optimiser and its schedule; `warmup` and `decay` are steps where they are integers, else shares."""
+
+    section_name: ClassVar[str] = "optim"
+
+    kind: Literal["muon", "adamw"]
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    betas: tuple[float, float]
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    clip: float | None = Field(gt=0)
+    max_tokens: int = Field(ge=1, le=10**15)
+    schedule: Literal["constant", "linear", "cosine", "onecycle", "wsd"]
+    warmup: int | float = Field(ge=0)
+    decay: int | float = Field(ge=0)
+    initial_lr: float = Field(ge=0, le=1)
+    final_lr: float = Field(ge=0, le=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each beta should be at least 0 and below 1")
+        return betas
+
+    @field_validator("warmup", "decay")
+    @classmethod
+    def _steps_or_share(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError("should be a whole number of steps or a share below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        shares = [value for value in (self.warmup, self._decay) if isinstance(value, float)]
+        if sum(shares) > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are longer than the run")
+        return self
+
+    @property
+    def _decay(self) -> int | float:
+        return self.decay if self.schedule == "wsd" else 0
+
+    def max_steps(self, windows: WindowsConfig) -> int:
+        """Steps that it takes to see `max_tokens`, rounded up."""
+        return math.ceil(self.max_tokens / windows.step_tokens)
+
+    def check_length(self, windows: WindowsConfig) -> list[str]:
+        """Name the contradiction, if there is one, between the run's length and its phases."""
+        total = self.max_steps(windows)
+        if windows.step_tokens > self.max_tokens:
+            return [f"optim.max_tokens {self.max_tokens} is less than one step of {windows.step_tokens} tokens"]
+        phases = steps_in(self.warmup, total) + steps_in(self._decay, total)
+        if phases <= total:
+            return []
+        return [f"optim: warmup {self.warmup} and decay {self._decay} take {phases} steps, the run has {total}"]
+
+
+def steps_in(length: int | float, total: int) -> int:
+    """Steps behind a length that is given in steps or as a share of `total`."""
+    return length if isinstance(length, int) else round(length * total)
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """Factor on the peak learning rate at `step`, counted from 1, of `total`.
+
+    onecycle: both flanks are cosines (Smith 2018); wsd: warm-up, stable, linear decay (Hu et al. 2024).
+    """
+    warmup = steps_in(config.warmup, total)
+    if step <= warmup:
+        rise = step / warmup
+        if config.schedule == "onecycle":
+            rise = (1 - math.cos(math.pi * rise)) / 2
+        return config.initial_lr + (1 - config.initial_lr) * rise
+    fall_steps = steps_in(config.decay, total) if config.schedule == "wsd" else total - warmup
+    behind = max(0.0, (step - 1 - (total - fall_steps)) / max(1, fall_steps))  # share of the fall, in [0, 1)
+    match config.schedule:
+        case "constant":
+            fall = 0.0
+        case "linear" | "wsd":
+            fall = behind
+        case "cosine" | "onecycle":
+            fall = (1 - math.cos(math.pi * behind)) / 2
+    return 1 - (1 - config.final_lr) * fall
+
+
+def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = torch.float32) -> list[Optimizer]:
+    """AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest; decay on matrices alone.
+
+    Each group carries its `peak_lr`. `precision`: of Muon's matrix products.
+    """
+    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2} if config.kind == "muon" else {}
+    by_muon = {id(p) for p in matrices.values()}
+    rest = [p for p in model.parameters() if id(p) not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+    if matrices:
+        kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight and so on, in every block
+        alike = [
+            {"params": [p for n, p in matrices.items() if n.endswith(kind)], "pieces": 3 if "c_attn" in kind else 1}
+            for kind in sorted(kinds)
+        ]
+        optimizers.append(Muon(alike, config.muon_lr, config.momentum, config.weight_decay, precision))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+class Muon(Optimizer):
+    """Momentum, with the singular values of its every matrix brought close to 1 (Jordan et al. 2024).
+
+    As torch.optim.Muon, but for how `orthogonalise` does that: the matrices of a group, of one shape, are one batch,
+    and a fused matrix, such as that of queries, keys and values, is taken apart into the group's `pieces` of rows.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        precision: torch.dtype,
+        polynomials: Polynomials = POLYNOMIALS,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.precision, self.polynomials = precision, polynomials
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix from its gradient; `lr` may be a number or a tensor on the device."""
+        for group in self.param_groups:
+            matrices, momentum = group["params"], group["momentum"]
+            for p in matrices:
+                self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
+            pieces = torch.empty(len(matrices), *matrices[0].shape, dtype=self.precision, device=matrices[0].device)
+            for p, piece in zip(matrices, pieces, strict=True):  # one by one, as they stay in a CPU's cache
+                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                piece.copy_(p.grad.lerp(buffer, momentum))  # Nesterov's look ahead
+            pieces = pieces.view(len(matrices) * group["pieces"], -1, pieces.shape[2])
+            rows, columns = pieces.shape[1:]
+            updates = orthogonalise(pieces, self.polynomials)
+            updates = updates * (group["lr"] * math.sqrt(max(1, rows / columns)))
+            for p, update in zip(matrices, updates.view(len(matrices), -1, columns), strict=True):
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(update)
+
+
+def orthogonalise(x: Tensor, polynomials: Polynomials) -> Tensor:
+    """Bring the singular values of each of the matrices (n, rows, columns) close to 1, by odd polynomials of degree 5.
+
+    The first one meets them divided by the fourth root of the sum of their fourth powers: at most 1, and much nearer to
+    it than under the Frobenius norm. Each multiplies x by a + b xx' + c (xx')^2. Where one side is twice the other or
+    more, up to three are applied to the small xx' alone, and x is multiplied by their product; after more of them, what
+    bf16 rounds off would outgrow the rest.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT, polynomials).mT
+    at_once = 3 if x.shape[2] >= 2 * x.shape[1] else 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    scale = None
+    for begin in range(0, len(polynomials), at_once):
+        gram = x @ x.mT  # (n, rows, rows)
+        if scale is None:
+            scale = gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # of xx', hence the square of x's
+            x, gram = x * scale.rsqrt(), gram / scale
+        first, *others = polynomials[begin : begin + at_once]
+        product = factor = _even_part(gram, *first)
+        for polynomial in others:
+            gram = factor @ gram @ factor  # all of them commute
+            factor = _even_part(gram, *polynomial)
+            product = factor @ product
+        x = product @ x
+    return x
+
+
+def _even_part(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result
+
+
+def set_lr(optimizers: list[Optimizer], factor: float) -> None:
+    """Set each group's learning rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+@torch.no_grad()
+def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, world: World = ALONE) -> Tensor:
+    """Undo the loss scale, turn the folded row's gradient into one unused id's, clip; return the norm of all, 0-D.
+
+    The norm is L2 over all parameters of the full model, before clipping: the folded row counts once for each id. Of
+    sharded gradients each process of `world` holds a part, and all get the norm of the whole.
+    """
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if loss_scale != 1:
+        torch._foreach_div_(gradients, loss_scale)
+    table = model.wte.weight.grad
+    unused = last_row(table) if (U := model.vocabulary.n_unused) else None  # type: ignore[arg-type]
+    if unused is not None:
+        unused /= U
+    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    if unused is not None:
+        squares += (U - 1) * unused.square().sum()
+    if is_shard(table):  # type: ignore[arg-type]
+        world.add(squares)
+    norm = squares.sqrt()
+    if clip is not None:
+        factor = (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        if norm.device.type != "cpu" or factor < 1:  # a GPU would have to be waited for
+            torch._foreach_mul_(gradients, factor)
+    return norm

@@ -1,0 +1,148 @@
+"""memory: a run's shape -> the bytes of memory and disk that it needs, known before anything of that size is made."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from pipeline.data.batches import WindowsConfig
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.evaluate import BATCH_TOKENS
+from pipeline.model.gpt import GPT
+from pipeline.model.loss import CHUNK_LOGITS
+from pipeline.system.device import Machine
+from pipeline.system.errors import OutOfSpaceError
+from pipeline.training.config import RunConfig
+from pipeline.training.optim import OptimConfig
+
+CHECKPOINTS = 4  # at once: the newest two, that of the best look, and the one that is being written
+ENTRY_BYTES = 256  # of a tensor's name and shape in the header of its file, at most
+RANDOM_BYTES = 6_000  # of a process's random numbers, with the names, the manifest and the step beside them
+BPE_BYTES = 1_500_000  # of the tokenizer in a model's folder
+
+
+def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> None:
+    """Raise OutOfSpaceError where a step needs more memory than is free."""
+    needed, windows = step_bytes(config, vocabulary, machine), config.windows
+    if machine.device.type == "cpu":
+        needed *= machine.world.local_size  # which share it
+    if needed > (free := free_bytes(machine)):
+        raise OutOfSpaceError(
+            f"windows.batch {windows.batch} of windows.length {windows.length} needs {needed / 1e9:,.1f} GB of memory, "
+            f"{free / 1e9:,.1f} GB are free: make windows.batch smaller and windows.accumulate larger, or set "
+            "train.gradient_checkpointing"
+        )
+
+
+def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
+    """Bytes of weights, gradients and optimiser state, and of what a step or a look at the loss makes beside them.
+
+    For one process of the machine's world, which has its share of the batch and, where the model is sharded, of the
+    former; beside it, all of what is unsharded at a time.
+    """
+    batch = config.windows.batch // machine.world.size
+    windows = config.windows.updated(batch=batch)
+    with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
+        model = GPT(config.model, vocabulary)
+        activations = _kept_bytes(model, windows, machine)
+        if config.train.gradient_checkpointing:
+            model.gradient_checkpointing = True
+            activations = activations // config.model.n_layer + _kept_bytes(model, windows, machine)
+    weights, state = _trained_bytes(model, config.optim)
+    n_logits = min(CHUNK_LOGITS, batch * windows.length * vocabulary.n_rows)
+    step = activations + 10 * n_logits  # in 16 bits; on a GPU in fp32 too, before and after the softmax
+    look = 8 * BATCH_TOKENS * vocabulary.n_rows  # at the whole text: logits in fp32, before and after the softmax
+    held = 2 * weights + state
+    if config.train.shard and machine.world.size > 1:
+        block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
+        outside = weights - config.model.n_layer * block
+        held = held // machine.world.size + 2 * (outside + 2 * block)  # a block and the next one, and their gradients
+    return held + (
+        step + look if machine.device.type == "cpu" else max(step, look)
+    )  # a CPU's memory is kept when freed
+
+
+def check_disk(
+    config: RunConfig, vocabulary: Vocabulary, machine: Machine, checkpoints: Path, models: Path | None
+) -> None:
+    """Raise OutOfSpaceError where a disk lacks room for what the run may hold at once, less what it holds already.
+
+    That is its `checkpoints`, and then the new model beside the one in `models`, if it is to write one.
+    """
+    checkpoint, model = saved_bytes(config, vocabulary, machine.world.size)
+    held = sum(path.stat().st_size for path in checkpoints.glob("*/*.safetensors"))  # unfinished ones too: they go
+    saving, ending = CHECKPOINTS * checkpoint - held, (CHECKPOINTS - 1) * checkpoint - held + model
+    here = nearest_existing(checkpoints)
+    if models is None:
+        _require_free(saving, here)
+    elif (there := nearest_existing(models)).stat().st_dev == here.stat().st_dev:
+        _require_free(max(saving, ending), here)
+    else:
+        _require_free(saving, here)
+        _require_free(model, there)
+
+
+def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -> tuple[int, int]:
+    """Bytes of disk that a checkpoint takes, and the finished model, which has the full vocabulary; never too few."""
+    with FakeTensorMode():
+        model = GPT(config.model, vocabulary)
+    weights, state = _trained_bytes(model, config.optim)
+    headers = ENTRY_BYTES * len(list(model.parameters()))
+    checkpoint = weights + state + 4 * headers + RANDOM_BYTES * processes  # a weight has up to three numbers of state
+    return checkpoint, 4 * config.model.n_params + headers + BPE_BYTES
+
+
+def free_bytes(machine: Machine) -> int:
+    """Bytes of memory that the device has left."""
+    if machine.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if machine.device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return int(psutil.virtual_memory().available)
+
+
+def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, int]:
+    """Bytes of a model's weights, and of the optimiser's state: two moments of each, or Muon's one of a matrix."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    matrices = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2)
+    return weights, 2 * weights - (matrices if optim.kind == "muon" else 0)
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _require_free(needed: int, place: Path) -> None:
+    if needed > (free := shutil.disk_usage(place).free):
+        raise OutOfSpaceError(
+            f"the run may need {needed:,} bytes of disk in {place}, {free:,} bytes are free: make room there "
+            "(`python -m pipeline clean` removes old checkpoints) and run the same command again"
+        )
+
+
+def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
+    """What the forward pass over a batch makes and keeps for the backward pass; but for a part, so much a window."""
+    weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
+
+    def keeps(n_windows: int) -> int:
+        storages = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[id(storage)] = storage  # held, so that no other gets its id
+            return tensor
+
+        inputs = torch.zeros(n_windows, windows.length, dtype=torch.int64)
+        with machine.autocast(), saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.loss(inputs, inputs, n_windows * windows.length)
+        del loss
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+    one, two = keeps(1), keeps(2)
+    return one + (two - one) * (windows.batch - 1)

@@ -1,0 +1,85 @@
+"""recorder: starts of one training that follow each other, and whose recorders come late to their turn."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from fixtures_mlflow import an_identity, append_steps, assert_holds_just_the_journal, recording, root_of
+from test_tracked_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
+
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.mlflow_runs import runs_of
+from pipeline.tracking.mlflow_store import Store
+from pipeline.tracking.recorder_process import OWING, RUN_ID, record
+from pipeline.training import run as tracked_run
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture
+def identity() -> dict:
+    return an_identity()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """That of a run of 12 steps."""
+    (folder := tmp_path / "run").mkdir()
+    append_steps(journal := Journal(folder), 0, 12)
+    journal.close()
+    return folder
+
+
+def record_killed(store: Store, folder: Path, identity: dict) -> bool:
+    """What the recorder of a start does that was killed before its turn came."""
+    control, ours = os.pipe()
+    with open(control) as reader, open(ours, "w") as writer:
+        writer.write(json.dumps({"identity": identity, "tags": {}}) + "\n")
+        writer.close()
+        return record(root_of(store), folder, 0.05, reader)
+
+
+def test_a_run_that_is_finished_is_not_closed_as_killed_by_the_recorder_of_an_earlier_start(store, folder, identity):
+    with recording(root_of(store), folder, identity):
+        pass
+    assert not (folder / OWING).exists()
+    assert record_killed(store, folder, identity)
+    (run,) = runs_of(store, identity["fingerprint"])
+    assert run.info.status == "FINISHED"
+    assert_holds_just_the_journal(store, run.info.run_id, folder)
+
+
+def test_the_recorder_of_an_earlier_start_leaves_its_rows_to_that_of_the_last_one(store, folder, identity):
+    (folder / OWING).write_text(str(os.getpid() + 1))
+    assert record_killed(store, folder, identity)
+    assert not (folder / RUN_ID).exists()
+    (folder / OWING).write_text(str(os.getpid()))
+    assert record_killed(store, folder, identity)
+    (run,) = runs_of(store, identity["fingerprint"])
+    assert run.info.status == "KILLED"
+    assert (folder / OWING).exists()  # so that the next start sends the end, even if no step is left
+    assert_holds_just_the_journal(store, run.info.run_id, folder)
+
+
+def test_a_run_that_was_removed_is_not_made_again_by_a_recorder_that_comes_late(store, tmp_path, identity):
+    assert record_killed(store, tmp_path / "removed", identity)
+    assert not (tmp_path / "removed").exists()
+    assert not runs_of(store, identity["fingerprint"])
+
+
+def test_the_next_start_of_a_finished_run_sends_the_end_that_mlflow_lacks_and_no_other_one(workspace, monkeypatch):  # noqa: F811
+    opened = []
+
+    class Opened(Untracked):
+        def __enter__(self):
+            opened.append(self)
+            return self
+
+    train()
+    monkeypatch.setattr(tracked_run, "Recorder", Opened)
+    train()
+    assert not opened
+    (run_folder() / OWING).write_text("1")  # as a kill of training and recorder after the last save leaves it
+    train()
+    assert len(opened) == 1

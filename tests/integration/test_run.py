@@ -1,0 +1,618 @@
+"""A run goes on with the same bits after whatever happened to it, and only where it is the same run."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tests.test_checkpoint import at_nth_call
+
+from pipeline.config.params import load_params
+from pipeline.config.recipes import apply_recipe
+from pipeline.data.encode import write_tokens
+from pipeline.data.token_files import write_shard
+from pipeline.system.entrypoint import exit_code_of, run_stage  # noqa: F401 (for `start`)
+from pipeline.system.errors import InputError, IntegrityError, RunLocked
+from pipeline.system.files import locked, sha256_file, sha256_json, write_manifest
+from pipeline.system.signals import StopSignals
+from pipeline.tracking.journal import Journal, read_steps
+from pipeline.tracking.mlflow_store import open_store
+from pipeline.tracking.recorder import ending
+from pipeline.training import checkpoint
+from pipeline.training import run as tracked_run
+from pipeline.training.checkpoint import checkpoint_steps, load_checkpoint, load_model
+from pipeline.training.config import RunConfig
+from pipeline.training.run import run_tracked
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.fault
+ROOT = Path(__file__).parents[2]
+STEPS = 60  # of 256 tokens; the target is out of reach, so that every run takes them all
+
+
+class Untracked:
+    """Stands for the recorder where MLflow is beside the point."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
+    """A workspace of the smoke recipe, shortened, with its tokens."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copy(ROOT / "params.yaml", folder)
+    apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
+    change(
+        folder,
+        **{"optim.max_tokens": 256 * STEPS, "record.checkpoint_steps": 7, "model.dropout": 0.1, "train.threads": 1},
+    )
+    shutil.copytree(bpe, folder / "data" / "bpe")
+    write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
+    return folder
+
+
+def change(folder, **values):
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for key, value in values.items():
+        section, name = key.split(".")
+        params[section][name] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.fixture
+def workspace(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    monkeypatch.setattr(tracked_run, "Recorder", Untracked)
+    return tmp_path / "w"
+
+
+def train():
+    run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
+
+
+def run_folder():
+    (folder,) = (path for path in Path("checkpoints").iterdir() if path.is_dir() and not path.suffix)
+    return folder
+
+
+def bits():
+    """Hashes of all that must be equal: model, journal, and the last checkpoint's weights, optimiser and RNG."""
+    last = sorted(run_folder().glob("step-*"))[-1]
+    paths = [Path("models/model/model.safetensors"), Path("models/steps.jsonl"), *sorted(last.glob("*.safetensors"))]
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def straight(prepared, tmp_path_factory):
+    """What the run comes to when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("straight") / "w"
+    shutil.copytree(prepared, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(tracked_run, "Recorder", Untracked)
+        train()
+        return bits()
+
+
+def start(setting="pass"):
+    """The stage in a process of its own, without MLflow, after what `setting` does there."""
+    program = f"from tests.test_tracked_run import *\ntracked_run.Recorder = Untracked\n{setting}\nrun_stage(train)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def end(process):
+    """Wait for a process that ends by itself; return its code and what it said on stderr."""
+    said = process.communicate(timeout=300)[1]
+    return process.returncode, said
+
+
+def n_rows():
+    """Rows in the journal of the one run there is, or is to be."""
+    return sum(path.read_text().count("\n") for path in Path("checkpoints").glob("*/times.jsonl"))
+
+
+def hold_after(step):
+    """Have the process wait there for its end."""
+    at_step(pytest.MonkeyPatch(), step, sys.stdin.read)
+
+
+def die_in_the_save_of(step, at_call):
+    """Have SIGKILL end the process at the `at_call`-th call that touches the disk in the save of `step`, or later."""
+    save = tracked_run.save_checkpoint
+
+    def deadly(folder, saved, *state):
+        if saved == step:
+            at_nth_call(at_call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        return save(folder, saved, *state)
+
+    tracked_run.save_checkpoint = deadly
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight, chance):  # A1
+    change(workspace, **{"record.checkpoint_steps": 2})  # often, so that each kill finds new ones
+    unfinished = 0
+    for n in range(6, 54, 12):  # 8 times: in a step or between two, and in the save of the step after
+        with start(f"hold_after({n + 8})") as process:
+            assert wait_until(lambda: n_rows() >= n or process.poll() is not None, 120)  # noqa: B023 (used at once)
+            time.sleep(chance.uniform(0, 0.02))  # a moment that nobody chose, which need not be any one in particular
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        in_save = checkpoint_steps(run_folder())[0] + 2
+        code, said = end(start(f"die_in_the_save_of({in_save}, {chance.randint(4, 20)})"))
+        assert code == -signal.SIGKILL, said
+        unfinished += len(list(Path("checkpoints").glob("*/.unfinished-step-*")))
+    assert unfinished == 4, "kills in a save leave what the next start sweeps"
+    code, said = end(start())
+    assert code == 0, said
+    assert bits() == straight
+
+
+@pytest.mark.parametrize("save_every", [1, 1000])
+def test_how_often_it_saves_decides_no_bit(workspace, straight, save_every):
+    change(workspace, **{"record.checkpoint_steps": save_every, "record.sample_steps": 9})
+    train()
+    assert bits() == straight
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def interrupted(workspace, monkeypatch):
+    """The run, killed after step 30: its last checkpoint is that of step 28."""
+    append = tracked_run.Journal.append
+
+    def dying(journal, row, times):
+        append(journal, row, times)
+        if row["step"] == 30:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracked_run.Journal, "append", dying)
+        with pytest.raises(Killed):
+            train()
+    assert checkpoint_steps(run_folder())[0] == 28
+    return workspace
+
+
+def test_after_a_kill_it_goes_on_with_the_same_bits(interrupted, straight, capsys):
+    train()
+    assert "going on after step 28" in capsys.readouterr().out
+    assert bits() == straight
+    assert json.loads(Path("reports/timing.json").read_text())["resumes"] == 1
+
+
+def no_optimiser(tensors, facts):
+    return {**tensors, "optimizer": {}}, facts
+
+
+def one_step_off(tensors, facts):
+    return tensors, {**facts, "step": facts["step"] - 1}
+
+
+def no_rng(tensors, facts):
+    return {**tensors, "rng": {"cpu-0": torch.Generator().manual_seed(5).get_state()}}, facts
+
+
+@pytest.mark.parametrize("mutant", [no_optimiser, one_step_off, no_rng])
+def test_a_restore_that_forgets_something_is_found_out(interrupted, straight, monkeypatch, mutant):  # A2
+    restore = tracked_run.TrainState.restore
+    monkeypatch.setattr(tracked_run.TrainState, "restore", lambda state, *saved: restore(state, *mutant(*saved)))
+    with pytest.raises(IntegrityError, match="came out as"):  # the replay of steps 29 and 30 differs from the journal
+        train()
+    saved = 27 if mutant is one_step_off else 28
+    for path in run_folder().glob("*.jsonl"):  # and where the journal has nothing to compare with
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:saved]))
+    if mutant is one_step_off:  # a journal that ends before the checkpoint is not gone on from
+        with pytest.raises(IntegrityError, match="has 27 rows, the checkpoint is of step 28"):
+            train()
+        return
+    train()
+    assert bits() != straight
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_says_so(workspace, straight, number, code):  # A8
+    process = start()
+    assert wait_until(lambda: n_rows() >= 10 or process.poll() is not None, 120)
+    process.send_signal(number)
+    found, said = end(process)
+    assert found == code
+    assert said.strip().splitlines()[-1].startswith(f"error: {signal.Signals(number).name} at step")
+    assert "Traceback" not in said
+    rows = len(read_steps(run_folder() / "steps.jsonl"))
+    assert checkpoint_steps(run_folder())[0] == rows < STEPS  # not a step is lost
+    train()
+    assert bits() == straight
+
+
+def at_step(monkeypatch, step, act):
+    """Have `act` called once the journal has the row of `step`."""
+    append = tracked_run.Journal.append
+
+    def acting(journal, row, times):
+        append(journal, row, times)
+        if row["step"] == step:
+            act()
+
+    monkeypatch.setattr(tracked_run.Journal, "append", acting)
+
+
+def test_a_second_interrupt_during_the_save_stops_at_once(workspace, straight, monkeypatch, interruptible):  # A9
+    save_file = checkpoint._save_file
+
+    def interrupted(tensors, path):
+        save_file(tensors, path)
+        if "step-00000030" in str(path):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "SAME_S", 0.0)  # what comes later is a second one
+        at_step(patch, 30, lambda: os.kill(os.getpid(), signal.SIGINT))  # the first
+        patch.setattr(checkpoint, "_save_file", interrupted)
+        assert exit_code_of(train) == 130
+    assert checkpoint_steps(run_folder()) == [28, 21]
+    assert not list(run_folder().glob(".*"))
+    train()
+    assert bits() == straight
+
+
+def test_a_run_on_a_full_disk_ends_with_5_and_goes_on_once_there_is_room(
+    workspace, straight, monkeypatch, capsys
+):  # A6
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small = 50_000  # bytes: room for the journal, not for the weights
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 10, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, before[1])))
+            assert exit_code_of(train) == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.fullmatch(
+        r"error: disk full in \S+: [\d,]+ bytes needed, [\d,]+ bytes free, .+\n", capsys.readouterr().err
+    )
+    assert checkpoint_steps(run_folder()) == [7]
+    assert not list(run_folder().glob(".*"))
+    train()
+    assert bits() == straight
+
+
+def turn_back_the_clock():
+    """Let each look at the time of day find it an hour earlier; what measures spans goes on as ever."""
+    hours, now, now_ns = count(), time.time, time.time_ns
+    time.time = lambda: now() - 3600 * next(hours)
+    time.time_ns = lambda: now_ns() - 3600 * 10**9 * next(hours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "utf8"),
+    [("a project with späces, 文字 and 🎭", {}), ("no UTF-8 at all", {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})],
+)
+def test_locale_clock_and_path_decide_no_bit_and_mlflow_gets_every_row(
+    prepared, straight, tmp_path, monkeypatch, name, utf8
+):  # A15
+    shutil.copytree(prepared, folder := tmp_path / name)
+    change(folder, **{"record.sample_prompts": ["Brünnhilde:"]})  # which samples repeat
+    with (folder / "params.yaml").open("a", encoding="utf-8") as params:
+        params.write("# Grüße\n")
+    monkeypatch.chdir(folder)
+    program = "from tests.test_tracked_run import *\nturn_back_the_clock()\nrun_stage(train)"
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
+    python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**kept, "LC_ALL": "C", "TZ": "Pacific/Apia", "PYTHONPATH": python_path, **utf8}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert bits() == straight
+    times = Journal(run_folder()).times
+    stamps = [row["logged_ms"] for row in times]
+    assert stamps == sorted(stamps, reverse=True), "the control: the clock went back in each step"
+    for key in ("train_s", "wall_s"):
+        assert all(0 <= a[key] < b[key] for a, b in pairwise(times))
+    assert json.loads(Path("reports/timing.json").read_text())["tokens_per_s"] > 0
+    store = open_store(folder)
+    (run,) = store.client.search_runs([store.experiment_id])
+    run_id = run.info.run_id  # a slow machine gets the last rows when training is over
+    assert wait_until(lambda: store.client.get_run(run_id).info.status == "FINISHED", 240)
+    for key in ("loss", "tokens_per_s"):
+        rows = store.client.get_metric_history(run_id, key)
+        assert [(row.step, row.timestamp) for row in sorted(rows, key=lambda row: row.step)] == list(
+            zip(range(1, STEPS + 1), stamps, strict=True)
+        )
+        assert all(row.value > 0 for row in rows)
+
+
+@pytest.fixture
+def namespaces():
+    """Skips where a process may not mount a file system of its own."""
+    tried = subprocess.run(["unshare", "-Urm", "true"], capture_output=True) if shutil.which("unshare") else None
+    if tried is None or tried.returncode:
+        pytest.skip("no user namespaces here: RLIMIT_FSIZE stands for the full disk")
+
+
+def on_a_small_disk(left_bytes):
+    """In a mount namespace: train on a disk that is too small, on one that fills up in the middle, and once more."""
+    tracked_run.Recorder = Untracked
+    disk = Path("checkpoints")
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)  # a checkpoint has 1.3 MB
+    codes = [exit_code_of(train)]
+    assert not n_rows()
+    subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+
+    def fill():
+        with (disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - left_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 10, fill)
+        codes.append(exit_code_of(train))
+    left = [path.name for path in run_folder().iterdir() if path.name.startswith((".", "step-"))]
+    (disk / "filler").unlink()
+    codes.append(exit_code_of(train))
+    print(json.dumps([codes, left, bits()]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_bytes", [0, 100_000])  # none for the journal's next row; some, but not for the weights
+def test_a_real_small_disk_is_refused_and_a_full_one_costs_nothing(
+    workspace, straight, namespaces, left_bytes
+):  # A6, A7
+    program = f"from tests.test_tracked_run import *\non_a_small_disk({left_bytes})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(["unshare", "-Urm", sys.executable, "-c", program], env=environment, capture_output=True,
+                          text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    codes, left, found = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [5, 5, 0]
+    assert left == ["step-00000007"]  # intact, and nothing half written beside it
+    assert found == straight
+    early, late = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.search(r"may need [\d,]+ bytes of disk in \S+checkpoints\S*, [\d,]+ bytes are free: make room", early)
+    needed = r"1,2\d\d,\d\d\d bytes needed, [\d,]+ bytes free" if left_bytes else "(.+ needed, )?0 bytes free"
+    assert re.search(rf"disk full in \S+: {needed}, make room", late)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step(workspace, straight, monkeypatch, capsys):  # A7
+    usage = shutil.disk_usage(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
+        assert exit_code_of(train) == 5
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"error: the run may need [\d,]+ bytes of disk in .+, 1,000,000 bytes are free: .+\n", said)
+        assert not n_rows()
+        assert not list(Path("checkpoints").rglob("step-*"))
+        assert not Path("models").exists()
+        at_step(patch, 30, die)
+        patch.setattr(shutil, "disk_usage", lambda place: usage)
+        with pytest.raises(Killed):
+            train()
+        patch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
+        assert exit_code_of(train) == 5  # what is held is not enough
+        assert n_rows() == 30
+    train()
+    assert bits() == straight
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
+    train()  # a finished run saves no checkpoint any more
+
+
+def test_a_batch_too_large_for_memory_is_refused_before_anything_is_made(workspace, capsys):  # A14
+    change(workspace, **{"windows.batch": 10**8, "optim.max_tokens": 10**12, "optim.warmup": 0.0})
+    assert exit_code_of(train) == 5
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: windows\.batch 100000000 of windows\.length 64 needs [\d,.]+ GB of memory, [\d,.]+ GB are free: "
+        r"make windows\.batch smaller .+\n", said)  # fmt: skip
+    assert not Path("checkpoints").exists()
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_what_it_has_and_needs(workspace, tokenizer, capsys):  # B3
+    (workspace / "short.txt").write_text("Speak, speak.\n" * 3)
+    shutil.rmtree("data/tokens")
+    write_tokens(workspace / "short.txt", tokenizer, Path("data/tokens"))
+    assert exit_code_of(train) == 2
+    assert re.fullmatch(r"error: data/tokens/train has 18 tokens, needs 65: .+\n", capsys.readouterr().err)
+    assert not Path("checkpoints").exists()
+
+
+def test_a_second_trainer_is_told_who_holds_the_run(interrupted):  # A11
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path().rglob("*")}
+
+    with locked(run_folder().with_suffix(".lock")):
+        before = state()
+        code, said = end(start())
+        assert state() == before  # of the whole workspace
+    assert code == 6
+    assert f"{run_folder().name} is held by process {os.getpid()}: wait for it or stop it" in said
+    with locked(run_folder().with_suffix(".lock")), pytest.raises(RunLocked):
+        train()
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(
+    workspace, monkeypatch, capsys, poison
+):  # A12
+    ends = []
+    monkeypatch.setattr(Untracked, "__exit__", lambda self, kind, error, trace: ends.append(ending(error)["status"]))
+    forward = tracked_run.TrainState.__post_init__
+
+    def poisoned(state):
+        forward(state)
+        calls = iter(range(10**6))
+        loss = state.model.loss
+        state.model.loss = lambda *batch: loss(*batch) * (float(poison) if next(calls) == 39 else 1)
+
+    monkeypatch.setattr(tracked_run.TrainState, "__post_init__", poisoned)
+    assert exit_code_of(train) == 4
+    assert re.fullmatch(rf"error: loss is {poison} at step 40, lr 0\.00\d+.*\n", capsys.readouterr().err)
+    assert checkpoint_steps(run_folder())[0] == 35
+    assert load_checkpoint(run_folder(), 35)[1]["step"] == 35
+    assert len(read_steps(run_folder() / "steps.jsonl")) == 39  # what did not happen has no row
+    assert ends == ["FAILED"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", 0.001),
+        ("train.seed", 2),
+        ("target.loss", 0.2),
+        ("model.vocab_size", 50304),
+        ("model.fold_vocab", False),
+    ],
+)
+def test_changed_parameters_are_another_run_and_named(interrupted, capsys, key, value):  # A13
+    change(interrupted, **{key: value})
+    train()
+    said = capsys.readouterr().out
+    assert "going on" not in said
+    assert f"a new run, not the last one's ({run_folder_of_step(28)}): {key}" in said
+
+
+def run_folder_of_step(step):
+    """The folder whose newest checkpoint is that of `step`."""
+    return next(f.name for f in Path("checkpoints").iterdir() if f.is_dir() and checkpoint_steps(f)[0] == step)
+
+
+def test_changed_data_are_another_run_and_named(interrupted, capsys, tokenizer, shakespeare):  # A13
+    write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.006)
+    train()
+    said = capsys.readouterr().out
+    assert re.search(r"a new run, not the last one's .*: data_sha256 ", said)
+    assert "going on" not in said
+
+
+def test_another_number_of_threads_starts_anew_and_keeps_the_old(interrupted, capsys, monkeypatch):  # A13
+    monkeypatch.setattr(tracked_run, "prepare_machine", lambda *given: MACHINE(*given)._replace(threads=77))
+    old = sha256_json([sha256_file(path) for path in sorted(run_folder().glob("step-*/*"))])
+    train()
+    said = capsys.readouterr().out
+    assert "starting anew: threads" in said
+    assert "-> 77" in said
+    kept = next(path for path in Path("checkpoints").iterdir() if path.suffix == ".1")
+    assert sha256_json([sha256_file(path) for path in sorted(kept.glob("step-*/*"))]) == old
+
+
+MACHINE = tracked_run.prepare_machine
+
+
+def test_a_finished_run_takes_no_step_more(workspace, straight, capsys):  # A16
+    train()
+    before = bits()
+    shutil.rmtree("models")  # as DVC does before it runs a stage
+    train()
+    assert "nothing to train" in capsys.readouterr().out
+    assert bits() == before == straight
+
+
+def test_the_model_of_the_best_look_is_kept_though_training_went_on(workspace, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5] + [5.0] * 100)
+    monkeypatch.setattr(tracked_run, "corpus_loss", lambda *_, **__: next(losses))
+    change(workspace, **{"target.look_steps": 11})
+    train()
+    assert json.loads(Path("models/run.json").read_text())["results"]["model_step"] == 22
+    assert 22 in checkpoint_steps(run_folder())
+
+
+@pytest.fixture
+def held_out(workspace, tokenizer, shakespeare):
+    """The run looks at a held-out text every five steps, and ends after three looks in vain."""
+    write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.01, val_fraction=0.2)
+    change(workspace, **{"target.rule": "validation", "target.look_steps": 5, "target.patience": 3})
+
+
+def test_a_run_out_of_patience_ends_and_keeps_the_model_that_was_best_on_the_held_out_text(
+    held_out, monkeypatch, capsys
+):
+    losses = iter([9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 6.0])  # 7.0 again is no lower loss
+
+    def held_out_loss(model, text, *_, **__):
+        return next(losses) if text.size < 1500 else 1.0
+
+    monkeypatch.setattr(tracked_run, "corpus_loss", held_out_loss)
+    train()
+    results = json.loads(Path("models/run.json").read_text())["results"]
+    assert (results["steps"], results["model_step"], results["corpus_loss"]) == (35, 20, 1.0)
+    assert "the last 3 looks at the held-out text found no lower loss" in capsys.readouterr().out
+    rows = read_steps(Path("models/steps.jsonl"))
+    assert list(rows["validation_loss"].dropna().index) == [5, 10, 15, 20, 25, 30, 35]
+    assert list(rows["corpus_loss"].dropna().index) == [5, 10, 20, 35]  # where the model may be kept, and at the end
+    kept = load_checkpoint(run_folder(), 20)[0]["weights"]["wpe.weight"]
+    assert torch.equal(load_model(Path("models/model")).wpe.weight, kept)
+
+
+def die():
+    raise Killed
+
+
+def test_patience_survives_a_kill(held_out, monkeypatch):
+    change(Path.cwd(), **{"optim.lr": 0.03})  # too high: the held-out loss soon rises
+    train()
+    straight, steps = bits(), len(read_steps(Path("models/steps.jsonl")))
+    assert steps < STEPS
+    shutil.rmtree("checkpoints")
+    with monkeypatch.context() as patch:
+        at_step(patch, steps - 4, die)  # between two looks in vain
+        with pytest.raises(Killed):
+            train()
+    train()
+    assert bits() == straight
+
+
+@pytest.mark.parametrize(("key", "value"), [("target.rule", "validation"), ("target.patience", 2)])
+def test_what_needs_a_held_out_text_is_refused_without_one(workspace, key, value):
+    change(workspace, **{key: value})
+    with pytest.raises(InputError, match=r"target\.\w+ is \w+, but nothing is held out: set corpus\.val_fraction"):
+        train()
+    assert not Path("checkpoints").exists()
+
+
+def test_contradictions_between_sections_are_found_before_anything_is_opened(workspace):
+    change(workspace, **{"windows.length": 65, "optim.warmup": 61})
+    shutil.rmtree("data")
+    with pytest.raises(InputError, match=r"warmup 61 .*take 61 steps, the run has \d+; windows.length 65 is longer"):
+        train()
+    assert not Path("checkpoints").exists()
+
+
+def test_the_committed_params_are_a_run():
+    assert RunConfig.of(load_params(ROOT / "params.yaml")).record.checkpoint_s > 0
+
+
+def test_tokens_with_more_ids_than_the_model_has_are_refused(workspace):  # B4
+    shutil.rmtree("data/tokens")
+    Path("data/tokens").mkdir()
+    for part in ("train", "val"):
+        write_shard(Path(f"data/tokens/{part}-00000.bin"), [[50300] * 1000], vocab_size=60000)
+    write_manifest(Path("data/tokens"))
+    with pytest.raises(InputError, match=r"has 60000 ids, model\.vocab_size is 50257: make model\.vocab_size larger"):
+        train()
+    assert not Path("checkpoints").exists()

@@ -1,0 +1,126 @@
+"""The architecture: which package imports which, which library belongs where, and what DVC knows of each stage."""
+
+import ast
+import inspect
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.data.corpus import fetch_corpus
+from pipeline.training.config import RUN_SECTIONS
+
+ROOT = Path(__file__).parents[2]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+PACKAGES = {  # package -> what it may import
+    "system": "config",
+    "config": "system",
+    "data": "config system",
+    "model": "config system data",
+    "tracking": "config system",
+    "training": "config system data model tracking",
+    "report": "config system tracking training",
+    "sweep": "config system data tracking training report",
+    "registry": "config system data model tracking training report",
+    "ops": "config system data model tracking training report sweep registry",
+    "__main__": "config system data model tracking training report sweep registry ops",
+}
+LIBRARIES = {  # library -> packages and modules that may import it
+    "mlflow": "tracking registry sweep.mlflow_run ops.stale_runs",
+    "optuna": "sweep",
+    "matplotlib": "report sweep.figures",
+    "gradio": "",
+    "transformers": "",
+    "pickle": "",
+}
+MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "pipeline").rglob("*.py"))
+
+
+def imports(path):
+    """Dotted names that a file imports, wherever in it; `from a import b` is both a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).with_suffix(".py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages_in(names):
+    return {name.split(".")[1] for name in names if name.startswith("pipeline.")}
+
+
+def test_a_package_imports_only_what_the_table_allows():
+    for path in MODULES:
+        if package := path.parts[1].removesuffix("__init__"):
+            allowed = {package, *PACKAGES[package].split()}
+            assert packages_in(imports(path)) <= allowed, path
+
+
+def test_no_module_is_part_of_an_import_cycle():
+    names = {".".join(path.parts).removesuffix(".__init__"): path for path in MODULES}
+    graph = {name: imports(path) & names.keys() - {name} for name, path in names.items()}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_library_is_imported_where_it_belongs(library):
+    for path in MODULES:
+        if any(name.split(".")[0] == library for name in imports(path)):
+            assert {path.parts[1], ".".join(path.parts[1:])} & set(LIBRARIES[library].split()), path
+
+
+def test_neither_library_nor_stages_import_the_page():
+    for path in (*MODULES, *(ROOT / "stages").glob("*.py")):
+        assert not {name.split(".")[0] for name in imports(path)} & {"webapp", "app"}
+
+
+def test_the_page_imports_only_what_it_serves():
+    for path in (ROOT / "app.py", *(ROOT / "webapp").rglob("*.py")):
+        assert packages_in(imports(path)) <= {"config", "system", "data", "model", "tracking", "registry"}, path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_reruns_a_stage_when_its_code_changes(stage):
+    """A stage depends on its script, on the packages that the script imports, and on all that these may import."""
+    imported = packages_in(imports(f"stages/{stage}"))
+    reached = imported.union(*(PACKAGES[package].split() for package in imported))
+    declared = {dep for dep in STAGES[stage]["deps"] if dep.startswith(("pipeline", "stages"))}
+    assert declared == {f"stages/{stage}.py", *(f"pipeline/{package}" for package in reached)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_reruns_a_stage_when_its_params_change(stage):
+    assert {key.split(".")[0] for key in STAGES[stage].get("params", [])} == sections_read_by(stage)
+
+
+def sections_read_by(stage):
+    """Sections whose classes the script asks params.yaml for."""
+    source = (ROOT / f"stages/{stage}.py").read_text()
+    if "run_tracked" in source:
+        return {section.section_name for section in RUN_SECTIONS}
+    asked = {part.split(")")[0] for part in source.split(".section(")[1:]}
+    return {name.removesuffix("Config").lower() for name in asked}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_a_thin_script_that_says_what_it_does(stage):
+    assert (ROOT / f"stages/{stage}.py").read_text().count("\n") < 40
+    assert STAGES[stage]["desc"]
+    assert STAGES[stage]["cmd"] == f"exec python -m stages.{stage}"
+
+
+def test_every_section_of_params_belongs_to_a_stage():
+    assert set(PARAMS) == {
+        section for stage in STAGES.values() for section in stage.get("params", []) if "." not in section
+    } | {"sweep"}
+
+
+def test_the_text_is_fetched_again_only_when_its_source_changes():
+    read = set(re.findall(r"config\.(\w+)", inspect.getsource(fetch_corpus)))
+    assert STAGES["download"]["params"] == [f"corpus.{key}" for key in PARAMS["corpus"] if key in read]

@@ -1,0 +1,43 @@
+"""RECORDS.md against what it names, and README's comparison, which is drawn from it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.data.batches import WindowsConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def table(name, below):
+    """Rows of the table in a page that begins with the column `below`, as dicts by column."""
+    lines = (ROOT / name).read_text().split(f"\n| {below} |", 1)[1].split("\n\n")[0].splitlines()
+    columns, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+    return [dict(zip([below, *columns], row, strict=True)) for row in rows]
+
+
+RECORDS = table("RECORDS.md", "date")
+LATEST = {row["recipe"].strip("`"): row for row in RECORDS}
+
+
+def number(cell):
+    return float(cell.replace(",", ""))
+
+
+@pytest.mark.parametrize("recipe", LATEST)
+def test_a_records_steps_with_its_recipe_give_its_tokens(recipe):
+    record, settings = LATEST[recipe], yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text())
+    windows = WindowsConfig(**{"accumulate": 1, "order": "shuffled", **settings["windows"]})
+    seen = number(record["steps"]) * windows.step_tokens
+    assert 0.99 * seen < number(record["tokens"]) <= seen  # a little less: each pass ends with a shorter window
+    assert number(record["corpus loss"]) < 0.1
+    assert number(record["train s"]) < number(record["wall s"])
+
+
+@pytest.mark.parametrize("recipe", LATEST)
+def test_readme_compares_the_latest_record(recipe):
+    (shown,) = [row for row in table("README.md", "trained by") if row["trained by"].strip("*") == recipe]
+    assert shown["steps"] == LATEST[recipe]["steps"]
+    assert shown["tokens"] == f"{number(LATEST[recipe]['tokens']) / 1e6:.2f}M"
+    assert shown["time"].startswith(f"{round(number(LATEST[recipe]['train s'])):,} s")

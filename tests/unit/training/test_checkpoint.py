@@ -1,0 +1,393 @@
+"""Checkpoints: whole or not there, every altered bit found, the newest intact one wins."""
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from pipeline.config.params import load_params
+from pipeline.data.batches import Rows, steps_of
+from pipeline.data.token_files import Tokens
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.gpt import ModelConfig
+from pipeline.system import files
+from pipeline.system.device import Machine
+from pipeline.system.errors import IntegrityError, OutOfSpaceError
+from pipeline.system.files import write_manifest
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import (
+    checkpoint_steps,
+    is_intact,
+    keep_newest,
+    load_checkpoint,
+    load_model,
+    newest_valid,
+    save_checkpoint,
+    save_model,
+)
+from pipeline.training.config import RunConfig
+from pipeline.training.loop import fresh_state, train_steps
+from pipeline.training.run_folder import require_state
+
+pytestmark = pytest.mark.fault
+
+
+def save(folder, step):
+    tensors = {"weights": {"w": torch.full((64,), float(step))}, "rng": {"cpu": torch.arange(16, dtype=torch.uint8)}}
+    return save_checkpoint(folder, step, tensors, {"step": step})
+
+
+@pytest.fixture
+def three(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    return tmp_path
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    exact = torch.tensor([0.1, -0.0, 1e-45])
+    save_checkpoint(tmp_path, 7, {"weights": {"w": exact}, "optimizer": {}}, {"step": 7, "loss_scale": 1.0})
+    tensors, facts = load_checkpoint(tmp_path, 7)
+    assert tensors["weights"]["w"].numpy().tobytes() == exact.numpy().tobytes()
+    assert facts == {"step": 7, "loss_scale": 1.0}
+
+
+CALLS = [
+    (checkpoint, "save_file"), (files, "fsync"), (files.os, "rename"), (files.os, "replace"), (files.shutil, "rmtree"),
+    (Path, "write_text"), (Path, "mkdir"), (Path, "open"),
+]  # fmt: skip
+
+
+REMOVALS = [(os, "rename"), (os, "unlink"), (os, "rmdir")]
+
+
+def at_nth_call(n, act, calls=CALLS, half=False):
+    """From now on, have `act` called in the place of the n-th of `calls`; what that writes is `half` there before."""
+    countdown = iter(range(n - 1, -1, -1))
+
+    def deadly(original):
+        def call(*arguments, **named):
+            if next(countdown, None) != 0:
+                return original(*arguments, **named)
+            if half and original.__name__ in ("save_file", "write_text"):
+                original(*arguments, **named)
+                path = Path(arguments[1] if original.__name__ == "save_file" else arguments[0])
+                os.truncate(path, path.stat().st_size // 2)
+            return act()
+
+        return call
+
+    for module, name in calls:
+        setattr(module, name, deadly(getattr(module, name)))
+
+
+def in_a_child(work, *deadly, **named):
+    """Fork a process that does `work`, but exits with 77 as `at_nth_call` says; return its code."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    at_nth_call(deadly[0], lambda: os._exit(77), *deadly[1:], **named)
+    work()
+    os._exit(0)
+
+
+def damage_newest(folder):
+    path = folder / "step-00000002" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("again", [False, True])  # the newest one is altered: it is passed over, and saved once more
+def test_a_process_that_dies_at_any_call_of_a_save_leaves_a_loadable_checkpoint(tmp_path, half, again):  # A3
+    for i in range(1, 100):
+        shutil.rmtree(folder := tmp_path / "run", ignore_errors=True)
+        save(folder, 1)
+        if again:
+            save(folder, 2)
+            damage_newest(folder)
+        code = in_a_child(lambda: save(folder, 2), i, half=half)
+        renamed = (folder / "step-00000002").is_dir() and is_intact(folder, 2)
+        loaded = newest_valid(folder)
+        assert not list(folder.glob(".*")), "leftovers are swept"
+        assert loaded[1]["step"] == (2 if renamed else 1)
+        if code == 0:
+            assert renamed
+            break
+        assert code == 77
+    assert i > 20  # files, manifest, folder and its parent are each written, synced or renamed
+
+
+def test_every_file_is_on_the_disk_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):  # A4
+    calls = []
+    for name in ("fsync", "rename"):
+        module = files if name == "fsync" else files.os
+        original = getattr(module, name)
+
+        def noted(*paths, name=name, original=original):
+            calls.append((name, os.path.basename(paths[0])))
+            return original(*paths)
+
+        monkeypatch.setattr(module, name, noted)
+    save(tmp_path, 1)
+    renamed = calls.index(("rename", ".unfinished-step-00000001"))
+    before = {name for call, name in calls[:renamed] if call == "fsync"}
+    assert {
+        "weights.safetensors",
+        "rng.safetensors",
+        "state.json",
+        "manifest.json",
+        ".unfinished-step-00000001",
+    } <= before
+    assert calls[renamed + 1 :] == [("fsync", tmp_path.name)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_of_any_file_is_found_and_passed_over(three, capsys, data):  # A5
+    folder = three / "step-00000003"
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    whole = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+    altered = bytearray(whole)
+    altered[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(altered)
+    try:
+        loaded = newest_valid(three)
+        assert loaded[1]["step"] == 2
+        warned = capsys.readouterr().err
+        assert "falling back to the checkpoint before" in warned
+        assert path.name in warned or path.name == "manifest.json"  # which may then name the file that it is about
+        assert folder.name in warned
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "rng.safetensors", "state.json", "manifest.json"])
+def test_a_file_that_is_cut_emptied_or_missing_is_named_and_passed_over(three, capsys, name, damage):  # A5
+    path = three / "step-00000003" / name
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:-1])
+    assert newest_valid(three)[1]["step"] == 2
+    assert name in capsys.readouterr().err
+
+
+def test_where_none_is_intact_it_is_an_error_that_says_what_to_do(three):  # A5
+    for step in (1, 2, 3):
+        (three / f"step-{step:08d}" / "state.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="python -m pipeline clean") as error:
+        newest_valid(three)
+    assert error.value.exit_code == 3
+
+
+def test_a_folder_that_a_user_keeps_beside_them_is_no_checkpoint(three):
+    shutil.copytree(three / "step-00000001", three / "step-00000009.mine")
+    assert checkpoint_steps(three) == [3, 2, 1]
+    keep_newest(three, 1, also=None)
+    assert (three / "step-00000009.mine").is_dir()
+
+
+def test_a_full_disk_names_the_bytes_and_leaves_the_last_checkpoint(tmp_path):  # A6
+    """A limit on file size stands for the full disk: the system refuses the write half way, and it needs no root."""
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"weights": {"w": torch.zeros(1_000_000)}}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OutOfSpaceError, match=r"4,000,000 bytes needed, [\d,]+ bytes free"):
+            save_checkpoint(tmp_path, 2, large, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    assert newest_valid(tmp_path)[1]["step"] == 1
+
+
+# A hostile folder: whoever can write the files can write their manifest
+
+
+CONFIG = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=50257, dropout=0.0, fold_vocab=True)
+VOCABULARY = Vocabulary.of(np.arange(50257) < 5, 50257)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's state after two steps, and a folder with both of their checkpoints."""
+    run = RunConfig.of(load_params(Path(__file__).parents[3] / "params.yaml"))
+    windows, machine = run.windows.updated(length=4, batch=2), Machine(torch.device("cpu"), "fp32", 1)
+    text = Rows(Tokens("text", [np.arange(20, dtype=np.uint16) % 5], 50257), VOCABULARY, machine.device)
+    state = fresh_state(CONFIG, VOCABULARY, run.optim, run.train, machine)
+    folder = tmp_path_factory.mktemp("trained")
+    for record in train_steps(state, steps_of(1, text, windows, 1), 2, run.optim, machine):
+        save_checkpoint(folder, record.step, state.tensors(), state.facts())
+    return state, folder
+
+
+NAMES = ["weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+FACTS = st.dictionaries(
+    st.sampled_from(["step", "tokens", "loss_scale", "good_steps", "x"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers(), max_size=2),
+).map(json.dumps).map(str.encode)  # fmt: skip
+HUGE_HEADERS = st.integers(0, 2**64 - 1).map(lambda n: n.to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[9')
+
+
+@st.composite
+def other_tensors(draw, folder):
+    """The tensors of a file, of which one has another name, shape or type, is lacking or stands beside a new one."""
+    name = draw(st.sampled_from(NAMES[:3]))
+    tensors = load_file(folder / "step-00000002" / name)
+    key = draw(st.sampled_from(sorted(tensors)))
+    one = tensors[key]
+    other = draw(st.sampled_from([
+        one.to(torch.float64), one.to(torch.bool), one.new_empty(0), one[None], torch.zeros(7), torch.zeros(()).byte()
+    ]))  # fmt: skip
+    act = draw(st.sampled_from(["rename", "replace", "remove", "add"]))
+    if act in ("rename", "remove"):
+        del tensors[key]
+    if act in ("rename", "add"):
+        key = draw(st.text(max_size=8).filter(lambda text: text.isprintable() and text not in tensors))
+        other = one if act == "rename" else other
+    if act != "remove":
+        tensors[key] = other.clone()  # a file holds no tensor twice
+    return name, tensors
+
+
+def newest(trained, folder):
+    state, _ = trained
+    return newest_valid(folder, require=lambda *read: require_state(*read, state))
+
+
+@pytest.mark.security
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), agrees=st.booleans())
+def test_any_content_of_a_checkpoint_is_refused_by_name_and_passed_over(trained, tmp_path, capsys, data, agrees):  # A5
+    shutil.rmtree(folder := tmp_path / "run", ignore_errors=True)
+    shutil.copytree(trained[1], folder)
+    path = folder / "step-00000002" / data.draw(st.sampled_from(NAMES))
+    if data.draw(st.booleans()):
+        name, tensors = data.draw(other_tensors(trained[1]))
+        path = path.with_name(name)
+        save_file(tensors, path)
+        if name == "rng.safetensors" and "cpu-0" in tensors and tensors["cpu-0"].shape == (5056,):
+            return  # beside this process's numbers there may be others, of more processes
+    else:
+        path.write_bytes(data.draw(st.binary(max_size=40) | FACTS | HUGE_HEADERS))
+    if agrees:
+        write_manifest_anew(path.parent)
+    tensors, facts = newest(trained, folder)
+    warned = capsys.readouterr().err
+    assert facts["step"] == 1
+    assert path.name in warned
+    assert "falling back to the checkpoint before" in warned
+    trained[0].restore(tensors, facts)
+
+
+def test_what_was_saved_is_never_refused(trained):
+    assert newest(trained, trained[1])[1]["step"] == 2
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("facts", [
+    {"step": 1}, {"tokens": "16"}, {"loss_scale": 0.0}, {"loss_scale": float("nan")}, {"good_steps": True}, {"x": 1}
+])  # fmt: skip
+def test_a_state_of_another_step_or_type_is_passed_over(trained, tmp_path, capsys, facts):  # A5
+    shutil.copytree(trained[1], folder := tmp_path / "run")
+    path = folder / "step-00000002" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    write_manifest_anew(path.parent)
+    assert newest(trained, folder)[1]["step"] == 1
+    assert "state.json is not the state after that step" in capsys.readouterr().err
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("change", [lambda one: one[None], lambda one: one[:-1], lambda one: one.to(torch.float32)])
+def test_a_state_of_random_numbers_that_no_generator_has_is_passed_over(trained, tmp_path, capsys, change):  # A5
+    shutil.copytree(trained[1], folder := tmp_path / "run")
+    path = folder / "step-00000002" / "rng.safetensors"
+    save_file({"cpu-0": change(load_file(path)["cpu-0"]).contiguous()}, path)
+    write_manifest_anew(path.parent)
+    assert newest(trained, folder)[1]["step"] == 1
+    assert "rng.safetensors holds no state of random numbers" in capsys.readouterr().err
+
+
+def write_manifest_anew(folder):
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+
+
+@pytest.mark.security
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{}"),
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"model": {"n_layer": "many"}, "trained_length": 4}'),
+        ("config.json", json.dumps({"model": CONFIG.updated(n_layer=1000, n_embd=2**16).model_dump(),
+                                    "trained_length": 4})),  # a hundred terabytes, if it were made
+        ("config.json", json.dumps({"model": CONFIG.model_dump(), "trained_length": 10**9})),
+        ("config.json", json.dumps({"model": CONFIG.model_dump(), "trained_length": None})),
+        ("model.safetensors", "nothing of the kind"),
+        ("model.safetensors", ""),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_none_is_refused_by_name_before_it_is_made(trained, tmp_path, bpe, name, content):
+    save_model(folder := tmp_path / "model", trained[0].model, bpe)
+    load_model(folder)
+    (folder / name).write_text(content)
+    write_manifest_anew(folder)
+    with pytest.raises(IntegrityError, match=rf"{name}|model.safetensors"):
+        load_model(folder)
+
+
+@pytest.mark.security
+def test_a_text_with_ids_that_the_model_does_not_know_is_refused(trained, tmp_path, bpe):
+    save_model(folder := tmp_path / "model", trained[0].model, bpe)
+    counts = np.ones(60000, np.int64)
+    with pytest.raises(IntegrityError, match="has 50257 ids, the text has ids beyond them"):
+        load_model(folder, counts)
+
+
+def test_the_newest_and_the_best_are_kept(three):
+    save(three, 4)
+    keep_newest(three, 2, also=1)
+    assert checkpoint_steps(three) == [4, 3, 1]
+
+
+def test_a_process_that_dies_at_any_call_of_a_removal_leaves_whole_checkpoints(tmp_path):  # A17
+    for i in range(1, 100):
+        shutil.rmtree(folder := tmp_path / "run", ignore_errors=True)
+        for step in (1, 2, 3, 4):
+            save(folder, step)
+        code = in_a_child(lambda: keep_newest(folder, 2, also=None), i, REMOVALS)
+        left = checkpoint_steps(folder)
+        assert left[:2] == [4, 3]
+        assert all(is_intact(folder, step) for step in left), "what is half removed does not bear the name of one"
+        assert newest_valid(folder)[1]["step"] == 4
+        assert not list(folder.glob(".*")), "leftovers are swept"
+        if code == 0:
+            break
+        assert code == 77
+    assert left == [4, 3]
+    assert i == 2 * 6 + 1  # two folders of four files, each renamed, emptied and removed
+
+
+def test_dying_in_a_removal_leaves_the_newest_whole(three, monkeypatch):  # A17
+    def die(path):
+        os.unlink(path / "state.json")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        keep_newest(three, 1, also=None)
+    monkeypatch.undo()
+    assert checkpoint_steps(three) == [3, 1]  # that of step 2 is gone as a whole
+    assert newest_valid(three)[1]["step"] == 3
+    assert not list(three.glob(".*")), "leftovers are swept"

@@ -1,0 +1,32 @@
+"""Throughput and utilisation: training time alone, and no guess where the peak is not known."""
+
+import torch
+
+from pipeline.model.gpt import ModelConfig
+from pipeline.system.device import Machine
+from pipeline.training.timing import flops_per_token, time_report, utilisation
+
+GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, dropout=0.0, fold_vocab=False)
+BF16 = Machine(torch.device("cpu"), "bf16", 1)
+
+
+def test_flops_are_six_a_weight_and_attentions_own():
+    weights = 12 * 12 * 768**2 + 50257 * 768  # the blocks' matrices and the head
+    assert flops_per_token(GPT2, 50257, 1024) == 6 * weights + 12 * 12 * 768 * 1024
+
+
+def test_utilisation_is_the_share_of_a_known_peak():
+    assert utilisation(1e6, 10**8, BF16, "cuda NVIDIA H200") == round(1e14 / 989e12, 4)
+
+
+def test_an_unknown_device_is_unknown():
+    assert utilisation(1e6, 10**8, BF16, "cpu AVX512") == "unknown"
+
+
+def test_a_report_has_the_seconds_to_each_rule():
+    steps = [{"step": i, "tokens": 100 * i} for i in (1, 2)]
+    times = [{"step": i, "train_s": 2.0 * i, "wall_s": 3.0 * i, "memory_bytes": 9 - i} for i in (1, 2)]
+    report = time_report(steps, times, {"batch": 1, "corpus": None}, "unknown", 0)
+    assert report["tokens_per_s"] == 50.0
+    assert report["peak_memory_bytes"] == 8
+    assert report["to_target"] == {"batch": {"train_s": 2.0, "wall_s": 3.0}, "corpus": None}
