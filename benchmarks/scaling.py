@@ -113,7 +113,7 @@ def job(preset: str, threads: int, shard: bool, path: Path) -> None:
     """Take STEPS steps together with the other processes; rank 0 writes the medians to `path`."""
     world = world_here()
     params = load_params()
-    optim = params.section(OptimConfig).updated(kind="adamw", schedule="constant", warmup=0)
+    optim = params.section(OptimConfig).updated(name="adamw", schedule="constant", warmup=0)
     train = params.section(TrainConfig).updated(threads=threads, shard=shard)
     with joined(world):
         machine = prepare_machine(train, world=world)

@@ -56,7 +56,7 @@ class Contestant(NamedTuple):
 def ours(kind: str) -> Callable[[ModelConfig, list[Batch], Machine], Step]:
     def build(shape: ModelConfig, batches: list[Batch], machine: Machine) -> Step:
         params = load_params()
-        optim = params.section(OptimConfig).updated(kind=kind, schedule="constant", warmup=0)
+        optim = params.section(OptimConfig).updated(name=kind, schedule="constant", warmup=0)
         vocabulary = Vocabulary.of(np.arange(shape.vocab_size) < N_USED, shape.vocab_size)
         state = fresh_state(shape, vocabulary, optim, params.section(TrainConfig), machine)
         records = train_steps(state, iter(lambda: batches, None), 10**9, optim, machine)

@@ -39,7 +39,7 @@ FACTS: dict[str, Any] = {
     "aliases": ["champion"],
     "tags": {"data_sha256": "d" * 64, "git_commit": "c" * 40, "target_loss": "0.1", "steps_to_target": "60",
              "tokens_to_target": "4800", "model_sha256": "m" * 64, "fingerprint": "f" * 16},
-    "params": {"model": {**SHAPE, "fold_vocab": True}, "windows": {"length": WINDOW, "order": "shuffled"}},
+    "params": {"model": {**SHAPE, "fold_vocab": True}, "windows": {"seq_len": WINDOW, "order": "shuffled"}},
     "environment": {"torch": "2.13.0", "device": "cpu", "precision": "fp32", "threads": 1},
     "history": {"loss": [[step, 9 / step] for step in range(1, 61)], "corpus_loss": [[60, 0.09]],
                 "grad_norm": [[step, 1.5] for step in range(1, 61)], "lr": [[1, 0.0], [60, 0.01]],

@@ -43,7 +43,7 @@ def an_identity() -> dict[str, Any]:
     return {
         "fingerprint": uuid4().hex[:16],
         "data_sha256": "d" * 64,
-        "params": {"optim": {"lr": 0.002, "betas": [0.9, 0.95]}, "windows": {"length": 8}},
+        "params": {"optim": {"lr": 0.002, "betas": [0.9, 0.95]}, "windows": {"seq_len": 8}},
         "sources": {},
         "environment": {"torch": "2.13.0", "device": "cpu", "precision": "fp32", "threads": 2},
     }

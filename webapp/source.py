@@ -31,8 +31,7 @@ class Served:
     @property
     def window(self) -> int:
         """Tokens in a window that the model was trained on."""
-        length = self.facts["params"].get("windows", {}).get("length", self.generator.trained_length)
-        return min(int(length), self.generator.trained_length)
+        return self.generator.trained_length
 
     @cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:

@@ -25,19 +25,19 @@ BLOCKS = 2**32 - 1  # stands for the blocks' own order where another key is the 
 
 
 class WindowsConfig(Section):
-    """What one optimiser step sees: `accumulate` batches of `batch` windows of `length` tokens."""
+    """What one optimiser step sees: `gradient_accumulation_steps` batches of `micro_batch_size` windows of `seq_len` tokens."""
 
     section_name: ClassVar[str] = "windows"
 
-    length: int = Field(ge=2)
-    batch: int = Field(ge=1)
-    accumulate: int = Field(ge=1)
+    seq_len: int = Field(ge=2)
+    micro_batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
     order: Literal["shuffled", "sequential", "random"]
 
     @property
     def step_tokens(self) -> int:
         """Targets in a step of whole windows."""
-        return self.length * self.batch * self.accumulate
+        return self.seq_len * self.micro_batch_size * self.gradient_accumulation_steps
 
 
 class Batch(NamedTuple):
@@ -55,7 +55,7 @@ def n_windows(n_tokens: int, length: int) -> int:
 
 def steps_per_pass(n_tokens: int, config: WindowsConfig) -> int:
     """Steps that see as many windows as the text has, rounded up."""
-    return -(-n_windows(n_tokens, config.length) // (config.batch * config.accumulate))
+    return -(-n_windows(n_tokens, config.seq_len) // (config.micro_batch_size * config.gradient_accumulation_steps))
 
 
 class Rows(NamedTuple):
@@ -79,13 +79,13 @@ def steps_of(
     The windows run on from pass to pass: a step may hold the end of one and the start of the next. The processes of
     a `world` get their share of each batch, which still counts the targets of all of it.
     """
-    windows_per_step = config.batch * config.accumulate
+    windows_per_step = config.micro_batch_size * config.gradient_accumulation_steps
     position = (first_step - 1) * windows_per_step
     while True:
         starts = [_start(position + i, rows.size, config, seed) for i in range(windows_per_step)]
-        batches = [starts[i : i + config.batch] for i in range(0, windows_per_step, config.batch)]
+        batches = [starts[i : i + config.micro_batch_size] for i in range(0, windows_per_step, config.micro_batch_size)]
         yield [
-            gather(rows, world.share(batch), config.length)._replace(n_targets=_n_targets(rows, batch, config.length))
+            gather(rows, world.share(batch), config.seq_len)._replace(n_targets=_n_targets(rows, batch, config.seq_len))
             for batch in batches
         ]
         position += windows_per_step
@@ -114,10 +114,10 @@ def _n_targets(rows: Rows, starts: list[int], length: int) -> int:
 
 def _start(position: int, n_tokens: int, config: WindowsConfig, seed: int) -> int:
     """Where the window at `position`, counted from 0 over all passes, begins."""
-    epoch, index = divmod(position, n := n_windows(n_tokens, config.length))
+    epoch, index = divmod(position, n := n_windows(n_tokens, config.seq_len))
     if config.order == "random":
-        return int(_rng(seed, epoch, index).integers(max(1, n_tokens - config.length)))
-    return config.length * (shuffled(index, n, seed, epoch) if config.order == "shuffled" else index)
+        return int(_rng(seed, epoch, index).integers(max(1, n_tokens - config.seq_len)))
+    return config.seq_len * (shuffled(index, n, seed, epoch) if config.order == "shuffled" else index)
 
 
 def shuffled(index: int, n: int, seed: int, epoch: int, block_size: int = BLOCK_WINDOWS) -> int:

@@ -26,7 +26,7 @@ class Text:
     def read(cls, tokens: Path, bpe: Path, config: RunConfig, machine: Machine) -> "Text":
         """Read and verify what the stage `tokenize` wrote."""
         train = open_tokens(tokens, "train")
-        train.require(config.windows.length + 1)
+        train.require(config.windows.seq_len + 1)
         held_out, size = open_tokens(tokens, "val"), config.model.vocab_size
         if (n_ids := max(train.vocab_size, held_out.vocab_size)) > size:
             raise InputError(f"{tokens} has {n_ids} ids, model.vocab_size is {size}: make model.vocab_size larger")

@@ -40,7 +40,7 @@ class RegistryConfig(Section):
     section_name: ClassVar[str] = "registry"
 
     model: str = Field(pattern=r"^[\w.-]+$")
-    gate: float = Field(gt=0)  # largest target loss
+    max_target_loss: float = Field(gt=0)  # largest target loss
 
 
 class Registered(TypedDict):
@@ -122,7 +122,7 @@ def model_loss(project: Path, tokens: Path) -> float:
     machine = prepare_machine(TrainConfig.model_validate(params["train"]))
     model = load_model(project / "models" / "model").to(machine.device)
     rows = Rows(open_tokens(tokens, "train"), model.vocabulary, machine.device)
-    return corpus_loss(model, rows, params["windows"]["length"], machine.autocast())
+    return corpus_loss(model, rows, params["windows"]["seq_len"], machine.autocast())
 
 
 def _judge(store: Store, project: Path, config: RegistryConfig, version: "ModelVersion", loss_on: LossOn) -> Verdict:
@@ -135,7 +135,7 @@ def _judge(store: Store, project: Path, config: RegistryConfig, version: "ModelV
     failures: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError)
     failures += (RuntimeError, *store_errors())
     try:
-        if flaw := _flaw(project, config.gate):
+        if flaw := _flaw(project, config.max_target_loss):
             return Verdict(False, flaw)
         if number is None:
             return Verdict(True, "reached the target, and there was no champion")

@@ -120,7 +120,7 @@ def training_figure(report: RunReport) -> Figure:
     if optim["clip"] is not None:
         level(upper, optim["clip"], f"clip at {optim['clip']:g}")
     lower.plot(steps["step"], steps["lr"], **line(steps, BLUE))
-    muon = f"; Muon's is {optim['muon_lr'] / optim['lr']:.3g} times as large" if optim["kind"] == "muon" else ""
+    muon = f"; Muon's is {optim['muon_lr'] / optim['lr']:.3g} times as large" if optim["name"] == "muon" else ""
     lower.set(ylim=(0, steps["lr"].max() * 1.1), ylabel="learning rate", title=f"Learning rate of AdamW{muon}")
     count_steps(lower, len(steps))
     return figure

@@ -63,7 +63,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     question = question_of(sweep, config, data_sha256(root / "data" / "tokens"))
     home = root / "checkpoints" / sweep.study
     with locked(home.parent / f"{sweep.study}.lock"), StopSignals() as stop:
-        study = join_study(sweep, question, open_storage(sweep.storage, root, sweep.grace_s))
+        study = join_study(sweep, question, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
         _leave_none_running(study, root)
         own = values_of(config, list(sweep.axes))
         if not study.get_trials(deepcopy=False) and not ask_for(study, sweep, own):
@@ -126,7 +126,7 @@ def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     values = best.user_attrs["values"]
     founded = study.user_attrs["question"]
     params = load_params(path)
-    config = RunConfig.of(with_values(params, values, sweep.forward_tokens))
+    config = RunConfig.of(with_values(params, values, sweep.micro_batch_tokens))
     searched = sweep.updated(space=founded["space"], objective=founded["objective"])
     if changed := differences(founded, question_of(searched, config, founded["data_sha256"])):
         raise InputError(f"{path} is not what study {sweep.study} was about: {', '.join(changed)}: set it back first")

@@ -1,8 +1,8 @@
 """space: the section `sweep` of params.yaml -> which values a trial may take, checked, and what a trial then trains.
 
 A range is `{low, high, log, step}`, of whole numbers where both ends are; a choice is a list. The space has the shape
-of params.yaml itself. One key of it stands for two: of `windows.step_tokens`, the batch in tokens, windows.batch and
-windows.accumulate are made.
+of params.yaml itself. One key of it stands for two: of `windows.step_tokens`, the batch in tokens, windows.micro_batch_size and
+windows.gradient_accumulation_steps are made.
 """
 
 import json
@@ -17,8 +17,8 @@ from pipeline.system.errors import InputError
 from pipeline.tracking.mlflow_store import has_password
 from pipeline.training.config import RUN_SECTIONS, RunConfig
 
-STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.batch", "windows.accumulate")
-NOT_SEARCHED = ("target", "record")  # what is asked for, and what decides nothing
+STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.micro_batch_size", "windows.gradient_accumulation_steps")
+NOT_SEARCHED = ("target", "checkpoint", "samples")  # what is asked for, and what decides nothing
 
 
 class Range(BaseModel):
@@ -89,15 +89,15 @@ class SweepConfig(Section):
     space: dict[str, dict[str, Axis]] = Field(
         min_length=1, description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole"
     )
-    forward_tokens: int = Field(ge=1, description="most tokens in a forward pass of windows.step_tokens")
+    micro_batch_tokens: int = Field(ge=1, description="most tokens in a forward pass of windows.step_tokens")
     trials: int = Field(ge=1, description="how many settings to try, those of earlier calls included")
     budget_s: float | None = Field(gt=0, description="seconds after which this call ends; null: no limit")
     patience: int | None = Field(ge=1, description="trials without a better one after which it ends; null: no limit")
     workers: int = Field(ge=1, le=1024, description="processes, among which the cores are divided")
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
-    slack: float = Field(ge=0, description="share by which a trial may be forecast behind the best and still go on")
-    grace_s: float = Field(ge=2, description="seconds without a sign of life after which another worker takes a trial")
+    pruner_tolerance: float = Field(ge=0, description="share by which a trial may be forecast behind the best and still go on")
+    heartbeat_timeout_s: float = Field(ge=2, description="seconds without a sign of life after which another worker takes a trial")
     seed: int = Field(ge=0, lt=2**31, description="of the sampler")
     applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
 
@@ -142,17 +142,17 @@ def check_space(sweep: SweepConfig, params: Params) -> None:
             continue
         for value in axis if isinstance(axis, list) else axis.ends:
             try:
-                RunConfig.of(with_values(params, {key: value}, sweep.forward_tokens))
+                RunConfig.of(with_values(params, {key: value}, sweep.micro_batch_tokens))
             except InputError as error:
                 faults.append(f"sweep.space.{str(error).removeprefix(f'{params.path}: ')}")
     if faults:
         raise InputError(f"{params.path}: " + "; ".join(faults))
 
 
-def with_values(params: Params, values: dict[str, Any], forward_tokens: int) -> Params:
+def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int) -> Params:
     """`params` with `values`, by dotted key, in place of its own.
 
-    STEP_TOKENS becomes as few forward passes as hold it, each of at most `forward_tokens` tokens. Raises InputError
+    STEP_TOKENS becomes as few forward passes as hold it, each of at most `micro_batch_tokens` tokens. Raises InputError
     where it is not a whole number of windows.
     """
     changed = {section: dict(own) if isinstance(own, dict) else own for section, own in params.values.items()}
@@ -162,8 +162,8 @@ def with_values(params: Params, values: dict[str, Any], forward_tokens: int) -> 
             changed[section][name] = value
     if STEP_TOKENS in values:
         windows = changed["windows"]
-        windows["batch"], windows["accumulate"] = _forward_passes(
-            int(values[STEP_TOKENS]), int(windows["length"]), forward_tokens
+        windows["micro_batch_size"], windows["gradient_accumulation_steps"] = _forward_passes(
+            int(values[STEP_TOKENS]), int(windows["seq_len"]), micro_batch_tokens
         )
     return Params(changed, params.path)
 
@@ -189,10 +189,10 @@ def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _forward_passes(step_tokens: int, length: int, forward_tokens: int) -> tuple[int, int]:
-    """The largest batch of at most `forward_tokens` that divides a step into equal passes, and their number."""
+def _forward_passes(step_tokens: int, length: int, micro_batch_tokens: int) -> tuple[int, int]:
+    """The largest batch of at most `micro_batch_tokens` that divides a step into equal passes, and their number."""
     windows, rest = divmod(step_tokens, length)
     if rest or not windows:
         raise InputError(f"{STEP_TOKENS}: {step_tokens} is not a whole number of windows of {length} tokens")
-    batch = max(b for b in range(1, windows + 1) if windows % b == 0 and (b == 1 or b * length <= forward_tokens))
+    batch = max(b for b in range(1, windows + 1) if windows % b == 0 and (b == 1 or b * length <= micro_batch_tokens))
     return batch, windows // batch

@@ -40,10 +40,10 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)  # a worker tells of its tria
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
-def open_storage(url: str, root: Path, grace_s: float) -> RDBStorage:
+def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> RDBStorage:
     """Open the database, made by the first that needs it; a relative SQLite file is `root`'s.
 
-    A trial whose worker gave no sign for `grace_s` seconds is taken up again. Raises InputError where no answer comes.
+    A trial whose worker gave no sign for `heartbeat_timeout_s` seconds is taken up again. Raises InputError where no answer comes.
     """
     local = url.startswith("sqlite")
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
@@ -52,8 +52,8 @@ def open_storage(url: str, root: Path, grace_s: float) -> RDBStorage:
             return RDBStorage(
                 absolute_url(url, root),
                 engine_kwargs=options,
-                heartbeat_interval=max(1, int(grace_s / 6)),
-                grace_period=int(grace_s),
+                heartbeat_interval=max(1, int(heartbeat_timeout_s / 6)),
+                grace_period=int(heartbeat_timeout_s),
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
             )
     except ImportError:
@@ -85,7 +85,7 @@ def join_study(sweep: SweepConfig, question: dict[str, Any], storage: RDBStorage
     """Open the study, or found it. Raises InputError where it was founded to answer another question."""
     study = optuna.create_study(study_name=sweep.study, storage=storage, load_if_exists=True)
     study.sampler = _sampler(sweep, sweep.seed + 1000 * worker + len(study.get_trials(deepcopy=False)))
-    study.pruner = ExtrapolationPruner(sweep.slack) if sweep.pruner == "extrapolation" else NopPruner()
+    study.pruner = ExtrapolationPruner(sweep.pruner_tolerance) if sweep.pruner == "extrapolation" else NopPruner()
     founded = study.user_attrs.get("question")
     if founded is None:
         study.set_user_attr("question", question)
@@ -102,7 +102,7 @@ def find_study(sweep: SweepConfig, root: Path) -> Study:
     try:
         if sweep.storage.startswith("sqlite:///") and path.parent.is_dir() and not path.exists():
             raise KeyError(path)  # opening it would make it
-        return optuna.load_study(study_name=sweep.study, storage=open_storage(sweep.storage, root, sweep.grace_s))
+        return optuna.load_study(study_name=sweep.study, storage=open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
     except KeyError:
         raise InputError(f"no study {sweep.study} in {sweep.storage}: `python -m pipeline sweep` begins it") from None
 
@@ -118,7 +118,7 @@ def question_of(sweep: SweepConfig, config: RunConfig, data_sha256: str) -> dict
     }
     space = sweep.model_dump(mode="json")["space"]
     question = {"objective": sweep.objective, "space": space, "data_sha256": data_sha256, "params": params}
-    return question | ({"forward_tokens": sweep.forward_tokens} if STEP_TOKENS in sweep.axes else {})
+    return question | ({"micro_batch_tokens": sweep.micro_batch_tokens} if STEP_TOKENS in sweep.axes else {})
 
 
 def suggest(trial: Trial, sweep: SweepConfig) -> dict[str, Any]:
@@ -156,21 +156,21 @@ def ask_for(study: Study, sweep: SweepConfig, values: dict[str, Any]) -> bool:
 
 
 class ExtrapolationPruner(BasePruner):  # type: ignore[misc]
-    """Prunes what is forecast to end behind the best trial so far, by more than the share `slack` of what that spent.
+    """Prunes what is forecast to end behind the best trial so far, by more than the share `tolerance` of what that spent.
 
-    The slack is the optimism: how much a trial may make up for that falls otherwise than the best did, be it that its
+    The tolerance is the optimism: how much a trial may make up for that falls otherwise than the best did, be it that its
     rates stay high for longer. benchmarks/LOG.md has what it costs and what it saves. Before any trial has reached the
     target there is nothing to compare with, and none is pruned.
     """
 
-    def __init__(self, slack: float) -> None:
-        self.slack = slack
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         best, curve = best_trial(study), curve_of(trial)
         if best is None or not curve:
             return False
-        return forecast(curve, curve_of(best)) >= (1 + self.slack) * float(best.value)
+        return forecast(curve, curve_of(best)) >= (1 + self.tolerance) * float(best.value)
 
 
 def curve_of(trial: FrozenTrial) -> Curve:

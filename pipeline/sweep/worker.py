@@ -71,7 +71,7 @@ class Worker:
         self.sweep = SweepConfig.model_validate(orders.sweep)
         train = orders.params["train"] | {"threads": orders.threads}
         self.params = Params({**orders.params, "train": train})
-        storage = open_storage(self.sweep.storage, self.root, self.sweep.grace_s)
+        storage = open_storage(self.sweep.storage, self.root, self.sweep.heartbeat_timeout_s)
         self.study = join_study(self.sweep, orders.question, storage, orders.worker)
         self.tags = {"mlflow.parentRunId": orders.parent_run_id, "study": self.sweep.study}
         self._texts: dict[tuple[bool, int], Text] = {}
@@ -82,7 +82,7 @@ class Worker:
             try:
                 self.study.optimize(self._value, n_trials=1, catch=(PipelineError, MemoryError), gc_after_trial=True)
             except UpdateFinishedTrialError:
-                print(f"a trial was given to another worker: this one gave no sign for {self.sweep.grace_s:g} s")
+                print(f"a trial was given to another worker: this one gave no sign for {self.sweep.heartbeat_timeout_s:g} s")
             if self._left is not None:
                 take_up_again(self.study, self._left)
             give_back_memory()
@@ -112,7 +112,7 @@ class Worker:
         if same := ended_with(values, self.study):
             return repeat(same, trial)
         trial.set_user_attr("values", values)
-        config = RunConfig.of(with_values(self.params, values, self.sweep.forward_tokens))
+        config = RunConfig.of(with_values(self.params, values, self.sweep.micro_batch_tokens))
         machine = prepare_machine(config.train, config.flops)
         with open_run(
             config, machine, self._text(config, machine), self.root / "checkpoints" / self.sweep.study

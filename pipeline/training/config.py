@@ -15,20 +15,28 @@ from pipeline.training.optim import OptimConfig
 from pipeline.training.target import TargetConfig
 
 
-class RecordConfig(Section):
-    """How often to save and to sample; decides no number, so that it is no part of the fingerprint."""
+class CheckpointConfig(Section):
+    """When to save a checkpoint; decides no number, so that it is no part of the fingerprint."""
 
-    section_name: ClassVar[str] = "record"
+    section_name: ClassVar[str] = "checkpoint"
 
-    checkpoint_steps: int = Field(ge=0)  # 0: by time alone
-    checkpoint_s: float = Field(gt=0)
-    sample_steps: int = Field(ge=0)  # 0: at the end alone
-    sample_tokens: int = Field(ge=1, le=10_000)
-    sample_prompts: list[str]
+    interval_steps: int = Field(ge=0)  # 0: by time alone
+    interval_s: float = Field(gt=0)
+
+
+class SamplesConfig(Section):
+    """What the model writes during training, and how often; no part of the fingerprint either."""
+
+    section_name: ClassVar[str] = "samples"
+
+    interval_steps: int = Field(ge=0)  # 0: only at the end
+    max_tokens: int = Field(ge=1, le=10_000)
+    prompts: list[str]
 
 
 RUN_SECTIONS: tuple[type[Section], ...] = (
-    ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, RecordConfig,
+    ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, CheckpointConfig,
+    SamplesConfig,
 )  # fmt: skip
 
 
@@ -41,7 +49,8 @@ class RunConfig:
     optim: OptimConfig
     train: TrainConfig
     target: TargetConfig
-    record: RecordConfig
+    checkpoint: CheckpointConfig
+    samples: SamplesConfig
 
     @classmethod
     def of(cls, params: Params) -> "RunConfig":
@@ -55,17 +64,17 @@ class RunConfig:
     def contradictions(self) -> list[str]:
         """What is wrong between sections that are each right."""
         faults = self.optim.check_length(self.windows)
-        if self.windows.length > self.model.block_size:
+        if self.windows.seq_len > self.model.block_size:
             faults.append(
-                f"windows.length {self.windows.length} is longer than model.block_size {self.model.block_size}"
+                f"windows.seq_len {self.windows.seq_len} is longer than model.block_size {self.model.block_size}"
             )
-        if self.train.shard and self.optim.kind != "adamw":
-            faults.append("train.shard needs optim.kind adamw: Muon needs whole matrices")
+        if self.train.shard and self.optim.name != "adamw":
+            faults.append("train.shard needs optim.name adamw: Muon needs whole matrices")
         if self.train.shard and self.train.compile is True:
             faults.append("train.shard and train.compile exclude each other: set train.compile to auto")
-        if self.windows.batch % self.train.processes:
+        if self.windows.micro_batch_size % self.train.processes:
             faults.append(
-                f"train.processes {self.train.processes} do not divide windows.batch {self.windows.batch} evenly"
+                f"train.processes {self.train.processes} do not divide windows.micro_batch_size {self.windows.micro_batch_size} evenly"
             )
         return faults
 

@@ -184,10 +184,10 @@ def train_steps(
         batches = next(steps)
         if step == first_step and isinstance(state.loss, DistributedDataParallel):
             _settle(state, batches, machine)
-        loss, grad_norm = _gradients(state, batches, optim.clip, machine)
+        loss, grad_norm = _gradients(state, batches, optim.max_grad_norm, machine)
         while not math.isfinite(grad_norm) and math.isfinite(loss) and state.loss_scale > 1:
             state.scale_after(finite=False)  # an fp16 overflow: the same step again
-            loss, grad_norm = _gradients(state, batches, optim.clip, machine)
+            loss, grad_norm = _gradients(state, batches, optim.max_grad_norm, machine)
         _check_finite(step, loss, grad_norm, lr := optim.lr * factor)
         for optimizer in state.optimizers:
             optimizer.step()

@@ -28,20 +28,20 @@ class OptimConfig(Section):
 
     section_name: ClassVar[str] = "optim"
 
-    kind: Literal["muon", "adamw"]
+    name: Literal["muon", "adamw"]
     lr: float = Field(gt=0)
     muon_lr: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     betas: tuple[float, float]
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
-    clip: float | None = Field(gt=0)
+    max_grad_norm: float | None = Field(gt=0)
     max_tokens: int = Field(ge=1, le=10**15)
     schedule: Literal["constant", "linear", "cosine", "onecycle", "wsd"]
     warmup: int | float = Field(ge=0)
     decay: int | float = Field(ge=0)
     initial_lr: float = Field(ge=0, le=1)
-    final_lr: float = Field(ge=0, le=1)
+    min_lr_ratio: float = Field(ge=0, le=1)
 
     @field_validator("betas")
     @classmethod
@@ -108,7 +108,7 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
             fall = behind
         case "cosine" | "onecycle":
             fall = (1 - math.cos(math.pi * behind)) / 2
-    return 1 - (1 - config.final_lr) * fall
+    return 1 - (1 - config.min_lr_ratio) * fall
 
 
 def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = torch.float32) -> list[Optimizer]:
@@ -116,7 +116,7 @@ def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = t
 
     Each group carries its `peak_lr`. `precision`: of Muon's matrix products.
     """
-    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2} if config.kind == "muon" else {}
+    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2} if config.name == "muon" else {}
     by_muon = {id(p) for p in matrices.values()}
     rest = [p for p in model.parameters() if id(p) not in by_muon]
     groups = [

@@ -32,8 +32,8 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
         needed *= machine.world.local_size  # which share it
     if needed > (free := free_bytes(machine)):
         raise OutOfSpaceError(
-            f"windows.batch {windows.batch} of windows.length {windows.length} needs {needed / 1e9:,.1f} GB of memory, "
-            f"{free / 1e9:,.1f} GB are free: make windows.batch smaller and windows.accumulate larger, or set "
+            f"windows.micro_batch_size {windows.micro_batch_size} of windows.seq_len {windows.seq_len} needs {needed / 1e9:,.1f} GB of memory, "
+            f"{free / 1e9:,.1f} GB are free: make windows.micro_batch_size smaller and windows.gradient_accumulation_steps larger, or set "
             "train.gradient_checkpointing"
         )
 
@@ -44,7 +44,7 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
     For one process of the machine's world, which has its share of the batch and, where the model is sharded, of the
     former; beside it, all of what is unsharded at a time.
     """
-    batch = config.windows.batch // machine.world.size
+    batch = config.windows.micro_batch_size // machine.world.size
     windows = config.windows.updated(batch=batch)
     with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
         model = GPT(config.model, vocabulary)
@@ -53,7 +53,7 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
             model.gradient_checkpointing = True
             activations = activations // config.model.n_layer + _kept_bytes(model, windows, machine)
     weights, state = _trained_bytes(model, config.optim)
-    n_logits = min(CHUNK_LOGITS, batch * windows.length * vocabulary.n_rows)
+    n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
     step = activations + 10 * n_logits  # in 16 bits; on a GPU in fp32 too, before and after the softmax
     look = 8 * BATCH_TOKENS * vocabulary.n_rows  # at the whole text: logits in fp32, before and after the softmax
     held = 2 * weights + state
@@ -109,7 +109,7 @@ def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, int]:
     """Bytes of a model's weights, and of the optimiser's state: two moments of each, or Muon's one of a matrix."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     matrices = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2)
-    return weights, 2 * weights - (matrices if optim.kind == "muon" else 0)
+    return weights, 2 * weights - (matrices if optim.name == "muon" else 0)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -138,11 +138,11 @@ def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
             storages[id(storage)] = storage  # held, so that no other gets its id
             return tensor
 
-        inputs = torch.zeros(n_windows, windows.length, dtype=torch.int64)
+        inputs = torch.zeros(n_windows, windows.seq_len, dtype=torch.int64)
         with machine.autocast(), saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = model.loss(inputs, inputs, n_windows * windows.length)
+            loss = model.loss(inputs, inputs, n_windows * windows.seq_len)
         del loss
         return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
 
     one, two = keeps(1), keeps(2)
-    return one + (two - one) * (windows.batch - 1)
+    return one + (two - one) * (windows.micro_batch_size - 1)

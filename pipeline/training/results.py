@@ -34,5 +34,5 @@ def in_words(results: dict[str, Any], rows: list[StepRow], target: TargetConfig)
     else:
         words = f"target not reached in {results['steps']} steps, {results['tokens']:,} tokens ({found})"
     if is_out_of_patience(rows, target):
-        words += f"\nthe last {target.patience} looks at the held-out text found no lower loss"
+        words += f"\nthe last {target.early_stopping_patience} looks at the held-out text found no lower loss"
     return words

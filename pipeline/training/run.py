@@ -53,9 +53,9 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
     """
     config = RunConfig.of(params)
     world = world_here()
-    if config.windows.batch % world.size:
+    if config.windows.micro_batch_size % world.size:
         raise InputError(
-            f"{world.size} processes do not divide windows.batch {config.windows.batch} evenly: change one"
+            f"{world.size} processes do not divide windows.micro_batch_size {config.windows.micro_batch_size} evenly: change one"
         )
     with joined(world):
         machine = prepare_machine(config.train, config.flops, world)
@@ -121,7 +121,7 @@ class TrackedRun:
         self.max_steps = config.optim.max_steps(config.windows)
         self.steps_per_pass = steps_per_pass(text.train.size, config.windows)
         self.state: TrainState = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
-        self.state.model.trained_length = config.windows.length
+        self.state.model.trained_length = config.windows.seq_len
         self.journal = Journal(folder) if self.world.is_main else None
         self.rows: list[StepRow] = []
         self._resume(changed)
@@ -208,7 +208,7 @@ class TrackedRun:
         return row
 
     def _loss_on(self, part: Rows) -> float:
-        length, autocast = self.config.windows.length, self.machine.autocast()
+        length, autocast = self.config.windows.seq_len, self.machine.autocast()
         return corpus_loss(self.state.model, part, length, autocast, world=self.world)
 
     def _note(self, row: StepRow, record: StepRecord) -> TimeRow:
@@ -234,15 +234,15 @@ class TrackedRun:
 
     def _sample_if_due(self) -> None:
         """Let the model continue the fixed prompts, into the folder that the recorder reads."""
-        record, step = self.config.record, self.state.step
-        if not self.finished and (record.sample_steps == 0 or step % record.sample_steps):
+        samples, step = self.config.samples, self.state.step
+        if not self.finished and (samples.interval_steps == 0 or step % samples.interval_steps):
             return
         model = self.state.whole_model()
         if model is None or not self.world.is_main:
             return
         generator = Generator(model, self.text.tokenizer, precision=self.machine.precision)
-        greedy = Sampling(max_tokens=record.sample_tokens, temperature=0)
-        texts = [generator.text(prompt, greedy) for prompt in record.sample_prompts]
+        greedy = Sampling(max_tokens=samples.max_tokens, temperature=0)
+        texts = [generator.text(prompt, greedy) for prompt in samples.prompts]
         write_text(self.folder / "samples" / f"step-{step:06d}.txt", "\n\n---\n\n".join(texts) + "\n")
 
     def _save_if_due(self, row: StepRow, signal_received: int | None) -> int:
@@ -250,10 +250,10 @@ class TrackedRun:
 
         Rank 0's clock is the world's, and a signal that any of its processes received, which is returned, is for all.
         """
-        record = self.config.record
+        checkpoint = self.config.checkpoint
         best = best_step(self.rows, self.config.target)
-        due = record.checkpoint_steps and row["step"] % record.checkpoint_steps == 0
-        late = self.world.is_main and time.perf_counter() - self._saved >= record.checkpoint_s
+        due = checkpoint.interval_steps and row["step"] % checkpoint.interval_steps == 0
+        late = self.world.is_main and time.perf_counter() - self._saved >= checkpoint.interval_s
         stopping, is_late = self.world.largest(signal_received or 0, late)
         if due or is_late or stopping or self.finished or best == row["step"]:
             tensors = self.state.tensors()
@@ -265,7 +265,7 @@ class TrackedRun:
         return stopping
 
     def _time_report(self, times: list[TimeRow]) -> dict[str, Any]:
-        model, length = self.config.model, self.config.windows.length
+        model, length = self.config.model, self.config.windows.seq_len
         tokens_per_s = self.rows[-1]["tokens"] / times[-1]["train_s"]
         flops = flops_per_token(model, self.text.vocabulary.n_rows, length)
         mfu = utilisation(tokens_per_s, flops, self.machine, str(self.identity["environment"]["device"]))

@@ -23,15 +23,15 @@ class TargetConfig(Section):
     loss: float = Field(gt=0)
     rule: Literal["batch", "average", "corpus", "validation"]
     average_steps: int = Field(ge=1)
-    look_steps: int | None = Field(ge=1)
-    patience: int | None = Field(ge=1)
+    eval_interval: int | None = Field(ge=1)
+    early_stopping_patience: int | None = Field(ge=1)
 
     @property
     def needs_held_out(self) -> str | None:
         """The setting that needs a held-out text, in words; None where none does."""
         if self.rule == "validation":
             return "target.rule is validation"
-        return None if self.patience is None else f"target.patience is {self.patience}"
+        return None if self.early_stopping_patience is None else f"target.early_stopping_patience is {self.early_stopping_patience}"
 
 
 def is_met(rows: Sequence[StepRow], rule: str, config: TargetConfig) -> bool:
@@ -58,10 +58,10 @@ def first_met(rows: Sequence[StepRow], config: TargetConfig) -> dict[str, int | 
 
 def is_out_of_patience(rows: Sequence[StepRow], config: TargetConfig) -> bool:
     """Whether the last `patience` looks at the held-out text found no lower loss than those before them."""
-    if config.patience is None:
+    if config.early_stopping_patience is None:
         return False
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    before, last = losses[: -config.patience], losses[-config.patience :]
+    before, last = losses[: -config.early_stopping_patience], losses[-config.early_stopping_patience :]
     return bool(before) and min(last) >= min(before)
 
 
@@ -82,8 +82,8 @@ def look_is_due(rows: Sequence[StepRow], steps_per_pass: int, held_out: bool, co
     `held_out`: whether there is a held-out text, which is then looked at after each pass at the latest.
     """
     step = rows[-1]["step"]
-    if config.look_steps is not None:
-        return step % config.look_steps == 0
+    if config.eval_interval is not None:
+        return step % config.eval_interval == 0
     return (held_out and step % steps_per_pass == 0) or check_is_worth_it(rows, steps_per_pass, config)
 
 
@@ -93,7 +93,7 @@ def needs_corpus_loss(rows: Sequence[StepRow], config: TargetConfig) -> bool:
     Under the rule `validation` with looks at fixed steps that pass decides nothing: it is due where the model may be
     the one that is kept.
     """
-    thrifty = config.rule == "validation" and config.look_steps is not None
+    thrifty = config.rule == "validation" and config.eval_interval is not None
     return not thrifty or best_step(rows, config) == rows[-1]["step"]
 
 

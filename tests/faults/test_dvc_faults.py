@@ -146,10 +146,10 @@ def project(tmp_path_factory, bpe, shakespeare):
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["corpus"].update(source="texts/mine.txt", sha256=None, mirrors=[], fraction=1.0)
     params["model"].update(n_layer=1, n_embd=16, block_size=32)
-    params["windows"].update(length=32)
+    params["windows"].update(seq_len=32)
     params["optim"].update(max_tokens=128 * 4)  # 4 steps
     params["train"].update(threads=1, precision="fp32")
-    params["record"].update(sample_tokens=2)
+    params["samples"].update(max_tokens=2)
     params["evaluate"].update(recall_places=2)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder

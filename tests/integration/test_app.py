@@ -374,7 +374,7 @@ def test_only_a_few_versions_stay_in_memory(catalog, monkeypatch):
 def test_a_real_registry_is_served_its_champion_moves_and_an_altered_one_is_not_served(
     store, version, tmp_path, monkeypatch
 ):
-    config = RegistryConfig(model=f"app-{uuid4().hex[:8]}", gate=0.1)
+    config = RegistryConfig(model=f"app-{uuid4().hex[:8]}", max_target_loss=0.1)
 
     def add(loss: float) -> None:
         project = trained_project(tmp_path / str(loss), corpus_loss=loss)

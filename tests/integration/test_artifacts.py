@@ -44,7 +44,7 @@ def register_it(store, name, tmp_path, cheap_versions):
     project = trained_project(tmp_path / "project")
 
     def call():
-        register(root_of(store), project, RegistryConfig(model=name, gate=0.1))
+        register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1))
         return find_version(store, name, "champion")
 
     return call
@@ -146,7 +146,7 @@ def test_a_restored_version_is_whole_again_says_whose_code_it_has_and_loses_noth
 @pytest.mark.fault
 def test_a_version_whose_tags_lead_to_another_ones_files_is_not_restored_over_them(store, name, register_it, tmp_path):
     version = register_it()
-    other = register(root_of(store), trained_project(tmp_path / "other", salt=1), RegistryConfig(model=name, gate=0.1))
+    other = register(root_of(store), trained_project(tmp_path / "other", salt=1), RegistryConfig(model=name, max_target_loss=0.1))
     store.client.set_model_version_tag(
         name, "1", "model_id", find_version(store, name, other["version"]).tags["model_id"]
     )
@@ -177,7 +177,7 @@ def forged(store, name, real, tmp_path, monkeypatch):
     """Make a folder that `spoil` has changed champion, all hashes in its tags right; return the command line."""
     whole = tmp_path / "forged"
     shutil.copytree(real, whole)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"registry": {"model": name, "gate": 0.1}}))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"registry": {"model": name, "max_target_loss": 0.1}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
 

@@ -47,7 +47,7 @@ def add(store, name, tmp_path, cheap_versions):
     def call(project=None, loss_on_foreign=0.0, **settings):
         project = project or trained_project(tmp_path / uuid4().hex[:8], **settings)
         call.projects.append(project)
-        return register(root_of(store), project, RegistryConfig(model=name, gate=0.1), lambda *_: loss_on_foreign)
+        return register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1), lambda *_: loss_on_foreign)
 
     call.projects = []
     return call
@@ -395,7 +395,7 @@ def test_a_description_is_what_the_run_and_the_version_say(store, name, add):
     assert facts["history"]["tokens_per_s"] == [[step, 16.0] for step in range(1, 21)]
     assert facts["samples"] == [{"step": 10, "text": "ROMEO:\nO"}, {"step": 20, "text": "ROMEO:\nOh"}]
     assert (facts["name"], facts["version"], facts["aliases"]) == (name, "1", ["candidate", "champion"])
-    assert facts["params"] == {"registry": {"model": "x", "gate": 0.1}}
+    assert facts["params"] == {"registry": {"model": "x", "max_target_loss": 0.1}}
     assert facts["environment"] == {"torch": "2.13.0", "device": "cpu", "precision": "fp32", "threads": "2"}
     assert facts["metrics"] == {
         "corpus_loss": 0.09, "to_target.corpus.steps": 20, "to_target.corpus.tokens": 160, "tokens_per_s": 16.0,
@@ -439,7 +439,7 @@ def test_a_curve_keeps_its_last_point_and_at_most_two_thousand(n):
 @pytest.fixture
 def command(store, name, tmp_path, monkeypatch):
     """Run `python -m pipeline models ...`; return its exit code."""
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"registry": {"model": name, "gate": 0.1}}))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"registry": {"model": name, "max_target_loss": 0.1}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
 

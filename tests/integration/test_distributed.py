@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 IDS = np.random.default_rng(1).integers(0, 32, 300).astype(np.uint16)  # 32 symbols of 40: eight ids are folded into one
 VOCABULARY = Vocabulary(np.arange(32), 40)
 ROWS = Rows(Tokens("text", [IDS], 40), VOCABULARY, torch.device("cpu"))
-WINDOWS = WindowsConfig(length=8, batch=4, accumulate=2, order="shuffled")
+WINDOWS = WindowsConfig(seq_len=8, micro_batch_size=4, gradient_accumulation_steps=2, order="shuffled")
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
 
 
@@ -57,9 +57,9 @@ def torchrun(processes, *command, restarts=0):
 class Loop:
     """A tiny run of this process's world."""
 
-    def __init__(self, world, kind="adamw", shard=False, dropout=0.0, steps=9):
+    def __init__(self, world, name="adamw", shard=False, dropout=0.0, steps=9):
         params = load_params(ROOT / "params.yaml")
-        self.optim = params.section(OptimConfig).updated(kind=kind, lr=0.01, warmup=0, clip=0.5, weight_decay=0.1)
+        self.optim = params.section(OptimConfig).updated(name=name, lr=0.01, warmup=0, max_grad_norm=0.5, weight_decay=0.1)
         train = params.section(TrainConfig).updated(precision="fp32", device="cpu", threads=1, shard=shard)
         self.machine, self.steps = prepare_machine(train, world=world), steps
         self.state = fresh_state(SHAPE.updated(dropout=dropout), VOCABULARY, self.optim, train, self.machine)
@@ -114,7 +114,7 @@ def restored_equals(world, options):
     return resumed.numbers() == straight[4:]
 
 
-KINDS = {"muon": {"kind": "muon"}, "adamw": {}, "sharded": {"shard": True}}
+KINDS = {"muon": {"name": "muon"}, "adamw": {}, "sharded": {"shard": True}}
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def bits():
 @pytest.mark.slow
 def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the_same_bits(workspace):  # noqa: F811
     # A18; three processes, whose sums depend on their order as those of two do not
-    change(Path(), **{"windows.batch": 6, "optim.max_tokens": 6 * 64 * 60})
+    change(Path(), **{"windows.micro_batch_size": 6, "optim.max_tokens": 6 * 64 * 60})
     code, output = finish(start())
     assert code == 0, output
     straight = bits()
@@ -365,14 +365,14 @@ def identity(processes):
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused_in_one_line(workspace, monkeypatch):  # noqa: F811
-    change(Path(), **{"windows.batch": 5, "train.processes": 2})
+    change(Path(), **{"windows.micro_batch_size": 5, "train.processes": 2})
     code, _, said = alone()
     assert code == 2
-    assert said == "error: params.yaml: train.processes 2 do not divide windows.batch 5 evenly\n"
+    assert said == "error: params.yaml: train.processes 2 do not divide windows.micro_batch_size 5 evenly\n"
     change(Path(), **{"train.processes": 1})
     code, said = finish(start(processes=2))
     assert code != 0
-    assert said.count("error: 2 processes do not divide windows.batch 5 evenly: change one\n") == 1
+    assert said.count("error: 2 processes do not divide windows.micro_batch_size 5 evenly: change one\n") == 1
     assert not Path("checkpoints").exists()
 
 

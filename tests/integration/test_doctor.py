@@ -146,7 +146,7 @@ def test_a_version_whose_files_are_altered_or_gone_is_named_with_the_cure(
     name = f"model-{uuid4().hex[:8]}"
     for salt in range(2):
         project = trained_project(tmp_path / str(salt), salt=salt)
-        register(root_of(store), project, RegistryConfig(model=name, gate=0.1), lambda *_: 0.0)
+        register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1), lambda *_: 0.0)
     assert f"{name} 1" in [*examine_versions(store)][-1].what
     weights = fetch_version(store, store.client.get_model_version(name, "1")) / "model" / "model.safetensors"
     weights.write_bytes(b"weightS\0") if fault == "alter" else weights.unlink()
@@ -160,7 +160,7 @@ def test_a_version_whose_files_are_altered_or_gone_is_named_with_the_cure(
 def test_every_model_is_looked_at(store, tmp_path, cheap_versions, monkeypatch):
     project, names = trained_project(tmp_path), [f"model-{uuid4().hex[:8]}" for _ in range(2)]
     for name in names:
-        register(root_of(store), project, RegistryConfig(model=name, gate=0.1), lambda *_: 0.0)
+        register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1), lambda *_: 0.0)
     search = partial(store.client.search_registered_models, max_results=1)  # at a time; by itself, a hundred
     monkeypatch.setattr(store.client, "search_registered_models", search)
     assert all(f"{name} 1" in [*examine_versions(store)][-1].what for name in names)

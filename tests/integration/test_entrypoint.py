@@ -101,14 +101,14 @@ def test_check_names_the_faults_of_the_whole_file_at_once(folder):
     params["optim"]["lrr"] = 1
     params["corpus"]["fraction"] = 2
     params["evaluate"]["seed"] = "x"
-    del params["registry"]["gate"]
+    del params["registry"]["max_target_loss"]
     params["modle"] = {}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     code, _, said = command("pipeline", "check", cwd=folder)
     assert code == 2
     assert said.count("\n") == 1
     for fault in ("optim.lrr: unknown key (did you mean lr?)", "corpus.fraction", "evaluate.seed",
-                  "registry.gate: missing", "modle: unknown section (did you mean model?)"):  # fmt: skip
+                  "registry.max_target_loss: missing", "modle: unknown section (did you mean model?)"):  # fmt: skip
         assert fault in said
 
 
@@ -236,9 +236,9 @@ def test_a_key_with_a_line_break_is_named_in_one_line():
     ("changes", "words"),
     [
         ({"model.n_embd": 385}, "n_embd 385 is not divisible by n_head 6"),
-        ({"windows.length": 512}, "windows.length 512 is longer than model.block_size 128"),
+        ({"windows.seq_len": 512}, "windows.seq_len 512 is longer than model.block_size 128"),
         ({"optim.warmup": 1000}, "take 1000 steps, the run has 149"),
-        ({"windows.accumulate": 10**9}, "is less than one step of"),
+        ({"windows.gradient_accumulation_steps": 10**9}, "is less than one step of"),
         ({"train.threads": 100_000}, "less than or equal to 1024"),
         ({"train.threads": 0}, "greater than or equal to 1"),
         ({"train.seed": 10**22}, "train.seed"),

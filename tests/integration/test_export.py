@@ -406,7 +406,7 @@ def registered(store: Store, tmp_path: Path, bpe: Path, monkeypatch: pytest.Monk
     a_model(project / "models" / "model", bpe)
     name = f"model-{uuid4().hex[:8]}"
     (project / "params.yaml").write_text(f"registry: {{model: {name}, gate: 0.1}}\n")
-    register(root_of(store), project, RegistryConfig(model=name, gate=0.1))
+    register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1))
     monkeypatch.chdir(project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     return project

@@ -99,7 +99,7 @@ def test_a_run_has_its_rows_samples_parameters_data_and_machine(store: Store, jo
         write_text(journal.folder / "samples" / "step-000020.txt", "ROMEO: O")
     run = store.client.get_run(noted_id(journal))
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"optim.lr": "0.002", "optim.betas": "[0.9, 0.95]", "windows.length": "8"}
+    assert run.data.params == {"optim.lr": "0.002", "optim.betas": "[0.9, 0.95]", "windows.seq_len": "8"}
     assert run.data.tags["fingerprint"] == identity["fingerprint"]
     assert run.data.tags["environment.precision"] == "fp32"
     assert {"git_commit", "tree_clean", "host", "run_folder"} <= run.data.tags.keys()

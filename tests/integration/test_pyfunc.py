@@ -35,7 +35,7 @@ def champion(store, bpe, tmp_path_factory):
     torch.manual_seed(0)
     shape = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=False)
     save_model(project / "models" / "model", GPT(shape, Vocabulary.full(50257)), bpe)
-    config = RegistryConfig(model=f"served-{uuid4().hex[:8]}", gate=0.1)
+    config = RegistryConfig(model=f"served-{uuid4().hex[:8]}", max_target_loss=0.1)
     assert register(root_of(store), project, config)["champion"]
     return config.model
 

@@ -28,7 +28,7 @@ from pipeline.training.checkpoint import save_model
 @pytest.fixture
 def config() -> RegistryConfig:
     """A registered model that no other test has."""
-    return RegistryConfig(model=f"model-{uuid4().hex[:8]}", gate=0.1)
+    return RegistryConfig(model=f"model-{uuid4().hex[:8]}", max_target_loss=0.1)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_dying_at_any_call_that_changes_the_store_the_champion_loads_and_the_rep
     dying_at, whole = 0, False
     while not whole:
         dying_at += 1
-        config, place = RegistryConfig(model=f"model-{uuid4().hex[:8]}", gate=0.1), tmp_path / str(dying_at)
+        config, place = RegistryConfig(model=f"model-{uuid4().hex[:8]}", max_target_loss=0.1), tmp_path / str(dying_at)
         register(root_of(store), trained_project(place / "champion"), config)
         rival, calls = trained_project(place / "rival", corpus_loss=0.08), iter(range(1, 1000))
 

@@ -107,7 +107,7 @@ def version(store, repository, tmp_path, monkeypatch, cheap_versions):
     write_manifest(project / "models" / "model")
     monkeypatch.chdir(repository)  # whose commit the run then has
     name = f"model-{uuid4().hex[:8]}"
-    register(root_of(store), project, RegistryConfig(model=name, gate=0.1))
+    register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1))
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))  # neither of which a training must get
     monkeypatch.setenv("MLFLOW_RUN_ID", "0")
     return find_version(store, name, "1")

@@ -61,7 +61,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
     change(
         folder,
-        **{"optim.max_tokens": 256 * STEPS, "record.checkpoint_steps": 7, "model.dropout": 0.1, "train.threads": 1},
+        **{"optim.max_tokens": 256 * STEPS, "checkpoint.interval_steps": 7, "model.dropout": 0.1, "train.threads": 1},
     )
     shutil.copytree(bpe, folder / "data" / "bpe")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
@@ -151,7 +151,7 @@ def die_in_the_save_of(step, at_call):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight, chance):  # A1
-    change(workspace, **{"record.checkpoint_steps": 2})  # often, so that each kill finds new ones
+    change(workspace, **{"checkpoint.interval_steps": 2})  # often, so that each kill finds new ones
     unfinished = 0
     for n in range(6, 54, 12):  # 8 times: in a step or between two, and in the save of the step after
         with start(f"hold_after({n + 8})") as process:
@@ -171,7 +171,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, strai
 
 @pytest.mark.parametrize("save_every", [1, 1000])
 def test_how_often_it_saves_decides_no_bit(workspace, straight, save_every):
-    change(workspace, **{"record.checkpoint_steps": save_every, "record.sample_steps": 9})
+    change(workspace, **{"checkpoint.interval_steps": save_every, "samples.interval_steps": 9})
     train()
     assert bits() == straight
 
@@ -316,7 +316,7 @@ def test_locale_clock_and_path_decide_no_bit_and_mlflow_gets_every_row(
     prepared, straight, tmp_path, monkeypatch, name, utf8
 ):  # A15
     shutil.copytree(prepared, folder := tmp_path / name)
-    change(folder, **{"record.sample_prompts": ["Brünnhilde:"]})  # which samples repeat
+    change(folder, **{"samples.prompts": ["Brünnhilde:"]})  # which samples repeat
     with (folder / "params.yaml").open("a", encoding="utf-8") as params:
         params.write("# Grüße\n")
     monkeypatch.chdir(folder)
@@ -424,7 +424,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step(workspace
 
 
 def test_a_batch_too_large_for_memory_is_refused_before_anything_is_made(workspace, capsys):  # A14
-    change(workspace, **{"windows.batch": 10**8, "optim.max_tokens": 10**12, "optim.warmup": 0.0})
+    change(workspace, **{"windows.micro_batch_size": 10**8, "optim.max_tokens": 10**12, "optim.warmup": 0.0})
     assert exit_code_of(train) == 5
     said = capsys.readouterr().err
     assert re.fullmatch(
@@ -536,7 +536,7 @@ def test_a_finished_run_takes_no_step_more(workspace, straight, capsys):  # A16
 def test_the_model_of_the_best_look_is_kept_though_training_went_on(workspace, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5] + [5.0] * 100)
     monkeypatch.setattr(tracked_run, "corpus_loss", lambda *_, **__: next(losses))
-    change(workspace, **{"target.look_steps": 11})
+    change(workspace, **{"target.eval_interval": 11})
     train()
     assert json.loads(Path("models/run.json").read_text())["results"]["model_step"] == 22
     assert 22 in checkpoint_steps(run_folder())
@@ -546,7 +546,7 @@ def test_the_model_of_the_best_look_is_kept_though_training_went_on(workspace, m
 def held_out(workspace, tokenizer, shakespeare):
     """The run looks at a held-out text every five steps, and ends after three looks in vain."""
     write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.01, val_fraction=0.2)
-    change(workspace, **{"target.rule": "validation", "target.look_steps": 5, "target.patience": 3})
+    change(workspace, **{"target.rule": "validation", "target.eval_interval": 5, "target.early_stopping_patience": 3})
 
 
 def test_a_run_out_of_patience_ends_and_keeps_the_model_that_was_best_on_the_held_out_text(
@@ -587,7 +587,7 @@ def test_patience_survives_a_kill(held_out, monkeypatch):
     assert bits() == straight
 
 
-@pytest.mark.parametrize(("key", "value"), [("target.rule", "validation"), ("target.patience", 2)])
+@pytest.mark.parametrize(("key", "value"), [("target.rule", "validation"), ("target.early_stopping_patience", 2)])
 def test_what_needs_a_held_out_text_is_refused_without_one(workspace, key, value):
     change(workspace, **{key: value})
     with pytest.raises(InputError, match=r"target\.\w+ is \w+, but nothing is held out: set corpus\.val_fraction"):
@@ -596,15 +596,15 @@ def test_what_needs_a_held_out_text_is_refused_without_one(workspace, key, value
 
 
 def test_contradictions_between_sections_are_found_before_anything_is_opened(workspace):
-    change(workspace, **{"windows.length": 65, "optim.warmup": 61})
+    change(workspace, **{"windows.seq_len": 65, "optim.warmup": 61})
     shutil.rmtree("data")
-    with pytest.raises(InputError, match=r"warmup 61 .*take 61 steps, the run has \d+; windows.length 65 is longer"):
+    with pytest.raises(InputError, match=r"warmup 61 .*take 61 steps, the run has \d+; windows.seq_len 65 is longer"):
         train()
     assert not Path("checkpoints").exists()
 
 
 def test_the_committed_params_are_a_run():
-    assert RunConfig.of(load_params(ROOT / "params.yaml")).record.checkpoint_s > 0
+    assert RunConfig.of(load_params(ROOT / "params.yaml")).checkpoint.interval_s > 0
 
 
 def test_tokens_with_more_ids_than_the_model_has_are_refused(workspace):  # B4

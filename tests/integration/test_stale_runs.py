@@ -24,12 +24,12 @@ from pipeline.tracking.recorder_process import RECORDER_LOCK, RUN_ID
 from pipeline.training.run_folder import IDENTITY
 
 PARAMS = {  # of a run of 20 steps of 8 tokens
-    "target": {"loss": 0.01, "rule": "corpus", "average_steps": 100, "look_steps": None, "patience": None},
-    "windows": {"length": 8, "batch": 1, "accumulate": 1, "order": "shuffled"},
+    "target": {"loss": 0.01, "rule": "corpus", "average_steps": 100, "eval_interval": None, "early_stopping_patience": None},
+    "windows": {"seq_len": 8, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "order": "shuffled"},
     "optim": {
-        "kind": "adamw", "lr": 0.002, "muon_lr": 0.02, "momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-8,
-        "weight_decay": 0.0, "clip": 1.0, "max_tokens": 160, "schedule": "constant", "warmup": 0.0, "decay": 0.0,
-        "initial_lr": 0.0, "final_lr": 0.0,
+        "name": "adamw", "lr": 0.002, "muon_lr": 0.02, "momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-8,
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "max_tokens": 160, "schedule": "constant", "warmup": 0.0, "decay": 0.0,
+        "initial_lr": 0.0, "min_lr_ratio": 0.0,
     },
 }  # fmt: skip
 

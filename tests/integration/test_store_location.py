@@ -23,7 +23,7 @@ from pipeline.tracking.recorder import Recorder
 def registered(store, tmp_path, cheap_versions):
     """Name of a model with one version, and of the folder of the shared store."""
     name = f"model-{uuid4().hex[:8]}"
-    register(root_of(store), trained_project(tmp_path / "project"), RegistryConfig(model=name, gate=0.1))
+    register(root_of(store), trained_project(tmp_path / "project"), RegistryConfig(model=name, max_target_loss=0.1))
     return name, root_of(store)
 
 

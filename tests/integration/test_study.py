@@ -38,7 +38,7 @@ SPACE = {"optim": {"lr": {"low": 0.001, "high": 0.1, "log": True}}}
 
 
 def sweep_config(**changes):
-    given = {"study": "s", "space": SPACE, "trials": 4, "sampler": "random", "slack": 0.05, **changes}
+    given = {"study": "s", "space": SPACE, "trials": 4, "sampler": "random", "pruner_tolerance": 0.05, **changes}
     return overridden(load_params(ROOT / "params.yaml"), given).section(SweepConfig)
 
 
@@ -82,7 +82,7 @@ def add(study, state=TrialState.COMPLETE, value=None, curve=(), missed=None, lr=
 @pytest.mark.parametrize(
     ("changes", "sweep_changes", "named"),
     [
-        ({"optim.clip": 2.0}, {}, "optim.clip 1.0 -> 2.0"),
+        ({"optim.max_grad_norm": 2.0}, {}, "optim.max_grad_norm 1.0 -> 2.0"),
         ({"target.loss": 0.2}, {}, "target.loss 0.1 -> 0.2"),
         ({}, {"objective": "steps"}, "objective tokens -> steps"),
         ({}, {"space": {"optim": {"lr": {"low": 0.001, "high": 0.2, "log": True}}}}, "space.optim.lr.high 0.1 -> 0.2"),
@@ -103,9 +103,9 @@ def test_what_is_searched_and_how_the_cores_are_divided_is_no_part_of_the_questi
 def test_how_a_batch_is_cut_is_part_of_the_question_and_the_batch_is_not_where_step_tokens_are_searched(sweep):
     space = {"windows": {"step_tokens": [2048, 4096]}}
     by_tokens = sweep_config(space=space)
-    assert question(by_tokens) == question(by_tokens, **{"windows.batch": 3})
-    assert question(by_tokens) != question(sweep_config(space=space, forward_tokens=1024))
-    assert question(sweep) == question(sweep_config(forward_tokens=1024))
+    assert question(by_tokens) == question(by_tokens, **{"windows.micro_batch_size": 3})
+    assert question(by_tokens) != question(sweep_config(space=space, micro_batch_tokens=1024))
+    assert question(sweep) == question(sweep_config(micro_batch_tokens=1024))
 
 
 # Whose turn
@@ -145,7 +145,7 @@ def test_what_kills_every_worker_is_given_up_in_the_end(study):
 def test_what_a_silent_worker_has_is_taken_up_again_after_the_grace_and_not_before(  # D1, D3
     silent_s, state, sweep, tmp_path
 ):
-    storage = open_storage("sqlite:///optuna.db", tmp_path, grace_s=600)
+    storage = open_storage("sqlite:///optuna.db", tmp_path, heartbeat_timeout_s=600)
     study = join_study(sweep, question(sweep), storage)
     left = study.ask()
     values = suggest(left, sweep)

@@ -51,7 +51,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
             "sweep.space": SPACE,
             "sweep.sampler": "random",
             "target.loss": 4.0,
-            "record.checkpoint_steps": 5,
+            "checkpoint.interval_steps": 5,
             "train.threads": 1,
         },
     )
@@ -186,13 +186,13 @@ def test_a_study_finds_a_best_tracks_every_trial_and_its_best_is_applied(workspa
     params = load_params()
     assert params.values["optim"]["lr"] == best.user_attrs["values"]["optim.lr"]
     assert RunConfig.of(params).origin(params) == {"study": "tiny", "trial": str(best.number)}
-    change(workspace, **{"optim.clip": 0.5})
+    change(workspace, **{"optim.max_grad_norm": 0.5})
     assert RunConfig.of(load_params()).origin(load_params()) == {}
-    with pytest.raises(InputError, match=r"optim.clip 1.0 -> 0.5"):
+    with pytest.raises(InputError, match=r"optim.max_grad_norm 1.0 -> 0.5"):
         apply_best(config(), Path("params.yaml"))
     # With another space it is another study, which is told before anything is trained.
     change(
-        workspace, **{"optim.clip": 1.0, "sweep.space": {"optim": {"lr": {"low": 0.003, "high": 0.007, "log": True}}}}
+        workspace, **{"optim.max_grad_norm": 1.0, "sweep.space": {"optim": {"lr": {"low": 0.003, "high": 0.007, "log": True}}}}
     )
     code, said = run("--trials", 8)
     assert code == 2, said
@@ -252,11 +252,11 @@ def test_an_interrupted_sweep_keeps_everything_and_says_so(workspace, store):
 
 def test_a_slow_worker_that_lives_keeps_its_trial_and_a_second_sweep_is_told_of_the_first(workspace):  # D3
     change(workspace, **{"target.loss": 0.3, "sweep.pruner": "none"})
-    sweep = start("--trials", 2, "--workers", 2, "--grace-s", 30)
+    sweep = start("--trials", 2, "--workers", 2, "--heartbeat-timeout-s", 30)
     pid, slow = waited_for(with_checkpoint)
     waited_for(lambda: stopped_between_transactions(pid))
     code, said = run("--trials", 2)  # a second sweep of the study here, which takes a fraction of the grace
-    fail_stale_trials(find_study(config(grace_s=30), Path.cwd()))  # as a worker does that begins a trial
+    fail_stale_trials(find_study(config(heartbeat_timeout_s=30), Path.cwd()))  # as a worker does that begins a trial
     os.kill(pid, signal.SIGCONT)
     assert code == 6, said
     assert f"is held by process {sweep.pid}" in said
@@ -267,13 +267,13 @@ def test_a_slow_worker_that_lives_keeps_its_trial_and_a_second_sweep_is_told_of_
 
 
 def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(workspace, store):  # D4
-    space = {"windows": {"batch": [4, 1_000_000]}}  # of the second, not one forward pass fits into any memory
+    space = {"windows": {"micro_batch_size": [4, 1_000_000]}}  # of the second, not one forward pass fits into any memory
     change(workspace, **{"sweep.space": space, "optim.max_tokens": 10**8, "optim.warmup": 0})
     code, said = run("--trials", 6, "--pruner", "none")
     assert code == 0, said
     failed = [trial for trial in study().trials if trial.state is TrialState.FAIL]
     assert failed
-    assert all(trial.user_attrs["reason"].startswith("OutOfSpaceError: windows.batch 1000000") for trial in failed)
+    assert all(trial.user_attrs["reason"].startswith("OutOfSpaceError: windows.micro_batch_size 1000000") for trial in failed)
     first, *others = [trial for trial in study().trials if trial.state is TrialState.COMPLETE]
     assert first.number == 0
     assert [trial.user_attrs["same_as"] for trial in others] == [0] * len(others) != []  # settings are trained once

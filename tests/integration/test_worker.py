@@ -18,7 +18,7 @@ BEST = {0: 10.0, 400: 3.0, 800: 0.1}  # tokens and losses of a run that reached 
 
 def race_of(study, sweep, rows=()):
     """A trial's race; a pass has 100 tokens, which are four rungs of 25, and a step 10."""
-    target = TargetConfig(loss=0.1, rule="corpus", average_steps=100, look_steps=None, patience=None)
+    target = TargetConfig(loss=0.1, rule="corpus", average_steps=100, eval_interval=None, early_stopping_patience=None)
     config = Namespace(model=Namespace(vocab_size=50257), target=target)
     run = Namespace(text=Namespace(train=Namespace(size=100)), config=config, steps_per_pass=10, rows=list(rows))
     run.journal = Namespace(times=[{"train_s": 0.5 * row["step"]} for row in rows])

@@ -28,7 +28,7 @@ def number(cell):
 @pytest.mark.parametrize("recipe", LATEST)
 def test_a_records_steps_with_its_recipe_give_its_tokens(recipe):
     record, settings = LATEST[recipe], yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text())
-    windows = WindowsConfig(**{"accumulate": 1, "order": "shuffled", **settings["windows"]})
+    windows = WindowsConfig(**{"gradient_accumulation_steps": 1, "order": "shuffled", **settings["windows"]})
     seen = number(record["steps"]) * windows.step_tokens
     assert 0.99 * seen < number(record["tokens"]) <= seen  # a little less: each pass ends with a shorter window
     assert number(record["corpus loss"]) < 0.1

@@ -230,7 +230,7 @@ def test_a_published_system_sees_as_many_tokens_a_step_as_it_printed(name, param
     assert config.optim.max_tokens >= points["tokens"].max()
     assert corpus.fraction == 1.0
     assert not config.model.fold_vocab
-    assert config.optim.kind == "adamw"
+    assert config.optim.name == "adamw"
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"seed-000"}))

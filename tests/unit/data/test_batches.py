@@ -25,7 +25,7 @@ ROWS = Rows(Tokens("text", [IDS[:17], IDS[17:]], 50257), Vocabulary.full(50257),
 
 
 def config(**changes):
-    return WindowsConfig.model_validate({"length": 10, "batch": 2, "accumulate": 1, "order": "shuffled", **changes})
+    return WindowsConfig.model_validate({"seq_len": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 1, "order": "shuffled", **changes})
 
 
 def targets_of(batches):
@@ -34,7 +34,7 @@ def targets_of(batches):
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_one_pass_sees_every_token_but_the_first_exactly_once_as_a_target(order):
-    steps = islice(steps_of(1, ROWS, config(order=order, batch=1), seed=1), n_windows(len(IDS), 10))
+    steps = islice(steps_of(1, ROWS, config(order=order, micro_batch_size=1), seed=1), n_windows(len(IDS), 10))
     assert sorted(targets_of(steps)) == list(range(1001, 1043))
 
 
@@ -58,7 +58,7 @@ def test_sequential_windows_come_in_the_texts_order():
 
 def test_the_order_differs_from_pass_to_pass_and_from_seed_to_seed():
     def first_pass(seed, skip):
-        steps = list(islice(steps_of(1 + skip, ROWS, config(batch=1), seed), 5))
+        steps = list(islice(steps_of(1 + skip, ROWS, config(micro_batch_size=1), seed), 5))
         return [step[0].inputs[0, 0].item() for step in steps]
 
     assert len({tuple(first_pass(seed, skip)) for seed in (1, 2) for skip in (0, 5)}) == 4
@@ -66,7 +66,7 @@ def test_the_order_differs_from_pass_to_pass_and_from_seed_to_seed():
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential", "random"])
 def test_starting_at_a_later_step_gives_what_running_up_to_it_gives(order):
-    settings = config(order=order, batch=3, accumulate=2)
+    settings = config(order=order, micro_batch_size=3, gradient_accumulation_steps=2)
     through = list(islice(steps_of(1, ROWS, settings, seed=7), 6))[4]  # two passes in
     direct = next(steps_of(5, ROWS, settings, seed=7))
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(through, direct, strict=True))
@@ -79,14 +79,14 @@ def test_random_windows_begin_anywhere_and_fit():
 
 
 def test_a_step_holds_its_batches_of_windows():
-    step = next(steps_of(1, ROWS, config(batch=2, accumulate=3), seed=1))
+    step = next(steps_of(1, ROWS, config(micro_batch_size=2, gradient_accumulation_steps=3), seed=1))
     assert [tuple(batch.inputs.shape) for batch in step] == [(2, 10)] * 3
-    assert steps_per_pass(43, config(batch=2, accumulate=3)) == 1
+    assert steps_per_pass(43, config(micro_batch_size=2, gradient_accumulation_steps=3)) == 1
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential", "random"])
 def test_the_processes_of_a_world_share_each_batch_between_them(order):
-    settings = config(order=order, batch=4, accumulate=2)
+    settings = config(order=order, micro_batch_size=4, gradient_accumulation_steps=2)
     whole, *shares = (list(islice(steps_of(1, ROWS, settings, 3, share), 3)) for share in (ALONE, *halves()))
     for step, parts in enumerate(zip(*shares, strict=True)):
         for all_of_it, first, second in zip(whole[step], *parts, strict=True):

@@ -43,7 +43,7 @@ def model():
     params = load_params()
     where = params.section(TrainConfig).updated(device="cpu", precision="fp32")
     optim = params.section(OptimConfig).updated(lr=0.01, warmup=0)
-    windows = WindowsConfig(length=T, batch=4, accumulate=1, order="shuffled")
+    windows = WindowsConfig(seq_len=T, micro_batch_size=4, gradient_accumulation_steps=1, order="shuffled")
     machine = prepare_machine(where)
     state = fresh_state(SHAPE, Vocabulary(np.arange(32), 32), optim, where, machine)
     list(islice(train_steps(state, steps_of(1, ROWS, windows, seed=1), 150, optim, machine), 150))

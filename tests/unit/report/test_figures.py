@@ -46,7 +46,7 @@ def write_run(folder: Path, steps: int, met: dict[str, int], clip: float | None 
                       for rule in ("batch", "average", "corpus")},
     }  # fmt: skip
     params = {
-        "optim": {"kind": "muon", "lr": 0.002, "muon_lr": 0.01, "clip": clip},
+        "optim": {"name": "muon", "lr": 0.002, "muon_lr": 0.01, "max_grad_norm": clip},
         "target": {"average_steps": 100},
     }
     timing = {"tokens_per_s": STEP_TOKENS / step_s, "mfu": "unknown", "train_s": 10.0, "peak_memory_bytes": 2**30}

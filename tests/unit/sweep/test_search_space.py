@@ -76,9 +76,9 @@ def test_all_faults_of_a_space_come_at_once(params):
 
 def test_values_take_the_place_of_those_in_params_yaml_which_stays_as_it_is(params):
     before = yaml.safe_dump(params.values)
-    changed = with_values(params, {"optim.lr": 0.5, "windows.length": 64}, forward_tokens=8192)
+    changed = with_values(params, {"optim.lr": 0.5, "windows.seq_len": 64}, micro_batch_tokens=8192)
     assert changed.values["optim"]["lr"] == 0.5
-    assert changed.values["windows"]["length"] == 64
+    assert changed.values["windows"]["seq_len"] == 64
     assert yaml.safe_dump(params.values) == before
 
 
@@ -87,18 +87,18 @@ def test_values_take_the_place_of_those_in_params_yaml_which_stays_as_it_is(para
     [(128, 1, 1), (2048, 16, 1), (4096, 32, 1), (8192, 32, 2), (12288, 32, 3), (128 * 37, 1, 37)],
 )
 def test_a_batch_in_tokens_is_as_few_forward_passes_as_hold_it(params, step_tokens, batch, accumulate):
-    windows = with_values(params, {"windows.step_tokens": step_tokens}, forward_tokens=4096).values["windows"]
+    windows = with_values(params, {"windows.step_tokens": step_tokens}, micro_batch_tokens=4096).values["windows"]
     assert (windows["batch"], windows["accumulate"]) == (batch, accumulate)
 
 
 def test_a_batch_in_tokens_counts_in_the_trials_own_windows(params):
-    values = {"windows.step_tokens": 2048, "windows.length": 64}
-    assert with_values(params, values, forward_tokens=4096).values["windows"]["batch"] == 32
+    values = {"windows.step_tokens": 2048, "windows.seq_len": 64}
+    assert with_values(params, values, micro_batch_tokens=4096).values["windows"]["micro_batch_size"] == 32
 
 
 def test_a_runs_values_are_those_that_it_was_made_of(params):
     values = {"optim.lr": 0.25, "optim.betas": [0.8, 0.9], "windows.step_tokens": 4096}
-    config = RunConfig.of(with_values(params, values, forward_tokens=2048))
+    config = RunConfig.of(with_values(params, values, micro_batch_tokens=2048))
     assert values_of(config, list(values)) == values
 
 

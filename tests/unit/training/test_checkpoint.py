@@ -222,7 +222,7 @@ VOCABULARY = Vocabulary.of(np.arange(50257) < 5, 50257)
 def trained(tmp_path_factory):
     """A run's state after two steps, and a folder with both of their checkpoints."""
     run = RunConfig.of(load_params(Path(__file__).parents[3] / "params.yaml"))
-    windows, machine = run.windows.updated(length=4, batch=2), Machine(torch.device("cpu"), "fp32", 1)
+    windows, machine = run.windows.updated(seq_len=4, micro_batch_size=2), Machine(torch.device("cpu"), "fp32", 1)
     text = Rows(Tokens("text", [np.arange(20, dtype=np.uint16) % 5], 50257), VOCABULARY, machine.device)
     state = fresh_state(CONFIG, VOCABULARY, run.optim, run.train, machine)
     folder = tmp_path_factory.mktemp("trained")

@@ -30,7 +30,7 @@ class Loop:
 
     def __init__(self, steps=20, batch=2, accumulate=1, precision="fp32", dropout=0.0, compile=False, **optim):
         params = load_params()
-        self.windows = WindowsConfig(length=8, batch=batch, accumulate=accumulate, order="shuffled")
+        self.windows = WindowsConfig(seq_len=8, micro_batch_size=batch, gradient_accumulation_steps=accumulate, order="shuffled")
         self.optim = params.section(OptimConfig).updated(**{"lr": 0.01, "warmup": 0, **optim})
         where = params.section(TrainConfig).updated(precision=precision, device="cpu", compile=compile)
         self.machine, self.steps = prepare_machine(where), steps

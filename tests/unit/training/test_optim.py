@@ -53,18 +53,18 @@ def test_linear_falls_in_equal_steps_and_takes_no_step_at_zero():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "onecycle", "wsd"])
 def test_a_fall_ends_at_the_final_share(schedule):
-    assert factors(total=1000, schedule=schedule, warmup=0, final_lr=0.1)[-1] == pytest.approx(0.1, abs=0.005)
+    assert factors(total=1000, schedule=schedule, warmup=0, min_lr_ratio=0.1)[-1] == pytest.approx(0.1, abs=0.005)
 
 
 def test_cosine_is_half_way_down_in_the_middle():
-    curve = factors(total=1001, schedule="cosine", warmup=0, final_lr=0.2)
+    curve = factors(total=1001, schedule="cosine", warmup=0, min_lr_ratio=0.2)
     assert curve[500] == pytest.approx(0.6, abs=1e-2)
     assert (np.diff(curve) < 0).all()
 
 
 def test_onecycle_equals_torch():
     # torch's div_factor 10 starts at a tenth, its final_div_factor 50 ends at a fiftieth of that
-    curve = factors(total=200, schedule="onecycle", warmup=20, initial_lr=0.1, final_lr=0.002)
+    curve = factors(total=200, schedule="onecycle", warmup=20, initial_lr=0.1, min_lr_ratio=0.002)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -92,7 +92,7 @@ def test_every_factor_lies_between_zero_and_one(schedule, total):
 
 
 def test_a_warmup_longer_than_the_run_is_refused():
-    windows = WindowsConfig(length=256, batch=4, accumulate=1, order="shuffled")
+    windows = WindowsConfig(seq_len=256, micro_batch_size=4, gradient_accumulation_steps=1, order="shuffled")
     (fault,) = config(warmup=600, max_tokens=528 * 1024).check_length(windows)
     assert "600 steps, the run has 528" in fault
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused(changes):
 
 
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest(model):
-    adamw, muon = build_optimizers(model, config(kind="muon"))
+    adamw, muon = build_optimizers(model, config(name="muon"))
     by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
     by_adamw = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert by_muon == {id(p) for name, p in model.h.named_parameters() if p.ndim == 2}
@@ -115,7 +115,7 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest(model):
 
 
 def test_only_matrices_decay(model):
-    (adamw,) = build_optimizers(model, config(kind="adamw", weight_decay=0.1))
+    (adamw,) = build_optimizers(model, config(name="adamw", weight_decay=0.1))
     assert {(group["weight_decay"], p.ndim >= 2) for group in adamw.param_groups for p in group["params"]} == {
         (0.1, True),
         (0.0, False),
@@ -123,7 +123,7 @@ def test_only_matrices_decay(model):
 
 
 def test_each_group_follows_its_own_peak(model):
-    optimizers = build_optimizers(model, config(kind="muon", lr=0.002, muon_lr=0.01))
+    optimizers = build_optimizers(model, config(name="muon", lr=0.002, muon_lr=0.01))
     set_lr(optimizers, 0.5)
     assert [group["lr"] for o in optimizers for group in o.param_groups] == pytest.approx(
         [0.001] * 2 + [0.005] * 4  # matrices and vectors; the four matrices of a block
@@ -174,7 +174,7 @@ def test_orthogonalising_in_bf16_is_as_near_to_the_truth_as_the_plain_order(shap
 
 
 def test_only_the_fused_matrix_is_taken_apart(model):
-    _, muon = build_optimizers(model, config(kind="muon"))
+    _, muon = build_optimizers(model, config(name="muon"))
     assert {tuple(group["params"][0].shape): group["pieces"] for group in muon.param_groups} == {
         (48, 16): 3, (16, 16): 1, (64, 16): 1, (16, 64): 1,
     }  # fmt: skip

@@ -36,8 +36,8 @@ def settings(batch=4, kind="adamw", gradient_checkpointing=False):
     config = replace(
         whole,
         model=SHAPE,
-        windows=whole.windows.updated(length=32, batch=batch),
-        optim=whole.optim.updated(kind=kind),
+        windows=whole.windows.updated(seq_len=32, micro_batch_size=batch),
+        optim=whole.optim.updated(name=kind),
         train=whole.train.updated(gradient_checkpointing=gradient_checkpointing),
     )
     return config, VOCABULARY, MACHINE
@@ -87,7 +87,7 @@ machine = prepare_machine(config.train)
 toy = replace(config, model=config.model.updated(n_layer=1, n_head=1, n_embd=16))
 go(toy, Vocabulary.of(np.arange(50257) < 50, 50257), 8, 2)
 before, vocabulary = psutil.Process().memory_info().rss, Vocabulary.of(np.arange(50257) < 11706, 50257)
-go(config, vocabulary, config.windows.length, config.windows.batch)
+go(config, vocabulary, config.windows.seq_len, config.windows.micro_batch_size)
 print(step_bytes(config, vocabulary, machine), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """
 
@@ -122,7 +122,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatc
         OutOfSpaceError, match=r"windows\.batch 1000000000 of windows\.length 32 needs [\d,.]+ GB"
     ) as error:
         check_fits(*settings(batch=10**9))
-    assert "windows.accumulate" in str(error.value)
+    assert "windows.gradient_accumulation_steps" in str(error.value)
     assert error.value.exit_code == 5
     monkeypatch.setattr(memory, "free_bytes", lambda machine: step_bytes(*settings()))
     check_fits(*settings())

@@ -13,7 +13,7 @@ from pipeline.training.target import (
     needs_corpus_loss,
 )
 
-TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=3, look_steps=None, patience=None)
+TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=3, eval_interval=None, early_stopping_patience=None)
 
 
 def rows(losses, looks=(), held_out=()):
@@ -87,12 +87,12 @@ def looked(*losses):
     ],
 )
 def test_patience_counts_the_looks_since_the_lowest_held_out_loss(losses, over):
-    assert is_out_of_patience(looked(*losses), TARGET.updated(patience=2)) is over
+    assert is_out_of_patience(looked(*losses), TARGET.updated(early_stopping_patience=2)) is over
 
 
 def test_steps_without_a_look_cost_no_patience():
     history = looked(5, 6) + rows([1] * 100)
-    assert not is_out_of_patience(history, TARGET.updated(patience=2))
+    assert not is_out_of_patience(history, TARGET.updated(early_stopping_patience=2))
 
 
 def test_without_patience_given_no_loss_ends_a_run():
@@ -107,7 +107,7 @@ def test_the_best_step_is_by_the_text_of_the_rule_and_the_first_of_equals():
 
 
 def test_fixed_looks_come_at_their_steps_alone():
-    fixed = TARGET.updated(look_steps=4)
+    fixed = TARGET.updated(eval_interval=4)
     low = rows([0.01] * 9)  # where a pass would be worth it at each step
     assert [n for n in range(1, 10) if look_is_due(low[:n], 3, True, fixed)] == [4, 8]
 
@@ -118,15 +118,15 @@ def test_a_held_out_text_is_looked_at_after_each_pass():
 
 
 def test_the_training_text_is_measured_where_something_hangs_on_it():
-    fixed = TARGET.updated(rule="validation", look_steps=2)
+    fixed = TARGET.updated(rule="validation", eval_interval=2)
     lower, higher = looked(5, 6, 4), looked(5, 6, 5.5)
     assert needs_corpus_loss(lower, fixed)
     assert not needs_corpus_loss(higher, fixed)
-    assert needs_corpus_loss(higher, fixed.updated(look_steps=None))  # the next look is set by it
+    assert needs_corpus_loss(higher, fixed.updated(eval_interval=None))  # the next look is set by it
     assert needs_corpus_loss(higher, fixed.updated(rule="corpus"))
 
 
 @pytest.mark.parametrize(("rule", "patience", "named"), [("validation", None, "rule"), ("corpus", 3, "patience is 3")])
 def test_what_needs_a_held_out_text_is_named(rule, patience, named):
     assert TARGET.needs_held_out is None
-    assert named in TARGET.updated(rule=rule, patience=patience).needs_held_out
+    assert named in TARGET.updated(rule=rule, early_stopping_patience=patience).needs_held_out
