@@ -24,14 +24,14 @@ import torch
 from benchmarks.throughput import N_USED, machine_name, shape_of, synchronise
 from pipeline.config.params import load_params
 from pipeline.data.corpus_index import CorpusIndex
-from pipeline.data.token_files import open_tokens
+from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import Generator, Piece
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
+from pipeline.model.weights import load_model
 from pipeline.system.device import Machine, TrainConfig, prepare_machine
-from pipeline.training.checkpoint import load_model
 
 PROMPTS = [f"{n} ships came home from the sea" for n in range(10, 26)]  # of equal length, as Hugging Face needs them
 PLACES = 50
@@ -132,7 +132,7 @@ def compare(contestants: list[Contestant], rounds: int, n_tokens: int) -> dict[s
 
 def recite(tokenizer: Tokenizer, machine: Machine) -> dict[str, Any]:
     """What guessing is worth to the trained model where it recites, and how often bf16 and fp32 guess the same."""
-    text = open_tokens(Path("data/tokens"), "train")
+    text = TokenFolder(Path("data/tokens")).train
     ids = text.read(0, len(text)).astype(np.int64)
     model = load_model(Path("models/model"), text.counts()).to(machine.device)
     length = model.trained_length // 2

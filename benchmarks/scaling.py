@@ -43,7 +43,7 @@ from pipeline.system.device import TrainConfig, cores, prepare_machine
 from pipeline.system.distributed import joined, launch, world_here
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.optim import OptimConfig
-from pipeline.training.timing import PEAK_FLOPS, flops_per_token
+from pipeline.training.results import PEAK_FLOPS, flops_per_token
 
 WINDOWS, LENGTH = 16, 256  # of a step, of all processes together
 STEPS = 7  # of a job; the first two are not counted

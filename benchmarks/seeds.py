@@ -27,8 +27,7 @@ from benchmarks.seeds_figure import draw, print_table
 from benchmarks.throughput import machine_name
 from pipeline.config.params import Params, load_params
 from pipeline.config.recipes import apply_recipe
-from pipeline.data.batches import steps_of
-from pipeline.data.text import Text
+from pipeline.data.batches import TrainingData, steps_of
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.entrypoint import run_stage
 from pipeline.system.files import locked, read_json, write_text
@@ -37,7 +36,7 @@ from pipeline.tracking.journal import STEPS, TIMES, read_steps
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.progress import Progress
-from pipeline.training.run import open_run
+from pipeline.training.run import open_run, read_data
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "seeds.json"
@@ -124,14 +123,14 @@ def thinned(losses: np.ndarray) -> list[list[float]]:
     return [[end, float(f"{losses[end - every : end].mean():.5g}")] for end in ends]
 
 
-def prepare(recipe: str, seed: int) -> tuple[RunConfig, Machine, Text]:
+def prepare(recipe: str, seed: int) -> tuple[RunConfig, Machine, TrainingData]:
     """The recipe's settings with a seed, torch set up for them, and its tokens."""
     folder = workspace(recipe)
     params = load_params(folder / "params.yaml")
     params = Params({**params.values, "train": {**params.values["train"], "seed": seed}}, params.path)
     config = RunConfig.of(params)
     machine = prepare_machine(config.train, config.flops)
-    return config, machine, Text.read(folder / "data" / "tokens", folder / "data" / "bpe", config, machine)
+    return config, machine, read_data(config, machine, folder / "data")
 
 
 def workspace(recipe: str) -> Path:

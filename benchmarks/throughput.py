@@ -33,7 +33,7 @@ from pipeline.model.gpt import GPT, ModelConfig
 from pipeline.system.device import Machine, TrainConfig, prepare_machine
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.optim import OptimConfig
-from pipeline.training.timing import flops_per_token
+from pipeline.training.results import flops_per_token
 
 N_USED = 11_706  # ids that occur in Tiny Shakespeare
 LENGTH = 256

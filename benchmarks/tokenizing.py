@@ -32,7 +32,7 @@ import psutil
 from pipeline.data.corpus import write_documents
 from pipeline.data.documents import find_files
 from pipeline.data.encode import write_tokens
-from pipeline.data.token_files import open_tokens
+from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.files import write_json
 
@@ -60,7 +60,7 @@ def ours(texts: Path, place: Path) -> tuple[float, int]:
     write_documents({path.name: path for path in find_files(str(texts))}, place / "corpus.txt", str(texts))
     prepared = time.perf_counter()
     write_tokens(place / "corpus.txt", load_tokenizer(BPE), place / "tokens")
-    return prepared - started, len(open_tokens(place / "tokens", "train"))
+    return prepared - started, len(TokenFolder(place / "tokens").train)
 
 
 def mapped(texts: Path, place: Path, encode: Callable[[list[str]], list[list[int]]]) -> tuple[float, int]:

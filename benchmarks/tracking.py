@@ -18,7 +18,6 @@ from pathlib import Path
 
 from pipeline.config.params import load_params
 from pipeline.data.batches import steps_of
-from pipeline.data.text import Text
 from pipeline.system.device import prepare_machine
 from pipeline.tracking.fingerprint import identify
 from pipeline.tracking.journal import Journal, StepRow, TimeRow
@@ -26,6 +25,7 @@ from pipeline.tracking.mlflow_store import open_store
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
+from pipeline.training.run import read_data
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     config = RunConfig.of(load_params())
     machine = prepare_machine(config.train)
-    text = Text.read(Path("data/tokens"), Path("data/bpe"), config, machine)
+    text = read_data(config, machine, Path("data"))
     identity = dict(identify(text.data_sha256, config.decisive, machine))
 
     def records():

@@ -28,7 +28,7 @@ from pipeline.tracking.mlflow_runs import describe_run
 from pipeline.tracking.mlflow_store import project_root
 from pipeline.tracking.recorder_process import RECORDER_LOCK
 from pipeline.tracking.run_record import read_run
-from pipeline.training.run_folder import IDENTITY
+from pipeline.training.checkpoint import IDENTITY
 
 MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
 SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")

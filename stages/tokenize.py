@@ -6,7 +6,7 @@ from pipeline.config.params import load_params
 from pipeline.data.corpus import CorpusConfig, verify_corpus
 from pipeline.data.encode import write_tokens
 from pipeline.data.statistics import describe_corpus
-from pipeline.data.token_files import open_tokens
+from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.entrypoint import run_stage
 from pipeline.system.files import write_json
@@ -18,9 +18,9 @@ def main() -> None:
     verify_corpus(corpus)
     tokenizer = load_tokenizer(Path("data/bpe"))
     write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction)
-    train, val = open_tokens(folder, "train"), open_tokens(folder, "val")
-    write_json(Path("reports/corpus.json"), describe_corpus(train, val, tokenizer))
-    print(f"{folder}: {len(train):,} tokens to train on, {len(val):,} to validate")
+    text = TokenFolder(folder)
+    write_json(Path("reports/corpus.json"), describe_corpus(text.train, text.val, tokenizer))
+    print(f"{folder}: {len(text.train):,} tokens to train on, {len(text.val):,} to validate")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pipeline.data.token_files import write_shard
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.weights import save_model
 from pipeline.system.files import write_json, write_manifest
-from pipeline.training.checkpoint import save_model
 from webapp.page import serve
 from webapp.source import Folder, Served
 

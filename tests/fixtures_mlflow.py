@@ -18,7 +18,7 @@ from pipeline.system.files import write_json, write_manifest, write_text
 from pipeline.tracking.journal import STEPS, TIMES, Journal
 from pipeline.tracking.mlflow_store import Store, open_store
 from pipeline.tracking.recorder import ending
-from pipeline.tracking.recorder_process import OWING, record
+from pipeline.tracking.recorder_process import OWNER_PID, record
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def an_identity() -> dict[str, Any]:
 
 
 def append_steps(journal: Journal, start: int, stop: int, corpus_loss: float | None = None) -> None:
-    """Rows of the steps start + 1 to stop; every tenth was measured on the whole text, the last as `corpus_loss`."""
+    """Split of the steps start + 1 to stop; every tenth was measured on the whole text, the last as `corpus_loss`."""
     for step in range(start + 1, stop + 1):
         row = {"step": step, "tokens": 8 * step, "loss": 5 / step, "grad_norm": 1.5, "lr": 0.1 / step}
         if step % 10 == 0:
@@ -64,7 +64,7 @@ def recording(root: Path, folder: Path, identity: dict[str, Any], error: BaseExc
     """What Recorder does, with a thread in place of a process, which would import MLflow again for two seconds."""
     control, ours = os.pipe()
     with open(control) as reader, open(ours, "w", buffering=1) as writer:
-        write_text(folder / OWING, str(os.getpid()))
+        write_text(folder / OWNER_PID, str(os.getpid()))
         thread = threading.Thread(target=record, args=(root, folder, 0.05, reader))
         writer.write(json.dumps({"identity": identity, "tags": {}}) + "\n")
         thread.start()

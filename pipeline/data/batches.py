@@ -6,7 +6,9 @@ the first exactly once as a target.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -15,9 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config.params import Section
-from pipeline.data.token_files import Tokens
+from pipeline.data.token_files import TokenFolder, Tokens
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.system.distributed import ALONE, World
+from pipeline.system.errors import InputError
 
 IGNORED = -100  # a target that counts nowhere; cross_entropy's own default
 BLOCK_WINDOWS = 1 << 20  # shuffled together: a permutation of 8 MiB
@@ -53,12 +57,12 @@ def n_windows(n_tokens: int, length: int) -> int:
     return -(-(n_tokens - 1) // length)
 
 
-def steps_per_pass(n_tokens: int, config: WindowsConfig) -> int:
+def steps_per_epoch(n_tokens: int, config: WindowsConfig) -> int:
     """Steps that see as many windows as the text has, rounded up."""
     return -(-n_windows(n_tokens, config.seq_len) // (config.micro_batch_size * config.gradient_accumulation_steps))
 
 
-class Rows(NamedTuple):
+class Split(NamedTuple):
     """A part of the text as the model reads it: rows of its embedding, cut out of the token files window by window."""
 
     tokens: Tokens
@@ -71,8 +75,35 @@ class Rows(NamedTuple):
         return len(self.tokens)
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns, as the model's compact ids."""
+
+    train: Split
+    validation: Split | None  # None where nothing is held out
+    vocabulary: Vocabulary
+    tokenizer: Tokenizer
+    sha256: str  # of the token files
+
+    @classmethod
+    def read(
+        cls, tokens: Path, bpe: Path, seq_len: int, vocab_size: int, fold_vocab: bool, device: torch.device
+    ) -> "TrainingData":
+        """Read and verify what the stage `tokenize` wrote. Raises InputError where it does not suit the model."""
+        text = TokenFolder(tokens)
+        text.train.require(seq_len + 1)
+        if (n_ids := max(text.train.vocab_size, text.val.vocab_size)) > vocab_size:
+            raise InputError(
+                f"{tokens} has {n_ids} ids, model.vocab_size is {vocab_size}: make model.vocab_size larger"
+            )
+        vocabulary = Vocabulary.of(text.train.counts(), vocab_size) if fold_vocab else Vocabulary.full(vocab_size)
+        train = Split(text.train, vocabulary, device)
+        validation = Split(text.val, vocabulary, device) if len(text.val) > 1 else None
+        return cls(train, validation, vocabulary, load_tokenizer(bpe), text.sha256)
+
+
 def steps_of(
-    first_step: int, rows: Rows, config: WindowsConfig, seed: int, world: World = ALONE
+    first_step: int, rows: Split, config: WindowsConfig, seed: int, world: World = ALONE
 ) -> Iterator[list[Batch]]:
     """Yield the batches of step `first_step` (counted from 1), of the next, and so on for ever.
 
@@ -85,13 +116,15 @@ def steps_of(
         starts = [_start(position + i, rows.size, config, seed) for i in range(windows_per_step)]
         batches = [starts[i : i + config.micro_batch_size] for i in range(0, windows_per_step, config.micro_batch_size)]
         yield [
-            gather(rows, world.share(batch), config.seq_len)._replace(n_targets=_n_targets(rows, batch, config.seq_len))
+            make_batch(rows, world.share(batch), config.seq_len)._replace(
+                n_targets=_n_targets(rows, batch, config.seq_len)
+            )
             for batch in batches
         ]
         position += windows_per_step
 
 
-def gather(rows: Rows, starts: list[int], length: int) -> Batch:
+def make_batch(rows: Split, starts: list[int], length: int) -> Batch:
     """Cut the windows that begin at `starts` out of the text; what is past its end repeats its last token."""
     ids = np.empty((len(starts), length + 1), np.int64)
     known = []
@@ -108,7 +141,7 @@ def gather(rows: Rows, starts: list[int], length: int) -> Batch:
     return Batch(inputs.to(rows.device), targets.to(rows.device), _n_targets(rows, starts, length))
 
 
-def _n_targets(rows: Rows, starts: list[int], length: int) -> int:
+def _n_targets(rows: Split, starts: list[int], length: int) -> int:
     return sum(min(length, rows.size - 1 - start) for start in starts)
 
 

@@ -7,7 +7,7 @@ shard is a header and then its ids as little-endian uint16.
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -103,21 +103,34 @@ class Tokens:
             raise InputError(f"{self.name} has {len(self)} tokens, needs {needed}: take more text or shorter windows")
 
 
-def open_tokens(folder: Path, part: str) -> Tokens:
-    """Open one part's ids, after the folder's manifest, the part's headers and every id were checked.
+class TokenFolder:
+    """The token files of a text: its parts, each opened when it is asked for, and the hash of all of them."""
 
-    Raises InputError where there is no such folder, IntegrityError where a file is not what it should be.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
-    verify_manifest(folder)
-    paths = sorted(folder.glob(f"{part}-*.bin"))
-    if not paths or paths != [folder / shard_name(part, index) for index in range(len(paths))]:
-        raise IntegrityError(f"{folder} lacks a shard of part {part}: {CURE}")
-    vocab_size = _read_header(paths[0])[0]
-    ids_of = lru_cache(MOST_MAPPED)(_map_shard)
-    shards = [MappedShard(path, _check_shard(path, vocab_size), ids_of) for path in paths]
-    return Tokens(f"{folder}/{part}", shards, vocab_size)
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError where there is no such folder, IntegrityError where a file is not what its manifest says."""
+        if not folder.is_dir():
+            raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
+        verify_manifest(folder)
+        self.folder, self.sha256 = folder, data_sha256(folder)
+
+    @cached_property
+    def train(self) -> Tokens:
+        """What is trained on. Raises IntegrityError unless headers and ids are sound."""
+        return self._open("train")
+
+    @cached_property
+    def val(self) -> Tokens:
+        """What is held out for validation, which may be empty. Raises IntegrityError unless headers and ids are sound."""
+        return self._open("val")
+
+    def _open(self, part: str) -> Tokens:
+        folder, paths = self.folder, sorted(self.folder.glob(f"{part}-*.bin"))
+        if not paths or paths != [folder / shard_name(part, index) for index in range(len(paths))]:
+            raise IntegrityError(f"{folder} lacks a shard of part {part}: {CURE}")
+        vocab_size = _read_header(paths[0])[0]
+        ids_of = lru_cache(MOST_MAPPED)(_map_shard)
+        shards = [MappedShard(path, _check_shard(path, vocab_size), ids_of) for path in paths]
+        return Tokens(f"{folder}/{part}", shards, vocab_size)
 
 
 def data_sha256(folder: Path) -> str:

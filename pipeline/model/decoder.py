@@ -114,7 +114,7 @@ class Decoder:
         mask = torch.zeros(unseen.shape, dtype=self.dtype, device=rows.device).masked_fill_(unseen, -torch.inf)
         mask = mask.repeat_interleave(self.n_head, dim=0)  # (B * H, T, n)
         new: tuple[slice | Tensor, ...]
-        if len(set(lengths)) == 1:  # a slice is written faster than what is gathered
+        if len(set(lengths)) == 1:  # a slice is written faster than what is full_tensor
             new = (slice(None), slice(None), slice(lengths[0], lengths[0] + T))
         else:
             new = (

@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config.params import Section
-from pipeline.data.batches import IGNORED, Rows, gather, n_windows
-from pipeline.data.token_files import data_sha256, open_tokens
+from pipeline.data.batches import IGNORED, Split, make_batch, n_windows
+from pipeline.data.token_files import TokenFolder
 from pipeline.model.gpt import GPT
+from pipeline.model.weights import load_model
 from pipeline.system.device import autocast_in
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
-from pipeline.training.checkpoint import load_model
 
 BATCH_TOKENS = 8192  # in a forward pass; part of the definition, since it may move the last bit
 RECALL_TOKENS = 32  # of context, and again of continuation
@@ -45,15 +45,15 @@ def evaluate_model(
     Returns the figures of reports/metrics.json, and the mean loss at each position of the window. Raises IntegrityError
     where model or tokens are altered, InputError where the tokens are not those of the run.
     """
-    text = open_tokens(tokens, "train")
-    if data_sha256(tokens) != run["data_sha256"]:
+    text = TokenFolder(tokens)
+    if text.sha256 != run["data_sha256"]:
         raise InputError(f"{tokens} is not what {folder} was trained on: run `dvc repro`")
-    model = load_model(folder, text.counts())
+    model = load_model(folder, text.train.counts())
     torch.set_num_threads(int(run["environment"]["threads"]))
     device, precision = str(run["environment"]["device"]).split()[0], str(run["environment"]["precision"])
     model.to(device)
     T, autocast = model.trained_length, autocast_in(device, precision)
-    rows, held_out = (Rows(part, model.vocabulary, torch.device(device)) for part in (text, open_tokens(tokens, "val")))
+    rows, held_out = (Split(part, model.vocabulary, torch.device(device)) for part in (text.train, text.val))
     loss = corpus_loss(model, rows, T, autocast)
     by_shift = {str(s): corpus_loss(model, rows, T, autocast, s) for s in (T // 4, T // 2, 3 * T // 4)}
     recall = {
@@ -82,7 +82,7 @@ def evaluate_model(
 @torch.inference_mode()
 def corpus_loss(
     model: GPT,
-    rows: Rows,
+    rows: Split,
     length: int,
     autocast: AbstractContextManager[Any],
     shift: int = 0,
@@ -96,15 +96,15 @@ def corpus_loss(
     sums = []
     for begin in range(0, len(batches), world.size):
         starts = batches[min(begin + world.rank, len(batches) - 1)]  # a sharded model needs all processes to the end
-        inputs, targets, _ = gather(rows, starts, length)
+        inputs, targets, _ = make_batch(rows, starts, length)
         with autocast:
             total = model.token_losses(inputs, targets).double().sum().cpu()
-        sums += world.gather(total)
+        sums += world.all_gather(total)
     return sum(x.item() for x in sums[: len(batches)]) / (rows.size - 1 - shift)
 
 
 @torch.inference_mode()
-def position_loss(model: GPT, rows: Rows, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
+def position_loss(model: GPT, rows: Split, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
     """Mean loss at each of the `length` positions of the fixed windows."""
     total, n = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
     for inputs, targets in _passes(rows, length):
@@ -115,7 +115,7 @@ def position_loss(model: GPT, rows: Rows, length: int, autocast: AbstractContext
 
 
 @torch.inference_mode()
-def top1_accuracy(model: GPT, rows: Rows, length: int, autocast: AbstractContextManager[Any]) -> float:
+def top1_accuracy(model: GPT, rows: Split, length: int, autocast: AbstractContextManager[Any]) -> float:
     """Share of the text's tokens that are the model's first guess."""
     hits, n = 0, 0
     for inputs, targets in _passes(rows, length):
@@ -126,7 +126,7 @@ def top1_accuracy(model: GPT, rows: Rows, length: int, autocast: AbstractContext
 
 
 @torch.inference_mode()
-def verbatim_recall(model: GPT, rows: Rows, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
+def verbatim_recall(model: GPT, rows: Split, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
     """Share of `starts` from which greedy decoding recites the text exactly.
 
     The model is given RECALL_TOKENS tokens, fewer where its windows are short, and must continue with as many. Greedy
@@ -136,7 +136,7 @@ def verbatim_recall(model: GPT, rows: Rows, starts: list[int], autocast: Abstrac
     context = recall_context(model)
     exact = 0
     for begin in range(0, len(starts), batch := max(1, BATCH_TOKENS // (2 * context))):
-        inputs, targets, _ = gather(rows, starts[begin : begin + batch], 2 * context - 1)
+        inputs, targets, _ = make_batch(rows, starts[begin : begin + batch], 2 * context - 1)
         with autocast:
             guesses = model(inputs)[:, context - 1 :].argmax(dim=2)  # (B, context)
         exact += int((guesses == targets[:, context - 1 :]).all(dim=1).sum())
@@ -156,14 +156,14 @@ def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bo
     return sorted(rng.choice(candidates, min(config.recall_places, len(candidates)), replace=False).tolist())
 
 
-def _passes(rows: Rows, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _passes(rows: Split, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The text's fixed windows in order: inputs and targets, (B, T)."""
     for starts in _starts(rows, length):
-        inputs, targets, _ = gather(rows, starts, length)
+        inputs, targets, _ = make_batch(rows, starts, length)
         yield inputs, targets
 
 
-def _starts(rows: Rows, length: int, shift: int = 0) -> list[list[int]]:
+def _starts(rows: Split, length: int, shift: int = 0) -> list[list[int]]:
     """Where the text's fixed windows from token `shift` on begin, in batches."""
     starts = [shift + length * i for i in range(n_windows(rows.size - shift, length))]
     batch = max(1, BATCH_TOKENS // length)

@@ -47,7 +47,7 @@ def like(target: Tensor, whole: Tensor) -> Tensor:
     return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def gathered(x: Tensor, keep: bool) -> Tensor:
+def full_tensor(x: Tensor, keep: bool) -> Tensor:
     """All of a sharded tensor, on the CPU, where it is to be kept, else nothing; a plain one as it is."""
     if not is_shard(x):
         return x

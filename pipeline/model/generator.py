@@ -4,6 +4,7 @@ A text longer than that slides: the model sees at least its last half length, an
 where the model draws <|endoftext|>, which parts the documents that it has learnt.
 """
 
+import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -12,15 +13,14 @@ import torch
 from torch import Tensor
 
 from pipeline.data.corpus_index import CorpusIndex
-from pipeline.data.token_files import open_tokens
+from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.model.decoder import Cache, Decoder, Precision
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, draw
-from pipeline.model.text_stream import TextStream
+from pipeline.model.weights import load_model
 from pipeline.system.device import TrainConfig, prepare_machine
 from pipeline.system.errors import InputError
-from pipeline.training.checkpoint import load_model
 
 PROMPT_CHARACTERS = 1_000_000  # at most
 Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end of a document
@@ -206,7 +206,7 @@ def context_start(n: int, trained_length: int) -> int:
 
 
 def _padded(rows: list[list[int]]) -> Tensor:
-    """Rows of unequal lengths, (B, T), with row 0 behind the shorter ones."""
+    """Split of unequal lengths, (B, T), with row 0 behind the shorter ones."""
     width = max(map(len, rows))
     return torch.tensor([each + [0] * (width - len(each)) for each in rows])
 
@@ -216,7 +216,7 @@ def load_generator(folder: Path) -> Generator:
 
     Raises ModelMissing, or IntegrityError where a byte of them is not as it was written.
     """
-    tokens = open_tokens(folder / "tokens", "train")
+    tokens = TokenFolder(folder / "tokens").train
     model, tokenizer = load_model(folder / "model", tokens.counts()), load_tokenizer(folder / "model")
     machine = prepare_machine(
         TrainConfig(
@@ -232,3 +232,28 @@ def load_generator(folder: Path) -> Generator:
         )
     )
     return Generator(model.to(machine.device), tokenizer, CorpusIndex.of(tokens), machine.precision)
+
+
+class TextStream:
+    """Text that is written token by token, up to the first of the stop texts."""
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._stop = [text for text in stop if text]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add(self, data: bytes, last: bool = False) -> str:
+        """Take bytes and return what can be shown of the text now; `last`: nothing comes after them."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(data, final=last)
+        places = [place for text in self._stop if (place := self._held.find(text)) >= 0]
+        self.stopped = bool(places)
+        shown = min(places) if places else len(self._held) - (0 if last else self._begun())
+        text, self._held = self._held[:shown], self._held[shown:]
+        return text
+
+    def _begun(self) -> int:
+        """How many of the last characters may turn out to begin a stop text."""
+        return max((n for text in self._stop for n in range(len(text)) if self._held.endswith(text[:n])), default=0)

@@ -145,7 +145,7 @@ class GPT(nn.Module):
         return self
 
     def hidden(self, rows: Tensor) -> Tensor:
-        """Rows (B, T) -> what the head reads, (B, T, C)."""
+        """Split (B, T) -> what the head reads, (B, T, C)."""
         T = rows.shape[1]
         assert self.config.block_size >= T, "longer than the model has positions"
         x = self.wte(rows) + self.wpe.weight[:T]  # (B, T, C)
@@ -165,7 +165,7 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight, bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Rows (B, T) -> logits (B, T, V)."""
+        """Split (B, T) -> logits (B, T, V)."""
         return self.head(self.hidden(rows))
 
     def loss(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:

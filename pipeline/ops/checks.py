@@ -23,7 +23,7 @@ from pipeline.registry.register import RegistryConfig
 from pipeline.sweep.search_space import SweepConfig, check_space
 from pipeline.system.device import Machine, TrainConfig, cores, prepare_machine
 from pipeline.system.errors import InputError
-from pipeline.system.host import SOURCE_ROOT, git_facts
+from pipeline.system.host import SOURCE_ROOT, git_info
 from pipeline.training.config import RUN_SECTIONS, RunConfig
 from pipeline.training.preflight import CHECKPOINTS, nearest_existing, saved_bytes
 
@@ -129,7 +129,7 @@ def cpu_quota(cgroups: Path, own: Path = Path("/proc/self/cgroup")) -> float | N
 def examine_tools(root: Path) -> Iterator[Finding]:
     if shutil.which("git") is None:
         yield Finding("mend", "git", "not on the PATH", "install it: DVC, and what a run notes of its code, need it")
-    elif (commit := git_facts()["git_commit"]) == "unknown":
+    elif (commit := git_info()["git_commit"]) == "unknown":
         yield Finding("note", "git", f"{root} is no repository with a commit, so that runs cannot name their code")
     else:
         yield Finding("ok", "git", f"at commit {commit[:8]}")

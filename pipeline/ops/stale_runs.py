@@ -1,7 +1,7 @@
 """stranded: what trainings left unsettled in MLflow when they died -> findings, and the journal's rows in their place.
 
 A run of a process that is no more stays RUNNING for ever, and what a store missed while it was down is in the journals
-of checkpoints/ alone. Rows are sent as `runs` sends them, so that none comes twice.
+of checkpoints/ alone. Split are sent as `runs` sends them, so that none comes twice.
 """
 
 import socket
@@ -24,15 +24,15 @@ from pipeline.tracking.mlflow_runs import (
     create_run,
     describe_inputs,
     ensure_run,
+    log_records,
+    logged_steps,
     run_with,
-    ship,
-    shipped,
 )
 from pipeline.tracking.mlflow_store import Store, all_found, first_line, own_database
 from pipeline.tracking.recorder_process import KILLED, RECORDER_LOCK, RUN_ID, noted_run
 from pipeline.tracking.run_record import read_run
+from pipeline.training.checkpoint import IDENTITY
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run_folder import IDENTITY
 from pipeline.training.target import TargetConfig, is_finished
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _closing(store: Store, run: "Run", folder: Path) -> Callable[[], str]:
     def close() -> str:
         run_id = run.info.run_id
         with holding(folder):
-            last_ms = max(shipped(store, run_id).values(), default=None)
+            last_ms = max(logged_steps(store, run_id).values(), default=None)
             store.client.set_tag(run_id, "ended", KILLED["ended"])
             store.client.set_terminated(run_id, KILLED["status"], end_time=last_ms)
         return f"run {run.info.run_name} ({run_id}) is KILLED"
@@ -144,7 +144,7 @@ def _unsent(store: Store, folder: Path, name: str, identity: dict[str, Any], row
         with holding(folder):
             run_id = _run_of(store, folder, identity, rows) or _create(store, folder, identity, rows)
             n_rows = len(missing := _missing(store, run_id, rows))
-            ship(store, run_id, missing)
+            log_records(store, run_id, missing)
             if store.client.get_run(run_id).info.status == "RUNNING":
                 status, ended = _ending(identity, rows)
                 store.client.set_tag(run_id, "ended", ended)
@@ -161,7 +161,7 @@ def _run_of(store: Store, folder: Path, identity: dict[str, Any], rows: list[Row
 
 
 def _missing(store: Store, run_id: str | None, rows: list[Row]) -> list[Row]:
-    there = shipped(store, run_id) if run_id else {}
+    there = logged_steps(store, run_id) if run_id else {}
     return [row for row in rows if int(row["step"]) not in there]
 
 

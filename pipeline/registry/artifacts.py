@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
-from pipeline.system.host import SOURCE_ROOT, git_facts
+from pipeline.system.host import SOURCE_ROOT, git_info
 from pipeline.tracking.mlflow_store import Store, store_errors
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _set_aside(uri: str) -> None:
 
 
 def _present_code() -> str:
-    facts = git_facts()
+    facts = git_info()
     return f"code of commit {facts['git_commit']}{'' if facts['tree_clean'] == 'true' else ', with changes'}"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import load_params
 from pipeline.registry.artifacts import LISTING_TAG, fetch_version, verify_version
-from pipeline.registry.register import BEFORE, CHAMPION, PASSED, ROLLED_BACK, crown
+from pipeline.registry.register import BEFORE, CHAMPION, PASSED, ROLLED_BACK, set_champion
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import read_json
 from pipeline.tracking.fingerprint import Identity
@@ -77,7 +77,7 @@ def promote(store: Store, name: str, which: str) -> str:
     version = find_version(store, name, which)
     open_version(store, version)
     with _naming_failure(store, name):
-        before = crown(store, name, version)
+        before = set_champion(store, name, version)
     if before == str(version.version):
         return f"{_label(version)} is champion already"
     instead = f", instead of version {before}" if before else ""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
-from pipeline.data.token_files import open_tokens
+from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import EOT, Tokenizer, load_tokenizer
 from pipeline.model.gpt import GPT
+from pipeline.model.weights import WEIGHTS, load_model
 from pipeline.report.figures import curve_figure
 from pipeline.report.model_card import CURVE, Exported, model_card
 from pipeline.report.space_card import space_card
@@ -27,7 +28,6 @@ from pipeline.report.style import save_png
 from pipeline.system.errors import InputError
 from pipeline.system.files import UNFINISHED, fsync, naming_full_disk, write_json, write_manifest, write_text
 from pipeline.system.host import SOURCE_ROOT
-from pipeline.training.checkpoint import WEIGHTS, load_model
 
 PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
 APP_REQUIREMENTS = ("gradio", "numpy", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch", "tqdm")  # in a Space
@@ -162,7 +162,7 @@ def _tokenizer_config(n_positions: int) -> dict[str, Any]:
 
 
 def _describe(artifacts: Path, model: GPT, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> Exported:
-    text, shape = open_tokens(artifacts / "tokens", "train"), model.config
+    text, shape = TokenFolder(artifacts / "tokens").train, model.config
     return Exported(
         n_params=sum(tensor.numel() for tensor in weights.values()),
         n_layer=shape.n_layer,

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.config.params import Section
-from pipeline.data.token_files import data_sha256, open_tokens
+from pipeline.data.token_files import TokenFolder
 from pipeline.registry.artifacts import ensure_version, verify_version
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, locked, read_json, sha256_file, verify_manifest, write_json
@@ -72,17 +72,17 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     run_record, tokens = read_run(project / "models"), project / "data" / "tokens"
     if (project / "reports" / "metrics.json").is_file():  # a model that is not evaluated yet is registered, not judged
         read_metrics(project / "reports", run_record)
-    n_tokens = len(open_tokens(tokens, "train"))
-    if data_sha256(tokens) != run_record["data_sha256"]:
+    text = TokenFolder(tokens)
+    if text.sha256 != run_record["data_sha256"]:
         raise IntegrityError(f"{tokens} is not what the present model was trained on: `dvc repro` brings them together")
     with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root):
         store = open_store(root)
         run = ensure_run(store, project)
-        version = ensure_version(store, project, config.model, run, _version_tags(project, run, n_tokens))
+        version = ensure_version(store, project, config.model, run, _version_tags(project, run, len(text.train)))
         store.client.set_registered_model_alias(config.model, CANDIDATE, version.version)
         verdict = _judge(store, project, config, version, loss_on or model_loss)
         if verdict.promotes:
-            crown(store, config.model, version)
+            set_champion(store, config.model, version)
         if verdict.reason != IS_CHAMPION or PASSED not in version.tags:  # how it became so stays known
             store.client.set_model_version_tag(config.model, version.version, "verdict", verdict.reason)
             store.client.set_model_version_tag(config.model, version.version, PASSED, str(verdict.promotes).lower())
@@ -100,7 +100,7 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     return outcome
 
 
-def crown(store: Store, name: str, version: "ModelVersion") -> str | None:
+def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None:
     """Move the alias champion to `version`; return the number of the one before, noted as what to roll back to."""
     before = store.client.get_registered_model(name).aliases.get(CHAMPION)
     if before is not None and str(before) != str(version.version):
@@ -113,15 +113,15 @@ def crown(store: Store, name: str, version: "ModelVersion") -> str | None:
 
 def model_loss(project: Path, tokens: Path) -> float:
     """Loss of `project`'s model over all of `tokens`, in the windows and the precision that it was trained with."""
-    from pipeline.data.batches import Rows
+    from pipeline.data.batches import Split
     from pipeline.model.evaluate import corpus_loss
+    from pipeline.model.weights import load_model
     from pipeline.system.device import TrainConfig, prepare_machine
-    from pipeline.training.checkpoint import load_model
 
     params = read_run(project / "models")["params"]
     machine = prepare_machine(TrainConfig.model_validate(params["train"]))
     model = load_model(project / "models" / "model").to(machine.device)
-    rows = Rows(open_tokens(tokens, "train"), model.vocabulary, machine.device)
+    rows = Split(TokenFolder(tokens).train, model.vocabulary, machine.device)
     return corpus_loss(model, rows, params["windows"]["seq_len"], machine.autocast())
 
 

@@ -23,6 +23,7 @@ import psutil
 from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import BPE_SHA256
+from pipeline.model.weights import WEIGHTS
 from pipeline.registry.artifacts import temporary_prefix
 from pipeline.registry.catalog import identity_of, open_version
 from pipeline.system.device import prepare_machine
@@ -34,7 +35,6 @@ from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import Identity, differences, identify
 from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.recorder_process import RECORDER_LOCK
-from pipeline.training.checkpoint import WEIGHTS
 from pipeline.training.config import RunConfig
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from pipeline.sweep.study import (
     take_up_again,
     taken_up_again,
 )
-from pipeline.sweep.worker import WORKER, Orders, worker_name
+from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
 from pipeline.system.device import cores
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
@@ -75,7 +75,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
         study.set_user_attr("trials", sweep.trials)
         threads = max(1, cores() // sweep.workers) if config.train.threads == "auto" else config.train.threads
         orders = [
-            Orders(str(root), sweep.model_dump(mode="json"), params.values, question, index, threads, run_id)
+            WorkerConfig(str(root), sweep.model_dump(mode="json"), params.values, question, index, threads, run_id)
             for index in range(sweep.workers)
         ]
         print(f"study {sweep.study}: {sweep.workers} workers of {threads} threads", flush=True)
@@ -152,7 +152,7 @@ def _prepare_tokens() -> None:
         raise InputError("sweep: `dvc repro tokenize` failed, as told above: mend that first")
 
 
-def _work(study: Study, sweep: SweepConfig, orders: list[Orders], stop: StopSignals) -> None:
+def _work(study: Study, sweep: SweepConfig, orders: list[WorkerConfig], stop: StopSignals) -> None:
     """Keep the workers at work until there is none, the time is spent, or a signal comes; stop them then.
 
     A worker that dies leaves its trial to be taken up again, and is replaced.
@@ -187,7 +187,7 @@ def _leave_none_running(study: Study, root: Path) -> None:
             take_up_again(study, trial.number, RETRIES)
 
 
-def _start(orders: Orders) -> "subprocess.Popen[str]":
+def _start(orders: WorkerConfig) -> "subprocess.Popen[str]":
     path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", worker.__name__],

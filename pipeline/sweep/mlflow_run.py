@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.system.host import git_facts
+from pipeline.system.host import git_info
 from pipeline.tracking.mlflow_store import Store
 
 
@@ -18,7 +18,7 @@ def open_study_run(store: Store, run_id: str | None, study: str, settings: dict[
             return run_id
         except MlflowException:
             print(f"MLflow's store {store.uri} has lost the study's run {run_id}: it gets a new one")
-    facts = git_facts()
+    facts = git_info()
     tags = facts | {"study": study, "mlflow.source.name": "pipeline/sweep/controller.py"}
     tags["mlflow.source.git.commit"] = facts["git_commit"]
     run = store.client.create_run(store.experiment_id, tags=tags, run_name=f"sweep {study}")

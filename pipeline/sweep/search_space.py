@@ -96,8 +96,12 @@ class SweepConfig(Section):
     workers: int = Field(ge=1, le=1024, description="processes, among which the cores are divided")
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
-    pruner_tolerance: float = Field(ge=0, description="share by which a trial may be forecast behind the best and still go on")
-    heartbeat_timeout_s: float = Field(ge=2, description="seconds without a sign of life after which another worker takes a trial")
+    pruner_tolerance: float = Field(
+        ge=0, description="share by which a trial may be forecast behind the best and still go on"
+    )
+    heartbeat_timeout_s: float = Field(
+        ge=2, description="seconds without a sign of life after which another worker takes a trial"
+    )
     seed: int = Field(ge=0, lt=2**31, description="of the sampler")
     applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
 

@@ -102,7 +102,9 @@ def find_study(sweep: SweepConfig, root: Path) -> Study:
     try:
         if sweep.storage.startswith("sqlite:///") and path.parent.is_dir() and not path.exists():
             raise KeyError(path)  # opening it would make it
-        return optuna.load_study(study_name=sweep.study, storage=open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
+        return optuna.load_study(
+            study_name=sweep.study, storage=open_storage(sweep.storage, root, sweep.heartbeat_timeout_s)
+        )
     except KeyError:
         raise InputError(f"no study {sweep.study} in {sweep.storage}: `python -m pipeline sweep` begins it") from None
 

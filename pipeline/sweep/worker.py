@@ -1,6 +1,6 @@
 """worker: a process of a sweep, `python -m pipeline.sweep.worker` -> trials, one after the other, while there is work.
 
-Its standard input gives its Orders as JSON. A trial is a training run like any other, in
+Its standard input gives its WorkerConfig as JSON. A trial is a training run like any other, in
 `checkpoints/STUDY/FINGERPRINT/`: what a worker left there is taken up where it was left, in the same MLflow run. Once a
 trial has ended, its checkpoints go; its journal and samples stay.
 """
@@ -19,7 +19,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config.params import Params
-from pipeline.data.text import Text
+from pipeline.data.batches import TrainingData
 from pipeline.sweep.pruner import forecast, forecast_alone
 from pipeline.sweep.search_space import SweepConfig, with_values
 from pipeline.sweep.study import (
@@ -35,23 +35,23 @@ from pipeline.sweep.study import (
     take_up_again,
 )
 from pipeline.system.device import Machine, give_back_memory, prepare_machine
-from pipeline.system.entrypoint import die_with_parent, is_out_of_memory, run_stage
+from pipeline.system.entrypoint import is_out_of_memory, run_stage
 from pipeline.system.errors import Interrupted, PipelineError, Pruned
-from pipeline.system.signals import StopSignals
+from pipeline.system.signals import StopSignals, die_with_parent
 from pipeline.tracking.journal import StepRow, TimeRow
 from pipeline.tracking.mlflow_store import first_line
 from pipeline.tracking.recorder import Recorder
 from pipeline.tracking.recorder_process import RUN_ID
 from pipeline.training.checkpoint import keep_newest
 from pipeline.training.config import RunConfig
-from pipeline.training.run import TrackedRun, open_run
+from pipeline.training.run import TrackedRun, open_run, read_data
 from pipeline.training.target import is_met
 
 RUNGS_PER_PASS = 4
 WORKER = "worker"  # user attribute of a trial: host, project and process that have it
 
 
-class Orders(NamedTuple):
+class WorkerConfig(NamedTuple):
     """What a worker is told."""
 
     root: str  # of the project
@@ -66,7 +66,7 @@ class Orders(NamedTuple):
 class Worker:
     """Trains trials of a study until there is no more work, or a signal comes."""
 
-    def __init__(self, orders: Orders, stop: StopSignals) -> None:
+    def __init__(self, orders: WorkerConfig, stop: StopSignals) -> None:
         self.root, self.stop = Path(orders.root), stop
         self.sweep = SweepConfig.model_validate(orders.sweep)
         train = orders.params["train"] | {"threads": orders.threads}
@@ -74,7 +74,7 @@ class Worker:
         storage = open_storage(self.sweep.storage, self.root, self.sweep.heartbeat_timeout_s)
         self.study = join_study(self.sweep, orders.question, storage, orders.worker)
         self.tags = {"mlflow.parentRunId": orders.parent_run_id, "study": self.sweep.study}
-        self._texts: dict[tuple[bool, int], Text] = {}
+        self._texts: dict[tuple[bool, int], TrainingData] = {}
         self._left: int | None = None  # number of the trial that a signal made it leave
 
     def work(self) -> None:
@@ -82,7 +82,9 @@ class Worker:
             try:
                 self.study.optimize(self._value, n_trials=1, catch=(PipelineError, MemoryError), gc_after_trial=True)
             except UpdateFinishedTrialError:
-                print(f"a trial was given to another worker: this one gave no sign for {self.sweep.heartbeat_timeout_s:g} s")
+                print(
+                    f"a trial was given to another worker: this one gave no sign for {self.sweep.heartbeat_timeout_s:g} s"
+                )
             if self._left is not None:
                 take_up_again(self.study, self._left)
             give_back_memory()
@@ -134,10 +136,10 @@ class Worker:
         announce(trial, f"reached the target for {race.spent:,.6g} {self.sweep.objective}")
         return race.spent
 
-    def _text(self, config: RunConfig, machine: Machine) -> Text:
+    def _text(self, config: RunConfig, machine: Machine) -> TrainingData:
         key = (config.model.fold_vocab, config.model.vocab_size)
         if key not in self._texts:
-            self._texts[key] = Text.read(self.root / "data" / "tokens", self.root / "data" / "bpe", config, machine)
+            self._texts[key] = read_data(config, machine, self.root / "data")
         return self._texts[key]
 
 
@@ -201,7 +203,7 @@ class Race:
         self._best = best_trial(self.trial.study)
 
     def _loss(self) -> float:
-        return float(np.mean([row["loss"] for row in self._rows[-self.run.steps_per_pass :]]))
+        return float(np.mean([row["loss"] for row in self._rows[-self.run.steps_per_epoch :]]))
 
     def _pruned(self, why: str) -> Pruned:
         """The event, with the trial's forecast noted as the constraint that it missed."""
@@ -241,7 +243,7 @@ def announce(trial: Trial, what: str) -> None:
 
 
 def main() -> None:
-    orders = Orders(**json.loads(sys.stdin.readline()))
+    orders = WorkerConfig(**json.loads(sys.stdin.readline()))
     with StopSignals() as stop:
         worker = Worker(orders, stop)
         with naming_dead_storage(worker.sweep):

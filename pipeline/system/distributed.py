@@ -63,7 +63,7 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
-    def gather(self, x: Tensor) -> list[Tensor]:
+    def all_gather(self, x: Tensor) -> list[Tensor]:
         """The tensors, of one shape and on the CPU, that the processes have, by rank."""
         if self.size == 1:
             return [x]

@@ -1,6 +1,5 @@
 """stage: what every stage script and command shares -> one-line errors, exit codes, an end together with the parent."""
 
-import ctypes
 import errno
 import os
 import re
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from pipeline.system.errors import Interrupted, OutOfSpaceError, PeerLost, PipelineError
+from pipeline.system.signals import die_with_dvc
 
 RANK_0_SPEAKS_WITHIN_S = 30
 
@@ -58,20 +58,3 @@ def exit_code_of(main: Callable[[], None]) -> int:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether it is torch's own, of a GPU or of a CPU."""
     return re.search("out of memory|allocate memory", str(error)) is not None
-
-
-def die_with_dvc() -> None:
-    """End with `dvc repro` or torchrun, where that is the parent."""
-    if {"DVC_STAGE", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        die_with_parent()
-
-
-def die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies (Linux; elsewhere nothing happens)."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), signal.SIGTERM)

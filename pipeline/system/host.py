@@ -10,7 +10,7 @@ from typing import Any
 SOURCE_ROOT = Path(__file__).parents[2]  # the folder that holds pipeline/, stages/ and webapp/
 
 
-def git_facts() -> dict[str, str]:
+def git_info() -> dict[str, str]:
     """Commit of the working directory, and whether anything but DVC's own outputs differs from it."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
@@ -18,7 +18,7 @@ def git_facts() -> dict[str, str]:
     return {"git_commit": commit or "unknown", "tree_clean": clean}
 
 
-def machine_facts() -> dict[str, Any]:
+def host_info() -> dict[str, Any]:
     """Python, platform, processor and the installed packages."""
     packages = sorted(f"{package.name}=={package.version}" for package in metadata.distributions())
     return {"python": sys.version, "platform": platform.platform(), "cpu": cpu_name(), "packages": packages}

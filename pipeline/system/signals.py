@@ -1,7 +1,9 @@
 """interrupt: SIGINT, SIGTERM and SIGHUP -> a wish to stop that is looked at between two steps."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType, TracebackType
 
@@ -61,3 +63,20 @@ def mute_closed_terminal() -> None:
 def interrupted(number: int, where: str) -> Interrupted:
     """The event that a signal ends a command with."""
     return Interrupted(f"{signal.Signals(number).name} {where}: run the same command again to go on", number)
+
+
+def die_with_dvc() -> None:
+    """End with `dvc repro` or torchrun, where that is the parent."""
+    if {"DVC_STAGE", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies (Linux; elsewhere nothing happens)."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGTERM)

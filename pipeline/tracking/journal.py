@@ -95,7 +95,7 @@ class Journal:
 
 
 def read_steps(path: Path) -> pd.DataFrame:
-    """Rows of a steps.jsonl or times.jsonl, indexed by step. Raises InputError where it is missing or empty."""
+    """Split of a steps.jsonl or times.jsonl, indexed by step. Raises InputError where it is missing or empty."""
     if not path.is_file() or not (rows := _whole_rows(path)):
         raise InputError(f"{path} holds no steps: run `dvc repro train`")
     return pd.DataFrame(rows).set_index("step", drop=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import fsync, read_json
-from pipeline.system.host import git_facts
+from pipeline.system.host import git_info
 from pipeline.tracking.journal import STEPS, TIMES
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
 from pipeline.tracking.run_record import read_run
@@ -54,7 +54,7 @@ class JournalTail:
         return row | {"tokens_per_s": tokens / row["step_s"]} if row["step_s"] > 0 else row
 
 
-def ship(store: Store, run_id: str, rows: list[Row]) -> None:
+def log_records(store: Store, run_id: str, rows: list[Row]) -> None:
     """Send rows in their order, taking each out of `rows` once the store has it."""
     from mlflow.entities import Metric
 
@@ -70,14 +70,14 @@ def ship(store: Store, run_id: str, rows: list[Row]) -> None:
         del rows[: len(batch)]
 
 
-def shipped(store: Store, run_id: str) -> dict[int, int]:
+def logged_steps(store: Store, run_id: str) -> dict[int, int]:
     """When each step was logged, in Unix milliseconds, of the steps that the store has; batches arrive whole."""
     return {row.step: row.timestamp for row in store.client.get_metric_history(run_id, "loss")}
 
 
 def create_run(store: Store, identity: dict[str, Any], tags: dict[str, str], started_ms: int | None = None) -> str:
     """Create a RUNNING run of the training that `identity` describes; return its id."""
-    facts = git_facts()
+    facts = git_info()
     tags = (
         tags
         | facts
@@ -138,11 +138,11 @@ def ensure_run(store: Store, project: Path) -> "Run":
         raise InputError(f"{project / 'models' / STEPS} holds no steps: run `dvc repro train`")
     last = rows[-1]
     if run_id := run_with(store, identity["fingerprint"], rows):
-        del rows[: len(shipped(store, run_id))]
+        del rows[: len(logged_steps(store, run_id))]
     else:
         run_id = create_run(store, identity, {"rebuilt": "true"}, int(rows[0]["logged_ms"]))
         describe_inputs(store, run_id, identity)
-    ship(store, run_id, rows)
+    log_records(store, run_id, rows)
     if store.client.get_run(run_id).info.status != "FINISHED":
         store.client.set_terminated(run_id, "FINISHED", end_time=int(last["logged_ms"]))
     _attach(store, run_id, project, last)
@@ -163,7 +163,7 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
             "store": store.uri,
             "link": f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
             "git_commit": run.data.tags.get("git_commit", "unknown"),
-            "steps": max(shipped(store, run.info.run_id), default=0),
+            "steps": max(logged_steps(store, run.info.run_id), default=0),
             **{key: run.data.metrics[key] for key in ("loss", "corpus_loss", "tokens") if key in run.data.metrics},
         }
 
@@ -172,7 +172,7 @@ def run_with(store: Store, fingerprint: str, rows: list[Row]) -> str | None:
     """Id of a run that holds a part of just these rows: a training that was repeated has other times."""
     logged = {(int(row["step"]), int(row["logged_ms"])) for row in rows}
     ids = (str(run.info.run_id) for run in runs_of(store, fingerprint))
-    return next((run_id for run_id in ids if shipped(store, run_id).items() <= logged), None)
+    return next((run_id for run_id in ids if logged_steps(store, run_id).items() <= logged), None)
 
 
 def _attach(store: Store, run_id: str, project: Path, last: Row) -> None:

@@ -51,7 +51,7 @@ class Recorder:
         )
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # training comes first, from the first import on
-        write_text(self._run_folder / recorder.OWING, str(self._process.pid))
+        write_text(self._run_folder / recorder.OWNER_PID, str(self._process.pid))
         assert self._process.stdin is not None, "a pipe, as asked for"
         self._process.stdin.write(json.dumps(self._start) + "\n")
         self._process.stdin.flush()

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.system.files import locked, write_text
-from pipeline.system.host import machine_facts
+from pipeline.system.host import host_info
 from pipeline.tracking.mlflow_runs import (
     JournalTail,
     Row,
     create_run,
     describe_inputs,
     identity_tags,
+    log_records,
+    logged_steps,
     runs_of,
-    ship,
-    shipped,
 )
 from pipeline.tracking.mlflow_store import Store, first_line, open_store, store_errors
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RUN_ID = "mlflow_run_id"  # file in the run's folder
 RECORDER_LOCK = "recorder.lock"  # likewise; held while the run's rows are being sent
-OWING = "recorder.pid"  # likewise; the process that has to send them, the last that was started; gone once FINISHED
+OWNER_PID = "recorder.pid"  # likewise; the process that has to send them, the last that was started; gone once FINISHED
 KILLED = {"status": "KILLED", "ended": "killed"}
 
 
@@ -69,7 +69,7 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
 
 def _owes(run_folder: Path) -> bool:
     """Whether this process is the one that has to send the run's rows; the folder may be gone."""
-    path = run_folder / OWING
+    path = run_folder / OWNER_PID
     return path.is_file() and path.read_text(encoding="utf-8") == str(os.getpid())
 
 
@@ -83,8 +83,8 @@ class Link:
         for key, value in {**identity_tags(identity), **tags}.items():
             self.store.client.set_tag(self.run_id, key, value)
         describe_inputs(self.store, self.run_id, identity)
-        self.store.client.log_dict(self.run_id, machine_facts(), "environment.json")
-        self._shipped = len(shipped(self.store, self.run_id))
+        self.store.client.log_dict(self.run_id, host_info(), "environment.json")
+        self._shipped = len(logged_steps(self.store, self.run_id))
         self._rows: list[Row] = []  # read, but not yet in the store
         self._samples: set[str] = set()  # names of those that the store has
         self._monitor = _system_monitor(self.run_id, self.store)
@@ -92,7 +92,7 @@ class Link:
     def send(self, tail: JournalTail) -> None:
         """Send what is new since the last call."""
         self._rows += [row for row in tail.read() if row["step"] > self._shipped]
-        ship(self.store, self.run_id, self._rows)
+        log_records(self.store, self.run_id, self._rows)
         for path in sorted((self.run_folder / "samples").glob("step-*.txt")):
             if path.name not in self._samples:
                 self.store.client.log_artifact(self.run_id, str(path), "samples")
@@ -104,7 +104,7 @@ class Link:
         self.store.client.set_tag(self.run_id, "ended", ended)
         self.store.client.set_terminated(self.run_id, status)
         if status == "FINISHED":
-            (self.run_folder / OWING).unlink()
+            (self.run_folder / OWNER_PID).unlink()
 
     def _recall(self) -> str | None:
         """The run that this folder began with, unless the store has lost or deleted it."""

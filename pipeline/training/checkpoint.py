@@ -1,42 +1,35 @@
-"""checkpoint: a folder of safetensors and JSON under a manifest -> written whole or not at all, newest valid one wins.
+"""The folder of a run: checkpoints that are complete or absent, and the choice of the one to resume from."""
 
-Two kinds. A working checkpoint, `checkpoints/<fingerprint>/step-000123/`, holds all that training needs to go on with
-the same bits. A model folder, `models/model/`, holds what everyone else needs: weights with the standard vocabulary,
-their shape, and the tokenizer.
-"""
-
-import errno
-import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
-from pipeline.data.tokenizer import BPE_SHA256
-from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
-from pipeline.system.errors import IntegrityError, ModelMissing
+from pipeline.model.weights import load_tensors, require_alike, save_tensors
+from pipeline.system.errors import IntegrityError
 from pipeline.system.files import (
-    CURE,
     UNFINISHED,
     atomic_folder,
+    locked,
     read_json,
     sweep_unfinished,
     verify_manifest,
     write_json,
 )
+from pipeline.tracking.fingerprint import Identity, differences
+from pipeline.tracking.journal import STEPS, Journal
+from pipeline.tracking.recorder_process import RECORDER_LOCK, RUN_ID
+from pipeline.training.loop import TrainState
+from pipeline.training.optim import Muon
+from pipeline.training.target import TargetConfig, best_step
 
 STATE = "state.json"
-WEIGHTS = "model.safetensors"
 LOST = "it cannot be gone on from"
 Tensors = dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
 Require = Callable[[Path, Tensors, Any], None]  # raises IntegrityError
@@ -48,7 +41,7 @@ def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, facts: dict[s
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     with atomic_folder(folder, needed) as unfinished:
         for stem, group in tensors.items():
-            _save_file(group, unfinished / f"{stem}.safetensors")
+            save_tensors(group, unfinished / f"{stem}.safetensors")
         write_json(unfinished / STATE, facts)
     return folder
 
@@ -57,7 +50,7 @@ def load_checkpoint(run_folder: Path, step: int) -> tuple[Tensors, dict[str, Any
     """Read back what was saved. Raises IntegrityError, naming the file, unless every byte is as it was written."""
     folder = _folder_of(run_folder, step)
     verify_manifest(folder, LOST)
-    tensors = {path.stem: _load_file(path, LOST) for path in sorted(folder.glob("*.safetensors"))}
+    tensors = {path.stem: load_tensors(path, LOST) for path in sorted(folder.glob("*.safetensors"))}
     return tensors, read_json(folder / STATE)
 
 
@@ -108,93 +101,117 @@ def keep_newest(run_folder: Path, keep: int, also: int | None) -> None:
             shutil.rmtree(doomed)
 
 
-def save_model(folder: Path, model: GPT, bpe: Path) -> None:
-    """Write a model folder: weights expanded to the full vocabulary, config.json and the tokenizer of `bpe`."""
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    weights["wte.weight"] = model.vocabulary.unfold_rows(weights["wte.weight"]).contiguous()
-    shape = {"model": model.config.model_dump(), "trained_length": model.trained_length}
-    needed = sum(tensor.nbytes for tensor in weights.values())
-    with atomic_folder(folder, needed) as unfinished:
-        _save_file(weights, unfinished / WEIGHTS)
-        write_json(unfinished / "config.json", shape)
-        for name in BPE_SHA256:
-            shutil.copyfile(bpe / name, unfinished / name)
-
-
-def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
-    """Load a model folder, in eval mode on the CPU, after checking its every byte.
-
-    `counts`: how often each id occurs in the training text; a model that was trained folded is folded again, exactly,
-    which makes it smaller and faster. Raises ModelMissing or IntegrityError.
-    """
-    if not folder.is_dir():
-        raise ModelMissing(f"{folder} not found: `dvc repro` makes it")
-    verify_manifest(folder)
-    config, trained_length = _read_shape(folder / "config.json")
-    weights = _load_file(folder / WEIGHTS, CURE)
-    with torch.device("meta"):
-        whole = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()
-    require_alike(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in whole.items()}, CURE)
-    if counts is not None and counts[config.vocab_size :].any():
-        raise IntegrityError(f"{folder} has {config.vocab_size} ids, the text has ids beyond them: {CURE}")
-    if config.fold_vocab and counts is not None:
-        vocabulary = Vocabulary.of(counts, config.vocab_size)
-    else:
-        vocabulary = Vocabulary.full(config.vocab_size)
-    weights["wte.weight"] = vocabulary.fold_rows(weights["wte.weight"])
-    model = GPT(config, vocabulary)
-    model.load_state_dict(weights)
-    model.trained_length = trained_length
-    return model.eval()
-
-
-def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], cure: str) -> None:
-    """Raise IntegrityError unless what was `found` in a file are fp32 tensors of these names and shapes."""
-    fault = ""
-    if names := sorted(found.keys() ^ shapes.keys()):
-        fault = f"{'holds' if names[0] in found else 'lacks'} {names[0]}"
-    for name, tensor in found.items():
-        if not fault and (tensor.dtype, tensor.shape) != (torch.float32, shapes[name]):
-            fault = f"holds {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
-    if fault:
-        raise IntegrityError(f"{path} is of another model, it {fault}: {cure}")
-
-
-def _read_shape(path: Path) -> tuple[ModelConfig, int]:
-    """Shape of a model and how many positions were trained."""
-    values = read_json(path)
-    try:
-        config, trained_length = ModelConfig.model_validate(values["model"]), values["trained_length"]
-    except (KeyError, TypeError, ValidationError):
-        raise IntegrityError(f"{path} describes no model: {CURE}") from None
-    if type(trained_length) is not int or not 1 <= trained_length <= config.block_size:
-        raise IntegrityError(f"{path} has trained_length {trained_length!r}, block_size {config.block_size}: {CURE}")
-    return config, trained_length
-
-
-def _load_file(path: Path, cure: str) -> dict[str, Tensor]:
-    """Read safetensors. Raises IntegrityError where they are none, whatever their hash says."""
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} is missing: {cure}") from None
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise IntegrityError(f"{path} holds no tensors ({type(error).__name__}): {cure}") from None
-
-
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors, with a full disk as the OSError that it is."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        if code := next(
-            (code for code in codes if f"os error {code}" in str(error) or f"code: {code}," in str(error)), 0
-        ):
-            raise OSError(code, os.strerror(code), str(path)) from None
-        raise
-
-
 def _folder_of(run_folder: Path, step: int) -> Path:
     return run_folder / f"step-{step:08d}"
+
+
+IDENTITY = "identity.json"
+SLOTS: dict[type[Optimizer], tuple[str, ...]] = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+
+
+def claim_folder(folder: Path, identity: Identity, elastic: bool = False) -> tuple[Identity, list[str]]:
+    """Make the run's folder, or accept it as it is; return who the run is, and what has changed since it began.
+
+    One that another set-up began is moved aside, and kept; an `elastic` run goes on in it with the new set-up.
+    """
+    changed: list[str] = []
+    if (folder / IDENTITY).is_file():
+        before: Identity = read_json(folder / IDENTITY)
+        changed = differences(before["environment"], identity["environment"])
+        if not changed:
+            return before, changed
+        if elastic:
+            identity = {**identity, "inexact": before["inexact"]}
+        else:
+            aside = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
+            with locked(folder / RECORDER_LOCK, wait=True):  # the last attempt may still be sent
+                folder.rename(aside)
+            print(
+                f"starting anew: {', '.join(changed)} (--elastic goes on); the checkpoints so far are kept in {aside}"
+            )
+            changed = []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / IDENTITY, identity)
+    return identity, changed
+
+
+def tell_what_is_new(folder: Path, identity: Identity) -> None:
+    """Say how a run differs from the one begun before it."""
+    others = sorted(set(folder.parent.glob(f"*/{IDENTITY}")) - {folder / IDENTITY}, key=lambda p: p.stat().st_mtime)
+    if others:
+        changed = differences(read_json(others[-1]), identity)
+        print(f"a new run, not the last one's ({others[-1].parent.name}): {', '.join(changed)}")
+
+
+def newest_state(journal: Journal, target: TargetConfig, state: TrainState) -> tuple[Tensors, dict[str, Any]] | None:
+    """Load the newest checkpoint that can take the place of `state`; None where there is none.
+
+    The checkpoint of the best look is needed at the end: where it is lost, go on from before it, and look again. Raises
+    IntegrityError where none is intact, or the journal does not reach up to it.
+    """
+    folder = journal.folder
+
+    def require(checkpoint: Path, tensors: Tensors, facts: Any) -> None:
+        require_state(checkpoint, tensors, facts, state)
+
+    loaded = newest_valid(folder, require=require)
+    best = best_step(journal.steps, target)
+    if loaded and best and best <= loaded[1]["step"] and not is_intact(folder, best):
+        loaded = newest_valid(folder, best - 1, require)
+    if loaded and len(journal.steps) < (step := loaded[1]["step"]):
+        raise IntegrityError(
+            f"{folder / STEPS} has {len(journal.steps)} rows, the checkpoint is of step {step}: "
+            f"`python -m pipeline clean {folder.name}`"
+        )
+    return loaded
+
+
+def require_state(checkpoint: Path, tensors: Tensors, facts: Any, state: TrainState) -> None:
+    """Raise IntegrityError, naming the file, unless what was read of a checkpoint can take the place of `state`.
+
+    Hashes do not tell: whoever can write the files can write their manifest.
+    """
+    weights = state.model.state_dict()
+    slots = {
+        f"{state.names[id(parameter)]}/{slot}": torch.Size() if slot == "step" else parameter.shape
+        for optimizer in state.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for slot in SLOTS[type(optimizer)]
+    }
+    for stem, shapes in (("weights", {name: tensor.shape for name, tensor in weights.items()}), ("optimizer", slots)):
+        require_alike(checkpoint / f"{stem}.safetensors", tensors.get(stem, {}), shapes, LOST)
+    randoms = {"cpu-0": torch.empty(0)} | tensors.get("rng", {})
+    if not all(_is_random_state(tensor) for name, tensor in randoms.items() if name.startswith("cpu-")):
+        raise IntegrityError(f"{checkpoint / 'rng.safetensors'} holds no state of random numbers: {LOST}")
+    kinds = {"step": int, "tokens": int, "loss_scale": float, "good_steps": int}
+    if (
+        not isinstance(facts, dict)
+        or {key: type(value) for key, value in facts.items()} != kinds
+        or f"step-{facts['step']:08d}" != checkpoint.name
+        or not 0 < facts["loss_scale"] < float("inf")
+    ):
+        raise IntegrityError(f"{checkpoint / STATE} is not the state after that step: {LOST}")
+
+
+def _is_random_state(tensor: Tensor) -> bool:
+    """Whether a generator on the CPU takes it."""
+    try:
+        torch.Generator().set_state(tensor)
+    except (RuntimeError, TypeError):
+        return False
+    return tensor.ndim == 1
+
+
+def change_set_up(journal: Journal, step: int, identity: Identity, changed: list[str]) -> None:
+    """Note in `identity` that the run goes on after `step` with another set-up, if it had come so far.
+
+    The steps behind it that were taken already will come out otherwise: MLflow's run keeps them, and a new one begins.
+    """
+    if journal.steps[step:]:
+        journal.cut(step)
+        (journal.folder / RUN_ID).unlink(missing_ok=True)
+    if step:
+        identity["inexact"].append(f"{', '.join(changed)} after step {step}")
+        write_json(journal.folder / IDENTITY, identity)
+        print(f"not exact from here on: {identity['inexact'][-1]}")

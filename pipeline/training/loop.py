@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.fsdp import assign, gathered, like, shard
+from pipeline.model.fsdp import assign, full_tensor, like, shard
 from pipeline.model.gpt import GPT, ModelConfig
 from pipeline.system.device import Machine, TrainConfig
 from pipeline.system.distributed import ALONE, World
@@ -84,7 +84,7 @@ class TrainState:
         }
         groups = {"weights": dict(self.model.state_dict()), "optimizer": slots}
         whole = {
-            stem: {key: gathered(value, keep=self.world.is_main) for key, value in group.items()}
+            stem: {key: full_tensor(value, keep=self.world.is_main) for key, value in group.items()}
             for stem, group in groups.items()
         }
         return {**whole, "rng": self._random_states()}
@@ -119,7 +119,7 @@ class TrainState:
         """The model; where it is sharded, a copy on the CPU of rank 0. All processes must call it together."""
         if not self.sharded:
             return self.model
-        weights = {name: gathered(x, keep=self.world.is_main) for name, x in self.model.state_dict().items()}
+        weights = {name: full_tensor(x, keep=self.world.is_main) for name, x in self.model.state_dict().items()}
         if not self.world.is_main:
             return None
         model = GPT(self.model.config, self.model.vocabulary)
@@ -132,7 +132,9 @@ class TrainState:
         states = {"cpu": torch.get_rng_state()}
         if self.model.wte.weight.is_cuda:
             states["cuda"] = torch.cuda.get_rng_state()
-        return {f"{key}-{rank}": x for key, state in states.items() for rank, x in enumerate(self.world.gather(state))}
+        return {
+            f"{key}-{rank}": x for key, state in states.items() for rank, x in enumerate(self.world.all_gather(state))
+        }
 
     def scale_after(self, finite: bool) -> None:
         """Halve the fp16 loss scale after an overflow, double it after many steps without one."""

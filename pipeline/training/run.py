@@ -15,11 +15,11 @@ import psutil
 import torch
 
 from pipeline.config.params import Params
-from pipeline.data.batches import Rows, steps_of, steps_per_pass
-from pipeline.data.text import Text
+from pipeline.data.batches import Split, TrainingData, steps_of, steps_per_epoch
 from pipeline.model.evaluate import corpus_loss
 from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
+from pipeline.model.weights import save_model
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import joined, world_here
 from pipeline.system.errors import InputError
@@ -29,16 +29,23 @@ from pipeline.tracking.fingerprint import Identity, identify
 from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
 from pipeline.tracking.mlflow_store import project_root
 from pipeline.tracking.recorder import Recorder
-from pipeline.tracking.recorder_process import OWING
-from pipeline.training.checkpoint import Tensors, keep_newest, load_checkpoint, save_checkpoint, save_model
+from pipeline.tracking.recorder_process import OWNER_PID
+from pipeline.training.checkpoint import (
+    Tensors,
+    change_set_up,
+    claim_folder,
+    keep_newest,
+    load_checkpoint,
+    newest_state,
+    save_checkpoint,
+    tell_what_is_new,
+)
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import StepRecord, TrainState, fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits
 from pipeline.training.progress import Progress
-from pipeline.training.results import in_words, results_of
-from pipeline.training.run_folder import change_set_up, claim_folder, newest_state, tell_what_is_new
+from pipeline.training.results import flops_per_token, in_words, results_of, time_report, utilisation
 from pipeline.training.target import best_step, first_met, is_finished, look_is_due, needs_corpus_loss
-from pipeline.training.timing import flops_per_token, time_report, utilisation
 
 AfterStep = Callable[[StepRow, TimeRow], None]
 RESUMES = "resumes"  # a line with the step for each time that the run went on
@@ -59,18 +66,29 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
         )
     with joined(world):
         machine = prepare_machine(config.train, config.flops, world)
-        text = Text.read(data / "tokens", data / "bpe", config, machine)
+        text = read_data(config, machine, data)
         root = project_root()
         with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", models, elastic) as run:
             if run.finished:
                 print(f"the run is finished, at step {run.state.step}: nothing to train")
             elif run.state.step == 0 and world.is_main:
                 tell_what_is_new(run.folder, run.identity)
-            if not run.finished or (run.folder / OWING).is_file():  # MLflow may lack its end
+            if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may lack its end
                 with _shown(run, root, config.origin(params)) as show:
                     if not run.finished:
                         run.follow(stop, show)
             run.write_results(models, data / "bpe", timing)
+
+
+def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
+    """Read what a run learns from `data`. Raises InputError where nothing is held out and the target needs it."""
+    model = config.model
+    text = TrainingData.read(
+        data / "tokens", data / "bpe", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
+    )
+    if text.validation is None and (need := config.target.needs_held_out):
+        raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
+    return text
 
 
 @contextmanager
@@ -86,7 +104,12 @@ def _shown(run: "TrackedRun", root: Path, tags: dict[str, str]) -> Iterator[Afte
 
 @contextmanager
 def open_run(
-    config: RunConfig, machine: Machine, text: Text, home: Path, models: Path | None = None, elastic: bool = False
+    config: RunConfig,
+    machine: Machine,
+    text: TrainingData,
+    home: Path,
+    models: Path | None = None,
+    elastic: bool = False,
 ) -> Iterator["TrackedRun"]:
     """Hold the folder in `home` of the run that these make, and yield the run, as far as it had come.
 
@@ -94,7 +117,7 @@ def open_run(
     disk; RunLocked where another process trains the same run.
     """
     check_fits(config, text.vocabulary, machine)
-    identity = identify(text.data_sha256, config.decisive, machine)
+    identity = identify(text.sha256, config.decisive, machine)
     folder = home / identity["fingerprint"]
     with ExitStack() as stack:
 
@@ -113,13 +136,19 @@ class TrackedRun:
     """A run in its folder: state, journal, and what happens between two steps."""
 
     def __init__(
-        self, config: RunConfig, machine: Machine, text: Text, folder: Path, identity: Identity, changed: list[str]
+        self,
+        config: RunConfig,
+        machine: Machine,
+        text: TrainingData,
+        folder: Path,
+        identity: Identity,
+        changed: list[str],
     ) -> None:
         """Take the run up where it stopped; `changed` is what its set-up has become another in since, for good."""
         self.config, self.machine, self.text, self.folder, self.identity = config, machine, text, folder, identity
         self.world = machine.world
         self.max_steps = config.optim.max_steps(config.windows)
-        self.steps_per_pass = steps_per_pass(text.train.size, config.windows)
+        self.steps_per_epoch = steps_per_epoch(text.train.size, config.windows)
         self.state: TrainState = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
         self.state.model.trained_length = config.windows.seq_len
         self.journal = Journal(folder) if self.world.is_main else None
@@ -199,7 +228,7 @@ class TrackedRun:
         )
         self.rows.append(row)
         target, held_out = self.config.target, self.text.validation
-        if self.finished or look_is_due(self.rows, self.steps_per_pass, held_out is not None, target):
+        if self.finished or look_is_due(self.rows, self.steps_per_epoch, held_out is not None, target):
             self.state.model.eval()
             if held_out is not None:
                 row["validation_loss"] = self._loss_on(held_out)
@@ -207,7 +236,7 @@ class TrackedRun:
                 row["corpus_loss"] = self._loss_on(self.text.train)
         return row
 
-    def _loss_on(self, part: Rows) -> float:
+    def _loss_on(self, part: Split) -> float:
         length, autocast = self.config.windows.seq_len, self.machine.autocast()
         return corpus_loss(self.state.model, part, length, autocast, world=self.world)
 

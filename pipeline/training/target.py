@@ -31,7 +31,11 @@ class TargetConfig(Section):
         """The setting that needs a held-out text, in words; None where none does."""
         if self.rule == "validation":
             return "target.rule is validation"
-        return None if self.early_stopping_patience is None else f"target.early_stopping_patience is {self.early_stopping_patience}"
+        return (
+            None
+            if self.early_stopping_patience is None
+            else f"target.early_stopping_patience is {self.early_stopping_patience}"
+        )
 
 
 def is_met(rows: Sequence[StepRow], rule: str, config: TargetConfig) -> bool:
@@ -76,7 +80,7 @@ def best_step(rows: Sequence[StepRow], config: TargetConfig) -> int | None:
     return min(looks, key=lambda row: (row[key], row["step"]))["step"] if looks else None
 
 
-def look_is_due(rows: Sequence[StepRow], steps_per_pass: int, held_out: bool, config: TargetConfig) -> bool:
+def look_is_due(rows: Sequence[StepRow], steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:
     """Whether to look at the text after the step of the last row, besides after the run's last step.
 
     `held_out`: whether there is a held-out text, which is then looked at after each pass at the latest.
@@ -84,7 +88,7 @@ def look_is_due(rows: Sequence[StepRow], steps_per_pass: int, held_out: bool, co
     step = rows[-1]["step"]
     if config.eval_interval is not None:
         return step % config.eval_interval == 0
-    return (held_out and step % steps_per_pass == 0) or check_is_worth_it(rows, steps_per_pass, config)
+    return (held_out and step % steps_per_epoch == 0) or check_is_worth_it(rows, steps_per_epoch, config)
 
 
 def needs_corpus_loss(rows: Sequence[StepRow], config: TargetConfig) -> bool:
@@ -97,14 +101,14 @@ def needs_corpus_loss(rows: Sequence[StepRow], config: TargetConfig) -> bool:
     return not thrifty or best_step(rows, config) == rows[-1]["step"]
 
 
-def check_is_worth_it(rows: Sequence[StepRow], steps_per_pass: int, config: TargetConfig) -> bool:
+def check_is_worth_it(rows: Sequence[StepRow], steps_per_epoch: int, config: TargetConfig) -> bool:
     """Whether a pass over the text to measure its loss is worth its cost after the step of the last row.
 
     The minibatches' running mean lags behind the corpus loss. So the first look comes when it is below three times the
     target; a look at loss c sets the next one to when the mean has fallen by the factor that c still has to fall,
     or after one pass at the latest.
     """
-    span = min(config.average_steps, steps_per_pass)
+    span = min(config.average_steps, steps_per_epoch)
     if len(rows) < span:
         return False
     mean = _mean(rows[-span:])
@@ -113,7 +117,7 @@ def check_is_worth_it(rows: Sequence[StepRow], steps_per_pass: int, config: Targ
         return mean < 3 * config.loss
     last = looks[-1]
     mean_then = _mean(rows[max(0, last["step"] - span) : last["step"]])
-    due = rows[-1]["step"] - last["step"] >= steps_per_pass
+    due = rows[-1]["step"] - last["step"] >= steps_per_epoch
     return due or mean * last["corpus_loss"] <= mean_then * config.loss
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from pipeline import __main__
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.weights import save_model
 from pipeline.registry import artifacts as versions
 from pipeline.registry.artifacts import LISTING, LISTING_TAG, RESTORED, _write_listing
 from pipeline.registry.catalog import find_version, identity_of, open_version, print_versions, promote, verify
@@ -27,7 +28,6 @@ from pipeline.registry.register import RegistryConfig, register
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import IntegrityError
 from pipeline.system.files import MANIFEST, sha256_file, write_manifest
-from pipeline.training.checkpoint import save_model
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 16, "vocab_size": 50257, "dropout": 0.0}
 
@@ -134,7 +134,7 @@ def test_a_restored_version_is_whole_again_says_whose_code_it_has_and_loses_noth
     add_file(whole / "code" / "pipeline" / "planted.py")
     alter(whole / "MLmodel")
     altered = contents(whole)
-    monkeypatch.setattr(versions, "git_facts", lambda: {"git_commit": "c" * 40, "tree_clean": "false"})
+    monkeypatch.setattr(versions, "git_info", lambda: {"git_commit": "c" * 40, "tree_clean": "false"})
     restored = register_it()
     assert contents(open_version(store, restored).parent) == before
     assert (str(restored.version), restored.tags[RESTORED]) == ("1", f"code of commit {'c' * 40}, with changes")
@@ -146,7 +146,9 @@ def test_a_restored_version_is_whole_again_says_whose_code_it_has_and_loses_noth
 @pytest.mark.fault
 def test_a_version_whose_tags_lead_to_another_ones_files_is_not_restored_over_them(store, name, register_it, tmp_path):
     version = register_it()
-    other = register(root_of(store), trained_project(tmp_path / "other", salt=1), RegistryConfig(model=name, max_target_loss=0.1))
+    other = register(
+        root_of(store), trained_project(tmp_path / "other", salt=1), RegistryConfig(model=name, max_target_loss=0.1)
+    )
     store.client.set_model_version_tag(
         name, "1", "model_id", find_version(store, name, other["version"]).tags["model_id"]
     )

@@ -47,7 +47,9 @@ def add(store, name, tmp_path, cheap_versions):
     def call(project=None, loss_on_foreign=0.0, **settings):
         project = project or trained_project(tmp_path / uuid4().hex[:8], **settings)
         call.projects.append(project)
-        return register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1), lambda *_: loss_on_foreign)
+        return register(
+            root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1), lambda *_: loss_on_foreign
+        )
 
     call.projects = []
     return call

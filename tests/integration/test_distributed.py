@@ -17,7 +17,7 @@ import torch
 from tests.test_tracked_run import change, prepared, run_folder, workspace  # noqa: F401 (fixtures)
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Rows, WindowsConfig, steps_of
+from pipeline.data.batches import Split, WindowsConfig, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
@@ -30,16 +30,15 @@ from pipeline.system.errors import DivergedError, InputError, PeerLost
 from pipeline.system.files import read_json, sha256_file
 from pipeline.tracking.fingerprint import Identity
 from pipeline.tracking.journal import read_steps
-from pipeline.training.checkpoint import checkpoint_steps
+from pipeline.training.checkpoint import IDENTITY, checkpoint_steps, claim_folder
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run_folder import IDENTITY, claim_folder
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 IDS = np.random.default_rng(1).integers(0, 32, 300).astype(np.uint16)  # 32 symbols of 40: eight ids are folded into one
 VOCABULARY = Vocabulary(np.arange(32), 40)
-ROWS = Rows(Tokens("text", [IDS], 40), VOCABULARY, torch.device("cpu"))
+ROWS = Split(Tokens("text", [IDS], 40), VOCABULARY, torch.device("cpu"))
 WINDOWS = WindowsConfig(seq_len=8, micro_batch_size=4, gradient_accumulation_steps=2, order="shuffled")
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
 
@@ -59,7 +58,9 @@ class Loop:
 
     def __init__(self, world, name="adamw", shard=False, dropout=0.0, steps=9):
         params = load_params(ROOT / "params.yaml")
-        self.optim = params.section(OptimConfig).updated(name=name, lr=0.01, warmup=0, max_grad_norm=0.5, weight_decay=0.1)
+        self.optim = params.section(OptimConfig).updated(
+            name=name, lr=0.01, warmup=0, max_grad_norm=0.5, weight_decay=0.1
+        )
         train = params.section(TrainConfig).updated(precision="fp32", device="cpu", threads=1, shard=shard)
         self.machine, self.steps = prepare_machine(train, world=world), steps
         self.state = fresh_state(SHAPE.updated(dropout=dropout), VOCABULARY, self.optim, train, self.machine)

@@ -26,8 +26,8 @@ from pipeline.system.errors import (
 )
 from pipeline.system.files import locked
 from pipeline.system.signals import StopSignals
+from pipeline.training.checkpoint import IDENTITY
 from pipeline.training.config import RUN_SECTIONS, RunConfig
-from pipeline.training.run_folder import IDENTITY
 
 ROOT = Path(__file__).parents[2]
 

@@ -30,6 +30,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import load_generator
 from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.weights import load_model, save_model
 from pipeline.registry import export as exports
 from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, export_hf, export_space, new_folder
 from pipeline.registry.register import RegistryConfig, register
@@ -37,7 +38,6 @@ from pipeline.report.model_card import TINY_SHAKESPEARE
 from pipeline.system.errors import InputError, ModelMissing, OutOfSpaceError
 from pipeline.system.files import read_json, verify_manifest, write_json, write_manifest
 from pipeline.tracking.mlflow_store import Store
-from pipeline.training.checkpoint import load_model, save_model
 from tests.waiting import wait_until
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"

@@ -34,8 +34,8 @@ from pipeline.tracking.mlflow_runs import (
     describe_run,
     ensure_run,
     find_run,
+    logged_steps,
     runs_of,
-    shipped,
 )
 from pipeline.tracking.mlflow_store import Store, project_root, store_uri
 from pipeline.tracking.recorder import Recorder, ending
@@ -178,7 +178,7 @@ def test_after_a_kill_the_same_run_goes_on_with_each_row_once(  # C1, C2
     def found() -> tuple[str, str, int]:
         """Id, status and number of steps of the one run there is."""
         (run,) = runs_of(store, identity["fingerprint"])
-        return run.info.run_id, run.info.status, len(shipped(store, run.info.run_id))
+        return run.info.run_id, run.info.status, len(logged_steps(store, run.info.run_id))
 
     try:
         assert wait_until(lambda: runs_of(store, identity["fingerprint"]) and found()[2] >= 5, PATIENCE_S)
@@ -289,7 +289,7 @@ def ships_once_it_can(store, journal, identity, capfd, root: Path, fail, mend) -
 
     def shipped_steps() -> int:
         runs = runs_of(store, fingerprint)
-        return len(shipped(store, runs[0].info.run_id)) if runs else 0
+        return len(logged_steps(store, runs[0].info.run_id)) if runs else 0
 
     with recorder_of(root, journal.folder, identity, capfd) as told:
         append_steps(journal, 0, 50)

@@ -20,8 +20,8 @@ from fixtures_mlflow import root_of, trained_project
 
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.weights import save_model
 from pipeline.registry.register import RegistryConfig, register
-from pipeline.training.checkpoint import save_model
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["ROMEO:", "Thou – art é"]

@@ -11,7 +11,7 @@ from test_tracked_run import Untracked, prepared, run_folder, train, workspace  
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_runs import runs_of
 from pipeline.tracking.mlflow_store import Store
-from pipeline.tracking.recorder_process import OWING, RUN_ID, record
+from pipeline.tracking.recorder_process import OWNER_PID, RUN_ID, record
 from pipeline.training import run as tracked_run
 
 pytestmark = pytest.mark.fault
@@ -43,7 +43,7 @@ def record_killed(store: Store, folder: Path, identity: dict) -> bool:
 def test_a_run_that_is_finished_is_not_closed_as_killed_by_the_recorder_of_an_earlier_start(store, folder, identity):
     with recording(root_of(store), folder, identity):
         pass
-    assert not (folder / OWING).exists()
+    assert not (folder / OWNER_PID).exists()
     assert record_killed(store, folder, identity)
     (run,) = runs_of(store, identity["fingerprint"])
     assert run.info.status == "FINISHED"
@@ -51,14 +51,14 @@ def test_a_run_that_is_finished_is_not_closed_as_killed_by_the_recorder_of_an_ea
 
 
 def test_the_recorder_of_an_earlier_start_leaves_its_rows_to_that_of_the_last_one(store, folder, identity):
-    (folder / OWING).write_text(str(os.getpid() + 1))
+    (folder / OWNER_PID).write_text(str(os.getpid() + 1))
     assert record_killed(store, folder, identity)
     assert not (folder / RUN_ID).exists()
-    (folder / OWING).write_text(str(os.getpid()))
+    (folder / OWNER_PID).write_text(str(os.getpid()))
     assert record_killed(store, folder, identity)
     (run,) = runs_of(store, identity["fingerprint"])
     assert run.info.status == "KILLED"
-    assert (folder / OWING).exists()  # so that the next start sends the end, even if no step is left
+    assert (folder / OWNER_PID).exists()  # so that the next start sends the end, even if no step is left
     assert_holds_just_the_journal(store, run.info.run_id, folder)
 
 
@@ -80,6 +80,6 @@ def test_the_next_start_of_a_finished_run_sends_the_end_that_mlflow_lacks_and_no
     monkeypatch.setattr(tracked_run, "Recorder", Opened)
     train()
     assert not opened
-    (run_folder() / OWING).write_text("1")  # as a kill of training and recorder after the last save leaves it
+    (run_folder() / OWNER_PID).write_text("1")  # as a kill of training and recorder after the last save leaves it
     train()
     assert len(opened) == 1

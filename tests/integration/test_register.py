@@ -15,6 +15,7 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import load_generator
 from pipeline.model.gpt import GPT, ModelConfig
 from pipeline.model.sampling import Sampling
+from pipeline.model.weights import save_model
 from pipeline.registry.artifacts import fetch_version, verify_version
 from pipeline.registry.register import Registered, RegistryConfig, register
 from pipeline.system.errors import IntegrityError, ModelMissing
@@ -22,7 +23,6 @@ from pipeline.system.files import read_json, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
 from pipeline.tracking.mlflow_runs import find_run
 from pipeline.tracking.mlflow_store import Store
-from pipeline.training.checkpoint import save_model
 
 
 @pytest.fixture

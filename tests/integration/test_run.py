@@ -21,6 +21,7 @@ from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe
 from pipeline.data.encode import write_tokens
 from pipeline.data.token_files import write_shard
+from pipeline.model.weights import load_model
 from pipeline.system.entrypoint import exit_code_of, run_stage  # noqa: F401 (for `start`)
 from pipeline.system.errors import InputError, IntegrityError, RunLocked
 from pipeline.system.files import locked, sha256_file, sha256_json, write_manifest
@@ -30,7 +31,7 @@ from pipeline.tracking.mlflow_store import open_store
 from pipeline.tracking.recorder import ending
 from pipeline.training import checkpoint
 from pipeline.training import run as tracked_run
-from pipeline.training.checkpoint import checkpoint_steps, load_checkpoint, load_model
+from pipeline.training.checkpoint import checkpoint_steps, load_checkpoint
 from pipeline.training.config import RunConfig
 from pipeline.training.run import run_tracked
 from tests.waiting import wait_until
@@ -128,7 +129,7 @@ def end(process):
 
 
 def n_rows():
-    """Rows in the journal of the one run there is, or is to be."""
+    """Split in the journal of the one run there is, or is to be."""
     return sum(path.read_text().count("\n") for path in Path("checkpoints").glob("*/times.jsonl"))
 
 

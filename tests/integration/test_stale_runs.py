@@ -21,7 +21,7 @@ from pipeline.system.errors import Interrupted, RunLocked
 from pipeline.system.files import locked, write_json, write_text
 from pipeline.tracking.journal import STEPS, TIMES, Journal
 from pipeline.tracking.recorder_process import RECORDER_LOCK, RUN_ID
-from pipeline.training.run_folder import IDENTITY
+from pipeline.training.checkpoint import IDENTITY
 
 PARAMS = {  # of a run of 20 steps of 8 tokens
     "target": {"loss": 0.01, "rule": "corpus", "average_steps": 100, "eval_interval": None, "early_stopping_patience": None},

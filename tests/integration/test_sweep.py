@@ -192,7 +192,8 @@ def test_a_study_finds_a_best_tracks_every_trial_and_its_best_is_applied(workspa
         apply_best(config(), Path("params.yaml"))
     # With another space it is another study, which is told before anything is trained.
     change(
-        workspace, **{"optim.max_grad_norm": 1.0, "sweep.space": {"optim": {"lr": {"low": 0.003, "high": 0.007, "log": True}}}}
+        workspace,
+        **{"optim.max_grad_norm": 1.0, "sweep.space": {"optim": {"lr": {"low": 0.003, "high": 0.007, "log": True}}}},
     )
     code, said = run("--trials", 8)
     assert code == 2, said
@@ -267,13 +268,17 @@ def test_a_slow_worker_that_lives_keeps_its_trial_and_a_second_sweep_is_told_of_
 
 
 def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(workspace, store):  # D4
-    space = {"windows": {"micro_batch_size": [4, 1_000_000]}}  # of the second, not one forward pass fits into any memory
+    space = {
+        "windows": {"micro_batch_size": [4, 1_000_000]}
+    }  # of the second, not one forward pass fits into any memory
     change(workspace, **{"sweep.space": space, "optim.max_tokens": 10**8, "optim.warmup": 0})
     code, said = run("--trials", 6, "--pruner", "none")
     assert code == 0, said
     failed = [trial for trial in study().trials if trial.state is TrialState.FAIL]
     assert failed
-    assert all(trial.user_attrs["reason"].startswith("OutOfSpaceError: windows.micro_batch_size 1000000") for trial in failed)
+    assert all(
+        trial.user_attrs["reason"].startswith("OutOfSpaceError: windows.micro_batch_size 1000000") for trial in failed
+    )
     first, *others = [trial for trial in study().trials if trial.state is TrialState.COMPLETE]
     assert first.number == 0
     assert [trial.user_attrs["same_as"] for trial in others] == [0] * len(others) != []  # settings are trained once

@@ -20,7 +20,7 @@ def race_of(study, sweep, rows=()):
     """A trial's race; a pass has 100 tokens, which are four rungs of 25, and a step 10."""
     target = TargetConfig(loss=0.1, rule="corpus", average_steps=100, eval_interval=None, early_stopping_patience=None)
     config = Namespace(model=Namespace(vocab_size=50257), target=target)
-    run = Namespace(text=Namespace(train=Namespace(size=100)), config=config, steps_per_pass=10, rows=list(rows))
+    run = Namespace(text=Namespace(train=Namespace(size=100)), config=config, steps_per_epoch=10, rows=list(rows))
     run.journal = Namespace(times=[{"train_s": 0.5 * row["step"]} for row in rows])
     trial = study.ask()
     return Race(trial, run, sweep), trial, run

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def table(name, below):
-    """Rows of the table in a page that begins with the column `below`, as dicts by column."""
+    """Split of the table in a page that begins with the column `below`, as dicts by column."""
     lines = (ROOT / name).read_text().split(f"\n| {below} |", 1)[1].split("\n\n")[0].splitlines()
     columns, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
     return [dict(zip([below, *columns], row, strict=True)) for row in rows]

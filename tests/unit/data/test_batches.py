@@ -8,24 +8,26 @@ import torch
 
 from pipeline.data.batches import (
     IGNORED,
-    Rows,
+    Split,
     WindowsConfig,
-    gather,
+    make_batch,
     n_windows,
     shuffled,
     steps_of,
-    steps_per_pass,
+    steps_per_epoch,
 )  # fmt: skip
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.system.distributed import ALONE, World
 
 IDS = np.arange(1000, 1043, dtype=np.uint16)  # 43 tokens: 42 targets, four windows of 10 and one of 2
-ROWS = Rows(Tokens("text", [IDS[:17], IDS[17:]], 50257), Vocabulary.full(50257), torch.device("cpu"))
+ROWS = Split(Tokens("text", [IDS[:17], IDS[17:]], 50257), Vocabulary.full(50257), torch.device("cpu"))
 
 
 def config(**changes):
-    return WindowsConfig.model_validate({"seq_len": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 1, "order": "shuffled", **changes})
+    return WindowsConfig.model_validate(
+        {"seq_len": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 1, "order": "shuffled", **changes}
+    )
 
 
 def targets_of(batches):
@@ -45,7 +47,7 @@ def test_each_target_is_the_token_after_its_input():
 
 
 def test_the_last_window_is_padded_and_its_padding_counts_nowhere():
-    batch = gather(ROWS, [40], 10)
+    batch = make_batch(ROWS, [40], 10)
     assert batch.targets.tolist() == [[1041, 1042] + [IGNORED] * 8]
     assert batch.inputs.tolist() == [[1040, 1041] + [1042] * 8]
     assert batch.n_targets == 2
@@ -81,7 +83,7 @@ def test_random_windows_begin_anywhere_and_fit():
 def test_a_step_holds_its_batches_of_windows():
     step = next(steps_of(1, ROWS, config(micro_batch_size=2, gradient_accumulation_steps=3), seed=1))
     assert [tuple(batch.inputs.shape) for batch in step] == [(2, 10)] * 3
-    assert steps_per_pass(43, config(micro_batch_size=2, gradient_accumulation_steps=3)) == 1
+    assert steps_per_epoch(43, config(micro_batch_size=2, gradient_accumulation_steps=3)) == 1
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential", "random"])

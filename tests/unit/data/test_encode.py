@@ -24,7 +24,7 @@ from pipeline.__main__ import tokenize
 from pipeline.data import encode as module
 from pipeline.data.corpus import write_documents
 from pipeline.data.encode import Task, encode_shards, stretches, write_tokens
-from pipeline.data.token_files import data_sha256, open_tokens
+from pipeline.data.token_files import TokenFolder, data_sha256
 from pipeline.system import files
 from pipeline.system.errors import InputError
 from pipeline.system.files import UNFINISHED, sha256_file
@@ -36,7 +36,7 @@ hard_text = st.text("  \n\r\t\u00a0\u3000\x1c'srveLl1.-\u00e9\u6f22\U0001f600\0"
 
 
 def text_of(tokenizer, folder: Path, part: str) -> str:
-    tokens = open_tokens(folder, part)
+    tokens = getattr(TokenFolder(folder), part)
     return tokenizer.decode(tokens.read(0, len(tokens)).tolist())
 
 
@@ -56,7 +56,7 @@ def corpus(tmp_path):
 
 def test_the_whole_corpus_has_its_known_tokens(shakespeare, tokenizer, tmp_path):
     write_tokens(shakespeare, tokenizer, tmp_path / "tokens")
-    tokens = open_tokens(tmp_path / "tokens", "train")
+    tokens = TokenFolder(tmp_path / "tokens").train
     assert len(tokens) == 338_025
     assert np.count_nonzero(tokens.counts()) == 11_706
     assert tokens.read(0, len(tokens)).tolist() == tokenizer.encode(shakespeare.read_text())
@@ -124,7 +124,7 @@ def test_b5_documents_come_back_from_the_tokens(tmp_path_factory, tokenizer, tex
     write_documents(members, folder / "corpus.txt", "texts")
     with patch.object(files, "fsync"):
         write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", shard_bytes=20)
-    tokens = open_tokens(folder / "tokens", "train")
+    tokens = TokenFolder(folder / "tokens").train
     ids = tokens.read(0, len(tokens))
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
     assert [tokenizer.decode(part[part != tokenizer.eot].tolist()) for part in parts] == texts
@@ -165,7 +165,7 @@ def test_the_ids_are_the_same_however_the_text_is_cut_and_by_however_many(
             encode_shards(folder / "corpus.txt", tokenizer, folder / "tokens", 1.0, 0.0, task, shard_bytes, workers)
         with patch.object(module, "_encode_shard", side_effect=AssertionError("a task has left one out")):
             write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", shard_bytes=shard_bytes)
-    tokens = open_tokens(folder / "tokens", "train")
+    tokens = TokenFolder(folder / "tokens").train
     assert tokens.read(0, len(tokens)).tolist() == tokenizer.encode_documents(text.encode()).tolist()
     assert not list(folder.glob(f"{UNFINISHED}*"))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.data import statistics as diagnose
 from pipeline.data.encode import write_tokens
 from pipeline.data.statistics import describe_corpus, irreducible_loss, next_token_entropy
-from pipeline.data.token_files import open_tokens
+from pipeline.data.token_files import TokenFolder
 
 quickly = settings(max_examples=100, deadline=None)
 few_ids = st.lists(st.integers(0, 3), min_size=2, max_size=60).map(lambda ids: np.array(ids, np.int64))
@@ -50,7 +50,7 @@ def test_the_irreducible_loss_is_the_cost_of_guessing_from_the_window_so_far(ids
 
 def test_the_whole_corpus_has_its_known_figures(shakespeare, tokenizer, tmp_path):
     write_tokens(shakespeare, tokenizer, tmp_path / "tokens")
-    train, val = (open_tokens(tmp_path / "tokens", part) for part in ("train", "val"))
+    train, val = (folder := TokenFolder(tmp_path / "tokens")).train, folder.val
     figures = describe_corpus(train, val, tokenizer)
     text = shakespeare.read_text()
     assert figures["characters"] == len(text)
@@ -70,7 +70,7 @@ def test_the_whole_corpus_has_its_known_figures(shakespeare, tokenizer, tmp_path
 def test_statistics_of_a_large_text_are_those_of_its_beginning(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "corpus.txt").write_text("caf\u00e9 \u6f22\n" * 30 + "end")
     write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", val_fraction=0.3)
-    train, val = (open_tokens(tmp_path / "tokens", part) for part in ("train", "val"))
+    train, val = (folder := TokenFolder(tmp_path / "tokens")).train, folder.val
     monkeypatch.setattr(diagnose, "STATISTICS_TOKENS", 20)
     figures = describe_corpus(train, val, tokenizer)
     assert figures["statistics_tokens"] == 20
@@ -83,7 +83,7 @@ def test_statistics_of_a_large_text_are_those_of_its_beginning(tokenizer, tmp_pa
 def test_the_ends_of_documents_are_counted_and_have_no_bytes(tokenizer, tmp_path):
     (tmp_path / "corpus.txt").write_bytes("one\ntwo\0漢<|endoftext|>\0x".encode())
     write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens")
-    train, val = (open_tokens(tmp_path / "tokens", part) for part in ("train", "val"))
+    train, val = (folder := TokenFolder(tmp_path / "tokens")).train, folder.val
     figures = describe_corpus(train, val, tokenizer)
     assert (figures["documents"], figures["lines"]) == (3, 1)
     assert (figures["characters"], figures["bytes"]) == (7 + 14 + 1, 7 + 16 + 1)

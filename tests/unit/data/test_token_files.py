@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import token_files as module
-from pipeline.data.token_files import HEADER, open_tokens, shard_name, write_shard
+from pipeline.data.token_files import HEADER, TokenFolder, shard_name, write_shard
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import MANIFEST, atomic_file, atomic_folder, write_manifest
 
@@ -46,7 +46,7 @@ def test_an_id_outside_of_the_vocabulary_is_never_wrapped_into_it(tmp_path, bad)
 @quickly
 @given(ids=st.lists(st.integers(0, 50256), max_size=30), shard_tokens=st.integers(1, 8), data=st.data())
 def test_any_stretch_reads_alike_across_shards(tmp_path_factory, ids, shard_tokens, data):
-    tokens = open_tokens(written(tmp_path_factory.getbasetemp() / "shards", ids, shard_tokens), "train")
+    tokens = TokenFolder(written(tmp_path_factory.getbasetemp() / "shards", ids, shard_tokens)).train
     assert len(tokens) == len(ids)
     start = data.draw(st.integers(0, len(ids)))
     stop = data.draw(st.integers(start, len(ids)))
@@ -58,7 +58,7 @@ def test_any_stretch_reads_alike_across_shards(tmp_path_factory, ids, shard_toke
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 11), (5, 4)])
 def test_reading_outside_of_the_part_is_an_error(tmp_path, start, stop):
-    tokens = open_tokens(written(tmp_path / "tokens", list(range(10))), "train")
+    tokens = TokenFolder(written(tmp_path / "tokens", list(range(10)))).train
     with pytest.raises(IndexError, match="has 10 tokens"):
         tokens.read(start, stop)
 
@@ -68,7 +68,7 @@ def test_thousands_of_shards_are_read_with_few_open_files(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
     try:
-        tokens = open_tokens(folder, "train")
+        tokens = TokenFolder(folder).train
         assert tokens.read(0, 3000).tolist() == list(range(3000))
         assert [tokens.read(i, i + 1)[0] for i in range(0, 3000, 7)] == list(range(0, 3000, 7))
     finally:
@@ -98,7 +98,7 @@ def test_a_stretch_is_found_without_looking_at_the_other_shards(tmp_path):
 
 @pytest.mark.parametrize("length", [0, 1, 8])
 def test_b3_too_few_tokens_are_told_with_the_number_needed(tmp_path, length):
-    tokens = open_tokens(written(tmp_path / "tokens", [7] * length), "train")
+    tokens = TokenFolder(written(tmp_path / "tokens", [7] * length)).train
     with pytest.raises(InputError, match=f"has {length} tokens, needs 9") as caught:
         tokens.require(9)
     assert caught.value.exit_code == 2
@@ -118,7 +118,7 @@ def test_b4_any_flipped_bit_is_found(tmp_path_factory, bit):
     altered[bit // 8] ^= 1 << bit % 8
     shard.write_bytes(altered)
     with pytest.raises(IntegrityError, match=r"train-00000.bin is altered") as caught:
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
     assert caught.value.exit_code == 3
 
 
@@ -150,10 +150,10 @@ def test_b4_a_wrong_file_is_found_even_where_its_manifest_agrees(tmp_path, chang
     shard = folder / "train-00000.bin"
     shard.write_bytes(change(shard.read_bytes()))
     with pytest.raises(IntegrityError, match=r"train-00000.bin"):
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
     write_manifest(folder)
     with pytest.raises(IntegrityError, match=f"train-00000.bin .*{message}") as caught:
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
     assert caught.value.exit_code == 3
 
 
@@ -183,7 +183,7 @@ def test_b4_any_files_under_a_manifest_that_agrees_are_read_to_their_end_or_refu
         (folder / shard_name("train", index)).write_bytes(shard)
     write_manifest(folder)
     try:
-        tokens = open_tokens(folder, "train")
+        tokens = TokenFolder(folder).train
     except IntegrityError as error:
         assert "train-0000" in str(error)  # noqa: PT017 (either outcome is right)
         assert error.exit_code == 3  # noqa: PT017
@@ -201,11 +201,11 @@ def test_b4_a_missing_file_is_found(tmp_path, missing):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / missing).unlink()
     with pytest.raises(IntegrityError, match=f"{missing} is missing"):
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
     if missing != MANIFEST:
         write_manifest(folder)
         with pytest.raises(IntegrityError, match="lacks a shard of part train"):
-            open_tokens(folder, "train")
+            TokenFolder(folder).train
 
 
 @pytest.mark.fault
@@ -213,7 +213,7 @@ def test_b4_a_surplus_shard_is_found(tmp_path):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / "train-00003.bin").write_bytes((folder / "train-00002.bin").read_bytes())
     with pytest.raises(IntegrityError, match=r"train-00003.bin is not in its manifest") as caught:
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
     assert caught.value.exit_code == 3
 
 
@@ -225,10 +225,10 @@ def test_b4_one_altered_or_shortened_shard_among_many_is_named(tmp_path, index):
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + b"\1")
     with pytest.raises(IntegrityError, match=f"{shard.name} is altered .*dvc repro -f"):
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
     shard.write_bytes(data[:-2])
     with pytest.raises(IntegrityError, match=f"{shard.name} has {len(data) - 2} bytes, expected {len(data)}"):
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
 
 
 @pytest.mark.fault
@@ -238,9 +238,9 @@ def test_b4_shards_of_two_vocabularies_do_not_mix(tmp_path):
     shard.write_bytes(with_header(shard.read_bytes(), vocab_size=60000))
     write_manifest(folder)
     with pytest.raises(IntegrityError, match="has vocab_size 60000"):
-        open_tokens(folder, "train")
+        TokenFolder(folder).train
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(InputError, match="tokens not found: run `dvc repro tokenize`"):
-        open_tokens(tmp_path / "tokens", "train")
+        TokenFolder(tmp_path / "tokens").train

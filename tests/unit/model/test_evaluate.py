@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Rows, WindowsConfig, steps_of
+from pipeline.data.batches import Split, WindowsConfig, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.evaluate import (
@@ -30,7 +30,9 @@ IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))
 
 
 def rows(ids):
-    return Rows(Tokens("text", [ids.numpy().astype(np.uint16)], 32), Vocabulary(np.arange(32), 32), torch.device("cpu"))
+    return Split(
+        Tokens("text", [ids.numpy().astype(np.uint16)], 32), Vocabulary(np.arange(32), 32), torch.device("cpu")
+    )
 
 
 ROWS = rows(IDS)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.model.text_stream import TextStream
+from pipeline.model.generator import TextStream
 
 
 def written(text_stream, chunks):

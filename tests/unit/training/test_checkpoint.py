@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Rows, steps_of
+from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import ModelConfig
+from pipeline.model.weights import load_model, save_model
 from pipeline.system import files
 from pipeline.system.device import Machine
 from pipeline.system.errors import IntegrityError, OutOfSpaceError
@@ -28,14 +29,12 @@ from pipeline.training.checkpoint import (
     is_intact,
     keep_newest,
     load_checkpoint,
-    load_model,
     newest_valid,
+    require_state,
     save_checkpoint,
-    save_model,
 )
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.run_folder import require_state
 
 pytestmark = pytest.mark.fault
 
@@ -223,7 +222,7 @@ def trained(tmp_path_factory):
     """A run's state after two steps, and a folder with both of their checkpoints."""
     run = RunConfig.of(load_params(Path(__file__).parents[3] / "params.yaml"))
     windows, machine = run.windows.updated(seq_len=4, micro_batch_size=2), Machine(torch.device("cpu"), "fp32", 1)
-    text = Rows(Tokens("text", [np.arange(20, dtype=np.uint16) % 5], 50257), VOCABULARY, machine.device)
+    text = Split(Tokens("text", [np.arange(20, dtype=np.uint16) % 5], 50257), VOCABULARY, machine.device)
     state = fresh_state(CONFIG, VOCABULARY, run.optim, run.train, machine)
     folder = tmp_path_factory.mktemp("trained")
     for record in train_steps(state, steps_of(1, text, windows, 1), 2, run.optim, machine):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Rows, WindowsConfig, steps_of
+from pipeline.data.batches import Split, WindowsConfig, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import ModelConfig
@@ -22,7 +22,7 @@ from pipeline.training.optim import OptimConfig
 IDS = np.random.default_rng(1).integers(0, 32, 200).astype(np.uint16)  # 32 symbols
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
 VOCABULARY = Vocabulary(np.arange(32), 32)  # none unused
-ROWS = Rows(Tokens("text", [IDS], 32), VOCABULARY, torch.device("cpu"))
+ROWS = Split(Tokens("text", [IDS], 32), VOCABULARY, torch.device("cpu"))
 
 
 class Loop:
@@ -30,7 +30,9 @@ class Loop:
 
     def __init__(self, steps=20, batch=2, accumulate=1, precision="fp32", dropout=0.0, compile=False, **optim):
         params = load_params()
-        self.windows = WindowsConfig(seq_len=8, micro_batch_size=batch, gradient_accumulation_steps=accumulate, order="shuffled")
+        self.windows = WindowsConfig(
+            seq_len=8, micro_batch_size=batch, gradient_accumulation_steps=accumulate, order="shuffled"
+        )
         self.optim = params.section(OptimConfig).updated(**{"lr": 0.01, "warmup": 0, **optim})
         where = params.section(TrainConfig).updated(precision=precision, device="cpu", compile=compile)
         self.machine, self.steps = prepare_machine(where), steps

@@ -13,14 +13,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Rows, steps_of
+from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.weights import save_model
 from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.training import preflight as memory
-from pipeline.training.checkpoint import save_checkpoint, save_model
+from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits, saved_bytes, step_bytes
@@ -138,7 +139,7 @@ def bytes_in(folder):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_checkpoint_and_a_model_take_as_much_disk_as_is_foretold_and_never_more(tmp_path, bpe, kind):  # A7
     config, *_ = settings(kind=kind)
-    text = Rows(Tokens("text", [np.arange(200, dtype=np.uint16)], 50257), VOCABULARY, MACHINE.device)
+    text = Split(Tokens("text", [np.arange(200, dtype=np.uint16)], 50257), VOCABULARY, MACHINE.device)
     state = fresh_state(config.model, VOCABULARY, config.optim, config.train, MACHINE)
     next(train_steps(state, steps_of(1, text, config.windows, 1), 1, config.optim, MACHINE))
     checkpoint = bytes_in(save_checkpoint(tmp_path, 1, state.tensors(), state.facts()))

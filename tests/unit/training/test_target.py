@@ -64,13 +64,13 @@ def test_a_look_comes_after_one_pass_at_the_latest():
     assert not check_is_worth_it(seen[:-1], 5, TARGET)
 
 
-@pytest.mark.parametrize("steps_per_pass", [1, 3, 100])
-def test_no_look_is_worth_it_before_there_is_a_mean(steps_per_pass):
-    assert not check_is_worth_it([], steps_per_pass, TARGET)
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 100])
+def test_no_look_is_worth_it_before_there_is_a_mean(steps_per_epoch):
+    assert not check_is_worth_it([], steps_per_epoch, TARGET)
 
 
 def looked(*losses):
-    """Rows with a look at the held-out text at every second step."""
+    """Split with a look at the held-out text at every second step."""
     return rows([1] * 2 * len(losses), held_out=[(2 * i, loss) for i, loss in enumerate(losses, start=1)])
 
 

@@ -4,7 +4,7 @@ import torch
 
 from pipeline.model.gpt import ModelConfig
 from pipeline.system.device import Machine
-from pipeline.training.timing import flops_per_token, time_report, utilisation
+from pipeline.training.results import flops_per_token, time_report, utilisation
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, dropout=0.0, fold_vocab=False)
 BF16 = Machine(torch.device("cpu"), "bf16", 1)

@@ -1,0 +1,116 @@
+"""Save and load the weights of a model with its shape and its tokenizer."""
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.data.tokenizer import BPE_SHA256
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.system.errors import IntegrityError, ModelMissing
+from pipeline.system.files import (
+    CURE,
+    atomic_folder,
+    read_json,
+    verify_manifest,
+    write_json,
+)
+
+WEIGHTS = "model.safetensors"
+
+
+def save_model(folder: Path, model: GPT, bpe: Path) -> None:
+    """Write a model folder: weights expanded to the full vocabulary, config.json and the tokenizer of `bpe`."""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights["wte.weight"] = model.vocabulary.unfold_rows(weights["wte.weight"]).contiguous()
+    shape = {"model": model.config.model_dump(), "trained_length": model.trained_length}
+    needed = sum(tensor.nbytes for tensor in weights.values())
+    with atomic_folder(folder, needed) as unfinished:
+        save_tensors(weights, unfinished / WEIGHTS)
+        write_json(unfinished / "config.json", shape)
+        for name in BPE_SHA256:
+            shutil.copyfile(bpe / name, unfinished / name)
+
+
+def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
+    """Load a model folder, in eval mode on the CPU, after checking its every byte.
+
+    `counts`: how often each id occurs in the training text; a model that was trained folded is folded again, exactly,
+    which makes it smaller and faster. Raises ModelMissing or IntegrityError.
+    """
+    if not folder.is_dir():
+        raise ModelMissing(f"{folder} not found: `dvc repro` makes it")
+    verify_manifest(folder)
+    config, trained_length = _read_shape(folder / "config.json")
+    weights = load_tensors(folder / WEIGHTS, CURE)
+    with torch.device("meta"):
+        whole = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()
+    require_alike(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in whole.items()}, CURE)
+    if counts is not None and counts[config.vocab_size :].any():
+        raise IntegrityError(f"{folder} has {config.vocab_size} ids, the text has ids beyond them: {CURE}")
+    if config.fold_vocab and counts is not None:
+        vocabulary = Vocabulary.of(counts, config.vocab_size)
+    else:
+        vocabulary = Vocabulary.full(config.vocab_size)
+    weights["wte.weight"] = vocabulary.fold_rows(weights["wte.weight"])
+    model = GPT(config, vocabulary)
+    model.load_state_dict(weights)
+    model.trained_length = trained_length
+    return model.eval()
+
+
+def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], cure: str) -> None:
+    """Raise IntegrityError unless what was `found` in a file are fp32 tensors of these names and shapes."""
+    fault = ""
+    if names := sorted(found.keys() ^ shapes.keys()):
+        fault = f"{'holds' if names[0] in found else 'lacks'} {names[0]}"
+    for name, tensor in found.items():
+        if not fault and (tensor.dtype, tensor.shape) != (torch.float32, shapes[name]):
+            fault = f"holds {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
+    if fault:
+        raise IntegrityError(f"{path} is of another model, it {fault}: {cure}")
+
+
+def _read_shape(path: Path) -> tuple[ModelConfig, int]:
+    """Shape of a model and how many positions were trained."""
+    values = read_json(path)
+    try:
+        config, trained_length = ModelConfig.model_validate(values["model"]), values["trained_length"]
+    except (KeyError, TypeError, ValidationError):
+        raise IntegrityError(f"{path} describes no model: {CURE}") from None
+    if type(trained_length) is not int or not 1 <= trained_length <= config.block_size:
+        raise IntegrityError(f"{path} has trained_length {trained_length!r}, block_size {config.block_size}: {CURE}")
+    return config, trained_length
+
+
+def load_tensors(path: Path, cure: str) -> dict[str, Tensor]:
+    """Read safetensors. Raises IntegrityError where they are none, whatever their hash says."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is missing: {cure}") from None
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise IntegrityError(f"{path} holds no tensors ({type(error).__name__}): {cure}") from None
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors, with a full disk as the OSError that it is."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if code := next(
+            (code for code in codes if f"os error {code}" in str(error) or f"code: {code}," in str(error)), 0
+        ):
+            raise OSError(code, os.strerror(code), str(path)) from None
+        raise
