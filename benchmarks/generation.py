@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.throughput import N_USED, machine_name, shape_of, synchronise
 from pipeline.config.params import load_params
+from pipeline.config.sections import TrainConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +32,7 @@ from pipeline.model.generator import Generator, Piece
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
-from pipeline.system.device import Machine, TrainConfig, prepare_machine
+from pipeline.system.device import Machine, prepare_machine
 
 PROMPTS = [f"{n} ships came home from the sea" for n in range(10, 26)]  # of equal length, as Hugging Face needs them
 PLACES = 50

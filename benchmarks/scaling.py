@@ -37,12 +37,12 @@ import torch.distributed as dist
 
 from benchmarks.throughput import N_USED, PRESETS, machine_name, shape_of, synchronise
 from pipeline.config.params import load_params
+from pipeline.config.sections import OptimConfig, TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
-from pipeline.system.device import TrainConfig, cores, prepare_machine
+from pipeline.system.device import cores, prepare_machine
 from pipeline.system.distributed import joined, launch, world_here
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.optim import OptimConfig
 from pipeline.training.results import PEAK_FLOPS, flops_per_token
 
 WINDOWS, LENGTH = 16, 256  # of a step, of all processes together

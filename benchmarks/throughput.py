@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
-from pipeline.system.device import Machine, TrainConfig, prepare_machine
+from pipeline.model.gpt import GPT
+from pipeline.system.device import Machine, prepare_machine
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.optim import OptimConfig
 from pipeline.training.results import flops_per_token
 
 N_USED = 11_706  # ids that occur in Tiny Shakespeare

@@ -9,7 +9,8 @@ import yaml
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe, as_set, list_recipes
-from pipeline.data.corpus import CorpusConfig, verify_corpus
+from pipeline.config.sections import CorpusConfig, RegistryConfig, SweepConfig
+from pipeline.data.corpus import verify_corpus
 from pipeline.data.encode import Task, encode_shards
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model.generator import load_generator
@@ -18,9 +19,9 @@ from pipeline.ops.chat import converse, show
 from pipeline.ops.checks import params_faults
 from pipeline.ops.doctor import examine
 from pipeline.registry import catalog
-from pipeline.registry.register import CHAMPION, RegistryConfig
+from pipeline.registry.register import CHAMPION
 from pipeline.registry.reproduce import retrain
-from pipeline.sweep.search_space import SweepConfig, overridden
+from pipeline.sweep.search_space import overridden
 from pipeline.system.entrypoint import run_stage
 from pipeline.system.errors import InputError
 from pipeline.system.files import locked

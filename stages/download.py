@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.config.params import load_params
-from pipeline.data.corpus import CorpusConfig, fetch_corpus
+from pipeline.config.sections import CorpusConfig
+from pipeline.data.corpus import fetch_corpus
 from pipeline.data.tokenizer import fetch_bpe
 from pipeline.system.entrypoint import run_stage
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.config.params import load_params
-from pipeline.model.evaluate import EvaluateConfig, evaluate_model
+from pipeline.config.sections import EvaluateConfig
+from pipeline.model.evaluate import evaluate_model
 from pipeline.system.entrypoint import run_stage
 from pipeline.system.files import write_json
 from pipeline.tracking.run_record import read_run

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.config.params import load_params
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.config.sections import RegistryConfig
+from pipeline.registry.register import register
 from pipeline.system.entrypoint import run_stage
 from pipeline.tracking.mlflow_store import project_root
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.config.params import load_params
-from pipeline.data.corpus import CorpusConfig, verify_corpus
+from pipeline.config.sections import CorpusConfig
+from pipeline.data.corpus import verify_corpus
 from pipeline.data.encode import write_tokens
 from pipeline.data.statistics import describe_corpus
 from pipeline.data.token_files import TokenFolder

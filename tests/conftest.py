@@ -15,7 +15,8 @@ from fixtures_network import _only_this_machine, wheels  # noqa: F401 (fixtures 
 from hypothesis import settings
 
 from pipeline.config.params import load_params
-from pipeline.data.corpus import CorpusConfig, fetch_corpus, verify_corpus
+from pipeline.config.sections import CorpusConfig
+from pipeline.data.corpus import fetch_corpus, verify_corpus
 from pipeline.data.tokenizer import Tokenizer, fetch_bpe, load_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
 

@@ -14,10 +14,11 @@ import httpx
 import pytest
 import torch
 
+from pipeline.config.sections import ModelConfig
 from pipeline.data.token_files import write_shard
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.system.files import write_json, write_manifest
 from webapp.page import serve

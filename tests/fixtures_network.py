@@ -12,7 +12,7 @@ import pytest
 from offline.sitecustomize import refuse
 
 from pipeline.config.params import load_params
-from pipeline.data.corpus import CorpusConfig
+from pipeline.config.sections import CorpusConfig
 from pipeline.data.tokenizer import BPE_SHA256, BPE_SOURCES
 from pipeline.system.files import locked
 

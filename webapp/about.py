@@ -4,7 +4,7 @@ import math
 from html import escape
 from typing import Any, NamedTuple
 
-from pipeline.model.gpt import ModelConfig
+from pipeline.config.sections import ModelConfig
 from webapp.source import Served
 
 MIB = 2**20

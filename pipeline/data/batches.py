@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from pipeline.config.params import Section
+from pipeline.config.sections import WindowsConfig
 from pipeline.data.token_files import TokenFolder, Tokens
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data.vocab import Vocabulary
@@ -26,22 +25,6 @@ from pipeline.system.errors import InputError
 IGNORED = -100  # a target that counts nowhere; cross_entropy's own default
 BLOCK_WINDOWS = 1 << 20  # shuffled together: a permutation of 8 MiB
 BLOCKS = 2**32 - 1  # stands for the blocks' own order where another key is the number of a block
-
-
-class WindowsConfig(Section):
-    """What one optimiser step sees: `gradient_accumulation_steps` batches of `micro_batch_size` windows of `seq_len` tokens."""
-
-    section_name: ClassVar[str] = "windows"
-
-    seq_len: int = Field(ge=2)
-    micro_batch_size: int = Field(ge=1)
-    gradient_accumulation_steps: int = Field(ge=1)
-    order: Literal["shuffled", "sequential", "random"]
-
-    @property
-    def step_tokens(self) -> int:
-        """Targets in a step of whole windows."""
-        return self.seq_len * self.micro_batch_size * self.gradient_accumulation_steps
 
 
 class Batch(NamedTuple):

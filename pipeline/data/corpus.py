@@ -17,13 +17,11 @@ import urllib.request
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Annotated, ClassVar, Self
+from pathlib import Path
 
-from pydantic import AfterValidator, Field, model_validator
 from tqdm import tqdm
 
-from pipeline.config.params import Section
+from pipeline.config.sections import WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import Changes, find_files, read_documents
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
@@ -32,43 +30,7 @@ TIMEOUT_S = 5.0  # without a connection, or without another byte
 PAUSE_S = 1.0  # before the second and last attempt at a download that broke off
 PIP_TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 18
-TEXTS = "texts"  # the folder of the user's own texts
 REFETCH = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f download`"
-WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
-
-
-def _known(source: str) -> str:
-    """Return `source`. Raises ValueError unless it is of one of the three kinds."""
-    local = _is_local(source) and ".." not in PurePosixPath(source).parts
-    if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
-        raise ValueError(
-            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, or wheel:NAME==VERSION/MEMBER+MEMBER"
-        )
-    return source
-
-
-def _is_local(source: str) -> bool:
-    return PurePosixPath(source).parts[:1] == (TEXTS,)
-
-
-Source = Annotated[str, AfterValidator(_known)]
-
-
-class CorpusConfig(Section):
-    """Which text is learnt; `sha256` is that of the source's own bytes, as they are stored, file after file."""
-
-    section_name: ClassVar[str] = "corpus"
-    source: Source
-    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")
-    mirrors: list[Source]
-    fraction: float = Field(gt=0, le=1)  # share of the text, from its start
-    val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
-
-    @model_validator(mode="after")
-    def _own_text_has_no_mirrors(self) -> Self:
-        if _is_local(self.source) and self.mirrors:
-            raise ValueError(f"{self.source} has no mirrors, and they would take its place: set corpus.mirrors to []")
-        return self
 
 
 class _BrokenOffError(IntegrityError):
@@ -82,7 +44,7 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
     """
     sweep_unfinished(path.parent)
     with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
-        if _is_local(source := config.source):
+        if is_local(source := config.source):
             files = {str(file): file for file in find_files(source)}
             check_sha256(files.values(), source, config.sha256)
         else:

@@ -8,14 +8,13 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from pipeline.config.params import Section
+from pipeline.config.sections import EvaluateConfig
 from pipeline.data.batches import IGNORED, Split, make_batch, n_windows
 from pipeline.data.token_files import TokenFolder
 from pipeline.model.gpt import GPT
@@ -26,15 +25,6 @@ from pipeline.system.errors import InputError
 
 BATCH_TOKENS = 8192  # in a forward pass; part of the definition, since it may move the last bit
 RECALL_TOKENS = 32  # of context, and again of continuation
-
-
-class EvaluateConfig(Section):
-    """How verbatim recall is sampled."""
-
-    section_name: ClassVar[str] = "evaluate"
-
-    recall_places: int = Field(ge=1)
-    seed: int = Field(ge=0, lt=2**63)
 
 
 def evaluate_model(

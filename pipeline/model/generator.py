@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from pipeline.config.sections import TrainConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,7 +20,7 @@ from pipeline.model.decoder import Cache, Decoder, Precision
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, draw
 from pipeline.model.weights import load_model
-from pipeline.system.device import TrainConfig, prepare_machine
+from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError
 
 PROMPT_CHARACTERS = 1_000_000  # at most

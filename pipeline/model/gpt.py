@@ -5,47 +5,20 @@ is left of it after folding, see vocab). Source: Radford et al. 2019, and the pu
 """
 
 import math
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config.params import Section
+from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import IGNORED
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.fsdp import assign
 from pipeline.model.loss import cross_entropy_sum
 
 SHORT = 512  # positions; the scores of attention grow with their square
-
-
-class ModelConfig(Section):
-    """The shape of a GPT-2; the fields bear GPT-2's own names."""
-
-    section_name: ClassVar[str] = "model"
-
-    n_layer: int = Field(ge=1, le=1000)
-    n_head: int = Field(ge=1)
-    n_embd: int = Field(ge=1, le=2**16)
-    block_size: int = Field(ge=2, le=2**20)
-    vocab_size: int = Field(ge=50257, le=65536)  # GPT-2's ids, padded at will; an id must fit 16 bits
-    dropout: float = Field(ge=0, lt=1)
-    fold_vocab: bool
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        return self
-
-    @property
-    def n_params(self) -> int:
-        """Parameters of the standard model with its full vocabulary, the tied head counted once."""
-        C, block = self.n_embd, 12 * self.n_embd**2 + 13 * self.n_embd
-        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

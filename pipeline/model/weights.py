@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.config.sections import ModelConfig
 from pipeline.data.tokenizer import BPE_SHA256
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import (
     CURE,

@@ -15,13 +15,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from pipeline.config.params import Params, Section, load_params
-from pipeline.data.corpus import CorpusConfig
+from pipeline.config.sections import CorpusConfig, EvaluateConfig, RegistryConfig, SweepConfig, TrainConfig
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.evaluate import EvaluateConfig
 from pipeline.ops.finding import Finding
-from pipeline.registry.register import RegistryConfig
-from pipeline.sweep.search_space import SweepConfig, check_space
-from pipeline.system.device import Machine, TrainConfig, cores, prepare_machine
+from pipeline.sweep.search_space import check_space
+from pipeline.system.device import Machine, cores, prepare_machine
 from pipeline.system.errors import InputError
 from pipeline.system.host import SOURCE_ROOT, git_info
 from pipeline.training.config import RUN_SECTIONS, RunConfig

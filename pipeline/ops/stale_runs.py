@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from pipeline.data.batches import WindowsConfig
+from pipeline.config.sections import OptimConfig, TargetConfig, WindowsConfig
 from pipeline.ops.finding import Finding
 from pipeline.ops.leftovers import run_holder
 from pipeline.system.errors import PipelineError
@@ -32,8 +32,7 @@ from pipeline.tracking.mlflow_store import Store, all_found, first_line, own_dat
 from pipeline.tracking.recorder_process import KILLED, RECORDER_LOCK, RUN_ID, noted_run
 from pipeline.tracking.run_record import read_run
 from pipeline.training.checkpoint import IDENTITY
-from pipeline.training.optim import OptimConfig
-from pipeline.training.target import TargetConfig, is_finished
+from pipeline.training.target import is_finished
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -6,12 +6,11 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import yaml
-from pydantic import Field
 
-from pipeline.config.params import Section
+from pipeline.config.sections import RegistryConfig, TrainConfig
 from pipeline.data.token_files import TokenFolder
 from pipeline.registry.artifacts import ensure_version, verify_version
 from pipeline.system.errors import IntegrityError, ModelMissing
@@ -32,15 +31,6 @@ ROLLED_BACK = "rolled_back"  # tag of a version that a rollback took the alias f
 PASSED = "passed_gate"  # tag of a version, true or false; the tag `verdict` says why
 SAME_LOSS = 0.01  # share by which two machines may differ on the loss of one model
 LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
-
-
-class RegistryConfig(Section):
-    """Under which name a model is registered, and what may become champion."""
-
-    section_name: ClassVar[str] = "registry"
-
-    model: str = Field(pattern=r"^[\w.-]+$")
-    max_target_loss: float = Field(gt=0)  # largest target loss
 
 
 class Registered(TypedDict):
@@ -116,7 +106,7 @@ def model_loss(project: Path, tokens: Path) -> float:
     from pipeline.data.batches import Split
     from pipeline.model.evaluate import corpus_loss
     from pipeline.model.weights import load_model
-    from pipeline.system.device import TrainConfig, prepare_machine
+    from pipeline.system.device import prepare_machine
 
     params = read_run(project / "models")["params"]
     machine = prepare_machine(TrainConfig.model_validate(params["train"]))

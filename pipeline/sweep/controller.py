@@ -19,11 +19,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.config.params import PARAMS, Params, load_params
 from pipeline.config.recipes import write_values
+from pipeline.config.sections import SweepConfig
 from pipeline.data.token_files import data_sha256
 from pipeline.sweep import worker
 from pipeline.sweep.figures import UNITS, draw_study
 from pipeline.sweep.mlflow_run import close_study_run, open_study_run
-from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, SweepConfig, check_space, values_of, with_values
+from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, check_space, values_of, with_values
 from pipeline.sweep.study import (
     RETRIES,
     absolute_url,

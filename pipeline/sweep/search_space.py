@@ -6,118 +6,16 @@ windows.gradient_accumulation_steps are made.
 """
 
 import json
-import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.config.params import Params, Section, nearest
+from pipeline.config.params import Params, nearest
+from pipeline.config.sections import SweepConfig
 from pipeline.system.errors import InputError
-from pipeline.tracking.mlflow_store import has_password
 from pipeline.training.config import RUN_SECTIONS, RunConfig
 
 STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.micro_batch_size", "windows.gradient_accumulation_steps")
 NOT_SEARCHED = ("target", "checkpoint", "samples")  # what is asked for, and what decides nothing
-
-
-class Range(BaseModel):
-    """Numbers from `low` to `high`, both included; `log`: evenly over their logarithm; `step`: between neighbours."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low {self.low} should be below high {self.high}")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("a logarithmic range takes no step, and begins above 0")
-        return self
-
-    @property
-    def ends(self) -> list[Any]:
-        return [self.low, self.high]
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is one of whole numbers."""
-        return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
-
-
-def _as_axis(given: Any) -> Any:
-    """A range or a list of choices, with the faults of what is neither in words."""
-    if isinstance(given, dict):
-        try:
-            return Range.model_validate(given)
-        except ValidationError as error:
-            faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
-            words = (" ".join([*map(str, where), what[0].lower() + what[1:]]) for where, what in faults)
-            raise ValueError(", ".join(words)) from None
-    if not isinstance(given, list) or not given:
-        raise ValueError("should be {low: ..., high: ...} or a list of choices")
-    choices = [float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", str(value)) else value for value in given]
-    if twice := [value for i, value in enumerate(choices) if value in choices[:i]]:
-        raise ValueError(f"has {twice[0]} twice")
-    return choices  # YAML's own floats need a point: 1e-2 alone is a word to it
-
-
-def _no_fingerprint(name: str) -> str:
-    """Return a study's name, which is that of its folder, beside those of runs."""
-    if re.fullmatch("[0-9a-f]{16}", name):
-        raise ValueError("a run's fingerprint looks like this: choose another name")
-    return name
-
-
-Axis = Annotated[Range | list[Any], BeforeValidator(_as_axis)]
-
-
-class SweepConfig(Section):
-    """A study: what is searched, for what, how long, and by how many."""
-
-    section_name: ClassVar[str] = "sweep"
-
-    study: Annotated[str, AfterValidator(_no_fingerprint)] = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name; another one begins another study"
-    )
-    storage: str = Field(pattern=r"^(sqlite|postgresql)", description="SQLAlchemy URL of the study's database")
-    objective: Literal["tokens", "steps", "train_s"] = Field(description="tokens, steps or train_s to the target")
-    space: dict[str, dict[str, Axis]] = Field(
-        min_length=1, description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole"
-    )
-    micro_batch_tokens: int = Field(ge=1, description="most tokens in a forward pass of windows.step_tokens")
-    trials: int = Field(ge=1, description="how many settings to try, those of earlier calls included")
-    budget_s: float | None = Field(gt=0, description="seconds after which this call ends; null: no limit")
-    patience: int | None = Field(ge=1, description="trials without a better one after which it ends; null: no limit")
-    workers: int = Field(ge=1, le=1024, description="processes, among which the cores are divided")
-    sampler: Literal["tpe", "random"] = Field(description="tpe or random")
-    pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
-    pruner_tolerance: float = Field(
-        ge=0, description="share by which a trial may be forecast behind the best and still go on"
-    )
-    heartbeat_timeout_s: float = Field(
-        ge=2, description="seconds without a sign of life after which another worker takes a trial"
-    )
-    seed: int = Field(ge=0, lt=2**31, description="of the sampler")
-    applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
-
-    @model_validator(mode="after")
-    def _keeps_no_secret(self) -> Self:
-        if has_password(self.storage):
-            raise ValueError(
-                "storage holds a password, which git and every run would keep: leave it out, "
-                "PostgreSQL's clients read it from ~/.pgpass or PGPASSWORD"
-            )
-        return self
-
-    @property
-    def axes(self) -> dict[str, Range | list[Any]]:
-        """What is searched, by dotted key."""
-        return {f"{section}.{key}": axis for section, keys in self.space.items() for key, axis in keys.items()}
 
 
 def overridden(params: Params, given: dict[str, Any]) -> Params:

@@ -25,8 +25,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline.config.sections import Range, SweepConfig
 from pipeline.sweep.pruner import Curve, forecast
-from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, Range, SweepConfig, as_choice, from_choice, rounded
+from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from_choice, rounded
 from pipeline.system.errors import InputError
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import differences

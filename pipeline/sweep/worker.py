@@ -19,9 +19,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config.params import Params
+from pipeline.config.sections import SweepConfig
 from pipeline.data.batches import TrainingData
 from pipeline.sweep.pruner import forecast, forecast_alone
-from pipeline.sweep.search_space import SweepConfig, with_values
+from pipeline.sweep.search_space import with_values
 from pipeline.sweep.study import (
     COST_OF_TOKEN,
     best_trial,

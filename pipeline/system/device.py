@@ -8,35 +8,18 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch.utils._triton import has_triton
 
-from pipeline.config.params import Section
+from pipeline.config.sections import TrainConfig
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
 # A run of so many FLOPs gains more by torch.compile than that costs: an estimate, not measured. On a CPU it gains
 # nothing (benchmarks/LOG.md).
 COMPILE_FLOPS = {"cuda": 3e16}
-
-
-class TrainConfig(Section):
-    """Where and in what numbers to train."""
-
-    section_name: ClassVar[str] = "train"
-
-    seed: int = Field(ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(union_mode="left_to_right")
-    deterministic: bool
-    compile: Literal["auto"] | bool
-    gradient_checkpointing: bool
-    shard: bool  # FSDP2: each process holds a part of weights, gradients and optimiser state
-    processes: int = Field(ge=1, le=1024, strict=True)  # on this machine
 
 
 class Machine(NamedTuple):

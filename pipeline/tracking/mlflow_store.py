@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import quote
 
+from pipeline.config.sections import has_password
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import locked
 
@@ -55,12 +56,6 @@ def store_uri(root: Path) -> str:
         )
     path = uri.removeprefix("sqlite:///")
     return f"sqlite:///{root / path}" if uri.startswith("sqlite:///") else uri
-
-
-def has_password(url: str) -> bool:
-    """Whether the URL of a database or a server holds a password, before the host or among the options."""
-    parts = urlsplit(url)
-    return parts.password is not None or "password" in parse_qs(parts.query)
 
 
 def connect(uri: str) -> "MlflowClient":

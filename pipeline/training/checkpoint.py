@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from pipeline.config.sections import TargetConfig
 from pipeline.model.weights import load_tensors, require_alike, save_tensors
 from pipeline.system.errors import IntegrityError
 from pipeline.system.files import (
@@ -27,7 +28,7 @@ from pipeline.tracking.journal import STEPS, Journal
 from pipeline.tracking.recorder_process import RECORDER_LOCK, RUN_ID
 from pipeline.training.loop import TrainState
 from pipeline.training.optim import Muon
-from pipeline.training.target import TargetConfig, best_step
+from pipeline.training.target import best_step
 
 STATE = "state.json"
 LOST = "it cannot be gone on from"

@@ -1,38 +1,19 @@
 """run_config: params.yaml -> all that a training run reads of it, checked together."""
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from pydantic import Field
 
 from pipeline.config.params import Params, Section
-from pipeline.data.batches import WindowsConfig
-from pipeline.model.gpt import ModelConfig
-from pipeline.system.device import TrainConfig
+from pipeline.config.sections import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplesConfig,
+    TargetConfig,
+    TrainConfig,
+    WindowsConfig,
+)
 from pipeline.system.errors import InputError
 from pipeline.system.files import sha256_json
-from pipeline.training.optim import OptimConfig
-from pipeline.training.target import TargetConfig
-
-
-class CheckpointConfig(Section):
-    """When to save a checkpoint; decides no number, so that it is no part of the fingerprint."""
-
-    section_name: ClassVar[str] = "checkpoint"
-
-    interval_steps: int = Field(ge=0)  # 0: by time alone
-    interval_s: float = Field(gt=0)
-
-
-class SamplesConfig(Section):
-    """What the model writes during training, and how often; no part of the fingerprint either."""
-
-    section_name: ClassVar[str] = "samples"
-
-    interval_steps: int = Field(ge=0)  # 0: only at the end
-    max_tokens: int = Field(ge=1, le=10_000)
-    prompts: list[str]
-
 
 RUN_SECTIONS: tuple[type[Section], ...] = (
     ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, CheckpointConfig,

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.fsdp import assign, full_tensor, like, shard
-from pipeline.model.gpt import GPT, ModelConfig
-from pipeline.system.device import Machine, TrainConfig
+from pipeline.model.gpt import GPT
+from pipeline.system.device import Machine
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import DivergedError
-from pipeline.training.optim import OptimConfig, build_optimizers, finish_gradients, lr_factor, set_lr
+from pipeline.training.optim import build_optimizers, finish_gradients, lr_factor, set_lr
 
 
 class StepRecord(NamedTuple):

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from pipeline.config.params import Section
-from pipeline.data.batches import WindowsConfig
+from pipeline.config.sections import OptimConfig, steps_in
 from pipeline.model.fsdp import is_shard, last_row, local
 from pipeline.model.gpt import GPT
 from pipeline.system.distributed import ALONE, World
@@ -21,71 +19,6 @@ Polynomials = Sequence[tuple[float, float, float]]
 # [0.001, 1], with their margin of 1% for what bf16 rounds up. From 0.005 on they end between 0.18 and 1.9; lifting the
 # small ones pays more than bringing the large ones closer to 1 (benchmarks/LOG.md).
 POLYNOMIALS: Polynomials = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8233, 0.5250))
-
-
-class OptimConfig(Section):
-    """The optimiser and its schedule; `warmup` and `decay` are steps where they are integers, else shares."""
-
-    section_name: ClassVar[str] = "optim"
-
-    name: Literal["muon", "adamw"]
-    lr: float = Field(gt=0)
-    muon_lr: float = Field(gt=0)
-    momentum: float = Field(ge=0, lt=1)
-    betas: tuple[float, float]
-    eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    max_grad_norm: float | None = Field(gt=0)
-    max_tokens: int = Field(ge=1, le=10**15)
-    schedule: Literal["constant", "linear", "cosine", "onecycle", "wsd"]
-    warmup: int | float = Field(ge=0)
-    decay: int | float = Field(ge=0)
-    initial_lr: float = Field(ge=0, le=1)
-    min_lr_ratio: float = Field(ge=0, le=1)
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("each beta should be at least 0 and below 1")
-        return betas
-
-    @field_validator("warmup", "decay")
-    @classmethod
-    def _steps_or_share(cls, value: int | float) -> int | float:
-        if isinstance(value, float) and value >= 1:
-            raise ValueError("should be a whole number of steps or a share below 1")
-        return value
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        shares = [value for value in (self.warmup, self._decay) if isinstance(value, float)]
-        if sum(shares) > 1:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are longer than the run")
-        return self
-
-    @property
-    def _decay(self) -> int | float:
-        return self.decay if self.schedule == "wsd" else 0
-
-    def max_steps(self, windows: WindowsConfig) -> int:
-        """Steps that it takes to see `max_tokens`, rounded up."""
-        return math.ceil(self.max_tokens / windows.step_tokens)
-
-    def check_length(self, windows: WindowsConfig) -> list[str]:
-        """Name the contradiction, if there is one, between the run's length and its phases."""
-        total = self.max_steps(windows)
-        if windows.step_tokens > self.max_tokens:
-            return [f"optim.max_tokens {self.max_tokens} is less than one step of {windows.step_tokens} tokens"]
-        phases = steps_in(self.warmup, total) + steps_in(self._decay, total)
-        if phases <= total:
-            return []
-        return [f"optim: warmup {self.warmup} and decay {self._decay} take {phases} steps, the run has {total}"]
-
-
-def steps_in(length: int | float, total: int) -> int:
-    """Steps behind a length that is given in steps or as a share of `total`."""
-    return length if isinstance(length, int) else round(length * total)
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:

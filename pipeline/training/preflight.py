@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from pipeline.data.batches import WindowsConfig
+from pipeline.config.sections import OptimConfig, WindowsConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.evaluate import BATCH_TOKENS
 from pipeline.model.gpt import GPT
@@ -17,7 +17,6 @@ from pipeline.model.loss import CHUNK_LOGITS
 from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.training.config import RunConfig
-from pipeline.training.optim import OptimConfig
 
 CHECKPOINTS = 4  # at once: the newest two, that of the best look, and the one that is being written
 ENTRY_BYTES = 256  # of a tensor's name and shape in the header of its file, at most

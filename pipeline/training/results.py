@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.model.gpt import ModelConfig
+from pipeline.config.sections import ModelConfig, TargetConfig
 from pipeline.system.device import Machine
 from pipeline.tracking.journal import StepRow, TimeRow
-from pipeline.training.target import RULES, TargetConfig, best_step, first_met, is_out_of_patience
+from pipeline.training.target import RULES, best_step, first_met, is_out_of_patience
 
 
 def results_of(rows: list[StepRow], target: TargetConfig, train_tokens: int) -> dict[str, Any]:

@@ -6,36 +6,14 @@ the whole training text. validation: one pass over the held-out text. A run that
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from pipeline.config.params import Section
+from pipeline.config.sections import TargetConfig
 from pipeline.tracking.journal import StepRow
 
 RULES = ("batch", "average", "corpus", "validation")
-
-
-class TargetConfig(Section):
-    section_name: ClassVar[str] = "target"
-
-    loss: float = Field(gt=0)
-    rule: Literal["batch", "average", "corpus", "validation"]
-    average_steps: int = Field(ge=1)
-    eval_interval: int | None = Field(ge=1)
-    early_stopping_patience: int | None = Field(ge=1)
-
-    @property
-    def needs_held_out(self) -> str | None:
-        """The setting that needs a held-out text, in words; None where none does."""
-        if self.rule == "validation":
-            return "target.rule is validation"
-        return (
-            None
-            if self.early_stopping_patience is None
-            else f"target.early_stopping_patience is {self.early_stopping_patience}"
-        )
 
 
 def is_met(rows: Sequence[StepRow], rule: str, config: TargetConfig) -> bool:

@@ -17,7 +17,8 @@ from fixtures_network import NOBODY, ROOT
 from offline.sitecustomize import ForeignHostError, is_here
 
 from pipeline.config.params import load_params
-from pipeline.data.corpus import CorpusConfig, fetch
+from pipeline.config.sections import CorpusConfig
+from pipeline.data.corpus import fetch
 from pipeline.data.tokenizer import BPE_SHA256, BPE_SOURCES
 
 pytestmark = pytest.mark.security

@@ -21,10 +21,10 @@ from fixtures_mlflow import root_of, trained_project
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.sections import ModelConfig, RegistryConfig
 from pipeline.data.corpus_index import CorpusIndex
-from pipeline.model.gpt import ModelConfig
 from pipeline.registry.artifacts import fetch_version
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from tests.waiting import wait_until
 from webapp import next_token, registry_source

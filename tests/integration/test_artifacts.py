@@ -18,13 +18,14 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import save_file
 
 from pipeline import __main__
+from pipeline.config.sections import ModelConfig, RegistryConfig
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.registry import artifacts as versions
 from pipeline.registry.artifacts import LISTING, LISTING_TAG, RESTORED, _write_listing
 from pipeline.registry.catalog import find_version, identity_of, open_version, print_versions, promote, verify
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import IntegrityError
 from pipeline.system.files import MANIFEST, sha256_file, write_manifest

@@ -14,6 +14,7 @@ from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F
 from mlflow.exceptions import MlflowException
 
 from pipeline import __main__
+from pipeline.config.sections import RegistryConfig
 from pipeline.registry import catalog
 from pipeline.registry.artifacts import fetch_version
 from pipeline.registry.catalog import (
@@ -28,7 +29,7 @@ from pipeline.registry.catalog import (
     thinned,
     verify_versions,
 )
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import sha256_file, write_manifest

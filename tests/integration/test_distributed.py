@@ -17,13 +17,13 @@ import torch
 from tests.test_tracked_run import change, prepared, run_folder, workspace  # noqa: F401 (fixtures)
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Split, WindowsConfig, steps_of
+from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig, WindowsConfig
+from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
 from pipeline.model.evaluate import corpus_loss
-from pipeline.model.gpt import ModelConfig
-from pipeline.system.device import TrainConfig, prepare_machine
+from pipeline.system.device import prepare_machine
 from pipeline.system.distributed import ALONE, joined, launch, world_here
 from pipeline.system.entrypoint import RANK_0_SPEAKS_WITHIN_S, exit_code_of
 from pipeline.system.errors import DivergedError, InputError, PeerLost
@@ -32,7 +32,6 @@ from pipeline.tracking.fingerprint import Identity
 from pipeline.tracking.journal import read_steps
 from pipeline.training.checkpoint import IDENTITY, checkpoint_steps, claim_folder
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.optim import OptimConfig
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,12 @@ import pytest
 from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F401 (a fixture)
 
 from pipeline import __main__
+from pipeline.config.sections import RegistryConfig
 from pipeline.ops import doctor
 from pipeline.ops.doctor import NotWell, examine, examine_store, examine_versions
 from pipeline.ops.finding import Finding
 from pipeline.registry.artifacts import fetch_version
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError, RunLocked
 from pipeline.tracking.mlflow_store import store_uri

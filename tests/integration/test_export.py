@@ -25,15 +25,16 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from pipeline import __main__ as command_line
+from pipeline.config.sections import ModelConfig, RegistryConfig
 from pipeline.data.token_files import write_shard
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import load_generator
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model, save_model
 from pipeline.registry import export as exports
 from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, export_hf, export_space, new_folder
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 from pipeline.report.model_card import TINY_SHAKESPEARE
 from pipeline.system.errors import InputError, ModelMissing, OutOfSpaceError
 from pipeline.system.files import read_json, verify_manifest, write_json, write_manifest

@@ -18,10 +18,11 @@ import pytest
 import torch
 from fixtures_mlflow import root_of, trained_project
 
+from pipeline.config.sections import ModelConfig, RegistryConfig
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["ROMEO:", "Thou – art é"]

@@ -11,13 +11,14 @@ import torch
 import yaml
 from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F401 (a fixture)
 
+from pipeline.config.sections import ModelConfig, RegistryConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import load_generator
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
 from pipeline.registry.artifacts import fetch_version, verify_version
-from pipeline.registry.register import Registered, RegistryConfig, register
+from pipeline.registry.register import Registered, register
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import read_json, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT

@@ -18,13 +18,14 @@ from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe
+from pipeline.config.sections import RegistryConfig
 from pipeline.data.encode import write_tokens
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.registry import reproduce as retraining
 from pipeline.registry.artifacts import _write_listing
 from pipeline.registry.catalog import find_version, identity_of
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 from pipeline.registry.reproduce import retrain
 from pipeline.system.device import cores, prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, Interrupted, ModelMissing

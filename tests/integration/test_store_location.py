@@ -9,10 +9,11 @@ from uuid import uuid4
 import pytest
 from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F401 (a fixture)
 
+from pipeline.config.sections import RegistryConfig
 from pipeline.ops import store_location as relocation
 from pipeline.ops.store_location import examine_database, relocate
 from pipeline.registry.catalog import find_version, identity_of, open_registry, verify
-from pipeline.registry.register import RegistryConfig, register
+from pipeline.registry.register import register
 from pipeline.system.errors import InputError, RunLocked
 from pipeline.system.files import locked
 from pipeline.tracking.mlflow_store import ARTIFACTS, made_in, open_store, own_database

@@ -16,8 +16,9 @@ from optuna.storages import InMemoryStorage, fail_stale_trials
 from optuna.trial import TrialState, create_trial
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import SweepConfig
 from pipeline.sweep import study as studies
-from pipeline.sweep.search_space import SweepConfig, overridden
+from pipeline.sweep.search_space import overridden
 from pipeline.sweep.study import (
     ask_for,
     best_trial,

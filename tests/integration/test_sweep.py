@@ -18,9 +18,10 @@ from optuna.trial import TrialState
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe
+from pipeline.config.sections import SweepConfig
 from pipeline.data.encode import write_tokens
 from pipeline.sweep.controller import apply_best, print_best, print_status
-from pipeline.sweep.search_space import SweepConfig, overridden
+from pipeline.sweep.search_space import overridden
 from pipeline.sweep.study import find_study
 from pipeline.sweep.worker import WORKER
 from pipeline.system.errors import InputError, TargetNotReached

@@ -8,10 +8,10 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from test_study import add, question, sweep_config
 
+from pipeline.config.sections import TargetConfig
 from pipeline.sweep.study import curve_of, ended_with, join_study
 from pipeline.sweep.worker import Race, repeat
 from pipeline.system.errors import Pruned
-from pipeline.training.target import TargetConfig
 
 BEST = {0: 10.0, 400: 3.0, 800: 0.1}  # tokens and losses of a run that reached the target at 800
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.data.batches import WindowsConfig
+from pipeline.config.sections import WindowsConfig
 
 ROOT = Path(__file__).parents[2]
 

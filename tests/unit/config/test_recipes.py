@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe, as_set, find_recipe, list_recipes
-from pipeline.data.corpus import CorpusConfig
+from pipeline.config.sections import CorpusConfig, SweepConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
-from pipeline.sweep.search_space import SweepConfig, check_space
+from pipeline.sweep.search_space import check_space
 from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
 from pipeline.training.optim import lr_factor

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.batches import (
+from pipeline.config.sections import WindowsConfig
+from pipeline.data.batches import (  # fmt: skip
     IGNORED,
     Split,
-    WindowsConfig,
     make_batch,
     n_windows,
     shuffled,
     steps_of,
     steps_per_epoch,
-)  # fmt: skip
+)
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.system.distributed import ALONE, World

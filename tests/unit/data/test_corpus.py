@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.config.sections import CorpusConfig
 from pipeline.data import corpus, documents
-from pipeline.data.corpus import CorpusConfig, fetch, fetch_corpus, verify_corpus, write_documents
+from pipeline.data.corpus import fetch, fetch_corpus, verify_corpus, write_documents
 from pipeline.system.errors import InputError, IntegrityError
 
 ROOT = Path(__file__).parents[3]

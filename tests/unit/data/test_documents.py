@@ -19,8 +19,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.sections import CorpusConfig
 from pipeline.data import documents
-from pipeline.data.corpus import CorpusConfig, fetch_corpus
+from pipeline.data.corpus import fetch_corpus
 from pipeline.data.documents import Changes, find_files, read_documents, zstd
 from pipeline.system.errors import InputError, IntegrityError
 

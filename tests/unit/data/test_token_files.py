@@ -118,7 +118,7 @@ def test_b4_any_flipped_bit_is_found(tmp_path_factory, bit):
     altered[bit // 8] ^= 1 << bit % 8
     shard.write_bytes(altered)
     with pytest.raises(IntegrityError, match=r"train-00000.bin is altered") as caught:
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
     assert caught.value.exit_code == 3
 
 
@@ -150,10 +150,10 @@ def test_b4_a_wrong_file_is_found_even_where_its_manifest_agrees(tmp_path, chang
     shard = folder / "train-00000.bin"
     shard.write_bytes(change(shard.read_bytes()))
     with pytest.raises(IntegrityError, match=r"train-00000.bin"):
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
     write_manifest(folder)
     with pytest.raises(IntegrityError, match=f"train-00000.bin .*{message}") as caught:
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
     assert caught.value.exit_code == 3
 
 
@@ -201,11 +201,11 @@ def test_b4_a_missing_file_is_found(tmp_path, missing):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / missing).unlink()
     with pytest.raises(IntegrityError, match=f"{missing} is missing"):
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
     if missing != MANIFEST:
         write_manifest(folder)
         with pytest.raises(IntegrityError, match="lacks a shard of part train"):
-            TokenFolder(folder).train
+            _ = TokenFolder(folder).train
 
 
 @pytest.mark.fault
@@ -213,7 +213,7 @@ def test_b4_a_surplus_shard_is_found(tmp_path):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / "train-00003.bin").write_bytes((folder / "train-00002.bin").read_bytes())
     with pytest.raises(IntegrityError, match=r"train-00003.bin is not in its manifest") as caught:
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
     assert caught.value.exit_code == 3
 
 
@@ -225,10 +225,10 @@ def test_b4_one_altered_or_shortened_shard_among_many_is_named(tmp_path, index):
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + b"\1")
     with pytest.raises(IntegrityError, match=f"{shard.name} is altered .*dvc repro -f"):
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
     shard.write_bytes(data[:-2])
     with pytest.raises(IntegrityError, match=f"{shard.name} has {len(data) - 2} bytes, expected {len(data)}"):
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
 
 
 @pytest.mark.fault
@@ -238,9 +238,9 @@ def test_b4_shards_of_two_vocabularies_do_not_mix(tmp_path):
     shard.write_bytes(with_header(shard.read_bytes(), vocab_size=60000))
     write_manifest(folder)
     with pytest.raises(IntegrityError, match="has vocab_size 60000"):
-        TokenFolder(folder).train
+        _ = TokenFolder(folder).train
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(InputError, match="tokens not found: run `dvc repro tokenize`"):
-        TokenFolder(tmp_path / "tokens").train
+        _ = TokenFolder(tmp_path / "tokens").train

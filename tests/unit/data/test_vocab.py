@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.optim import AdamW
 
+from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.training.optim import finish_gradients
 
 SIZE, USED = 50257, np.array([3, 5, 50, 500, 50256])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.decoder import GROWTH, Decoder
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 SHAPE = ModelConfig(n_layer=2, n_head=3, n_embd=24, block_size=160, vocab_size=50257, dropout=0.1, fold_vocab=True)

@@ -9,21 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Split, WindowsConfig, steps_of
+from pipeline.config.sections import EvaluateConfig, ModelConfig, OptimConfig, TrainConfig, WindowsConfig
+from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.evaluate import (
-    EvaluateConfig,
-    corpus_loss,
-    position_loss,
-    recall_starts,
-    top1_accuracy,
-    verbatim_recall,
-)
-from pipeline.model.gpt import GPT, ModelConfig
-from pipeline.system.device import TrainConfig, prepare_machine
+from pipeline.model.evaluate import corpus_loss, position_loss, recall_starts, top1_accuracy, verbatim_recall
+from pipeline.model.gpt import GPT
+from pipeline.system.device import prepare_machine
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.optim import OptimConfig
 
 T = 16
 IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))

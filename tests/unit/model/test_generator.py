@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.decoder import Cache
 from pipeline.model.generator import Generator, context_start
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, draw
 from pipeline.system.errors import InputError
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import IGNORED
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, SHORT, ModelConfig, attend
+from pipeline.model.gpt import GPT, SHORT, attend
 
 
 def shape(**changes):

@@ -6,16 +6,8 @@ import pytest
 import yaml
 
 from pipeline.config.params import Params, load_params
-from pipeline.sweep.search_space import (
-    SweepConfig,
-    as_choice,
-    check_space,
-    from_choice,
-    overridden,
-    rounded,
-    values_of,
-    with_values,
-)
+from pipeline.config.sections import SweepConfig
+from pipeline.sweep.search_space import as_choice, check_space, from_choice, overridden, rounded, values_of, with_values
 from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
 

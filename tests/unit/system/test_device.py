@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import TrainConfig
 from pipeline.system import device as machine
-from pipeline.system.device import TrainConfig, prepare_machine
+from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError
 
 

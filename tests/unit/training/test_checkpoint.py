@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import ModelConfig
 from pipeline.model.weights import load_model, save_model
 from pipeline.system import files
 from pipeline.system.device import Machine

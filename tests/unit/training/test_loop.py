@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import Split, WindowsConfig, steps_of
+from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig, WindowsConfig
+from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import ModelConfig
-from pipeline.system.device import TrainConfig, prepare_machine
+from pipeline.system.device import prepare_machine
 from pipeline.system.errors import DivergedError
 from pipeline.training import loop as train
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.optim import OptimConfig
 
 IDS = np.random.default_rng(1).integers(0, 32, 200).astype(np.uint16)  # 32 symbols
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)

@@ -5,19 +5,17 @@ import pytest
 import torch
 
 from pipeline.config.params import load_params
-from pipeline.data.batches import WindowsConfig
+from pipeline.config.sections import ModelConfig, OptimConfig, WindowsConfig, steps_in
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.training.optim import (
     POLYNOMIALS,
     Muon,
-    OptimConfig,
     build_optimizers,
     finish_gradients,
     lr_factor,
     orthogonalise,
     set_lr,
-    steps_in,
 )
 
 CONVERGENT = (1.875, -1.25, 0.375)  # whose repetition brings every singular value to 1

@@ -13,10 +13,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, ModelConfig
+from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError

@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipeline.config.sections import TargetConfig
 from pipeline.training.target import (
-    TargetConfig,
     best_step,
     check_is_worth_it,
     first_met,

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.model.gpt import ModelConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.system.device import Machine
 from pipeline.training.results import flops_per_token, time_report, utilisation
 

