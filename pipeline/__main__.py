@@ -152,16 +152,16 @@ def clean(arguments: argparse.Namespace) -> None:
     """Remove working checkpoints, so that `dvc repro -f train` trains anew; models, studies and MLflow runs stay."""
     home, name = project_root() / "checkpoints", arguments.name
     folders = [path for path in sorted(home.glob("*")) if path.is_dir()]
-    doomed = [path for path in folders if (name in (path.name, path.stem) if name else (path / IDENTITY).is_file())]
-    if name and not doomed:
+    to_remove = [path for path in folders if (name in (path.name, path.stem) if name else (path / IDENTITY).is_file())]
+    if name and not to_remove:
         raise InputError(f"no run or study {name} in {home}: `ls {home}` shows them")
-    for folder in doomed:
+    for folder in to_remove:
         with locked(folder.with_suffix(".lock")), locked(folder / RECORDER_LOCK, wait=True):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
         folder.with_suffix(".lock").unlink()
         print(f"removed {folder.name}, {size / 1e6:,.0f} MB")
-    if kept := [path.name for path in folders if path not in doomed and not name]:
+    if kept := [path.name for path in folders if path not in to_remove and not name]:
         print(f"kept {', '.join(kept)}: a study goes only by its name, `python -m pipeline clean {kept[0]}`")
 
 

@@ -23,7 +23,7 @@ MOST_IDS = 1 << 16
 BLOCK_TOKENS = 1 << 22  # ids looked at together in a pass over a shard
 MOST_MAPPED = 16  # shards at once: each holds a file descriptor, and what was read of it counts as this process's
 
-CURE = "make it again with `dvc repro -f tokenize`"
+HINT = "make it again with `dvc repro -f tokenize`"
 
 Ids = npt.NDArray[np.uint16]
 
@@ -126,7 +126,7 @@ class TokenFolder:
     def _open(self, part: str) -> Tokens:
         folder, paths = self.folder, sorted(self.folder.glob(f"{part}-*.bin"))
         if not paths or paths != [folder / shard_name(part, index) for index in range(len(paths))]:
-            raise IntegrityError(f"{folder} lacks a shard of part {part}: {CURE}")
+            raise IntegrityError(f"{folder} lacks a shard of part {part}: {HINT}")
         vocab_size = _read_header(paths[0])[0]
         ids_of = lru_cache(MOST_MAPPED)(_map_shard)
         shards = [MappedShard(path, _check_shard(path, vocab_size), ids_of) for path in paths]
@@ -143,12 +143,12 @@ def _read_header(path: Path) -> tuple[int, int]:
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise IntegrityError(f"{path} is no token file: {CURE}")
+        raise IntegrityError(f"{path} is no token file: {HINT}")
     _, version, dtype, vocab_size, length = HEADER.unpack(header)
     if (version, dtype) != (FORMAT, UINT16):
-        raise IntegrityError(f"{path} has format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}: {CURE}")
+        raise IntegrityError(f"{path} has format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}: {HINT}")
     if vocab_size > MOST_IDS:  # what counts ids would take as much memory as this says
-        raise IntegrityError(f"{path} has vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits: {CURE}")
+        raise IntegrityError(f"{path} has vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits: {HINT}")
     return vocab_size, length
 
 
@@ -156,13 +156,13 @@ def _check_shard(path: Path, vocab_size: int) -> int:
     """The number of ids in a shard. Raises IntegrityError unless its header, its size and every id agree."""
     claimed, length = _read_header(path)
     if claimed != vocab_size:
-        raise IntegrityError(f"{path} has vocab_size {claimed}, the shards before it {vocab_size}: {CURE}")
+        raise IntegrityError(f"{path} has vocab_size {claimed}, the shards before it {vocab_size}: {HINT}")
     if (size := path.stat().st_size) != HEADER.size + 2 * length:
-        raise IntegrityError(f"{path} has {size} bytes, {length} tokens take {HEADER.size + 2 * length}: {CURE}")
+        raise IntegrityError(f"{path} has {size} bytes, {length} tokens take {HEADER.size + 2 * length}: {HINT}")
     ids = _map_shard(path)
     for start in range(0, length, BLOCK_TOKENS):
         if (largest := ids[start : start + BLOCK_TOKENS].max()) >= vocab_size:
-            raise IntegrityError(f"{path} holds the id {largest}, but vocab_size is {vocab_size}: {CURE}")
+            raise IntegrityError(f"{path} holds the id {largest}, but vocab_size is {vocab_size}: {HINT}")
     return length
 
 

@@ -19,7 +19,7 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import (
-    CURE,
+    HINT,
     atomic_folder,
     read_json,
     verify_manifest,
@@ -52,12 +52,12 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
         raise ModelMissing(f"{folder} not found: `dvc repro` makes it")
     verify_manifest(folder)
     config, trained_length = _read_shape(folder / "config.json")
-    weights = load_tensors(folder / WEIGHTS, CURE)
+    weights = load_tensors(folder / WEIGHTS, HINT)
     with torch.device("meta"):
         whole = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()
-    require_alike(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in whole.items()}, CURE)
+    require_alike(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in whole.items()}, HINT)
     if counts is not None and counts[config.vocab_size :].any():
-        raise IntegrityError(f"{folder} has {config.vocab_size} ids, the text has ids beyond them: {CURE}")
+        raise IntegrityError(f"{folder} has {config.vocab_size} ids, the text has ids beyond them: {HINT}")
     if config.fold_vocab and counts is not None:
         vocabulary = Vocabulary.of(counts, config.vocab_size)
     else:
@@ -69,7 +69,7 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     return model.eval()
 
 
-def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], cure: str) -> None:
+def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], hint: str) -> None:
     """Raise IntegrityError unless what was `found` in a file are fp32 tensors of these names and shapes."""
     fault = ""
     if names := sorted(found.keys() ^ shapes.keys()):
@@ -78,7 +78,7 @@ def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, 
         if not fault and (tensor.dtype, tensor.shape) != (torch.float32, shapes[name]):
             fault = f"holds {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
     if fault:
-        raise IntegrityError(f"{path} is of another model, it {fault}: {cure}")
+        raise IntegrityError(f"{path} is of another model, it {fault}: {hint}")
 
 
 def _read_shape(path: Path) -> tuple[ModelConfig, int]:
@@ -87,21 +87,21 @@ def _read_shape(path: Path) -> tuple[ModelConfig, int]:
     try:
         config, trained_length = ModelConfig.model_validate(values["model"]), values["trained_length"]
     except (KeyError, TypeError, ValidationError):
-        raise IntegrityError(f"{path} describes no model: {CURE}") from None
+        raise IntegrityError(f"{path} describes no model: {HINT}") from None
     if type(trained_length) is not int or not 1 <= trained_length <= config.block_size:
-        raise IntegrityError(f"{path} has trained_length {trained_length!r}, block_size {config.block_size}: {CURE}")
+        raise IntegrityError(f"{path} has trained_length {trained_length!r}, block_size {config.block_size}: {HINT}")
     return config, trained_length
 
 
-def load_tensors(path: Path, cure: str) -> dict[str, Tensor]:
+def load_tensors(path: Path, hint: str) -> dict[str, Tensor]:
     """Read safetensors. Raises IntegrityError where they are none, whatever their hash says."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
     except FileNotFoundError:
-        raise IntegrityError(f"{path} is missing: {cure}") from None
+        raise IntegrityError(f"{path} is missing: {hint}") from None
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise IntegrityError(f"{path} holds no tensors ({type(error).__name__}): {cure}") from None
+        raise IntegrityError(f"{path} holds no tensors ({type(error).__name__}): {hint}") from None
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

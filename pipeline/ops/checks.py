@@ -135,8 +135,8 @@ def examine_tools(root: Path) -> Iterator[Finding]:
     if dvc is None:
         yield Finding("mend", "dvc", "not on the PATH", "`. .venv/bin/activate`, after `make repro` has made .venv")
     elif (python := _interpreter(Path(dvc))) and not Path(python).exists():
-        cure = "`make clean-venv repro` makes .venv where it is now"
-        yield Finding("mend", "dvc", f"{dvc} looks for {python}, which is gone, as after moving the folder", cure)
+        hint = "`make clean-venv repro` makes .venv where it is now"
+        yield Finding("mend", "dvc", f"{dvc} looks for {python}, which is gone, as after moving the folder", hint)
     else:
         yield Finding("ok", "dvc", dvc)
 
@@ -149,8 +149,8 @@ def examine_params(root: Path) -> Iterator[Finding]:
             raise InputError(f"{params.path}: {'; '.join(faults)}")
         machine = _machine_of(params)
     except InputError as error:
-        what, cure = str(error), "mend it, `git diff params.yaml` shows what was changed"
-        yield Finding("mend", "params", what, None if "not found" in what else cure)
+        what, hint = str(error), "mend it, `git diff params.yaml` shows what was changed"
+        yield Finding("mend", "params", what, None if "not found" in what else hint)
     else:
         yield Finding("ok", "params", f"{params.path} is sound")
         if machine.threads > (n := cores()):

@@ -36,13 +36,13 @@ def examine_cache(root: Path) -> Iterator[Finding]:
     for path in wrong:
         shown = path.relative_to(root) if path.is_relative_to(root) else path
         if place := outputs.get(path.parent.name + path.name):
-            what, cure = f"{shown} is altered, a copy of {place}", f"`rm -f {shown}`, then `dvc repro` makes both again"
+            what, hint = f"{shown} is altered, a copy of {place}", f"`rm -f {shown}`, then `dvc repro` makes both again"
         else:
-            what, cure = (
+            what, hint = (
                 f"{shown} is altered; dvc.lock does not name it",
                 f"`rm -f {shown}`; `dvc fetch -A` if a remote has it",
             )
-        yield Finding("mend", "DVC cache", what, cure)
+        yield Finding("mend", "DVC cache", what, hint)
 
 
 def cache_of(root: Path) -> Path:

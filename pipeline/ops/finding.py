@@ -10,11 +10,11 @@ class Finding(NamedTuple):
     mark: Literal["ok", "note", "mend"]
     topic: str
     what: str  # is well or wrong, and where
-    cure: str | None = None  # what the user may do
+    hint: str | None = None  # what the user may do
     fix: Callable[[], str] | None = None  # does it instead, and says in a line what it did
 
     def __str__(self) -> str:
-        return line(self.mark, self.topic, self.what if self.cure is None else f"{self.what}: {self.cure}")
+        return line(self.mark, self.topic, self.what if self.cure is None else f"{self.what}: {self.hint}")
 
 
 def line(mark: str, topic: str, text: str) -> str:

@@ -87,8 +87,8 @@ def _removable(path: Path, name: str, root: Path, worktrees: list[Path]) -> Find
 
     files = [path, *path.rglob("*")]
     size_bytes = sum(file.lstat().st_size for file in files if file.is_file())
-    cure = f"`rm -r {name}`{' and `git worktree prune`' if worktrees else ''}"
-    return Finding("mend", "leftovers", f"{name}, {size_bytes / 1e6:,.1f} MB, is of a killed process", cure, remove)
+    hint = f"`rm -r {name}`{' and `git worktree prune`' if worktrees else ''}"
+    return Finding("mend", "leftovers", f"{name}, {size_bytes / 1e6:,.1f} MB, is of a killed process", hint, remove)
 
 
 def _holder_above(path: Path, root: Path) -> str | None:

@@ -52,9 +52,9 @@ def examine_running(store: Store, root: Path) -> Iterator[Finding]:
         elif holder := run_holder(place):
             yield Finding("ok", "runs", f"{name} is RUNNING, and {holder} is at it")
         else:
-            cure = "`python -m pipeline doctor --fix` closes it as KILLED"
+            hint = "`python -m pipeline doctor --fix` closes it as KILLED"
             yield Finding(
-                "mend", "runs", f"{name} is RUNNING, but no process is at it", cure, _closing(store, run, place)
+                "mend", "runs", f"{name} is RUNNING, but no process is at it", hint, _closing(store, run, place)
             )
     if not found:
         yield Finding("ok", "runs", "none is left RUNNING")
@@ -69,9 +69,9 @@ def examine_journals(store: Store, root: Path) -> Iterator[Finding]:
             identity, rows = read_json(folder / IDENTITY), JournalTail(folder).read()
             seen.add((identity["fingerprint"], rows[0]["logged_ms"] if rows else 0))
         except (PipelineError, ValueError, KeyError, TypeError) as error:
-            what, cure = f"{name} cannot be read ({first_line(error)})", f"`python -m pipeline clean {folder.name}`"
+            what, hint = f"{name} cannot be read ({first_line(error)})", f"`python -m pipeline clean {folder.name}`"
             whole = False
-            yield Finding("mend", "journals", what, cure)
+            yield Finding("mend", "journals", what, hint)
             continue
         if holder := run_holder(folder):
             yield Finding("ok", "journals", f"{name} is being written, and sent, by {holder}")
@@ -84,9 +84,9 @@ def examine_journals(store: Store, root: Path) -> Iterator[Finding]:
         n_rows += len(model[1])
         if _missing(store, run_with(store, model[0]["fingerprint"], model[1]), model[1]):
             whole = False
-            cure = "`dvc repro -f -s register` sends them"
+            hint = "`dvc repro -f -s register` sends them"
             yield Finding(
-                "mend", "journals", f"models/{STEPS} has rows that the store lacks", cure, _restoring(store, root)
+                "mend", "journals", f"models/{STEPS} has rows that the store lacks", hint, _restoring(store, root)
             )
     if whole:
         yield Finding("ok", "journals", f"the store has all of their rows, {n_rows:,} steps")

@@ -31,16 +31,16 @@ def examine_database(root: Path) -> Iterator[Finding]:
     if (database := own_database(root)) is None:
         return
     if flaw := flaw_of(database):
-        cure = f"move {database.name} away, then `dvc repro -f -s register` makes a new one with the present model"
-        yield Finding("mend", "store", f"{database} is damaged ({flaw})", cure)
+        hint = f"move {database.name} away, then `dvc repro -f -s register` makes a new one with the present model"
+        yield Finding("mend", "store", f"{database} is damaged ({flaw})", hint)
     elif before := made_in(root):
         what = f"{database.name} was made in {before} and looks for its artifacts there"
         if (root / ARTIFACTS).is_dir():
-            cure = "`python -m pipeline doctor --fix` has it look here, and keeps a copy of the database as it was"
-            yield Finding("mend", "store", what, cure, lambda: relocate(database, before, root))
+            hint = "`python -m pipeline doctor --fix` has it look here, and keeps a copy of the database as it was"
+            yield Finding("mend", "store", what, hint, lambda: relocate(database, before, root))
         else:
-            cure = f"move {before / ARTIFACTS} here, or {database.name} away, then `dvc repro -f -s register`"
-            yield Finding("mend", "store", what, cure)
+            hint = f"move {before / ARTIFACTS} here, or {database.name} away, then `dvc repro -f -s register`"
+            yield Finding("mend", "store", what, hint)
 
 
 def relocate(database: Path, before: Path, root: Path) -> str:

@@ -81,7 +81,7 @@ def verify_version(store: Store, version: "ModelVersion") -> Path:
     store does not answer.
     """
     label = f"{version.name} version {version.version}"
-    cure = f"{label} cannot be used until `dvc repro -f -s register`, where its model is, restores it"
+    hint = f"{label} cannot be used until `dvc repro -f -s register`, where its model is, restores it"
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG, PARAMS_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
             raise IntegrityError(f"{label} has no hash as its tag {tag}, so that no `register` made it: use another")
@@ -89,19 +89,19 @@ def verify_version(store: Store, version: "ModelVersion") -> Path:
     folder = whole / "artifacts"
     for name, tag in FOLDER_TAGS.items():
         if not (folder / name).is_dir():
-            raise ModelMissing(f"{folder / name} is missing: {cure}")
-        _verify_hash(folder / name / MANIFEST, version.tags[tag], cure)
-        verify_manifest(folder / name, cure)
+            raise ModelMissing(f"{folder / name} is missing: {hint}")
+        _verify_hash(folder / name / MANIFEST, version.tags[tag], hint)
+        verify_manifest(folder / name, hint)
     if link := next((path for path in whole.rglob("*") if path.is_symlink()), None):
-        raise IntegrityError(f"{link} is a link, and may lead anywhere: {cure}")
+        raise IntegrityError(f"{link} is a link, and may lead anywhere: {hint}")
     if LISTING_TAG in version.tags:
-        _verify_hash(whole / LISTING, version.tags[LISTING_TAG], cure)
+        _verify_hash(whole / LISTING, version.tags[LISTING_TAG], hint)
         if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
             for cache in whole.rglob("__pycache__"):
                 shutil.rmtree(cache)
-        _verify_listing(whole, cure)
+        _verify_listing(whole, hint)
     elif PARAMS_TAG in version.tags:
-        _verify_hash(folder / "params.yaml", version.tags[PARAMS_TAG], cure)
+        _verify_hash(folder / "params.yaml", version.tags[PARAMS_TAG], hint)
     return folder
 
 
@@ -139,23 +139,23 @@ def _write_listing(whole: Path) -> str:
     return sha256_file(whole / LISTING)
 
 
-def _verify_listing(whole: Path, cure: str) -> None:
+def _verify_listing(whole: Path, hint: str) -> None:
     """Raise IntegrityError, naming the file, unless a version's folder holds what its listing says, and no more."""
     expected = read_json(whole / LISTING)
     if not isinstance(expected, dict):
-        raise IntegrityError(f"{whole / LISTING} is no listing: {cure}")
+        raise IntegrityError(f"{whole / LISTING} is no listing: {hint}")
     for name in _listing(whole):
         if name not in expected:
-            raise IntegrityError(f"{whole / name} is not one of its files: {cure}")
+            raise IntegrityError(f"{whole / name} is not one of its files: {hint}")
     for name, sha256 in expected.items():
-        _verify_hash(whole / name, sha256, cure)
+        _verify_hash(whole / name, sha256, hint)
 
 
-def _verify_hash(path: Path, expected: str, cure: str) -> None:
+def _verify_hash(path: Path, expected: str, hint: str) -> None:
     if not path.is_file():
-        raise IntegrityError(f"{path} is missing: {cure}")
+        raise IntegrityError(f"{path} is missing: {hint}")
     if (found := sha256_file(path)) != expected:
-        raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {cure}")
+        raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {hint}")
 
 
 def _is_whole(store: Store, version: "ModelVersion") -> bool:

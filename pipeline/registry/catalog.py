@@ -47,8 +47,8 @@ def find_version(store: Store, name: str, which: str) -> "ModelVersion":
         number = which if which.isdecimal() else aliases.get(which)
         if number is None:
             known = ", ".join([*sorted(aliases), *numbers]) or "none yet"
-            cure = PROMOTE if which == CHAMPION else f"choose one of those there are, {known}"
-            raise ModelMissing(f"no version of {name} has the alias {which!r}: {cure}")
+            hint = PROMOTE if which == CHAMPION else f"choose one of those there are, {known}"
+            raise ModelMissing(f"no version of {name} has the alias {which!r}: {hint}")
         if number not in numbers:
             known = ", ".join(numbers) or "none yet"
             raise ModelMissing(f"{name} has no version {number}: choose one of those there are, {known}")

@@ -117,8 +117,8 @@ def training_figure(report: RunReport) -> Figure:
     log_scale(upper)
     upper.set(ylabel="L2 norm", title="Gradient norm before clipping")
     legend_above(upper)
-    if optim["clip"] is not None:
-        level(upper, optim["clip"], f"clip at {optim['clip']:g}")
+    if optim["max_grad_norm"] is not None:
+        level(upper, optim["max_grad_norm"], f"clip at {optim['clip']:g}")
     lower.plot(steps["step"], steps["lr"], **line(steps, BLUE))
     muon = f"; Muon's is {optim['muon_lr'] / optim['lr']:.3g} times as large" if optim["name"] == "muon" else ""
     lower.set(ylim=(0, steps["lr"].max() * 1.1), ylabel="learning rate", title=f"Learning rate of AdamW{muon}")

@@ -207,8 +207,8 @@ def _require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        cure = "mend the space" if failed else "raise optim.max_tokens, widen the space, or give it more trials"
-        raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {cure}")
+        hint = "mend the space" if failed else "raise optim.max_tokens, widen the space, or give it more trials"
+        raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {hint}")
     return best
 
 

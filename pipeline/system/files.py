@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError, RunLocked
 
 MANIFEST = "manifest.json"
-CURE = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f` the stage that makes it"
+HINT = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f` the stage that makes it"
 UNFINISHED = ".unfinished-"  # prefix of whatever is being written; swept by the next writer
 
 
@@ -142,29 +142,29 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def verify_manifest(folder: Path, cure: str = CURE) -> None:
+def verify_manifest(folder: Path, hint: str = HINT) -> None:
     """Raise IntegrityError, naming the file, unless `folder` holds exactly what its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except FileNotFoundError:
-        raise IntegrityError(f"{folder / MANIFEST} is missing: {cure}") from None
+        raise IntegrityError(f"{folder / MANIFEST} is missing: {hint}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise IntegrityError(f"{folder / MANIFEST} is not a manifest: {cure}") from None
+        raise IntegrityError(f"{folder / MANIFEST} is not a manifest: {hint}") from None
     present = {path.name for path in folder.iterdir()}
     if surplus := present - {*expected, MANIFEST}:
-        raise IntegrityError(f"{folder / min(surplus)} is not in its manifest: {cure}")
+        raise IntegrityError(f"{folder / min(surplus)} is not in its manifest: {hint}")
     for name, (size_bytes, _) in expected.items():
         path = folder / name
         if name not in present or not path.is_file():  # a name that leads elsewhere is none of the folder's
-            raise IntegrityError(f"{path} is missing: {cure}")
+            raise IntegrityError(f"{path} is missing: {hint}")
         if path.stat().st_size != size_bytes:
-            raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {cure}")
+            raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {hint}")
     with ThreadPoolExecutor() as pool:  # there may be thousands, and threads hash them side by side
         hashes = pool.map(sha256_file, (folder / name for name in expected))
         for (name, (_, digest)), found in zip(expected.items(), hashes, strict=True):
             if found != digest:
-                raise IntegrityError(f"{folder / name} is altered (SHA-256 {found}, expected {digest}): {cure}")
+                raise IntegrityError(f"{folder / name} is altered (SHA-256 {found}, expected {digest}): {hint}")
 
 
 @contextmanager

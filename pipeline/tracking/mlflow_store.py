@@ -149,14 +149,14 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def naming_dead_store(root: Path, cure: str = "then `dvc repro -f -s register`") -> Iterator[None]:
+def naming_dead_store(root: Path, hint: str = "then `dvc repro -f -s register`") -> Iterator[None]:
     """Turn the store's errors into a ModelMissing of one line."""
     try:
         yield
     except store_errors() as error:
         uri = store_uri(root)
         first = "start it or unset MLFLOW_TRACKING_URI" if uri.startswith("http") else "mend it"
-        raise ModelMissing(f"MLflow's store {uri} fails ({first_line(error)}): {first}, {cure}") from error
+        raise ModelMissing(f"MLflow's store {uri} fails ({first_line(error)}): {first}, {hint}") from error
 
 
 def first_line(error: BaseException) -> str:

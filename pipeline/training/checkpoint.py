@@ -97,9 +97,9 @@ def keep_newest(run_folder: Path, keep: int, also: int | None) -> None:
     """Remove all checkpoints but the newest `keep` and that of step `also`, each renamed first: none is half there."""
     for step in checkpoint_steps(run_folder)[keep:]:
         if step != also:
-            doomed = run_folder / f"{UNFINISHED}removed-{step}"
-            _folder_of(run_folder, step).rename(doomed)
-            shutil.rmtree(doomed)
+            to_remove = run_folder / f"{UNFINISHED}removed-{step}"
+            _folder_of(run_folder, step).rename(to_remove)
+            shutil.rmtree(to_remove)
 
 
 def _folder_of(run_folder: Path, step: int) -> Path:

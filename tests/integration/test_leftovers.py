@@ -73,20 +73,20 @@ def test_a_tidy_project_is_one_line(root):
 def test_what_a_killed_process_was_writing_goes_and_all_else_stays(root, place):
     (kept := root / place).parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("the one before")
-    doomed = leave(kept.parent / f"{UNFINISHED}{kept.name}")
+    to_remove = leave(kept.parent / f"{UNFINISHED}{kept.name}")
     (finding,) = mend(root)
-    assert (finding.mark, doomed.exists(), kept.read_text()) == ("mend", False, "the one before")
+    assert (finding.mark, to_remove.exists(), kept.read_text()) == ("mend", False, "the one before")
     (finding,) = examine_leftovers(root)
     assert finding.mark == "ok"
 
 
 @pytest.mark.fault
 def test_an_unfinished_file_goes_too(root):
-    (doomed := root / "data" / f"{UNFINISHED}corpus.txt").parent.mkdir()
-    doomed.write_text("half")
-    os.utime(doomed, (0, 0))
+    (to_remove := root / "data" / f"{UNFINISHED}corpus.txt").parent.mkdir()
+    to_remove.write_text("half")
+    os.utime(to_remove, (0, 0))
     mend(root)
-    assert not doomed.exists()
+    assert not to_remove.exists()
 
 
 @pytest.mark.fault
@@ -140,19 +140,19 @@ def test_what_lies_in_something_unfinished_goes_with_it(root):
 
 @pytest.mark.fault
 def test_a_dead_processs_temporary_folder_goes_and_a_living_ones_and_strangers_stay(root, temporary, dead_pid):
-    doomed = leave(temporary / f"{TEMPORARY}{dead_pid}-abc")
+    to_remove = leave(temporary / f"{TEMPORARY}{dead_pid}-abc")
     own = Path(tempfile.mkdtemp(prefix=temporary_prefix()))
     stranger = leave(temporary / "someone-elses")
     marks = sorted(finding.mark for finding in mend(root))
     assert marks == ["mend", "ok"]
-    assert (doomed.exists(), own.exists(), stranger.exists()) == (False, True, True)
+    assert (to_remove.exists(), own.exists(), stranger.exists()) == (False, True, True)
 
 
 @pytest.mark.fault
 def test_a_process_that_got_a_dead_ones_number_does_not_keep_its_folder(root, temporary):
-    doomed = leave(temporary / f"{TEMPORARY}{os.getpid()}-abc", age_s=10**6)  # from before this process
+    to_remove = leave(temporary / f"{TEMPORARY}{os.getpid()}-abc", age_s=10**6)  # from before this process
     mend(root)
-    assert not doomed.exists()
+    assert not to_remove.exists()
 
 
 @pytest.mark.fault

@@ -183,8 +183,8 @@ def test_after_a_kill_the_same_run_goes_on_with_each_row_once(  # C1, C2
     try:
         assert wait_until(lambda: runs_of(store, identity["fingerprint"]) and found()[2] >= 5, PATIENCE_S)
     finally:
-        for doomed in (*(psutil.Process(process.pid).children() if recorder_too else ()), process):
-            doomed.kill()
+        for to_remove in (*(psutil.Process(process.pid).children() if recorder_too else ()), process):
+            to_remove.kill()
         process.wait()
     if not recorder_too:
         assert wait_until(

@@ -185,7 +185,7 @@ def test_a_damaged_database_is_named_with_the_cure(copy, damage):
         database.write_bytes(database.read_bytes()[:20_000])  # cut short
     (finding,) = examine_database(copy)
     assert "is damaged" in finding.what
-    assert str(finding.cure).startswith("move mlflow.db away")
+    assert str(finding.hint).startswith("move mlflow.db away")
     assert finding.fix is None
 
 

@@ -111,8 +111,8 @@ def test_only_values_change(name, params):
 
 
 def test_a_value_is_copied_as_it_is_written(params):
-    own = recipe(params.parent, "optim:\n  eps: 1.0e-9 # small\n  clip: null\n  betas: [0.9, 0.950]\n")
-    assert apply_recipe(own, params) == "optim.eps: 1.0e-8 -> 1.0e-9\noptim.clip: 1.0 -> null"
+    own = recipe(params.parent, "optim:\n  eps: 1.0e-9 # small\n  max_grad_norm: null\n  betas: [0.9, 0.950]\n")
+    assert apply_recipe(own, params) == "optim.eps: 1.0e-8 -> 1.0e-9\noptim.max_grad_norm: 1.0 -> null"
     assert "\n  eps: 1.0e-9\n" in params.read_text()
     assert "\n  betas: [0.9, 0.95] # of AdamW\n" in params.read_text()  # the same value, so not touched
 
@@ -124,11 +124,13 @@ def test_a_step_differs_from_a_share(params):
 
 def test_a_list_on_lines_of_its_own_becomes_one_line(params):
     """`dvc exp run -S` writes lists so."""
-    params.write_text("optim:\n  betas:    # of AdamW\n  - 0.8\n  - 0.99\n  # the next\n  clip:     # none\n  eps: 1\n")
-    own = recipe(params.parent, "optim:\n  betas: [0.9, 0.95]\n  clip: 1.0\n")
-    assert apply_recipe(own, params) == "optim.betas: - 0.8 - 0.99 -> [0.9, 0.95]\noptim.clip: null -> 1.0"
+    params.write_text(
+        "optim:\n  betas:    # of AdamW\n  - 0.8\n  - 0.99\n  # the next\n  max_grad_norm:     # none\n  eps: 1\n"
+    )
+    own = recipe(params.parent, "optim:\n  betas: [0.9, 0.95]\n  max_grad_norm: 1.0\n")
+    assert apply_recipe(own, params) == "optim.betas: - 0.8 - 0.99 -> [0.9, 0.95]\noptim.max_grad_norm: null -> 1.0"
     assert params.read_text() == (
-        "optim:\n  betas: [0.9, 0.95]    # of AdamW\n  # the next\n  clip: 1.0     # none\n  eps: 1\n"
+        "optim:\n  betas: [0.9, 0.95]    # of AdamW\n  # the next\n  max_grad_norm: 1.0     # none\n  eps: 1\n"
     )
 
 
@@ -262,4 +264,4 @@ def test_the_published_stop_rules_are_theirs(params):
         ("batch", 0.0999999), ("validation", 0.1), ("batch", 0.0999), ("batch", 0.1), ("average", 0.099999),
     ]  # fmt: skip
     assert targets["seed-004"].average_steps == 100
-    assert (targets["seed-001"].look_steps, targets["seed-001"].patience) == (25, 20)
+    assert (targets["seed-001"].eval_interval, targets["seed-001"].early_stopping_patience) == (25, 20)

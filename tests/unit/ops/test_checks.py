@@ -96,7 +96,7 @@ def test_a_quota_below_the_cores_is_worth_a_line(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     threads = [finding for finding in examine_machine() if finding.topic == "threads"]
     assert [finding.mark for finding in threads] == ["ok", "note", "note"]
-    assert threads[1].cure == "train.threads: 2"
+    assert threads[1].hint == "train.threads: 2"
     assert threads[2].what.startswith("OMP_NUM_THREADS=3 ")
 
 
@@ -162,20 +162,20 @@ def test_params_that_are_not_sound_here_are_a_fault(tmp_path, monkeypatch, chang
         (("precision: auto", "precision: bf16"), "train.precision is bf16, in which", "train.precision: auto"),
     ],
 )
-def test_a_slow_choice_is_worth_a_line(tmp_path, monkeypatch, change, words, cure):
+def test_a_slow_choice_is_worth_a_line(tmp_path, monkeypatch, change, words, hint):
     monkeypatch.setattr(environment, "cores", lambda: 2)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)  # and yet slower than fp32
     monkeypatch.setattr(machine, "_product_s", lambda dtype: 2.0 if dtype == torch.bfloat16 else 1.0)
     text = (ROOT / "params.yaml").read_text().replace("device: auto", "device: cpu")
     (tmp_path / "params.yaml").write_text(text.replace(*change, 1))
     sound, note = examine_params(tmp_path)
-    assert (sound.mark, note.mark, note.cure) == ("ok", "note", cure)
+    assert (sound.mark, note.mark, note.hint) == ("ok", "note", hint)
     assert words in note.what
 
 
 def test_missing_params_are_a_fault_with_its_own_cure(tmp_path):
     (finding,) = examine_params(tmp_path)
-    assert (finding.mark, finding.cure) == ("mend", None)
+    assert (finding.mark, finding.hint) == ("mend", None)
     assert "run from the folder that holds it" in finding.what
 
 

@@ -48,7 +48,7 @@ def test_the_committed_space_is_sound_and_holds_keys_of_three_kinds(params):
         ("{optim: 3}", "sweep.space.optim"),
         ("{}", "sweep.space"),
         ("{target: {loss: [0.1, 10.0]}}", "sweep.space.target.loss: cannot be searched"),
-        ("{record: {sample_steps: [1]}}", "cannot be searched"),
+        ("{samples: {interval_steps: [1]}}", "cannot be searched"),
         ("{windows: {step_tokens: [1000]}}", "1000 is not a whole number of windows of 128 tokens"),
     ],
 )
@@ -80,7 +80,7 @@ def test_values_take_the_place_of_those_in_params_yaml_which_stays_as_it_is(para
 )
 def test_a_batch_in_tokens_is_as_few_forward_passes_as_hold_it(params, step_tokens, batch, accumulate):
     windows = with_values(params, {"windows.step_tokens": step_tokens}, micro_batch_tokens=4096).values["windows"]
-    assert (windows["batch"], windows["accumulate"]) == (batch, accumulate)
+    assert (windows["micro_batch_size"], windows["gradient_accumulation_steps"]) == (batch, accumulate)
 
 
 def test_a_batch_in_tokens_counts_in_the_trials_own_windows(params):
@@ -102,8 +102,8 @@ def test_numbers_that_yaml_reads_as_words_are_numbers(params):
 
 
 def test_a_value_that_contradicts_the_rest_of_params_yaml_is_named_with_its_key(params):
-    with pytest.raises(InputError, match=r"sweep\.space\.windows\.length 2048 is longer than model\.block_size"):
-        check_space(sweep_of(params, "{windows: {length: [2048]}}"), params)
+    with pytest.raises(InputError, match=r"sweep\.space\.windows\.seq_len 2048 is longer than model\.block_size"):
+        check_space(sweep_of(params, "{windows: {seq_len: [2048]}}"), params)
 
 
 def test_a_study_is_not_named_as_a_run_is(params):

@@ -18,6 +18,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import Split, steps_of
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
+from pipeline.model import weights
 from pipeline.model.weights import load_model, save_model
 from pipeline.system import files
 from pipeline.system.device import Machine
@@ -60,7 +61,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
 
 
 CALLS = [
-    (checkpoint, "save_file"), (files, "fsync"), (files.os, "rename"), (files.os, "replace"), (files.shutil, "rmtree"),
+    (weights, "save_file"), (files, "fsync"), (files.os, "rename"), (files.os, "replace"), (files.shutil, "rmtree"),
     (Path, "write_text"), (Path, "mkdir"), (Path, "open"),
 ]  # fmt: skip
 
@@ -92,9 +93,13 @@ def in_a_child(work, *deadly, **named):
     """Fork a process that does `work`, but exits with 77 as `at_nth_call` says; return its code."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    at_nth_call(deadly[0], lambda: os._exit(77), *deadly[1:], **named)
-    work()
-    os._exit(0)
+    code = 1  # unless what follows says otherwise; the child must never go on as pytest
+    try:
+        at_nth_call(deadly[0], lambda: os._exit(77), *deadly[1:], **named)
+        work()
+        code = 0
+    finally:
+        os._exit(code)
 
 
 def damage_newest(folder):

@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_bits():
 
 
 def test_accumulation_equals_one_large_batch():
-    together, apart = (Loop(steps=5, kind="adamw", lr=1e-3, **shape) for shape in ({"batch": 4}, {"accumulate": 2}))
+    together, apart = (Loop(steps=5, name="adamw", lr=1e-3, **shape) for shape in ({"batch": 4}, {"accumulate": 2}))
     for one, other in zip(together, apart, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.tokens == other.tokens
@@ -86,12 +86,12 @@ def test_accumulation_equals_one_large_batch():
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_restored_state_goes_on_with_the_same_bits(kind, dropout):
-    straight = Loop(kind=kind, dropout=dropout)
+    straight = Loop(name=kind, dropout=dropout)
     records = list(straight)
-    interrupted = Loop(kind=kind, dropout=dropout)
+    interrupted = Loop(name=kind, dropout=dropout)
     list(islice(interrupted, 7))
     saved = {stem: {k: v.clone() for k, v in group.items()} for stem, group in interrupted.state.tensors().items()}
-    resumed = Loop(kind=kind, dropout=dropout)
+    resumed = Loop(name=kind, dropout=dropout)
     resumed.state.restore(saved, interrupted.state.facts())
     assert [r._replace(step_s=0) for r in resumed] == [r._replace(step_s=0) for r in records[7:]]
     assert equal(straight.weights(), resumed.weights())

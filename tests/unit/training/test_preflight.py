@@ -121,7 +121,7 @@ def test_a_look_at_the_whole_text_counts_beside_a_step_on_a_cpu_which_keeps_what
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatch):  # A14
     with pytest.raises(
-        OutOfSpaceError, match=r"windows\.batch 1000000000 of windows\.length 32 needs [\d,.]+ GB"
+        OutOfSpaceError, match=r"windows\.micro_batch_size 1000000000 of windows\.seq_len 32 needs [\d,.]+ GB"
     ) as error:
         check_fits(*settings(batch=10**9))
     assert "windows.gradient_accumulation_steps" in str(error.value)
