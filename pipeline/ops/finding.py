@@ -14,7 +14,7 @@ class Finding(NamedTuple):
     fix: Callable[[], str] | None = None  # does it instead, and says in a line what it did
 
     def __str__(self) -> str:
-        return line(self.mark, self.topic, self.what if self.cure is None else f"{self.what}: {self.hint}")
+        return line(self.mark, self.topic, self.what if self.hint is None else f"{self.what}: {self.hint}")
 
 
 def line(mark: str, topic: str, text: str) -> str:
