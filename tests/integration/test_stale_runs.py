@@ -305,7 +305,7 @@ def test_the_run_behind_the_present_model_is_restored_where_no_checkpoint_folder
     trained_project(root)
     (finding,) = examine_journals(store, root)
     assert "models/steps.jsonl" in finding.what
-    assert "dvc repro -f -s register" in finding.cure
+    assert "dvc repro -f -s register" in finding.hint
     finding.fix()
     (finding,) = examine_journals(store, root)
     assert (finding.mark, "20 steps" in finding.what) == ("ok", True)

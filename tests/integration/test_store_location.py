@@ -157,7 +157,7 @@ def test_without_the_artifacts_nothing_is_offered(copy, store):
     (copy / ARTIFACTS).rmdir()
     (finding,) = examine_database(copy)
     assert (finding.mark, finding.fix) == ("mend", None)
-    assert str(root_of(store) / ARTIFACTS) in finding.cure
+    assert str(root_of(store) / ARTIFACTS) in finding.hint
 
 
 def test_a_store_that_is_where_it_was_made_is_none_of_this(store, tmp_path):

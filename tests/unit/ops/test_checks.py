@@ -50,7 +50,7 @@ def test_a_package_that_is_too_old_or_absent_is_named_with_what_is_needed(pyproj
     assert [finding.mark for finding in found] == ["mend", "mend"]
     assert found[0].what.endswith("is installed, needed is >=99")
     assert found[1].what == "no-such-package is not installed, needed is >=1"
-    assert "pip install" in found[0].cure
+    assert "pip install" in found[0].hint
 
 
 def test_a_package_that_this_python_does_not_need_is_not_asked_for(pyproject):

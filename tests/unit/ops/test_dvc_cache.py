@@ -54,7 +54,7 @@ def test_a_flipped_bit_is_named_with_the_path_and_the_cure(project, which, place
     assert finding.mark == "mend"
     assert finding.what.startswith(f"{shown} is altered")
     assert finding.what.endswith(place)
-    assert f"`rm -f {shown}`" in finding.cure
+    assert f"`rm -f {shown}`" in finding.hint
     assert finding.fix is None  # what is in a cache may be all that is left of something
 
 
@@ -102,7 +102,7 @@ def test_the_cure_that_is_printed_brings_the_entry_and_the_file_back(tmp_path): 
     dvc(tmp_path, "checkout")  # DVC trusts the entry
     assert (tmp_path / "out.txt").read_bytes() == b"tExt"
     (finding,) = examine_cache(tmp_path)
-    command = finding.cure.split("`")[1]
+    command = finding.hint.split("`")[1]
     subprocess.run(command.split(), cwd=tmp_path, check=True, timeout=60)
     dvc(tmp_path, "repro")
     assert (tmp_path / "out.txt").read_bytes() == path.read_bytes() == b"text"
