@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from fixtures_mlflow import an_identity, append_steps, assert_holds_just_the_journal, recording, root_of
-from test_tracked_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
 
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_runs import runs_of
 from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.recorder_process import OWNER_PID, RUN_ID, record
-from pipeline.training import run as tracked_run
+from pipeline.training import train as tracked
+from tests.integration.test_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.fault
 
@@ -77,7 +77,7 @@ def test_the_next_start_of_a_finished_run_sends_the_end_that_mlflow_lacks_and_no
             return self
 
     train()
-    monkeypatch.setattr(tracked_run, "Recorder", Opened)
+    monkeypatch.setattr(tracked, "Recorder", Opened)
     train()
     assert not opened
     (run_folder() / OWNER_PID).write_text("1")  # as a kill of training and recorder after the last save leaves it
