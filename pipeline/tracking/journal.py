@@ -57,13 +57,6 @@ class StepRecord:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name == "step" or _file_of(f) == name}
         return {key: value for key, value in values.items() if value is not None}
 
-    def with_times_of(self, other: "StepRecord") -> Self:
-        """Take over the fields of `other` that differ when a step is repeated."""
-        for f in fields(self):
-            if _file_of(f) == TIMES:
-                setattr(self, f.name, getattr(other, f.name))
-        return self
-
 
 def _file_of(f: "Field[Any]") -> str:
     return str(f.metadata.get("file", STEPS))
@@ -92,7 +85,7 @@ class Journal:
                     f"step {record.step} came out as {now}, was {then} before the resume in {self.folder}: "
                     "`python -m pipeline clean` and train again"
                 )
-            record.with_times_of(before)
+            vars(record).update(before.row(TIMES))
             return
         assert record.step == len(self.records) + 1, "records come in order"
         self.records.append(record)

@@ -1,6 +1,6 @@
 """All that a training run reads of params.yaml, checked together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pipeline.config.params import Params, Section, nearest
 from pipeline.config.sections import (
@@ -16,11 +16,6 @@ from pipeline.system.errors import InputError
 from pipeline.system.files import sha256_json
 from pipeline.training.optim import OPTIMIZERS
 from pipeline.training.target import RULES
-
-RUN_SECTIONS: tuple[type[Section], ...] = (
-    ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, CheckpointConfig,
-    SamplesConfig,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,3 +90,6 @@ class RunConfig:
     def decisive(self) -> tuple[Section, ...]:
         """The sections that decide a run's numbers."""
         return self.model, self.windows, self.optim, self.train, self.target
+
+
+RUN_SECTIONS: tuple[type[Section], ...] = tuple(field.type for field in fields(RunConfig))  # type: ignore[misc]

@@ -58,7 +58,7 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
     n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
     step = activations + 10 * n_logits  # in 16 bits; on a GPU in fp32 too, before and after the softmax
     evaluation = 8 * BATCH_TOKENS * vocabulary.n_rows  # logits in fp32, before and after the softmax
-    held = 2 * weights + state
+    held = 2 * weights + sum(state)
     if config.train.shard and machine.world.size > 1:
         block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
         outside = weights - config.model.n_layer * block
@@ -94,7 +94,7 @@ def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -
         model = GPT(config.model, vocabulary)
         weights, state = _trained_bytes(model, config.optim)
     headers = ENTRY_BYTES * len(list(model.parameters()))
-    checkpoint = weights + state + 4 * headers + RANDOM_BYTES * processes  # a weight has up to three numbers of state
+    checkpoint = weights + headers + sum(state) + ENTRY_BYTES * len(state) + RANDOM_BYTES * processes
     return checkpoint, 4 * config.model.n_params + headers + BPE_BYTES
 
 
@@ -107,11 +107,11 @@ def free_bytes(machine: Machine) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, int]:
-    """Bytes of a model's weights, and of its optimisers' state; the model may be one of fake tensors."""
+def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
+    """Bytes of a model's weights, and of each tensor of its optimisers' state; the model may be of fake tensors."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     slots = state_slots(build_optimizers(model, optim, torch.float32), optim)
-    return weights, sum(4 * math.prod(shape) for _, _, shape in slots)
+    return weights, [4 * math.prod(shape) for _, _, shape in slots]
 
 
 def nearest_existing(path: Path) -> Path:
@@ -129,7 +129,7 @@ def _require_free(needed: int, place: Path) -> None:
 
 
 def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
-    """What the forward pass over a batch makes and keeps for the backward pass; but for a part, so much a window."""
+    """What the forward pass over a batch keeps for the backward pass: a constant part, and so much for each window."""
     weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
 
     def keeps(n_windows: int) -> int:

@@ -376,7 +376,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_in_one_line(workspace
     change(Path(), **{"train.processes": 1})
     code, said = finish(start(processes=2))
     assert code != 0
-    assert said.count("error: 2 processes do not divide windows.micro_batch_size 5 evenly: change one\n") == 1
+    assert said.count("error: 2 processes do not divide windows.micro_batch_size 5 evenly: change one of them\n") == 1
     assert not Path("checkpoints").exists()
 
 

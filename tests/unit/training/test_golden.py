@@ -24,9 +24,9 @@ from pipeline.training.loop import fresh_state, train_steps
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).with_name("golden")
 STEPS = 20
-# Relative. Kernels for AVX2 and AVX512 and other numbers of threads, which add up in another order, move these losses by
-# up to 2e-7 in fp32 and 2e-4 in bf16, which in turn is up to 1e-3 from fp32. A learning rate that is 1% off moves them by
-# 1e-3, which fp32 finds.
+# Relative. Kernels for AVX2 and AVX512 and other numbers of threads add up in another order. That moves these losses by
+# up to 2e-7 in fp32 and 2e-4 in bf16, which in turn is up to 1e-3 from fp32. A learning rate that is 1% off moves them
+# by 1e-3, which fp32 finds.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-3}
 
 
