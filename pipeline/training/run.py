@@ -145,18 +145,19 @@ class Run:
         if self.journal:
             self.journal.append(record)
 
-    def announce(self) -> None:
-        """Say where the run begins; in rank 0."""
-        step = self.state.step
-        if step and self.world.is_main:
+    def note_resume(self) -> None:
+        """Print and count that the run is resumed, if it is."""
+        if (step := self.state.step) and self.world.is_main:
             print(f"resumes from step {step} of {self.max_steps}, in {self.folder}")
             with (self.folder / RESUMES).open("a") as resumes:
                 resumes.write(f"{step}\n")
-        elif self.world.is_main:
-            others = set(self.folder.parent.glob(f"*/{IDENTITY}")) - {self.folder / IDENTITY}
-            if last := max(others, key=lambda path: path.stat().st_mtime, default=None):
-                changed = ", ".join(differences(read_json(last), self.identity))
-                print(f"a new run, not the last one's ({last.parent.name}): {changed}")
+
+    def print_changes(self) -> None:
+        """Print how the run differs from the one that was begun before it."""
+        others = set(self.folder.parent.glob(f"*/{IDENTITY}")) - {self.folder / IDENTITY}
+        if last := max(others, key=lambda path: path.stat().st_mtime, default=None):
+            changed = ", ".join(differences(read_json(last), self.identity))
+            print(f"a new run, not the last one's ({last.parent.name}): {changed}")
 
     def _fresh_state(self) -> TrainState:
         config = self.config

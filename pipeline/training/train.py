@@ -39,6 +39,8 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
         with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", models, elastic) as run:
             if run.finished:
                 print(f"the run is finished, at step {run.state.step}: nothing to train")
+            elif run.state.step == 0 and world.is_main:
+                run.print_changes()
             if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may lack its end
                 with _tracked(run, root, config.origin(params)) as consumers:
                     if not run.finished:
@@ -59,7 +61,7 @@ def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
 
 def follow(run: Run, stop: StopSignals, *others: Consumer) -> None:
     """Take the run's steps until it is finished; each is evaluated where that is due, and given to all consumers."""
-    run.announce()
+    run.note_resume()
     consumers = consumers_of(run, stop, *others)
     for record in run.steps():
         evaluate(run, record)
