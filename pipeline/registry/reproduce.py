@@ -4,7 +4,6 @@ It runs the code of the recorded commit on the version's own parameters and toke
 store of its own; nothing of it stays.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from pipeline.system.errors import InputError, IntegrityError, Interrupted
 from pipeline.system.files import locked, read_json, sha256_file
 from pipeline.system.host import SOURCE_ROOT
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.fingerprint import Identity, differences, identify
+from pipeline.tracking.fingerprint import Identity, differences, identify, is_source
 from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.recorder_process import RECORDER_LOCK
 from pipeline.training.config import RunConfig
@@ -137,9 +136,10 @@ def _flaw(version: "ModelVersion", recorded: Identity, repository: Path) -> str 
     if not named or git_output(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         return f"commit {commit} is not in {repository}"
     if version.tags.get("tree_clean") != "true":
-        for path, sha256 in recorded["sources"].items():
+        for entry, recorded_hash in recorded["sources"].items():
+            path = entry.partition(":")[0]
             source = git_output(repository, "show", f"{commit}:{path}")
-            if source is None or hashlib.sha256(source).hexdigest() != sha256:
+            if source is None or not is_source(source, entry, recorded_hash):
                 return f"{path} was another than that of its commit {commit}"
     return None
 
