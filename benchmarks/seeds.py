@@ -97,7 +97,7 @@ def whole_run(recipe: str, seed: int) -> None:
             progress = Progress(run.state.step, run.state.tokens, run.max_steps, config.target.loss)
             with progress:
                 run.follow(stop, progress.show)
-        run.write_results(models, folder / "data" / "bpe", timing)
+        run.write_results(models, folder / "data" / "tokenizer", timing)
     steps, times = read_steps(models / STEPS), read_steps(models / TIMES)
     results, rule = read_json(models / "run.json")["results"], config.target.rule
     looks = {

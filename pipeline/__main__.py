@@ -69,7 +69,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     if not 0 <= task.first < task.of:
         raise InputError(f"--shard {task.first} --of {task.of}: N tasks, at least one, are numbered from 0 to N - 1")
     verify_corpus(corpus := Path("data/corpus.txt"))
-    tokenizer, folder = load_tokenizer(Path("data/bpe")), Path("data/tokens")
+    tokenizer, folder = load_tokenizer(Path("data/tokenizer")), Path("data/tokens")
     place = encode_shards(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
     print(f"{place}: all shards of task {task.first} of {task.of} are there")
 

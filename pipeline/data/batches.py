@@ -70,7 +70,7 @@ class TrainingData:
 
     @classmethod
     def read(
-        cls, tokens: Path, bpe: Path, seq_len: int, vocab_size: int, fold_vocab: bool, device: torch.device
+        cls, tokens: Path, tokenizer: Path, seq_len: int, vocab_size: int, fold_vocab: bool, device: torch.device
     ) -> "TrainingData":
         """Read and verify what the stage `tokenize` wrote. Raises InputError where it does not suit the model."""
         text = TokenFolder(tokens)
@@ -82,7 +82,7 @@ class TrainingData:
         vocabulary = Vocabulary.of(text.train.counts(), vocab_size) if fold_vocab else Vocabulary.full(vocab_size)
         train = Split(text.train, vocabulary, device)
         validation = Split(text.val, vocabulary, device) if len(text.val) > 1 else None
-        return cls(train, validation, vocabulary, load_tokenizer(bpe), text.sha256)
+        return cls(train, validation, vocabulary, load_tokenizer(tokenizer), text.sha256)
 
 
 def steps_of(

@@ -107,7 +107,7 @@ class TokenFolder:
     """The token files of a text: its parts, each opened when it is asked for, and the hash of all of them."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where there is no such folder, IntegrityError where a file is not what its manifest says."""
+        """Raises InputError where there is no such folder, IntegrityError where a file is not as its manifest says."""
         if not folder.is_dir():
             raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
         verify_manifest(folder)
@@ -120,7 +120,7 @@ class TokenFolder:
 
     @cached_property
     def val(self) -> Tokens:
-        """What is held out for validation, which may be empty. Raises IntegrityError unless headers and ids are sound."""
+        """What is held out for validation, maybe nothing. Raises IntegrityError unless headers and ids are sound."""
         return self._open("val")
 
     def _open(self, part: str) -> Tokens:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config.sections import ModelConfig
-from pipeline.data.tokenizer import BPE_SHA256
+from pipeline.data.tokenizer import tokenizer_in
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import IntegrityError, ModelMissing
@@ -29,8 +29,8 @@ from pipeline.system.files import (
 WEIGHTS = "model.safetensors"
 
 
-def save_model(folder: Path, model: GPT, bpe: Path) -> None:
-    """Write a model folder: weights expanded to the full vocabulary, config.json and the tokenizer of `bpe`."""
+def save_model(folder: Path, model: GPT, tokenizer: Path) -> None:
+    """Write a model folder: weights expanded to the full vocabulary, config.json and the files in the folder `tokenizer`."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     weights["wte.weight"] = model.vocabulary.unfold_rows(weights["wte.weight"]).contiguous()
     shape = {"model": model.config.model_dump(), "trained_length": model.trained_length}
@@ -38,8 +38,8 @@ def save_model(folder: Path, model: GPT, bpe: Path) -> None:
     with atomic_folder(folder, needed) as unfinished:
         save_tensors(weights, unfinished / WEIGHTS)
         write_json(unfinished / "config.json", shape)
-        for name in BPE_SHA256:
-            shutil.copyfile(bpe / name, unfinished / name)
+        for name in tokenizer_in(tokenizer).files:
+            shutil.copyfile(tokenizer / name, unfinished / name)
 
 
 def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:

@@ -77,14 +77,14 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
                 with _shown(run, root, config.origin(params)) as show:
                     if not run.finished:
                         run.follow(stop, show)
-            run.write_results(models, data / "bpe", timing)
+            run.write_results(models, data / "tokenizer", timing)
 
 
 def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
     """Read what a run learns from `data`. Raises InputError where nothing is held out and the target needs it."""
     model = config.model
     text = TrainingData.read(
-        data / "tokens", data / "bpe", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
+        data / "tokens", data / "tokenizer", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
     )
     if text.validation is None and (need := config.target.needs_held_out):
         raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
@@ -188,7 +188,7 @@ class TrackedRun:
         """Whether the last step met the target rule, or spent the budget or the patience."""
         return bool(self.rows) and is_finished(self.rows, self.max_steps, self.config.target)
 
-    def write_results(self, models: Path, bpe: Path, timing: Path) -> None:
+    def write_results(self, models: Path, tokenizer: Path, timing: Path) -> None:
         """Write the model of the best look, the run's record without times, its journal, and, apart, its times."""
         results = results_of(self.rows, self.config.target, self.text.train.size)
         if results["model_step"] != self.state.step:
@@ -196,7 +196,7 @@ class TrackedRun:
         model = self.state.whole_model()
         if model is None or self.journal is None:
             return
-        save_model(models / "model", model, bpe)
+        save_model(models / "model", model, tokenizer)
         times = self.journal.times[: len(self.rows)]
         write_json(models / "run.json", {**self.identity, "n_params": self.config.model.n_params, "results": results})
         write_rows(models / STEPS, self.rows)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pipeline.__main__ import tokenize
 from pipeline.data import encode as module
 from pipeline.data.corpus import write_documents
-from pipeline.data.encode import Task, encode_shards, stretches, write_tokens
+from pipeline.data.encode import Task, encode_shards, spans, write_tokens
 from pipeline.data.token_files import TokenFolder, data_sha256
 from pipeline.system import files
 from pipeline.system.errors import InputError
@@ -135,10 +135,10 @@ def test_b5_documents_come_back_from_the_tokens(tmp_path_factory, tokenizer, tex
 
 @settings(max_examples=500, deadline=None)
 @given(text=hard_text | st.text("\u00a0\nx", max_size=20), size=st.integers(1, 12), searched=st.integers(1, 6))
-def test_stretches_are_cut_where_nothing_changes_and_lose_nothing(tokenizer, text, size, searched):
+def test_spans_are_cut_where_nothing_changes_and_lose_nothing(tokenizer, text, size, searched):
     data = text.encode()
     with patch.object(module, "SEARCHED_BYTES", searched):
-        cut = list(stretches(BytesIO(data), 0, len(data), size))
+        cut = list(spans(BytesIO(data), 0, len(data), size, tokenizer.cut))
     assert b"".join(data[start:stop] for start, stop in cut) == data
     assert all(stop - start >= size for start, stop in cut[:-1])
     ids = [i for start, stop in cut for i in tokenizer.encode_documents(data[start:stop]).tolist()]
@@ -163,7 +163,7 @@ def test_the_ids_are_the_same_however_the_text_is_cut_and_by_however_many(
         for number in reversed(range(tasks)):
             task = Task(number, tasks)
             encode_shards(folder / "corpus.txt", tokenizer, folder / "tokens", 1.0, 0.0, task, shard_bytes, workers)
-        with patch.object(module, "_encode_shard", side_effect=AssertionError("a task has left one out")):
+        with patch.object(module, "write_shard", side_effect=AssertionError("a task has left one out")):
             write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", shard_bytes=shard_bytes)
     tokens = TokenFolder(folder / "tokens").train
     assert tokens.read(0, len(tokens)).tolist() == tokenizer.encode_documents(text.encode()).tolist()
@@ -180,7 +180,7 @@ def test_the_bytes_are_the_same_by_one_and_by_four_at_once(shakespeare, tokenize
 
 @pytest.mark.security
 @pytest.mark.parametrize("unit", ["ab", "\u6f22", " ", "\u3000", "\n", "x ", "\0"])
-def test_a_stretch_without_a_place_to_cut_is_cut_between_characters(tokenizer, tmp_path, unit):
+def test_a_span_without_a_place_to_cut_is_cut_between_characters(tokenizer, tmp_path, unit):
     (tmp_path / "corpus.txt").write_bytes(f"{unit * 3000}x\n".encode())
     with patch.multiple(module, BLOCK_BYTES=1000, LONGEST_BYTES=500, SEARCHED_BYTES=64):
         write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", shard_bytes=2000)
@@ -300,9 +300,16 @@ def project(tmp_path, bpe):
     words = "".join(f"{number} {chr(97 + number % 26) * 3}\n" for number in rng.integers(10**9, size=10_000).tolist())
     for name in "abc":
         (tmp_path / "texts" / f"{name}.txt").write_text(name + words * 4)
-    section = {"source": "texts", "sha256": None, "mirrors": [], "fraction": 1.0, "val_fraction": 0.1}
+    section = {
+        "source": "texts",
+        "sha256": None,
+        "mirrors": [],
+        "tokenizer": "gpt2",
+        "fraction": 1.0,
+        "val_fraction": 0.1,
+    }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"corpus": section}))
-    shutil.copytree(bpe, tmp_path / "data" / "bpe")
+    shutil.copytree(bpe, tmp_path / "data" / "tokenizer")
     members = {path.name: path for path in sorted((tmp_path / "texts").iterdir())}
     write_documents(members, tmp_path / "data" / "corpus.txt", "texts")
     digest = sha256_file(tmp_path / "data" / "corpus.txt")
@@ -357,7 +364,7 @@ def test_b7_a_killed_stage_goes_on_at_its_last_finished_shard(project, tokenizer
     write_tokens(project / "data" / "corpus.txt", tokenizer, project / "clean", 1.0, 0.1, 1 << 18)
     assert data_sha256(project / "data" / "tokens") == data_sha256(project / "clean")
     assert int((project / "made").read_text()) == len(names(project / "clean")) - 1 - 2  # but the manifest, and those
-    assert names(project / "data") == ["bpe", "corpus.sha256", "corpus.txt", "tokens"]
+    assert names(project / "data") == ["corpus.sha256", "corpus.txt", "tokenizer", "tokens"]
 
 
 def test_the_encoder_is_light_enough_to_start_many_times():
