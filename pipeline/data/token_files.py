@@ -1,11 +1,11 @@
-"""tokens: ids -> token files -> memory-mapped ids.
+"""Write ids into token files, and read them as memory-mapped arrays.
 
 A folder holds the parts `train` and `val`, each in shards `train-00000.bin`, ..., and a manifest of their hashes. A
 shard is a header and then its ids as little-endian uint16.
 """
 
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -20,7 +20,7 @@ from pipeline.system.files import MANIFEST, sha256_file, verify_manifest
 HEADER = struct.Struct("<8sHHIQ")  # magic, format, dtype, vocab_size, number of ids
 MAGIC, FORMAT, UINT16 = b"GPT2TOKS", 1, 16
 MOST_IDS = 1 << 16
-BLOCK_TOKENS = 1 << 22  # ids looked at together in a pass over a shard
+BLOCK_TOKENS = 1 << 22  # ids counted or checked at once
 MOST_MAPPED = 16  # shards at once: each holds a file descriptor, and what was read of it counts as this process's
 
 HINT = "make it again with `dvc repro -f tokenize`"
@@ -48,7 +48,7 @@ def write_shard(path: Path, batches: Iterable[npt.ArrayLike], vocab_size: int) -
 
 
 class MappedShard:
-    """The ids of one file, mapped into memory when they are looked at."""
+    """The ids of one file, mapped into memory when they are read."""
 
     def __init__(self, path: Path, length: int, ids_of: Callable[[Path], Ids]) -> None:
         self._path, self._length, self._ids_of = path, length, ids_of
@@ -56,16 +56,12 @@ class MappedShard:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, stretch: slice) -> Ids:
-        return self._ids_of(self._path)[stretch]
-
-    def once(self) -> Ids:
-        """All ids, for a pass after which they are not kept."""
-        return _map_shard(self._path)
+    def __getitem__(self, span: slice) -> Ids:
+        return self._ids_of(self._path)[span]
 
 
 class Tokens:
-    """The ids of one part, read-only and on disk until they are looked at."""
+    """The ids of one part, read-only and on disk until they are read."""
 
     def __init__(self, name: str, shards: Sequence[Ids | MappedShard], vocab_size: int) -> None:
         self.name, self.vocab_size, self._shards = name, vocab_size, shards
@@ -78,23 +74,19 @@ class Tokens:
         """Ids `start` up to `stop`: a view within one shard, else a copy. Raises IndexError outside of the part."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"{self.name} has {len(self)} tokens, asked for {start} to {stop}")
-        i = min(bisect_right(self._starts, start), len(self._shards)) - 1
-        if stop <= self._starts[i + 1]:
-            return self._shards[i][start - self._starts[i] : stop - self._starts[i]]
-        ids, done = np.empty(stop - start, np.uint16), start
-        while done < stop:
-            begin, end = self._starts[i], min(self._starts[i + 1], stop)
-            ids[done - start : end - start] = self._shards[i][done - begin : end - begin]
-            done, i = end, i + 1
-        return ids
+        which = slice(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop))
+        shards = zip(self._starts[which], self._shards[which], strict=False)
+        parts = (shard[max(start - begin, 0) : stop - begin] for begin, shard in shards)
+        if which.stop - which.start == 1:
+            return next(parts)
+        return np.concatenate([np.empty(0, np.uint16), *map(np.array, parts)])  # copies: no file stays open
 
     def counts(self) -> npt.NDArray[np.int64]:
         """How often each id occurs, (vocab_size,)."""
         counts = np.zeros(self.vocab_size, np.int64)
         for shard in self._shards:
-            ids = shard.once() if isinstance(shard, MappedShard) else shard
-            for start in range(0, len(ids), BLOCK_TOKENS):
-                counts += np.bincount(ids[start : start + BLOCK_TOKENS], minlength=self.vocab_size)
+            for start in range(0, len(shard), BLOCK_TOKENS):
+                counts += np.bincount(shard[start : start + BLOCK_TOKENS], minlength=self.vocab_size)
         return counts
 
     def require(self, needed: int) -> None:

@@ -45,7 +45,7 @@ def test_an_id_outside_of_the_vocabulary_is_never_wrapped_into_it(tmp_path, bad)
 
 @quickly
 @given(ids=st.lists(st.integers(0, 50256), max_size=30), shard_tokens=st.integers(1, 8), data=st.data())
-def test_any_stretch_reads_alike_across_shards(tmp_path_factory, ids, shard_tokens, data):
+def test_any_span_reads_alike_across_shards(tmp_path_factory, ids, shard_tokens, data):
     tokens = TokenFolder(written(tmp_path_factory.getbasetemp() / "shards", ids, shard_tokens)).train
     assert len(tokens) == len(ids)
     start = data.draw(st.integers(0, len(ids)))
@@ -75,13 +75,13 @@ def test_thousands_of_shards_are_read_with_few_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_stretch_is_found_without_looking_at_the_other_shards(tmp_path):
+def test_a_span_is_found_without_looking_at_the_other_shards(tmp_path):
     looked_at = []
 
     class Watched(np.ndarray):
-        def __getitem__(self, stretch):
+        def __getitem__(self, span):
             looked_at.append(self.number)
-            return np.asarray(self)[stretch]
+            return np.asarray(self)[span]
 
     def shard(number):
         ids = np.arange(10, dtype=np.uint16).view(Watched)
