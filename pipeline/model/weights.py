@@ -30,7 +30,7 @@ WEIGHTS = "model.safetensors"
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Path) -> None:
-    """Write a model folder: weights expanded to the full vocabulary, config.json and the files in the folder `tokenizer`."""
+    """Write a model folder: weights for the full vocabulary, config.json and the files of the tokenizer in a folder."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     weights["wte.weight"] = model.vocabulary.unfold_rows(weights["wte.weight"]).contiguous()
     shape = {"model": model.config.model_dump(), "trained_length": model.trained_length}
