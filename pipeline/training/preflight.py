@@ -44,7 +44,7 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
     former; beside it, all of what is unsharded at a time.
     """
     batch = config.windows.micro_batch_size // machine.world.size
-    windows = config.windows.updated(batch=batch)
+    windows = config.windows.updated(micro_batch_size=batch)
     with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
         model = GPT(config.model, vocabulary)
         activations = _kept_bytes(model, windows, machine)
