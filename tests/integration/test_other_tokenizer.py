@@ -39,9 +39,7 @@ class Untracked:
         pass
 
 
-def test_a_tokenizer_from_outside_goes_through_all_stages(
-    tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer
-):
+def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "Recorder", Untracked)
     shutil.copy(ROOT / "params.yaml", "params.yaml")

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import yaml
+from fixtures_tokenizer import _byte_tokenizer  # noqa: F401 (a fixture)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -143,6 +144,21 @@ def test_spans_are_cut_where_nothing_changes_and_lose_nothing(tokenizer, text, s
     assert all(stop - start >= size for start, stop in cut[:-1])
     ids = [i for start, stop in cut for i in tokenizer.encode_documents(data[start:stop]).tolist()]
     assert ids == tokenizer.encode_documents(data).tolist()
+
+
+def test_another_tokenizers_text_is_cut_where_that_one_allows_it(tmp_path, byte_tokenizer):
+    text = "Wind?\0" + "\u00e4" * 100  # no space: GPT-2's split would not cut it
+    (tmp_path / "corpus.txt").write_bytes(text.encode())
+    with patch.object(module, "BLOCK_BYTES", 7):
+        write_tokens(tmp_path / "corpus.txt", byte_tokenizer, tmp_path / "tokens", shard_bytes=21)
+    assert len(list((tmp_path / "tokens").glob("train-*.bin"))) == 10
+    assert text_of(byte_tokenizer, tmp_path / "tokens", "train") == text.replace("\0", "<end>")
+
+
+def test_shards_of_another_tokenizer_are_not_taken(corpus, tokenizer, byte_tokenizer, tmp_path):
+    encode_shards(corpus, byte_tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
+    write_tokens(corpus, tokenizer, tmp_path / "tokens")
+    assert TokenFolder(tmp_path / "tokens").train.vocab_size == 50257
 
 
 @quickly

@@ -6,11 +6,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from fixtures_tokenizer import _byte_tokenizer  # noqa: F401 (a fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import tokenizer as module
-from pipeline.data.tokenizer import CUT, CUT_BYTES, SPACE, load_tokenizer
+from pipeline.data.tokenizer import CUT, CUT_BYTES, SPACE, fetch_tokenizer, load_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
 
 quickly = settings(max_examples=200, deadline=None)
@@ -135,3 +136,12 @@ def test_a_missing_bpe_file_is_named_with_the_command_that_fetches_it(bpe, tmp_p
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"{name} not found: run `dvc repro download`"):
         load_tokenizer(folder)
+
+
+def test_a_tokenizer_is_found_by_its_files(bpe, byte_tokenizer, tmp_path):
+    fetch_tokenizer("bytes", tmp_path / "tokenizer")
+    assert [load_tokenizer(folder).name for folder in (bpe, tmp_path / "tokenizer")] == ["gpt2", "bytes"]
+    with pytest.raises(InputError, match=r"corpus.tokenizer: unknown tokenizer byte \(did you mean bytes\?\)"):
+        fetch_tokenizer("byte", tmp_path / "tokenizer")
+    with pytest.raises(InputError, match="holds no tokenizer: run `dvc repro download`"):
+        load_tokenizer(tmp_path)

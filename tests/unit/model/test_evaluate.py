@@ -1,5 +1,6 @@
 """What a model knows of a text, against the plain ways to find out."""
 
+from collections import Counter
 from contextlib import nullcontext
 from itertools import islice
 
@@ -10,11 +11,20 @@ import torch.nn.functional as F
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import EvaluateConfig, ModelConfig, OptimConfig, TrainConfig, WindowsConfig
-from pipeline.data.batches import Split, steps_of
-from pipeline.data.token_files import Tokens
+from pipeline.data.batches import Split, TrainingData, steps_of
+from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.evaluate import corpus_loss, position_loss, recall_starts, top1_accuracy, verbatim_recall
+from pipeline.model.evaluate import (
+    corpus_loss,
+    evaluate_model,
+    position_loss,
+    recall_starts,
+    top1_accuracy,
+    verbatim_recall,
+)
 from pipeline.model.gpt import GPT
+from pipeline.model.weights import save_model
+from pipeline.system import files
 from pipeline.system.device import prepare_machine
 from pipeline.training.loop import fresh_state, train_steps
 
@@ -29,7 +39,7 @@ def split_of(ids):
 
 
 SPLIT = split_of(IDS)
-SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=T, vocab_size=50257, dropout=0.0, fold_vocab=True)
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=T, vocab_size=32, dropout=0.0, fold_vocab=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +112,39 @@ def test_recall_starts_have_room_and_are_aligned_when_asked(model):
 def test_every_figure_takes_the_model_as_it_is_in_eval_mode():
     noisy = GPT(SHAPE.updated(dropout=0.5), Vocabulary(np.arange(32), 32)).initialise(seed=1).eval()
     assert corpus_loss(noisy, SPLIT, T, nullcontext()) == corpus_loss(noisy, SPLIT, T, nullcontext())
+
+
+@pytest.fixture
+def trained(model, bpe, tmp_path):
+    """What the stage `evaluate` reads, and a record of a run as all versions of the code have written it."""
+    (tokens := tmp_path / "tokens").mkdir()
+    for part, ids in (("train", IDS), ("val", IDS[:20])):
+        write_shard(tokens / f"{part}-00000.bin", [ids], 32)
+    files.write_manifest(tokens)
+    save_model(tmp_path / "model", model, bpe)
+    train = load_params().section(TrainConfig).model_dump(exclude={"processes"})
+    return tmp_path, {
+        "fingerprint": "f", "n_params": 1, "data_sha256": files.sha256_file(tokens / "manifest.json"),
+        "params": {"train": {**train, "device": "cpu"}},
+        "environment": {"device": "AVX512, a CPU by any name", "precision": "fp32", "threads": 1},
+        "results": {"target_loss": 0.1, "to_target": {}},
+    }  # fmt: skip
+
+
+def test_a_model_is_evaluated_on_the_device_of_its_parameters_whatever_its_name(trained, model):
+    folder, run = trained
+    config = EvaluateConfig(recall_places=2, seed=1)
+    metrics, by_position = evaluate_model(folder / "model", folder / "tokens", run, config)
+    assert metrics["corpus_loss"] == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()))
+    assert metrics["validation_loss"] > 0
+    assert len(by_position) == T
+
+
+def test_each_token_file_is_hashed_once_by_a_stage(trained, bpe, monkeypatch):
+    folder, run = trained
+    hashed, sha256_file = Counter(), files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.update([path.name]) or sha256_file(path))
+    evaluate_model(folder / "model", folder / "tokens", run, EvaluateConfig(recall_places=2, seed=1))
+    assert (hashed["train-00000.bin"], hashed["val-00000.bin"]) == (1, 1)
+    TrainingData.read(folder / "tokens", bpe, T, 32, True, torch.device("cpu"))
+    assert (hashed["train-00000.bin"], hashed["val-00000.bin"]) == (2, 2)
