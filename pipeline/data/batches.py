@@ -23,8 +23,6 @@ from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
 IGNORED = -100  # a target that counts nowhere; cross_entropy's own default
-BLOCK_WINDOWS = 1 << 20  # shuffled together: a permutation of 8 MiB
-BLOCKS = 2**32 - 1  # stands for the blocks' own order where another key is the number of a block
 
 
 class Batch(NamedTuple):
@@ -133,25 +131,13 @@ def _start(position: int, n_tokens: int, config: WindowsConfig, seed: int) -> in
     epoch, index = divmod(position, n := n_windows(n_tokens, config.seq_len))
     if config.order == "random":
         return int(_rng(seed, epoch, index).integers(max(1, n_tokens - config.seq_len)))
-    return config.seq_len * (shuffled(index, n, seed, epoch) if config.order == "shuffled" else index)
+    return config.seq_len * (int(_permutation(n, seed, epoch)[index]) if config.order == "shuffled" else index)
 
 
-def shuffled(index: int, n: int, seed: int, epoch: int, block_size: int = BLOCK_WINDOWS) -> int:
-    """Which of a text's `n` windows comes `index`-th in an epoch.
-
-    The windows of a block are shuffled; so are the blocks, but for the shorter one at the text's end, which comes last.
-    """
-    full, rest = divmod(n, block_size)
-    turn, within = divmod(index, block_size)
-    if turn == full:
-        return full * block_size + int(_permutation(rest, seed, epoch, full)[within])
-    block = int(_permutation(full, seed, epoch, BLOCKS)[turn])
-    return block * block_size + int(_permutation(block_size, seed, epoch, block)[within])
-
-
-@lru_cache(maxsize=4)  # a step may straddle two epochs or two blocks
-def _permutation(n: int, seed: int, epoch: int, block: int) -> np.ndarray:
-    return _rng(seed, epoch, block).permutation(n)
+@lru_cache(maxsize=2)  # a step may straddle two epochs
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's windows, (n,)."""
+    return _rng(seed, epoch).permutation(n)
 
 
 def _rng(*key: int) -> np.random.Generator:

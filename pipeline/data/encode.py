@@ -32,7 +32,6 @@ from pipeline.system.files import (
 
 SHARD_BYTES = 1 << 26  # of text
 BLOCK_BYTES = 1 << 20  # of text encoded at once, which keeps the memory small
-LONGEST_BYTES = 1 << 20  # without a place to cut; after so many the text is cut between any two characters
 SEARCHED_BYTES = 1 << 12  # for a place to cut, at once
 
 
@@ -57,49 +56,37 @@ def write_tokens(
     folder: Path,
     fraction: float = 1.0,
     val_fraction: float = 0.0,
-    shard_bytes: int = SHARD_BYTES,
-    workers: int | None = None,
-) -> None:
-    """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
-
-    Both shares end with a whole line or document; each part is encoded as one text, by `workers` threads, in constant
-    memory. Raises InputError where nothing is left for `train`.
-    """
-    place = encode_shards(corpus, tokenizer, folder, fraction, val_fraction, Task(), shard_bytes, workers)
-    with naming_full_disk(folder.parent):
-        put_in_place(place / "tokens", folder)
-    for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # of this corpus and of others
-        shutil.rmtree(leftover)
-
-
-def encode_shards(
-    corpus: Path,
-    tokenizer: Tokenizer,
-    folder: Path,
-    fraction: float,
-    val_fraction: float,
-    task: Task,
+    task: Task | None = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
 ) -> Path:
-    """Write the shards of `task` that are missing into a folder beside `folder`, which is returned.
+    """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
 
-    Its name depends on all that decides the bytes. Several tasks may write into it at the same time.
+    Both shares end with a whole line or document. Shards are written into a folder beside `folder`, whose name depends
+    on all that decides their bytes. One of several simultaneous tasks leaves its shards there and returns that folder;
+    without a `task`, what is missing is written and all of it moved to `folder`. Raises InputError where nothing is
+    left for `train`.
     """
-    sizes = [shard_bytes, BLOCK_BYTES, LONGEST_BYTES]
-    key = [sha256_file(corpus), tokenizer.name, fraction, val_fraction, sizes, FORMAT]
+    key = [sha256_file(corpus), tokenizer.name, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
     place = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
     (place / "tokens").mkdir(parents=True, exist_ok=True)
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    first, of = task or Task()
     with corpus.open("rb") as file:
-        shards = _plan(file, corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[task.first :: task.of]
+        shards = _plan(file, corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
         size_bytes = sum(shard.stop - shard.start for shard in shards)
         with tqdm(total=size_bytes, desc=f"{folder}", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal
             for shard in shards:
                 with locked(place / f"{shard.name}.lock", wait=True):
                     _encode_shard(file, shard, tokenizer, place, workers)
                 bar.update(shard.stop - shard.start)
-    return place
+    if task:
+        return place
+    with naming_full_disk(folder.parent):
+        put_in_place(place / "tokens", folder)
+    for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # of this corpus and of others
+        shutil.rmtree(leftover)
+    return folder
 
 
 def _plan(
@@ -118,10 +105,7 @@ def _plan(
 
 
 def spans(file: BinaryIO, start: int, stop: int, size: int, cut: Pattern[bytes]) -> Iterator[tuple[int, int]]:
-    """Cut the text between two offsets at matches of `cut`, about every `size` bytes; yield one span at least.
-
-    A text without a match for LONGEST_BYTES is cut there all the same, where a character ends.
-    """
+    """Cut the text between two offsets at matches of `cut`, about every `size` bytes; yield one span at least."""
     while True:
         end = _next_cut(file, start + size, stop, cut)
         yield start, end
@@ -131,17 +115,13 @@ def spans(file: BinaryIO, start: int, stop: int, size: int, cut: Pattern[bytes])
 
 
 def _next_cut(file: BinaryIO, at: int, stop: int, cut: Pattern[bytes]) -> int:
-    """The first offset from `at` on where the text may be cut."""
-    for begin in range(at, min(at + LONGEST_BYTES, stop), SEARCHED_BYTES):
+    """The first offset from `at` on where the text may be cut; `stop` where there is none."""
+    for begin in range(at, stop, SEARCHED_BYTES):
         file.seek(begin)
         found = cut.search(file.read(min(SEARCHED_BYTES + CUT_BYTES, stop - begin)))
         if found and found.start() < SEARCHED_BYTES:
             return begin + found.start()
-    if at + LONGEST_BYTES >= stop:
-        return stop
-    file.seek(at + LONGEST_BYTES)
-    following = file.read(4)
-    return at + LONGEST_BYTES + next(i for i, byte in enumerate(following) if byte & 0xC0 != 0x80)
+    return stop
 
 
 def _encode_shard(file: BinaryIO, shard: Shard, tokenizer: Tokenizer, place: Path, workers: int) -> None:

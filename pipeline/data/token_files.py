@@ -119,10 +119,12 @@ class TokenFolder:
         folder, paths = self.folder, sorted(self.folder.glob(f"{part}-*.bin"))
         if not paths or paths != [folder / shard_name(part, index) for index in range(len(paths))]:
             raise IntegrityError(f"{folder} lacks a shard of part {part}: {HINT}")
-        vocab_size = _read_header(paths[0])[0]
+        vocab_sizes, lengths = zip(*map(_check_shard, paths), strict=True)
+        if len(set(vocab_sizes)) > 1:
+            raise IntegrityError(f"{folder} has shards of several vocabularies, {sorted(set(vocab_sizes))}: {HINT}")
         ids_of = lru_cache(MOST_MAPPED)(_map_shard)
-        shards = [MappedShard(path, _check_shard(path, vocab_size), ids_of) for path in paths]
-        return Tokens(f"{folder}/{part}", shards, vocab_size)
+        shards = [MappedShard(path, length, ids_of) for path, length in zip(paths, lengths, strict=True)]
+        return Tokens(f"{folder}/{part}", shards, vocab_sizes[0])
 
 
 def data_sha256(folder: Path) -> str:
@@ -130,32 +132,26 @@ def data_sha256(folder: Path) -> str:
     return sha256_file(folder / MANIFEST)
 
 
-def _read_header(path: Path) -> tuple[int, int]:
-    """Vocabulary size and number of ids that a shard claims. Raises IntegrityError on another format."""
+def _check_shard(path: Path) -> tuple[int, int]:
+    """Vocabulary size and number of ids of a shard. Raises IntegrityError unless header, size and ids agree."""
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise IntegrityError(f"{path} is no token file: {HINT}")
     _, version, dtype, vocab_size, length = HEADER.unpack(header)
-    if (version, dtype) != (FORMAT, UINT16):
-        raise IntegrityError(f"{path} has format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}: {HINT}")
-    if vocab_size > MOST_IDS:  # what counts ids would take as much memory as this says
-        raise IntegrityError(f"{path} has vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits: {HINT}")
-    return vocab_size, length
-
-
-def _check_shard(path: Path, vocab_size: int) -> int:
-    """The number of ids in a shard. Raises IntegrityError unless its header, its size and every id agree."""
-    claimed, length = _read_header(path)
-    if claimed != vocab_size:
-        raise IntegrityError(f"{path} has vocab_size {claimed}, the shards before it {vocab_size}: {HINT}")
-    if (size := path.stat().st_size) != HEADER.size + 2 * length:
-        raise IntegrityError(f"{path} has {size} bytes, {length} tokens take {HEADER.size + 2 * length}: {HINT}")
+    size, needed = path.stat().st_size, HEADER.size + 2 * length
+    for is_wrong, what in (
+        ((version, dtype) != (FORMAT, UINT16), f"format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}"),
+        (vocab_size > MOST_IDS, f"vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits"),  # so many would be counted
+        (size != needed, f"{size} bytes, {length} tokens take {needed}"),
+    ):
+        if is_wrong:
+            raise IntegrityError(f"{path} has {what}: {HINT}")
     ids = _map_shard(path)
     for start in range(0, length, BLOCK_TOKENS):
         if (largest := ids[start : start + BLOCK_TOKENS].max()) >= vocab_size:
             raise IntegrityError(f"{path} holds the id {largest}, but vocab_size is {vocab_size}: {HINT}")
-    return length
+    return vocab_size, length
 
 
 def _map_shard(path: Path) -> Ids:

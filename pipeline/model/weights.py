@@ -1,7 +1,7 @@
 """Save and load the weights of a model with its shape and its tokenizer."""
 
-import errno
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,9 +109,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        if code := next(
-            (code for code in codes if f"os error {code}" in str(error) or f"code: {code}," in str(error)), 0
-        ):
-            raise OSError(code, os.strerror(code), str(path)) from None
+        if found := re.search(r"(?:os error |code: )(\d+)", str(error)):
+            raise OSError(code := int(found[1]), os.strerror(code), str(path)) from None
         raise

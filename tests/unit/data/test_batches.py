@@ -12,7 +12,6 @@ from pipeline.data.batches import (  # fmt: skip
     Split,
     make_batch,
     n_windows,
-    shuffled,
     steps_of,
     steps_per_epoch,
 )
@@ -101,18 +100,7 @@ def halves():
     return World(0, 2), World(1, 2)
 
 
-@pytest.mark.parametrize(("n", "block"), [(1, 1 << 20), (10, 10), (10, 3), (12, 3), (2, 3), (1000, 7)])
-def test_an_epoch_holds_every_window_once_whatever_the_size_of_a_block(n, block):
-    assert sorted(shuffled(index, n, 5, 2, block) for index in range(n)) == list(range(n))
-
-
-def test_blocks_and_what_is_in_them_are_shuffled_anew_in_each_epoch():
-    first, second = ([shuffled(i, 100, 1, epoch, 10) for i in range(100)] for epoch in (0, 1))
-    assert [i // 10 for i in first] != sorted(i // 10 for i in first)
-    assert [i // 10 for i in first] != [i // 10 for i in second]
-    assert [i % 10 for i in first[:10]] != [i % 10 for i in first[10:20]]
-
-
-def test_a_text_of_one_block_has_one_permutation():
-    permutation = np.random.Generator(np.random.PCG64(np.random.SeedSequence((7, 2)))).permutation(50)
-    assert [shuffled(i, 50, 7, 2) for i in range(50)] == permutation.tolist()  # as all records were made
+def test_the_order_of_an_epoch_is_that_of_all_records():
+    epoch = np.random.Generator(np.random.PCG64(np.random.SeedSequence((7, 2)))).permutation(5)
+    steps = islice(steps_of(11, SPLIT, config(micro_batch_size=1), 7), 5)  # the third epoch
+    assert [(step[0].inputs[0, 0].item() - 1000) // 10 for step in steps] == epoch.tolist()

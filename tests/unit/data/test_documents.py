@@ -27,7 +27,7 @@ from pipeline.data.documents import find_files, read_documents, zstd
 from pipeline.system.errors import InputError, IntegrityError
 
 ROOT = Path(__file__).parents[3]
-quickly = settings(max_examples=60, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd().compress}
 no_nul = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
 

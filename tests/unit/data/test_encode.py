@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pipeline.__main__ import tokenize
 from pipeline.data import encode as module
 from pipeline.data.corpus import write_documents
-from pipeline.data.encode import Task, encode_shards, spans, write_tokens
+from pipeline.data.encode import Task, spans, write_tokens
 from pipeline.data.token_files import TokenFolder, data_sha256
 from pipeline.system import files
 from pipeline.system.errors import InputError
@@ -32,7 +32,7 @@ from pipeline.system.files import UNFINISHED, sha256_file
 
 ROOT = Path(__file__).parents[3]
 LINES = "".join(f"Line {number} of the play, as it's spoken.\n" for number in range(100))
-quickly = settings(max_examples=40, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 hard_text = st.text("  \n\r\t\u00a0\u3000\x1c'srveLl1.-\u00e9\u6f22\U0001f600\0", max_size=80)
 
 
@@ -134,7 +134,7 @@ def test_b5_documents_come_back_from_the_tokens(tmp_path_factory, tokenizer, tex
 # However it is cut, by however many
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=hard_text | st.text("\u00a0\nx", max_size=20), size=st.integers(1, 12), searched=st.integers(1, 6))
 def test_spans_are_cut_where_nothing_changes_and_lose_nothing(tokenizer, text, size, searched):
     data = text.encode()
@@ -156,7 +156,7 @@ def test_another_tokenizers_text_is_cut_where_that_one_allows_it(tmp_path, byte_
 
 
 def test_shards_of_another_tokenizer_are_not_taken(corpus, tokenizer, byte_tokenizer, tmp_path):
-    encode_shards(corpus, byte_tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
+    write_tokens(corpus, byte_tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
     write_tokens(corpus, tokenizer, tmp_path / "tokens")
     assert TokenFolder(tmp_path / "tokens").train.vocab_size == 50257
 
@@ -178,7 +178,7 @@ def test_the_ids_are_the_same_however_the_text_is_cut_and_by_however_many(
     with patch.object(module, "BLOCK_BYTES", block_bytes), patch.object(files, "fsync"):
         for number in reversed(range(tasks)):
             task = Task(number, tasks)
-            encode_shards(folder / "corpus.txt", tokenizer, folder / "tokens", 1.0, 0.0, task, shard_bytes, workers)
+            write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", 1.0, 0.0, task, shard_bytes, workers)
         with patch.object(module, "write_shard", side_effect=AssertionError("a task has left one out")):
             write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", shard_bytes=shard_bytes)
     tokens = TokenFolder(folder / "tokens").train
@@ -192,18 +192,6 @@ def test_the_bytes_are_the_same_by_one_and_by_four_at_once(shakespeare, tokenize
         write_tokens(shakespeare, tokenizer, folder, 1.0, 0.1, shard_bytes=200_000, workers=workers)
     assert data_sha256(tmp_path / "1") == data_sha256(tmp_path / "4")
     assert names(tmp_path / "1") == ["manifest.json", *(f"train-{i:05}.bin" for i in range(6)), "val-00000.bin"]
-
-
-@pytest.mark.security
-@pytest.mark.parametrize("unit", ["ab", "\u6f22", " ", "\u3000", "\n", "x ", "\0"])
-def test_a_span_without_a_place_to_cut_is_cut_between_characters(tokenizer, tmp_path, unit):
-    (tmp_path / "corpus.txt").write_bytes(f"{unit * 3000}x\n".encode())
-    with patch.multiple(module, BLOCK_BYTES=1000, LONGEST_BYTES=500, SEARCHED_BYTES=64):
-        write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", shard_bytes=2000)
-    shards = [path.stat().st_size for path in (tmp_path / "tokens").glob("train-*.bin")]
-    assert len(shards) > 1
-    assert max(shards) < 24 + 2 * (2000 + 500 + 3)  # at most a token a byte
-    assert text_of(tokenizer, tmp_path / "tokens", "train").replace("<|endoftext|>", "\0") == f"{unit * 3000}x\n"
 
 
 def test_a_text_is_never_in_memory_as_a_whole(tmp_path, tokenizer):
@@ -250,7 +238,7 @@ def test_b7_shards_that_were_finished_before_a_kill_are_not_made_again(corpus, t
 @pytest.mark.fault
 @pytest.mark.parametrize("fault", ["altered", "truncated", "without a note"])
 def test_b7_a_finished_shard_that_is_not_as_it_was_written_is_made_again(corpus, tokenizer, tmp_path, fault):
-    place = encode_shards(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
+    place = write_tokens(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
     shard = place / "tokens" / "train-00001.bin"
     data = shard.read_bytes()
     if fault == "without a note":
@@ -265,7 +253,7 @@ def test_b7_a_finished_shard_that_is_not_as_it_was_written_is_made_again(corpus,
 
 @pytest.mark.parametrize("changed", ["text", "fraction", "val_fraction", "shard_bytes"])
 def test_shards_of_another_text_or_other_shares_are_not_taken(corpus, tokenizer, tmp_path, changed):
-    encode_shards(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
+    write_tokens(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
     if changed == "text":
         corpus.write_text(LINES.replace("Line 1 ", "Line 2 "))
     others = {"fraction": 0.9, "val_fraction": 0.5, "shard_bytes": 2000}
@@ -294,7 +282,7 @@ def test_a_shard_that_another_task_is_making_is_waited_for_and_not_made_twice(co
             lock(file, how)
 
     def encode():
-        encode_shards(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
+        write_tokens(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
 
     with (
         patch.object(module, "write_shard", side_effect=slow) as made,
@@ -352,7 +340,7 @@ STAGE = """if True:
         Path("made").write_text(str(len(made)))
 
     encode.write_shard = write_shard
-    encode.write_tokens.__defaults__ = (1.0, 0.0, 1 << 18, None)
+    encode.write_tokens.__defaults__ = (1.0, 0.0, None, 1 << 18, None)
     run_stage(tokenize.main)
     """  # stands still in the middle of a shard, once it has made as many as it is told
 
@@ -377,7 +365,7 @@ def test_b7_a_killed_stage_goes_on_at_its_last_finished_shard(project, tokenizer
     process = start(project, 1000)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
-    write_tokens(project / "data" / "corpus.txt", tokenizer, project / "clean", 1.0, 0.1, 1 << 18)
+    write_tokens(project / "data" / "corpus.txt", tokenizer, project / "clean", 1.0, 0.1, shard_bytes=1 << 18)
     assert data_sha256(project / "data" / "tokens") == data_sha256(project / "clean")
     assert int((project / "made").read_text()) == len(names(project / "clean")) - 1 - 2  # but the manifest, and those
     assert names(project / "data") == ["corpus.sha256", "corpus.txt", "tokenizer", "tokens"]
@@ -399,10 +387,10 @@ def test_a_task_with_a_wrong_number_is_refused(project, monkeypatch, shard, of):
 
 def test_tasks_make_the_shards_and_the_stage_only_joins_them(project, monkeypatch, tokenizer):
     monkeypatch.chdir(project)
-    with patch.object(module.encode_shards, "__defaults__", (1 << 18, None)):
+    with patch.object(module.write_tokens, "__defaults__", (1.0, 0.0, None, 1 << 18, None)):
         for shard in (1, 0, 2):
             tokenize(Namespace(shard=shard, of=3))
     with patch.object(module, "write_shard", side_effect=AssertionError("a task has left one out")):
-        write_tokens(Path("data/corpus.txt"), tokenizer, Path("data/tokens"), 1.0, 0.1, 1 << 18)
-    write_tokens(Path("data/corpus.txt"), tokenizer, Path("clean"), 1.0, 0.1, 1 << 18)
+        write_tokens(Path("data/corpus.txt"), tokenizer, Path("data/tokens"), 1.0, 0.1, shard_bytes=1 << 18)
+    write_tokens(Path("data/corpus.txt"), tokenizer, Path("clean"), 1.0, 0.1, shard_bytes=1 << 18)
     assert data_sha256(Path("data/tokens")) == data_sha256(Path("clean"))

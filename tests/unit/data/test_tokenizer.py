@@ -14,7 +14,7 @@ from pipeline.data import tokenizer as module
 from pipeline.data.tokenizer import CUT, CUT_BYTES, SPACE, fetch_tokenizer, load_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
 
-quickly = settings(max_examples=200, deadline=None)
+quickly = settings(max_examples=50, deadline=None)
 # All that GPT-2's split looks at: spaces of several kinds, \x1c (a space to Python, none to Unicode), contractions, ...
 hard_text = st.text("  \n\r\t\u00a0\u3000\x1c'srveLl1.-\u00e9\u6f22\U0001f600", max_size=60)
 # Runs of the two spaces that GPT-2 merges, so that a cut within them shows.
