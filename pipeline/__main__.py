@@ -11,7 +11,7 @@ from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe, as_set, list_recipes
 from pipeline.config.sections import CorpusConfig, RegistryConfig, SweepConfig
 from pipeline.data.corpus import verify_corpus
-from pipeline.data.encode import Task, encode_shards
+from pipeline.data.encode import Task, write_tokens
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
@@ -69,8 +69,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
     if not 0 <= task.first < task.of:
         raise InputError(f"--shard {task.first} --of {task.of}: N tasks, at least one, are numbered from 0 to N - 1")
     verify_corpus(corpus := Path("data/corpus.txt"))
-    tokenizer, folder = load_tokenizer(Path("data/bpe")), Path("data/tokens")
-    place = encode_shards(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
+    tokenizer, folder = load_tokenizer(Path("data/tokenizer")), Path("data/tokens")
+    place = write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
     print(f"{place}: all shards of task {task.first} of {task.of} are there")
 
 

@@ -1,4 +1,4 @@
-"""Stage `tokenize`: data/corpus.txt and data/bpe -> data/tokens and reports/corpus.json."""
+"""Stage `tokenize`: encode data/corpus.txt into data/tokens, and describe it in reports/corpus.json."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def main() -> None:
     config = load_params().section(CorpusConfig)
     corpus, folder = Path("data/corpus.txt"), Path("data/tokens")
     verify_corpus(corpus)
-    tokenizer = load_tokenizer(Path("data/bpe"))
+    tokenizer = load_tokenizer(Path("data/tokenizer"))
     write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction)
     text = TokenFolder(folder)
     write_json(Path("reports/corpus.json"), describe_corpus(text.train, text.val, tokenizer))

@@ -17,7 +17,7 @@ from hypothesis import settings
 from pipeline.config.params import load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, verify_corpus
-from pipeline.data.tokenizer import Tokenizer, fetch_bpe, load_tokenizer
+from pipeline.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import locked
 
@@ -38,15 +38,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def fetched_bpe(config: pytest.Config) -> Path:
-    """The checkout's data/bpe, or a copy that is fetched once."""
+    """The checkout's data/tokenizer, or a copy that is fetched once."""
     cached = config.cache.mkdir("bpe")
-    for folder in (ROOT / "data" / "bpe", cached):
+    for folder in (ROOT / "data" / "tokenizer", cached):
         try:
             load_tokenizer(folder)
             return folder
         except (InputError, IntegrityError):
             continue
-    fetch_bpe(cached)
+    fetch_tokenizer("gpt2", cached)
     return cached
 
 

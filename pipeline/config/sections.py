@@ -49,6 +49,7 @@ class CorpusConfig(Section):
     source: Source
     sha256: str | None = Field(pattern="^[0-9a-f]{64}$")
     mirrors: list[Source]
+    tokenizer: str = Field(min_length=1)  # a name in TOKENIZERS (pipeline/data/tokenizer.py)
     fraction: float = Field(gt=0, le=1)  # share of the text, from its start
     val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
 
@@ -68,7 +69,7 @@ class ModelConfig(Section):
     n_head: int = Field(ge=1)
     n_embd: int = Field(ge=1, le=2**16)
     block_size: int = Field(ge=2, le=2**20)
-    vocab_size: int = Field(ge=50257, le=65536)  # GPT-2's ids, padded at will; an id must fit 16 bits
+    vocab_size: int = Field(ge=1, le=65536)  # the tokenizer's ids, padded at will; an id must fit 16 bits
     dropout: float = Field(ge=0, lt=1)
     fold_vocab: bool
 
@@ -86,7 +87,7 @@ class ModelConfig(Section):
 
 
 class WindowsConfig(Section):
-    """What one optimiser step sees: `gradient_accumulation_steps` batches of `micro_batch_size` windows of `seq_len` tokens."""
+    """What an optimiser step sees: in each of its accumulation steps a micro-batch of windows of `seq_len` tokens."""
 
     section_name: ClassVar[str] = "windows"
 

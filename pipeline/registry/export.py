@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
 from pipeline.data.token_files import TokenFolder
-from pipeline.data.tokenizer import EOT, Tokenizer, load_tokenizer
+from pipeline.data.tokenizer import EOT, GPT2Tokenizer, Tokenizer, load_tokenizer
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import WEIGHTS, load_model
 from pipeline.report.figures import curve_figure
@@ -41,6 +41,8 @@ def export_hf(artifacts: Path, facts: dict[str, Any], folder: Path) -> None:
     """Write a folder for Transformers. Raises InputError where `folder` is there and not empty."""
     with new_folder(folder) as unfinished:
         model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
+        if not isinstance(tokenizer, GPT2Tokenizer):
+            raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only GPT-2's can be exported")
         weights = hf_weights(model, tokenizer.n_vocab)
         n_positions = len(weights["transformer.wpe.weight"])
         (unfinished / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))

@@ -66,7 +66,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     params["checkpoint"].update(interval_steps=3)
     params["samples"].update(interval_steps=50, max_tokens=5)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    shutil.copytree(bpe, folder / "data" / "bpe")
+    shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
 

@@ -68,7 +68,8 @@ def test_a_tidy_project_is_one_line(root):
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "place", ["data/bpe", "models/model", "reports/figures/loss.png", "checkpoints/0f/step-00000009", "params.yaml"]
+    "place",
+    ["data/tokenizer", "models/model", "reports/figures/loss.png", "checkpoints/0f/step-00000009", "params.yaml"],
 )
 def test_what_a_killed_process_was_writing_goes_and_all_else_stays(root, place):
     (kept := root / place).parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
     (folder / "short.yaml").write_text(f"optim: {{max_tokens: {256 * 40}}}\ntrain: {{threads: 1}}\n")
     apply_recipe(str(folder / "short.yaml"), folder / "params.yaml")
-    shutil.copytree(bpe, folder / "data" / "bpe")
+    shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
 

@@ -56,7 +56,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
             "train.threads": 1,
         },
     )
-    shutil.copytree(bpe, folder / "data" / "bpe")
+    shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
 
