@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.config.params import load_params
 from pipeline.config.sections import TrainConfig
 from pipeline.data.token_files import TokenFolder
+from pipeline.registry.artifacts import label_of
 from pipeline.registry.catalog import (
     CHAMPION,
     find_version,
-    label_of,
     naming_failure,
     open_version,
     printable,

@@ -51,9 +51,10 @@ class Registered(TypedDict):
 def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn = model_loss) -> Registered:
     """Register `project`/models/model in the store of `root`, one version a fingerprint, and judge it.
 
-    `loss_on` measures the model on the champion's text, where that is another one. The alias candidate moves to it, champion only through the gate. It may be killed anywhere and repeated: the aliases
-    move last. Raises ModelMissing where the model is missing or the store fails, IntegrityError where model or tokens
-    are altered, or where tokens or metrics are not this model's.
+    The alias candidate moves to it, champion only through the gate; `loss_on` measures the model on the champion's text
+    where that is another one. It may be killed anywhere and repeated: the aliases move last. Raises ModelMissing where
+    the model is missing or the store fails, IntegrityError where model or tokens are altered, or where tokens or
+    metrics are not this model's.
     """
     if not (folder := project / "models" / "model").is_dir():
         raise ModelMissing(f"{folder} not found: run `dvc repro train`, which makes it")
@@ -103,7 +104,15 @@ def _judge(
     number = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
     if number is not None and str(number) == str(version.version):
         return Verdict(True, IS_CHAMPION)
-    failures = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError, *store_errors())
+    failures: tuple[type[Exception], ...] = (
+        IntegrityError,
+        ModelMissing,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        *store_errors(),
+    )
     try:
         results = record["results"]
         step = results["model_step"]
@@ -118,7 +127,11 @@ def _judge(
             data_sha256=version.tags["data_sha256"],
             rolled_back=ROLLED_BACK in version.tags,
         )
-        champion = None if number is None else _champion(store, config.model, str(number), lambda tokens: loss_on(project, tokens))
+        champion = (
+            None
+            if number is None
+            else _champion(store, config.model, str(number), lambda tokens: loss_on(project, tokens))
+        )
         return judge(candidate, champion, config.max_target_loss)
     except failures as error:
         return Verdict(False, f"could not be judged: {type(error).__name__}: {first_line(error)}")

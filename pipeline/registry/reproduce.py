@@ -34,7 +34,7 @@ from pipeline.system.host import SOURCE_ROOT
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import Identity, differences, identify
 from pipeline.tracking.mlflow_store import Store
-from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.config import RunConfig
 
 if TYPE_CHECKING:

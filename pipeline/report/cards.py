@@ -61,7 +61,11 @@ def _rules(metrics: dict[str, float]) -> list[tuple[str, float | None, float | N
     A rule that needs a held-out text is left out where there was none.
     """
     return [
-        (f"{name}: {rule.description}", *(metrics.get(f"to_target.{name}.{unit}") for unit in ("steps", "tokens")))
+        (
+            f"{name}: {rule.description}",
+            metrics.get(f"to_target.{name}.steps"),
+            metrics.get(f"to_target.{name}.tokens"),
+        )
         for name, rule in _described_rules().items()
         if not rule.needs_held_out or metrics.get("validation_loss") is not None
     ]

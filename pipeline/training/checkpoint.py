@@ -25,7 +25,8 @@ from pipeline.system.files import (
 )
 from pipeline.tracking.fingerprint import Identity, differences
 from pipeline.tracking.journal import STEPS, Journal
-from pipeline.tracking.recorder_process import RECORDER_LOCK, RUN_ID
+from pipeline.tracking.mlflow_tracker import RUN_ID
+from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.loop import TrainState
 from pipeline.training.optim import Muon
 from pipeline.training.target import best_step

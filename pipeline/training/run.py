@@ -28,8 +28,7 @@ from pipeline.system.signals import StopSignals, interrupted
 from pipeline.tracking.fingerprint import Identity, identify
 from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRow, TimeRow, write_rows
 from pipeline.tracking.mlflow_store import project_root
-from pipeline.tracking.recorder import Recorder
-from pipeline.tracking.recorder_process import OWNER_PID
+from pipeline.tracking.recorder import OWNER_PID, Recorder
 from pipeline.training.checkpoint import (
     Tensors,
     change_set_up,

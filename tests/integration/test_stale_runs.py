@@ -20,7 +20,8 @@ from pipeline.sweep.mlflow_run import open_study_run
 from pipeline.system.errors import Interrupted, RunLocked
 from pipeline.system.files import locked, write_json, write_text
 from pipeline.tracking.journal import STEPS, TIMES, Journal
-from pipeline.tracking.recorder_process import RECORDER_LOCK, RUN_ID
+from pipeline.tracking.mlflow_tracker import RUN_ID
+from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.checkpoint import IDENTITY
 
 PARAMS = {  # of a run of 20 steps of 8 tokens
