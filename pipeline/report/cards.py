@@ -72,7 +72,10 @@ def _rules(metrics: dict[str, float]) -> list[tuple[str, float | None, float | N
 
 
 def _described_rules() -> dict[str, Any]:
-    """RULES; a rule without a description is called by its name alone."""
+    """RULES, and as long as these are names alone, what they mean."""
     if isinstance(RULES, dict):
         return RULES
-    return {name: SimpleNamespace(description=name, needs_held_out=name == "validation") for name in RULES}
+    words = {"batch": "one minibatch below the target", "corpus": "one pass over the whole training text"}
+    return {
+        name: SimpleNamespace(description=words.get(name, name), needs_held_out=name == "validation") for name in RULES
+    }

@@ -99,7 +99,7 @@ def test_what_names_no_version_is_told_with_the_hint(which, words, store, name, 
 @pytest.mark.fault
 def test_where_there_is_no_champion_it_is_said_how_to_make_one(store, name, add):  # E1
     add(corpus_loss=0.2)
-    with pytest.raises(ModelMissing, match="has no version 'champion': .*`python -m pipeline models promote N` makes"):
+    with pytest.raises(ModelMissing, match=r"has no version 'champion': .*`python -m pipeline models promote N` makes"):
         find_version(store, name, "champion")
 
 
@@ -197,7 +197,9 @@ def test_a_version_whose_files_are_gone_is_missing(place, store, name, add):  # 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(("spoil", "error"), [(flip, IntegrityError), (forge, IntegrityError), (lose, ModelMissing)])
-def test_what_is_lost_or_altered_cannot_become_champion_until_it_is_registered_again(spoil, error, store, name, add):  # C7
+def test_what_is_lost_or_altered_cannot_become_champion_until_it_is_registered_again(
+    spoil, error, store, name, add
+):  # C7
     add()
     add(corpus_loss=0.2)
     spoil(files_of(store, name, "2") / "model" / "model.safetensors")
@@ -301,7 +303,7 @@ def test_a_rollback_to_what_is_lost_or_altered_leaves_the_champion(deleted, stor
         store.client.delete_model_version(name, "1")
     else:
         flip(files_of(store, name) / "model" / "model.safetensors")
-    with pytest.raises(ModelMissing if deleted else IntegrityError, match="version 1"):
+    with pytest.raises(ModelMissing if deleted else IntegrityError, match=r"version .?1"):
         rollback(store, name)
     assert champion(store, name) == "2"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from fixtures_mlflow import an_identity, append_steps, assert_holds_just_the_journal, recording, root_of
-from tests.integration.test_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
 
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_runs import runs_of
@@ -14,6 +13,7 @@ from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import OWNER_PID, TRACKERS, record
 from pipeline.training import run as tracked_run
+from tests.integration.test_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
