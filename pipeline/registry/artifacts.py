@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,20 +62,19 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
 
 
 def fetch_version(store: Store, version: "ModelVersion", name: str = "") -> Path:
-    """Folder `name`, model or tokens, of a version's files, or all of them: the store's own where it is local.
+    """What a version holds, model/, tokens/ and params.yaml, or the one that `name` says; nothing is verified or run.
 
-    Else it is a copy that is there until this process ends. Nothing in it is checked or run. Raises one of
+    It is the store's own where that is local, else a copy that is removed when this process ends. Raises one of
     `store_errors()` where it is missing.
     """
     return _fetch(store, version, f"artifacts/{name}")
 
 
 def verify_version(store: Store, version: "ModelVersion") -> Path:
-    """Fetch all of a version's files, model/, tokens/ and params.yaml, once every byte is what was registered.
+    """Fetch a version's model/, tokens/ and params.yaml; every byte, also of the code, is what was registered.
 
-    That includes the code that MLflow would run. Here nothing is run. Raises ModelMissing where files are gone,
-    IntegrityError where they are altered, or where no `register` made the version; one of `store_errors()` where the
-    store does not answer.
+    Nothing is run. Raises ModelMissing where files are gone, IntegrityError where they are altered, or where no
+    `register` made the version; one of `store_errors()` where the store does not answer.
     """
     label = label_of(version)
     hint = f"{label} cannot be used; `dvc repro -f -s register`, where its model is, registers it again"
@@ -100,12 +100,12 @@ def verify_version(store: Store, version: "ModelVersion") -> Path:
 
 
 def temporary_prefix() -> str:
-    """What a large temporary folder is named by, so that one whose maker was killed can be told."""
+    """Prefix of a large temporary folder, by which one whose process was killed is recognised."""
     return f"{TEMPORARY}{os.getpid()}-"
 
 
 def _fetch(store: Store, version: "ModelVersion", place: str = "") -> Path:
-    """What stands at `place` in a version's folder, as `fetch_version` has it."""
+    """What is at `place` in a version's folder, as `fetch_version` gives it."""
     from mlflow.artifacts import download_artifacts
 
     uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
@@ -121,14 +121,14 @@ def _is_local(uri: str) -> bool:
 
 
 def _listing(whole: Path) -> list[str]:
-    """Names of a version's files that the manifests of model and tokens do not hold, and that a use does not add."""
+    """Names of a version's files but for those in the manifests of model and tokens, and those that MLflow adds."""
     elsewhere = {whole / "artifacts" / name for name in FOLDER_TAGS}
     files = (path for path in whole.rglob("*") if path.is_file() and not elsewhere & {*path.parents})
     return sorted({path.relative_to(whole).as_posix() for path in files} - {LISTING, ADDED_BY_USE})
 
 
 def _write_listing(whole: Path) -> str:
-    """Note the hash of each file; return the hash of that."""
+    """Write the hash of each file; return the hash of that."""
     write_json(whole / LISTING, {name: sha256_file(whole / name) for name in _listing(whole)})
     return sha256_file(whole / LISTING)
 
@@ -154,12 +154,10 @@ def _verify_hash(path: Path, expected: str, hint: str) -> None:
 
 def _is_whole(store: Store, version: "ModelVersion") -> bool:
     """Whether the version's files are there and unaltered."""
-    broken: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, *store_errors())
-    try:
+    with suppress(IntegrityError, ModelMissing, *store_errors()):
         verify_version(store, version)
-    except broken:
-        return False
-    return True
+        return True
+    return False
 
 
 def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:

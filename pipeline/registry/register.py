@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.sections import RegistryConfig
 from pipeline.data.token_files import TokenFolder
@@ -36,25 +34,13 @@ IS_CHAMPION = "is the champion"
 LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
 
 
-class Registered(TypedDict):
-    """What reports/registered.json says."""
-
-    model: str
-    version: str
-    run_id: str
-    fingerprint: str
-    aliases: list[str]
-    champion: bool
-    reason: str
-
-
-def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn = model_loss) -> Registered:
+def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn = model_loss) -> dict[str, Any]:
     """Register `project`/models/model in the store of `root`, one version a fingerprint, and judge it.
 
     The alias candidate moves to it, champion only through the gate; `loss_on` measures the model on the champion's text
     where that is another one. It may be killed anywhere and repeated: the aliases move last. Raises ModelMissing where
     the model is missing or the store fails, IntegrityError where model or tokens are altered, or where tokens or
-    metrics are not this model's.
+    metrics are not this model's. Returns what reports/registered.json says.
     """
     if not (folder := project / "models" / "model").is_dir():
         raise ModelMissing(f"{folder} not found: run `dvc repro train`, which makes it")
@@ -78,15 +64,15 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
             for key, value in ((VERDICT, verdict.reason), (PASSED, str(verdict.promotes).lower())):
                 store.client.set_model_version_tag(config.model, version.version, key, value)
         version = store.client.get_model_version(config.model, version.version)
-    outcome = Registered(
-        model=config.model,
-        version=str(version.version),
-        run_id=run.info.run_id,
-        fingerprint=version.tags["fingerprint"],
-        aliases=sorted(version.aliases),
-        champion=verdict.promotes,
-        reason=verdict.reason,
-    )
+    outcome = {
+        "model": config.model,
+        "version": str(version.version),
+        "run_id": run.info.run_id,
+        "fingerprint": version.tags["fingerprint"],
+        "aliases": sorted(version.aliases),
+        "champion": verdict.promotes,
+        "reason": verdict.reason,
+    }
     write_json(project / "reports" / "registered.json", outcome)
     return outcome
 
@@ -172,11 +158,4 @@ def _version_tags(
     except (LookupError, TypeError) as error:
         path = project / "models" / "run.json"
         raise IntegrityError(f"{path} is not the record of a run ({error}): `dvc repro` restores it") from error
-    return tags | _output_hashes(project / "dvc.lock")
-
-
-def _output_hashes(lock: Path) -> dict[str, str]:
-    """MD5 of the stages' outputs, as DVC noted them: {"md5.models/model": "..."}."""
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
-    outs = (out for stage in stages.values() for out in stage.get("outs", []))
-    return {f"md5.{out['path']}": out["md5"] for out in outs if "md5" in out}
+    return tags

@@ -26,12 +26,11 @@ from pipeline.model.weights import WEIGHTS
 from pipeline.registry.artifacts import label_of, temporary_prefix
 from pipeline.registry.catalog import identity_of, open_version
 from pipeline.system.device import prepare_machine
-from pipeline.system.distributed import World
 from pipeline.system.errors import InputError, IntegrityError, Interrupted
 from pipeline.system.files import locked, read_json, sha256_file
 from pipeline.system.host import SOURCE_ROOT
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.fingerprint import Identity, differences, identify
+from pipeline.tracking.fingerprint import differences, identify
 from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.config import RunConfig
@@ -48,45 +47,33 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     """
     label, files = label_of(version), open_version(store, version)
     expected = sha256_file(files / "model" / WEIGHTS)
-    recorded, here = identity_of(store, version), _identity_here(files)
+    recorded = identity_of(store, version)
     if changes := recorded.get("inexact"):
         raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
     with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project")
-        with _code_of(version, here, repository, Path(folder) / "code") as code:
-            doubt = _doubt(recorded, here)
-            if doubt:
-                print(doubt, flush=True)
+        with _code_of(version, files, repository, Path(folder) / "code") as code:
             _train(code, project, stop)
         found = sha256_file(project / "models" / "model" / WEIGHTS)
-        fingerprint = read_json(project / "models" / "run.json")["fingerprint"]
+        again = read_json(project / "models" / "run.json")
     if found == expected:
         return f"{label} trained again: the same weights bit for bit, SHA-256 {found}"
-    if fingerprint != version.tags["fingerprint"]:
-        doubt = f"it is another training, {fingerprint} instead of {version.tags['fingerprint']}"
-    raise IntegrityError(
-        f"{label} trained again has other weights, SHA-256 {found} instead of {expected}: "
-        f"{doubt or 'the machine is the same, so something in the training is not deterministic'}"
-    )
+    if again["fingerprint"] != version.tags["fingerprint"]:
+        why = f"it is another training, {again['fingerprint']} instead of {version.tags['fingerprint']}"
+    elif changed := differences(recorded["environment"], again["environment"]):
+        why = f"this machine is another ({', '.join(changed)})"
+    else:
+        why = "the machine is the same, so something in the training is not deterministic"
+    raise IntegrityError(f"{label} trained again has other weights, SHA-256 {found} instead of {expected}: {why}")
 
 
-def _identity_here(files: Path) -> Identity | None:
-    """What the present code and machine make of a version's parameters; None where the code does not know them."""
+def _fingerprint_here(files: Path) -> str | None:
+    """The fingerprint of a version's parameters under the present code; None where the code does not know them."""
     try:
         config = RunConfig.of(load_params(files / "params.yaml"))
     except InputError:
         return None
-    n = config.train.processes
-    machine = prepare_machine(config.train, config.flops, World(size=n, local_size=n))
-    return identify(data_sha256(files / "tokens"), config.decisive, machine)
-
-
-def _doubt(recorded: Identity, here: Identity | None) -> str | None:
-    """Why equal weights are not to be expected of this machine; None where it equals the one that trained them."""
-    if here is None:
-        return "the present code does not know all of the parameters: whether the machine is the same is unknown"
-    changed = differences(recorded["environment"], here["environment"])
-    return f"this machine is another ({', '.join(changed)}): equal weights are not to be expected" if changed else None
+    return identify(data_sha256(files / "tokens"), config.decisive, prepare_machine(config.train))["fingerprint"]
 
 
 def _set_up(files: Path, project: Path) -> Path:
@@ -100,7 +87,7 @@ def _set_up(files: Path, project: Path) -> Path:
 
 
 @contextmanager
-def _code_of(version: "ModelVersion", here: Identity | None, repository: Path, folder: Path) -> Iterator[Path]:
+def _code_of(version: "ModelVersion", files: Path, repository: Path, folder: Path) -> Iterator[Path]:
     """The code that trained a version: its commit, checked out into `folder`.
 
     Where that is missing, or was changed without a commit, it is the present code if the fingerprint is the same.
@@ -109,7 +96,7 @@ def _code_of(version: "ModelVersion", here: Identity | None, repository: Path, f
     named = re.fullmatch("[0-9a-f]{40,64}", commit)
     is_here = named and git_output(repository, "cat-file", "-e", f"{commit}^{{commit}}") is not None
     changed = "" if version.tags.get("tree_clean") == "true" else ", with changes that were not committed"
-    if (not is_here or changed) and here and here["fingerprint"] == fingerprint:
+    if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
         print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
         yield SOURCE_ROOT
         return

@@ -296,6 +296,7 @@ def test_a_space_holds_the_program_the_version_and_how_to_publish_it(version, tm
     for name in ("pipeline", "webapp"):
         here = {path.name for path in (SOURCE_ROOT / name).iterdir()} - {"__pycache__"}
         assert {path.name for path in (folder / name).iterdir()} == here
+    assert (folder / "pipeline" / "report" / "templates" / "space_card.md.j2").is_file()
     configured = front_matter(folder / "README.md")
     assert configured.items() >= {"sdk": "gradio", "app_file": "app.py", "license": "mit", "pinned": False}.items()
     assert configured["sdk_version"] == metadata.version("gradio")
