@@ -56,7 +56,8 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
         if version.tags.get(key) != value:
             client.set_model_version_tag(name, version.version, key, value)
     version = client.get_model_version(name, version.version)
-    if (model_id := version.tags["model_id"]) not in {output.model_id for output in run.outputs.model_outputs}:
+    model_id = version.tags.get("model_id")  # the first versions lack it
+    if model_id and model_id not in {output.model_id for output in run.outputs.model_outputs}:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
     return version
 

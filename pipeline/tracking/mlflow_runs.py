@@ -97,8 +97,7 @@ def describe_inputs(store: Store, run_id: str, identity: dict[str, Any]) -> None
         for section, values in identity["params"].items()
         for key, value in values.items()
     ]
-    for start in range(0, len(params), 100):  # MLflow's limit
-        store.client.log_batch(run_id, params=params[start : start + 100])
+    store.client.log_batch(run_id, params=params)  # at most 100 at once
     digest = identity["data_sha256"][:36]  # MLflow's limit
     dataset = Dataset("tokens", digest, "local", json.dumps({"uri": "data/tokens"}))
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
