@@ -18,8 +18,8 @@ from pipeline.model.sampling import Sampling
 from pipeline.ops.chat import converse, show
 from pipeline.ops.checks import params_faults
 from pipeline.ops.doctor import examine
-from pipeline.registry import catalog
-from pipeline.registry.register import CHAMPION
+from pipeline.registry import catalog, promotion
+from pipeline.registry.catalog import CHAMPION
 from pipeline.registry.reproduce import retrain
 from pipeline.sweep.search_space import overridden
 from pipeline.system.entrypoint import run_stage
@@ -28,7 +28,7 @@ from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.mlflow_runs import describe_run
 from pipeline.tracking.mlflow_store import project_root
-from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.tracking.run_record import read_run
 
 MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
@@ -107,9 +107,9 @@ def models(arguments: argparse.Namespace) -> None:
         case "list":
             catalog.print_versions(store, name)
         case "promote":
-            print(catalog.promote(store, name, which))
+            print(promotion.promote(store, name, which))
         case "rollback":
-            print(catalog.rollback(store, name))
+            print(promotion.rollback(store, name))
         case "verify" if arguments.retrain:
             print(retrain(store, catalog.find_version(store, name, which), project_root()))
         case "verify" if which is None:
@@ -134,12 +134,13 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a registered version as a folder for Transformers (hf), or as a Hugging Face Space with the app (space)."""
     from pipeline.registry import export as exports  # matplotlib takes a second to import
 
+    if arguments.kind not in exports.EXPORTS:
+        raise InputError(f"export {arguments.kind}: unknown, choose one of {', '.join(exports.EXPORTS)}")
     exports.refuse_filled(arguments.folder)
     name, store = load_params().section(RegistryConfig).model, catalog.open_registry(project_root())
     version = catalog.find_version(store, name, arguments.version)
-    write = exports.export_hf if arguments.kind == "hf" else exports.export_space
-    write(catalog.open_version(store, version), catalog.describe_version(store, version), arguments.folder)
-    size_mb = exports.folder_bytes(arguments.folder) / 1e6
+    artifacts, info = catalog.open_version(store, version), catalog.describe_version(store, version)
+    size_mb = exports.export_version(arguments.kind, artifacts, info, arguments.folder) / 1e6
     print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; its README.md says how to use it")
 
 
@@ -201,7 +202,7 @@ def parse() -> argparse.Namespace:
                 flag, many = f"--{name.replace('_', '-')}", "append" if name == "stop" else "store"
                 subparser.add_argument(flag, action=many, default=argparse.SUPPRESS, help=field.description)
         if command is export:
-            subparser.add_argument("kind", choices=("hf", "space"))
+            subparser.add_argument("kind", help="hf, space, or another of EXPORTS in pipeline/registry/export.py")
             subparser.add_argument("folder", metavar="DIR", type=Path, help="a new folder, or an empty one")
             subparser.add_argument("--version", default=CHAMPION, help="a number or an alias; champion by default")
         if command is doctor:

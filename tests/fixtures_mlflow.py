@@ -17,8 +17,7 @@ from pipeline.registry import artifacts as versions
 from pipeline.system.files import write_json, write_manifest, write_text
 from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_store import Store, open_store
-from pipeline.tracking.recorder import ending
-from pipeline.tracking.recorder_process import OWNER_PID, record
+from pipeline.tracking.recorder import OWNER_PID, ending, record
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +135,6 @@ def trained_project(folder: Path, corpus_loss: float = 0.09, n_tokens: int = 64,
     write_json(folder / "reports" / "timing.json", {"tokens_per_s": 16.0, "mfu": "unknown"})
     (folder / "reports" / "figures").mkdir()
     (folder / "reports" / "figures" / "loss.png").write_bytes(b"a picture")
-    (folder / "params.yaml").write_text("registry: {model: x, gate: 0.1}\n")
+    (folder / "params.yaml").write_text("registry: {model: x, max_target_loss: 0.1}\n")
     (folder / "dvc.lock").write_text("stages: {train: {outs: [{path: models/model, md5: 0123abcd.dir}]}}\n")
     return folder

@@ -18,7 +18,8 @@ from pipeline.ops.finding import Finding
 from pipeline.registry.artifacts import TEMPORARY
 from pipeline.registry.reproduce import git_output
 from pipeline.system.files import UNFINISHED
-from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.tracking.fingerprint import PACKAGES
+from pipeline.tracking.recorder import RECORDER_LOCK
 
 PACKAGES = ("pipeline", "stages")
 WRITTEN_IN = ("data", "models", "reports", "checkpoints", "texts")

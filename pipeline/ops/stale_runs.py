@@ -30,7 +30,8 @@ from pipeline.tracking.mlflow_runs import (
     run_with,
 )
 from pipeline.tracking.mlflow_store import Store, all_found, first_line, own_database
-from pipeline.tracking.recorder_process import KILLED, RECORDER_LOCK, RUN_ID, noted_run
+from pipeline.tracking.mlflow_tracker import RUN_ID, noted_run
+from pipeline.tracking.recorder import KILLED, RECORDER_LOCK
 from pipeline.tracking.run_record import read_run
 from pipeline.training.target import is_finished
 
@@ -125,7 +126,9 @@ def _closing(store: Store, run: "Run", folder: Path) -> Callable[[], str]:
 def _restoring(store: Store, root: Path) -> Callable[[], str]:
     def restore() -> str:
         with locked(root / "mlruns" / ".register.lock"):  # which does the same
-            return f"run {ensure_run(store, root).info.run_id} has all rows of models/{STEPS}"
+            return (
+                f"run {ensure_run(store, root, read_run(root / 'models')).info.run_id} has all rows of models/{STEPS}"
+            )
 
     return restore
 

@@ -13,7 +13,7 @@ from pipeline.ops.finding import Finding
 from pipeline.system.errors import RunLocked
 from pipeline.system.files import atomic_file, locked
 from pipeline.tracking.mlflow_store import ARTIFACTS, BUSY_S, made_in, own_database, reading
-from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.tracking.recorder import RECORDER_LOCK
 
 PLACES = (  # of MLflow's tables: column, and which rows
     ("experiments", "artifact_location", "TRUE"),

@@ -1,12 +1,13 @@
-"""export: a registered version -> a folder that Transformers loads, or a Hugging Face Space that runs the app.
+"""Export a registered version: a folder that Transformers loads, or a Hugging Face Space that runs the app.
 
-Both take the version's artifacts, as `open_version` verified them, and its facts, as `describe_version` gives them.
+An export takes the version's folder, as `open_version` verified it, its version info, as `describe_version` gives it,
+and a new folder to fill. A further one is a function with an entry in EXPORTS.
 """
 
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +22,8 @@ from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import EOT, GPT2Tokenizer, Tokenizer, load_tokenizer
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import WEIGHTS, load_model
+from pipeline.report.cards import CURVE, model_card, space_card
 from pipeline.report.figures import curve_figure
-from pipeline.report.model_card import CURVE, Exported, model_card
-from pipeline.report.space_card import space_card
 from pipeline.report.style import save_png
 from pipeline.system.errors import InputError
 from pipeline.system.files import UNFINISHED, fsync, naming_full_disk, write_json, write_manifest, write_text
@@ -37,48 +37,68 @@ LOCAL_STUDIES = "sqlite:///optuna.db"
 PROMPT_TOKENS = 16  # of the text's beginning, in the card's example
 
 
-def export_hf(artifacts: Path, facts: dict[str, Any], folder: Path) -> None:
-    """Write a folder for Transformers. Raises InputError where `folder` is there and not empty."""
+def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Path) -> int:
+    """Write the export `kind` of EXPORTS to `folder`; return its size in bytes.
+
+    Raises InputError where `folder` exists and is not empty.
+    """
     with new_folder(folder) as unfinished:
-        model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
-        if not isinstance(tokenizer, GPT2Tokenizer):
-            raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only GPT-2's can be exported")
-        weights = hf_weights(model, tokenizer.n_vocab)
-        n_positions = len(weights["transformer.wpe.weight"])
-        (unfinished / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
-        write_json(unfinished / "config.json", hf_config(model, tokenizer, n_positions))
-        write_json(unfinished / "generation_config.json", {**_special_ids(tokenizer), "max_length": n_positions})
-        write_json(unfinished / "tokenizer_config.json", _tokenizer_config(n_positions))
-        shutil.copyfile(artifacts / "model" / "encoder.json", unfinished / "vocab.json")
-        shutil.copyfile(artifacts / "model" / "vocab.bpe", unfinished / "merges.txt")
-        _write_params(artifacts, unfinished)
-        shutil.copyfile(SOURCE_ROOT / "LICENSE", unfinished / "LICENSE")
-        if facts["history"].get("loss"):
-            save_png(curve_figure(facts["history"], float(facts["tags"]["target_loss"])), unfinished / CURVE)
-        exported = _describe(artifacts, model, tokenizer, weights)
-        write_text(unfinished / "README.md", model_card(facts, exported))
-        write_manifest(unfinished)
+        EXPORTS[kind](artifacts, info, unfinished)
+    return folder_bytes(folder)
 
 
-def export_space(artifacts: Path, facts: dict[str, Any], folder: Path) -> None:
-    """Write a Hugging Face Space. Raises InputError where `folder` is there and not empty, or the app is not here."""
+def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
+    """Write what Transformers loads into an empty folder."""
+    model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only GPT-2's can be exported")
+    weights = hf_weights(model, tokenizer.n_vocab)
+    config = hf_config(model, tokenizer, len(weights["transformer.wpe.weight"]))
+    (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
+    write_json(folder / "config.json", config)
+    generation = {**_special_ids(tokenizer), "max_length": config["n_positions"]}
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(config["n_positions"]))
+    shutil.copyfile(artifacts / "model" / "encoder.json", folder / "vocab.json")
+    shutil.copyfile(artifacts / "model" / "vocab.bpe", folder / "merges.txt")
+    _write_params(artifacts, folder)
+    shutil.copyfile(SOURCE_ROOT / "LICENSE", folder / "LICENSE")
+    if info["history"].get("loss"):
+        save_png(curve_figure(info["history"], float(info["tags"]["target_loss"])), folder / CURVE)
+    text = TokenFolder(artifacts / "tokens").train
+    described = {
+        **config,
+        "n_params": sum(tensor.numel() for tensor in weights.values()),
+        "n_used": int((text.counts() > 0).sum()),
+        "n_tokens": len(text),
+        # Without what would be encoded otherwise at the end of a prompt: a blank, or a part of a character.
+        "prompt": tokenizer.decode(text.read(0, min(PROMPT_TOKENS, len(text))).tolist()).rstrip("\ufffd \t\r\n"),
+    }
+    write_text(folder / "README.md", model_card(info, described))
+    write_manifest(folder)
+
+
+def export_space(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
+    """Write a Hugging Face Space into an empty folder. Raises InputError where the app is not installed here."""
     if not (app := SOURCE_ROOT / "app.py").is_file():
         raise InputError(f"{app} not found: run from the project's folder, as `make` installs it")
-    with new_folder(folder) as unfinished:
-        for name in PROGRAM:
-            _copy_tree(SOURCE_ROOT / name, unfinished / name)
-        for name in ("model", "tokens"):
-            _copy_tree(artifacts / name, unfinished / "version" / name)
-        for path in (app, SOURCE_ROOT / "LICENSE"):
-            shutil.copyfile(path, unfinished / path.name)
-        params = _write_params(artifacts, unfinished / "version")
-        write_json(unfinished / "version" / "facts.json", {**facts, "params": params})
-        pins = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in APP_REQUIREMENTS]
-        write_text(unfinished / ".gitignore", "__pycache__/\n")
-        write_text(unfinished / "requirements.txt", "\n".join([CPU_INDEX, *pins, ""]))
-        python = ".".join(map(str, sys.version_info[:2]))
-        card = space_card(facts, metadata.version("gradio"), python, folder_bytes(unfinished))
-        write_text(unfinished / "README.md", card)
+    for name in PROGRAM:
+        _copy_tree(SOURCE_ROOT / name, folder / name)
+    for name in ("model", "tokens"):
+        _copy_tree(artifacts / name, folder / "version" / name)
+    for path in (app, SOURCE_ROOT / "LICENSE"):
+        shutil.copyfile(path, folder / path.name)
+    params = _write_params(artifacts, folder / "version")
+    write_json(folder / "version" / "facts.json", {**info, "params": params})
+    pins = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in APP_REQUIREMENTS]
+    write_text(folder / ".gitignore", "__pycache__/\n")
+    write_text(folder / "requirements.txt", "\n".join([CPU_INDEX, *pins, ""]))
+    python = ".".join(map(str, sys.version_info[:2]))
+    write_text(folder / "README.md", space_card(info, metadata.version("gradio"), python, folder_bytes(folder)))
+
+
+Export = Callable[[Path, dict[str, Any], Path], None]  # a version's folder, its version info, the folder to fill
+EXPORTS: dict[str, Export] = {"hf": export_hf, "space": export_space}
 
 
 def folder_bytes(folder: Path) -> int:
@@ -161,30 +181,6 @@ def _tokenizer_config(n_positions: int) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT),
     }
-
-
-def _describe(artifacts: Path, model: GPT, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> Exported:
-    text, shape = TokenFolder(artifacts / "tokens").train, model.config
-    return Exported(
-        n_params=sum(tensor.numel() for tensor in weights.values()),
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        n_positions=len(weights["transformer.wpe.weight"]),
-        n_vocab=tokenizer.n_vocab,
-        n_used=int((text.counts() > 0).sum()),
-        n_tokens=len(text),
-        beginning=_beginning(text.read(0, min(PROMPT_TOKENS, len(text))).tolist(), tokenizer),
-    )
-
-
-def _beginning(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The longest beginning of a text that is encoded as within the text; one that ends with a blank may not be."""
-    for length in range(len(ids), 0, -1):
-        text = tokenizer.decode(ids[:length])
-        if not text[-1].isspace() and tokenizer.encode(text) == ids[:length]:
-            return text
-    return tokenizer.decode(ids)
 
 
 def _write_params(artifacts: Path, folder: Path) -> dict[str, Any]:

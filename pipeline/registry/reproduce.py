@@ -1,4 +1,4 @@
-"""retrain: a registered version -> the same training once more, and its weights compared bit for bit.
+"""Train a registered version once more, and compare the weights bit for bit.
 
 It runs the code of the recorded commit on the version's own parameters and tokens, in a temporary folder with an MLflow
 store of its own; nothing of it stays.
@@ -23,17 +23,16 @@ from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import tokenizer_in
 from pipeline.model.weights import WEIGHTS
-from pipeline.registry.artifacts import temporary_prefix
+from pipeline.registry.artifacts import label_of, temporary_prefix
 from pipeline.registry.catalog import identity_of, open_version
 from pipeline.system.device import prepare_machine
-from pipeline.system.distributed import World
 from pipeline.system.errors import InputError, IntegrityError, Interrupted
 from pipeline.system.files import locked, read_json, sha256_file
 from pipeline.system.host import SOURCE_ROOT
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.fingerprint import Identity, differences, identify, is_source
+from pipeline.tracking.fingerprint import differences, identify
 from pipeline.tracking.mlflow_store import Store
-from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -44,55 +43,41 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     """Train what `version` is once more; return, in a line, that the weights are the same bit for bit.
 
     Raises IntegrityError where they are not; InputError where the code that trained it is not in `repository`;
-    Interrupted after a signal. Where the training itself fails, its own line and exit code are what is left.
+    Interrupted after a signal. Where the training itself fails, its own line and exit code are the result.
     """
-    label = f"{version.name} version {version.version}"
-    files = open_version(store, version)
+    label, files = label_of(version), open_version(store, version)
     expected = sha256_file(files / "model" / WEIGHTS)
-    recorded, here = identity_of(store, version), _identity_here(files)
+    recorded = identity_of(store, version)
     if changes := recorded.get("inexact"):
         raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
-    doubt = _doubt(recorded, here)
     with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project")
-        with _code_of(version, recorded, here, repository, Path(folder) / "code") as code:
-            if doubt:
-                print(doubt, flush=True)
+        with _code_of(version, files, repository, Path(folder) / "code") as code:
             _train(code, project, stop)
         found = sha256_file(project / "models" / "model" / WEIGHTS)
-        fingerprint = read_json(project / "models" / "run.json")["fingerprint"]
+        again = read_json(project / "models" / "run.json")
     if found == expected:
         return f"{label} trained again: the same weights bit for bit, SHA-256 {found}"
-    if fingerprint != version.tags["fingerprint"]:
-        doubt = f"it is another training, {fingerprint} instead of {version.tags['fingerprint']}"
-    raise IntegrityError(
-        f"{label} trained again has other weights, SHA-256 {found} instead of {expected}: "
-        f"{doubt or 'the machine is as it was, so look for what is not deterministic'}"
-    )
+    if again["fingerprint"] != version.tags["fingerprint"]:
+        why = f"it is another training, {again['fingerprint']} instead of {version.tags['fingerprint']}"
+    elif changed := differences(recorded["environment"], again["environment"]):
+        why = f"this machine is another ({', '.join(changed)})"
+    else:
+        why = "the machine is the same, so something in the training is not deterministic"
+    raise IntegrityError(f"{label} trained again has other weights, SHA-256 {found} instead of {expected}: {why}")
 
 
-def _identity_here(files: Path) -> Identity | None:
-    """What the present code and machine make of a version's parameters; None where the code does not know them."""
-    params = load_params(files / "params.yaml")
+def _fingerprint_here(files: Path) -> str | None:
+    """The fingerprint of a version's parameters under the present code; None where the code does not know them."""
     try:
-        config = RunConfig.of(params)
+        config = RunConfig.of(load_params(files / "params.yaml"))
     except InputError:
         return None
-    n = config.train.processes
-    machine = prepare_machine(config.train, config.flops, World(size=n, local_size=n))
-    return identify(data_sha256(files / "tokens"), config.decisive, machine)
-
-
-def _doubt(recorded: Identity, here: Identity | None) -> str | None:
-    """Why equal weights are not to be expected of this machine; None where it is as the one that trained them."""
-    if here is None:
-        return "the present code does not know all of the parameters: whether the machine is the same remains unknown"
-    changed = differences(recorded["environment"], here["environment"])
-    return f"this machine is another ({', '.join(changed)}): equal weights are not to be expected" if changed else None
+    return identify(data_sha256(files / "tokens"), config.decisive, prepare_machine(config.train))["fingerprint"]
 
 
 def _set_up(files: Path, project: Path) -> Path:
-    """Lay out what the stage `train` reads."""
+    """Write what the stage `train` reads."""
     shutil.copytree(files / "tokens", project / "data" / "tokens")
     for folder in ("tokenizer", "bpe"):  # commits before `corpus.tokenizer` read data/bpe
         (project / "data" / folder).mkdir()
@@ -103,46 +88,29 @@ def _set_up(files: Path, project: Path) -> Path:
 
 
 @contextmanager
-def _code_of(
-    version: "ModelVersion", recorded: Identity, here: Identity | None, repository: Path, folder: Path
-) -> Iterator[Path]:
-    """The code that trained a version: its commit, checked out into `folder`, or the present code where that is it."""
-    if flaw := _flaw(version, recorded, repository):
-        now, then = here["fingerprint"] if here else "none", version.tags["fingerprint"]
-        if now != then:
-            raise InputError(
-                f"{version.name} version {version.version} cannot be trained again: {flaw}, and the present code is "
-                f"another (fingerprint {now} instead of {then}): bring back the code that trained it"
-            )
-        print(f"training with the present code: {flaw}, but the fingerprint {now} is the same", flush=True)
+def _code_of(version: "ModelVersion", files: Path, repository: Path, folder: Path) -> Iterator[Path]:
+    """The code that trained a version: its commit, checked out into `folder`.
+
+    Where that is missing, or was changed without a commit, it is the present code if the fingerprint is the same.
+    """
+    commit, fingerprint = version.tags.get("git_commit", "unknown"), version.tags["fingerprint"]
+    named = re.fullmatch("[0-9a-f]{40,64}", commit)
+    is_here = named and git_output(repository, "cat-file", "-e", f"{commit}^{{commit}}") is not None
+    changed = "" if version.tags.get("tree_clean") == "true" else ", with changes that were not committed"
+    if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
+        print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
         yield SOURCE_ROOT
         return
-    commit = version.tags["git_commit"]
-    if git_output(repository, "worktree", "add", "--detach", str(folder), commit) is None:
-        raise InputError(f"commit {commit} cannot be checked out in {repository}: `git worktree add` there says why")
+    if not is_here or git_output(repository, "worktree", "add", "--detach", str(folder), commit) is None:
+        raise InputError(
+            f"{label_of(version)} cannot be trained again: commit {commit} cannot be checked out in {repository}, and "
+            f"the present code has another fingerprint than {fingerprint}: bring back the code that trained it"
+        )
     try:
-        print(f"training with the code of commit {commit}", flush=True)
+        print(f"training with the code of commit {commit}; the version was trained with it{changed}", flush=True)
         yield folder
     finally:
         git_output(repository, "worktree", "remove", "--force", str(folder))
-
-
-def _flaw(version: "ModelVersion", recorded: Identity, repository: Path) -> str | None:
-    """Why a version's commit is not to be had, or not the code that trained it; None where it is.
-
-    Where files had been changed, params.yaml say, the sources of training may still have been those of the commit.
-    """
-    commit = version.tags.get("git_commit", "unknown")
-    named = re.fullmatch("[0-9a-f]{40,64}", commit)
-    if not named or git_output(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None:
-        return f"commit {commit} is not in {repository}"
-    if version.tags.get("tree_clean") != "true":
-        for entry, recorded_hash in recorded["sources"].items():
-            path = entry.partition(":")[0]
-            source = git_output(repository, "show", f"{commit}:{path}")
-            if source is None or not is_source(source, entry, recorded_hash):
-                return f"{path} was another than that of its commit {commit}"
-    return None
 
 
 def _train(code: Path, project: Path, stop: StopSignals) -> None:
@@ -153,19 +121,22 @@ def _train(code: Path, project: Path, stop: StopSignals) -> None:
         "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
         "DVC_STAGE": "train",  # so that it ends with this process, as it does with DVC
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages.train"],
-        cwd=project,
-        env=environment,
-        process_group=0,  # Ctrl-C comes to this process, which ends that one
-    )
+    command = [sys.executable, "-m", "stages.train"]
+    # In a group of its own: Ctrl-C comes to this process, which ends that one.
+    process = subprocess.Popen(command, cwd=project, env=environment, process_group=0)
     try:
         while process.poll() is None and stop.received is None:
             time.sleep(0.1)
     finally:
-        _end(process)
+        if process.poll() is None:  # nothing of it stays, so there is nothing to save
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for member in family:
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+            process.wait()
         for lock in project.glob(f"checkpoints/*/{RECORDER_LOCK}"):
-            with locked(lock, wait=True):  # a recorder that is still at it
+            with locked(lock, wait=True):  # a recorder that still sends
                 pass
     if stop.received is not None:
         name = signal.Signals(stop.received).name
@@ -176,19 +147,8 @@ def _train(code: Path, project: Path, stop: StopSignals) -> None:
         sys.exit(process.returncode)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the training and its recorder, if they are still there: nothing of it stays, so there is nothing to save."""
-    if process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
-
-
 def git_output(repository: Path, *arguments: str) -> bytes | None:
-    """What git prints, None where it fails; what a repository's hooks would do is not done."""
+    """What git prints, None where it fails; a repository's hooks are not run."""
     command = ["git", "-C", str(repository), "-c", "core.hooksPath=/dev/null", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, check=False)

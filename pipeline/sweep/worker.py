@@ -41,8 +41,8 @@ from pipeline.system.errors import Interrupted, PipelineError, Pruned
 from pipeline.system.signals import StopSignals, die_with_parent
 from pipeline.tracking.journal import StepRecord
 from pipeline.tracking.mlflow_store import first_line
+from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
-from pipeline.tracking.recorder_process import RUN_ID
 from pipeline.training.checkpoint import keep_newest
 from pipeline.training.config import RunConfig
 from pipeline.training.run import Run, open_run

@@ -6,7 +6,6 @@ too; that is the identity's `environment`.
 """
 
 import ast
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -100,16 +99,6 @@ def source_hash(text: str, name: str = "") -> str:
             raise KeyError(name)
         node = found[0]
     return sha256_json(_content(node))
-
-
-def is_source(source: bytes, entry: str, recorded: str) -> bool:
-    """Whether `source` is what an identity recorded for `entry`; older ones recorded the SHA-256 of the whole file."""
-    if hashlib.sha256(source).hexdigest() == recorded:
-        return True
-    try:
-        return source_hash(source.decode("utf-8"), entry.partition(":")[2]) == recorded
-    except (KeyError, ValueError, SyntaxError):  # of another version of this code
-        return False
 
 
 def _names_of(node: ast.AST) -> set[str]:

@@ -1,6 +1,6 @@
-"""runs: journals and identities -> runs in MLflow, each row of each metric exactly once.
+"""Write journals and identities to MLflow as runs, each record of each metric exactly once.
 
-MLflow keeps one of two equal rows, and a row's time is the journal's, so that sending again is harmless.
+MLflow keeps one of two equal values, and a record's time is the journal's, so that sending again is harmless.
 """
 
 import json
@@ -12,26 +12,24 @@ from pipeline.system.files import fsync, read_json
 from pipeline.system.host import git_info
 from pipeline.tracking.journal import STEPS, TIMES
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
-from pipeline.tracking.run_record import read_run
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-ROWS_PER_BATCH = 90  # of up to eleven metrics each; MLflow takes 1,000 metrics in one transaction
-Row = dict[str, float]  # of both of the journal's files
+BATCH = 50  # records of up to twenty metrics each; MLflow takes 1,000 metrics in one transaction
+Row = dict[str, float]  # a record: of both of the journal's files
 
 
 class JournalTail:
-    """Reads a run's journal while another thread writes it."""
+    """Reads a run's journal while another process writes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.step = 0  # of the last row that was read
-        self._tokens = 0.0
+        self._tokens = 0.0  # at the last record
         self._offsets = {STEPS: 0, TIMES: 0}
 
     def read(self) -> list[Row]:
-        """The whole rows since the last call; they are on the disk when it returns."""
+        """The complete records since the last call; they are on the disk when it returns."""
         lines = {name: self._lines(name) for name in self._offsets}
         complete = min(map(len, lines.values()))
         for name, found in lines.items():
@@ -49,25 +47,23 @@ class JournalTail:
             return [line for line in file if line.endswith(b"\n")]
 
     def _with_speed(self, row: Row) -> Row:
-        """Add tokens_per_s, unless the clock stood still."""
-        tokens, self._tokens, self.step = row["tokens"] - self._tokens, row["tokens"], int(row["step"])
+        """Add tokens_per_s, unless the clock did not move."""
+        tokens, self._tokens = row["tokens"] - self._tokens, row["tokens"]
         return row | {"tokens_per_s": tokens / row["step_s"]} if row["step_s"] > 0 else row
 
 
 def log_records(store: Store, run_id: str, rows: list[Row]) -> None:
-    """Send rows in their order, taking each out of `rows` once the store has it."""
+    """Send records in their order."""
     from mlflow.entities import Metric
 
-    while rows:
-        batch = rows[:ROWS_PER_BATCH]
+    for start in range(0, len(rows), BATCH):
         metrics = [
             Metric(key, float(value), int(row["logged_ms"]), int(row["step"]))
-            for row in batch
+            for row in rows[start : start + BATCH]
             for key, value in row.items()
             if key not in ("step", "step_s", "logged_ms")
         ]
         store.client.log_batch(run_id, metrics=metrics)
-        del rows[: len(batch)]
 
 
 def logged_steps(store: Store, run_id: str) -> dict[int, int]:
@@ -77,14 +73,10 @@ def logged_steps(store: Store, run_id: str) -> dict[int, int]:
 
 def create_run(store: Store, identity: dict[str, Any], tags: dict[str, str], started_ms: int | None = None) -> str:
     """Create a RUNNING run of the training that `identity` describes; return its id."""
-    facts = git_info()
-    tags = (
-        tags
-        | facts
-        | identity_tags(identity)
-        | {"mlflow.source.name": "stages/train.py", "mlflow.source.git.commit": facts["git_commit"]}
-    )
+    info = git_info()
+    source = {"mlflow.source.name": "stages/train.py", "mlflow.source.git.commit": info["git_commit"]}
     name = tags.get("dvc_experiment") or identity["fingerprint"]
+    tags = tags | info | identity_tags(identity) | source
     run: Run = store.client.create_run(store.experiment_id, start_time=started_ms, tags=tags, run_name=name)
     return str(run.info.run_id)
 
@@ -105,8 +97,7 @@ def describe_inputs(store: Store, run_id: str, identity: dict[str, Any]) -> None
         for section, values in identity["params"].items()
         for key, value in values.items()
     ]
-    for start in range(0, len(params), 100):  # MLflow's limit
-        store.client.log_batch(run_id, params=params[start : start + 100])
+    store.client.log_batch(run_id, params=params)  # at most 100 at once
     digest = identity["data_sha256"][:36]  # MLflow's limit
     dataset = Dataset("tokens", digest, "local", json.dumps({"uri": "data/tokens"}))
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
@@ -128,24 +119,21 @@ def find_run(store: Store, fingerprint: str) -> "Run | None":
     return next(iter(runs_of(store, fingerprint)), None)
 
 
-def ensure_run(store: Store, project: Path) -> "Run":
-    """Make sure that the store holds the run behind `project`/models with all its rows, figures and reports.
+def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
+    """Make sure that the store holds the run behind `project`/models with all its records, metrics and reports.
 
-    A run that the store lacks is rebuilt from the journal and tagged so. Repeating changes nothing.
+    `identity` is its run.json. A run that the store lacks is rebuilt from the journal and tagged so. Repeating changes
+    nothing.
     """
-    identity = read_run(project / "models")
     if not (rows := JournalTail(project / "models").read()):
         raise InputError(f"{project / 'models' / STEPS} holds no steps: run `dvc repro train`")
-    last = rows[-1]
-    if run_id := run_with(store, identity["fingerprint"], rows):
-        del rows[: len(logged_steps(store, run_id))]
-    else:
+    if (run_id := run_with(store, identity["fingerprint"], rows)) is None:
         run_id = create_run(store, identity, {"rebuilt": "true"}, int(rows[0]["logged_ms"]))
         describe_inputs(store, run_id, identity)
-    log_records(store, run_id, rows)
+    log_records(store, run_id, rows[len(logged_steps(store, run_id)) :])
     if store.client.get_run(run_id).info.status != "FINISHED":
-        store.client.set_terminated(run_id, "FINISHED", end_time=int(last["logged_ms"]))
-    _attach(store, run_id, project, last)
+        store.client.set_terminated(run_id, "FINISHED", end_time=int(rows[-1]["logged_ms"]))
+    _attach(store, run_id, project, rows[-1])
     return store.client.get_run(run_id)
 
 
@@ -169,23 +157,23 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def run_with(store: Store, fingerprint: str, rows: list[Row]) -> str | None:
-    """Id of a run that holds a part of just these rows: a training that was repeated has other times."""
+    """Id of a run that holds none but these records: a training that was repeated has other times."""
     logged = {(int(row["step"]), int(row["logged_ms"])) for row in rows}
     ids = (str(run.info.run_id) for run in runs_of(store, fingerprint))
     return next((run_id for run_id in ids if logged_steps(store, run_id).items() <= logged), None)
 
 
 def _attach(store: Store, run_id: str, project: Path, last: Row) -> None:
-    """Log the figures of metrics.json and timing.json, where they are new, and all reports as artifacts."""
+    """Log what is new in metrics.json and timing.json, at the step `last`, and all reports as artifacts."""
     from mlflow.entities import Metric
 
     reports = project / "reports"
     known = store.client.get_run(run_id).data.metrics
-    figures: dict[str, float] = {}
+    found: dict[str, float] = {}
     for name in ("metrics", "timing"):
         if (path := reports / f"{name}.json").is_file():
-            figures |= _numbers(read_json(path), name)
-    changed = {key: value for key, value in figures.items() if known.get(key) != value}
+            found |= _numbers(read_json(path), f"{name}/")
+    changed = {key: value for key, value in found.items() if known.get(key) != value}
     metrics = [Metric(key, value, int(last["logged_ms"]), int(last["step"])) for key, value in changed.items()]
     store.client.log_batch(run_id, metrics=metrics)
     for path in [project / "params.yaml", *sorted(reports.glob("*.json")), *sorted(reports.glob("figures/*.png"))]:
@@ -195,12 +183,11 @@ def _attach(store: Store, run_id: str, project: Path, last: Row) -> None:
 
 
 def _numbers(values: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers of nested `values`, named metrics/to_target.corpus.steps; what is null or a word is left out."""
+    """The numbers among nested `values`, named metrics/to_target.corpus.steps."""
     found: dict[str, float] = {}
     for key, value in values.items():
-        name = f"{prefix}.{key}" if "/" in prefix else f"{prefix}/{key}"
         if isinstance(value, dict):
-            found |= _numbers(value, name)
+            found |= _numbers(value, f"{prefix}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = float(value)
+            found[f"{prefix}{key}"] = float(value)
     return found

@@ -1,4 +1,4 @@
-"""store: where MLflow keeps runs and models -> a client, opened once, quietly, with bounded waiting.
+"""Open MLflow's store of runs and models, quietly and with bounded waiting.
 
 Importing MLflow takes seconds, so that it is imported by the functions that need it, never with this module.
 """
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 BUSY_S = 2.0  # how long to wait for whoever is writing to a database
 EXPERIMENT = "gpt2-to-target"  # of our own: `mlflow ui` may give the default one a place that clients cannot write to
 ARTIFACTS = Path("mlruns", EXPERIMENT)
+SQLITE = "sqlite:///"
 
-# Training must not wait minutes for a server, tell a stranger that it runs, or draw bars into its own lines.
+# Training must not wait minutes for a server, send telemetry, or print progress bars into its own lines.
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -39,27 +40,26 @@ class Store(NamedTuple):
 
 
 def project_root() -> Path:
-    """The repository that keeps checkpoints and store, seen also from the throw-away copies of `dvc exp run --temp`."""
+    """The repository that keeps checkpoints and store, also from within the copies of `dvc exp run --temp`."""
     return Path(os.environ.get("DVC_ROOT", "")).absolute()
 
 
 def store_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the mlflow.db that a bare `mlflow ui` looks for; relative SQLite files are `root`'s.
+    """MLFLOW_TRACKING_URI, or the mlflow.db that a bare `mlflow ui` opens; relative SQLite files are `root`'s.
 
     Raises InputError where it holds a password, which messages, tags and the page would show.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     if has_password(uri):
         raise InputError(
             "MLFLOW_TRACKING_URI holds a password: leave it out, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD for a server, or write it to ~/.pgpass for PostgreSQL"
         )
-    path = uri.removeprefix("sqlite:///")
-    return f"sqlite:///{root / path}" if uri.startswith("sqlite:///") else uri
+    return f"{SQLITE}{root / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client of a store, which makes the database where there is none."""
+    """A client of a store; a database that is missing is created."""
     for name, value in MLFLOW_DEFAULTS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -70,23 +70,23 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def own_database(root: Path) -> Path | None:
-    """The SQLite file of the store, where it is one, is there, and lies in the project."""
+    """The store's SQLite file; None where the store is none, or the file is missing or lies outside of the project."""
     uri = store_uri(root)
-    path = Path(uri.removeprefix("sqlite:///"))
-    inside = uri.startswith("sqlite:///") and path.resolve().is_relative_to(root.resolve())
+    path = Path(uri.removeprefix(SQLITE))
+    inside = uri.startswith(SQLITE) and path.resolve().is_relative_to(root.resolve())
     return path if inside and path.is_file() and path.stat().st_size else None
 
 
 @contextmanager
 def reading(database: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that neither makes nor changes the file."""
+    """A connection that neither creates nor changes the file."""
     uri = f"file:{quote(str(database))}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S)) as connection:
         yield connection
 
 
 def made_in(root: Path) -> Path | None:
-    """The other folder in which the project was when its database was made; None where it was this one."""
+    """The other folder in which the project was when its database was created; None where it was this one."""
     if (database := own_database(root)) is None:
         return None
     with reading(database) as connection:
@@ -103,33 +103,32 @@ def made_in(root: Path) -> Path | None:
 
 
 def require_usable(root: Path) -> None:
-    """Raise InputError for an address that holds a password, and for a database that keeps its files elsewhere.
+    """Raise InputError for an address with a password, and for the database of a moved or copied project.
 
-    A copied project would else write into the one that it was copied from.
+    That one would write into the project that it was copied from.
     """
     if before := made_in(root):
         raise InputError(
             f"{own_database(root)} was made in {before} and keeps its files there: "
-            "`python -m pipeline doctor --fix` has it look here"
+            "`python -m pipeline doctor --fix` makes it use this folder"
         )
 
 
 def open_store(root: Path) -> Store:
-    """Open the store, made by the first that needs it.
+    """Open the store, and create it where it is missing.
 
     Raises one of `store_errors()` where it does not answer, InputError as `require_usable` does.
     """
     require_usable(root)
     uri = store_uri(root)
-    served = uri.startswith(("http", "databricks"))
-    with locked(root / "mlruns" / ".lock", wait=True):  # processes that make one database together break it
+    with locked(root / "mlruns" / ".lock", wait=True):  # processes that create one database together break it
         client = connect(uri)
         if experiment := client.get_experiment_by_name(EXPERIMENT):
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
             return Store(client, experiment.experiment_id, uri)
-        artifacts = None if served else str(root / ARTIFACTS)  # a server knows where it keeps them
-        return Store(client, client.create_experiment(EXPERIMENT, artifacts), uri)
+        served = uri.startswith(("http", "databricks"))  # a server knows where it keeps artifacts
+        return Store(client, client.create_experiment(EXPERIMENT, None if served else str(root / ARTIFACTS)), uri)
 
 
 def all_found(search: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -155,7 +154,7 @@ def naming_dead_store(root: Path, hint: str = "then `dvc repro -f -s register`")
         yield
     except store_errors() as error:
         uri = store_uri(root)
-        first = "start it or unset MLFLOW_TRACKING_URI" if uri.startswith("http") else "mend it"
+        first = "start it or unset MLFLOW_TRACKING_URI" if uri.startswith("http") else "repair it"
         raise ModelMissing(f"MLflow's store {uri} fails ({first_line(error)}): {first}, {hint}") from error
 
 

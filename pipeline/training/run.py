@@ -16,7 +16,8 @@ from pipeline.system.errors import IntegrityError
 from pipeline.system.files import locked, read_json, write_json
 from pipeline.tracking.fingerprint import IDENTITY, Identity, differences, identify
 from pipeline.tracking.journal import STEPS, Journal, StepRecord
-from pipeline.tracking.recorder_process import RECORDER_LOCK, RUN_ID
+from pipeline.tracking.mlflow_tracker import RUN_ID
+from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.checkpoint import Saved, Tensors, is_intact, load_checkpoint, newest_valid, require_state
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import TrainState, fresh_state, train_steps

@@ -11,8 +11,7 @@ from pipeline.system.distributed import joined, world_here
 from pipeline.system.errors import InputError
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import project_root
-from pipeline.tracking.recorder import Recorder
-from pipeline.tracking.recorder_process import OWNER_PID
+from pipeline.tracking.recorder import OWNER_PID, Recorder
 from pipeline.training.config import RunConfig
 from pipeline.training.consumers import Consumer, consumers_of, evaluate
 from pipeline.training.progress import Progress

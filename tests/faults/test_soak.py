@@ -119,7 +119,7 @@ class Start:
     def recorder(self) -> psutil.Process | None:
         try:
             children = psutil.Process(self.process.pid).children()
-            return next((child for child in children if "pipeline.tracking.recorder_process" in child.cmdline()), None)
+            return next((child for child in children if "pipeline.tracking.recorder" in child.cmdline()), None)
         except psutil.NoSuchProcess:
             return None
 

@@ -23,13 +23,21 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.registry import artifacts as versions
-from pipeline.registry.artifacts import LISTING, LISTING_TAG, RESTORED, _write_listing
-from pipeline.registry.catalog import find_version, identity_of, open_version, print_versions, promote, verify
+from pipeline.registry.artifacts import LISTING, LISTING_TAG, _write_listing
+from pipeline.registry.catalog import describe_version, find_version, identity_of, open_version, print_versions, verify
+from pipeline.registry.promotion import promote
 from pipeline.registry.register import register
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import IntegrityError
 from pipeline.system.files import MANIFEST, sha256_file, write_manifest
 
+OLDER = {
+    "windows": {"length": 16, "batch": 4, "accumulate": 1, "order": "shuffled"},
+    "optim": {"kind": "adamw", "clip": 1.0, "final_lr": 0.0},
+    "target": {"loss": 0.1, "look_steps": None, "patience": None},
+    "record": {"checkpoint_s": 20, "sample_prompts": ["ROMEO:"]},
+    "registry": {"model": "x", "gate": 0.1},
+}
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 16, "vocab_size": 50257, "dropout": 0.0}
 
 
@@ -77,8 +85,8 @@ def list_it_too(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "spoil", "named", "words"),
     [
-        ("code/pipeline/registry/pyfunc.py", alter, "code/pipeline/registry/pyfunc.py", "is altered (SHA-256"),
-        ("code/pipeline/registry/pyfunc.py", Path.unlink, "code/pipeline/registry/pyfunc.py", "is missing"),
+        ("code/pipeline/serving.py", alter, "code/pipeline/serving.py", "is altered (SHA-256"),
+        ("code/pipeline/serving.py", Path.unlink, "code/pipeline/serving.py", "is missing"),
         ("code/pipeline/extra.py", add_file, "code/pipeline/extra.py", "is not one of its files"),
         ("code/torch/__init__.py", add_file, "code/torch/__init__.py", "is not one of its files"),
         ("code/pipeline/extra.py", list_it_too, LISTING, "is altered (SHA-256"),
@@ -93,7 +101,7 @@ def test_code_that_mlflow_would_run_is_what_was_registered(file, spoil, named, w
     with pytest.raises(IntegrityError) as told:
         open_version(store, version)
     assert str(told.value).startswith(f"{whole / named} {words}")
-    assert f"{name} version 1 cannot be used until `dvc repro -f -s register`" in str(told.value)
+    assert f"{name} version 1 cannot be used; `dvc repro -f -s register`" in str(told.value)
 
 
 @pytest.mark.security
@@ -121,13 +129,13 @@ def test_a_version_of_before_the_listing_stays_usable_and_is_said_to_be_unchecke
     store.client.delete_model_version_tag(name, "1", LISTING_TAG)
     alter(open_version(store, version).parent / "MLmodel")
     said = verify(store, find_version(store, name, "1"))
-    assert said.endswith("its code has no hash, so that MLflow might run another")
+    assert said.endswith("its code has no hash and is not verified")
     assert LISTING_TAG not in register_it().tags  # nothing that nobody checked is given a hash
 
 
 @pytest.mark.fault
-def test_a_restored_version_is_whole_again_says_whose_code_it_has_and_loses_nothing(
-    store, name, register_it, monkeypatch, capsys
+def test_a_version_whose_code_was_altered_is_registered_again_and_nothing_of_it_is_written_over(
+    store, name, register_it
 ):
     version = register_it()
     whole = open_version(store, version).parent
@@ -135,28 +143,26 @@ def test_a_restored_version_is_whole_again_says_whose_code_it_has_and_loses_noth
     add_file(whole / "code" / "pipeline" / "planted.py")
     alter(whole / "MLmodel")
     altered = contents(whole)
-    monkeypatch.setattr(versions, "git_info", lambda: {"git_commit": "c" * 40, "tree_clean": "false"})
-    restored = register_it()
-    assert contents(open_version(store, restored).parent) == before
-    assert (str(restored.version), restored.tags[RESTORED]) == ("1", f"code of commit {'c' * 40}, with changes")
-    assert contents(aside := whole.with_name(f"{whole.name}.1")) == altered
-    assert f"what was there is kept in {aside}" in capsys.readouterr().out
-    assert register_it().tags == restored.tags  # and that was all
-
-
-@pytest.mark.fault
-def test_a_version_whose_tags_lead_to_another_ones_files_is_not_restored_over_them(store, name, register_it, tmp_path):
-    version = register_it()
-    other = register(
-        root_of(store), trained_project(tmp_path / "other", salt=1), RegistryConfig(model=name, max_target_loss=0.1)
-    )
-    store.client.set_model_version_tag(
-        name, "1", "model_id", find_version(store, name, other["version"]).tags["model_id"]
-    )
-    alter(open_version(store, version).parent / "MLmodel")
     again = register_it()
-    assert open_version(store, find_version(store, name, other["version"]))
-    assert [str(again.version), other["version"]] == ["3", "2"]
+    assert str(again.version) == "2"  # champion, as its weights are the same
+    assert contents(open_version(store, again).parent) == before
+    assert contents(whole) == altered
+    assert register_it().tags == again.tags  # and that was all
+
+
+def test_a_version_of_older_parameters_is_listed_verified_described_and_exported(store, name, real, forged, tmp_path):
+    """params.yaml of before seq_len, optim.name, eval_interval, checkpoint.* and max_target_loss."""
+
+    def older(artifacts: Path) -> None:
+        (artifacts / "params.yaml").write_text(yaml.safe_dump(OLDER))
+
+    command = forged(older)
+    assert command("models") == command("models", "verify") == command("models", "promote", "1") == 0
+    assert command("generate", "ROMEO:", "--max-tokens", "2") == 0
+    assert command("export", "hf", str(tmp_path / "hf")) == command("export", "space", str(tmp_path / "space")) == 0
+    info = describe_version(store, find_version(store, name, "1"))
+    assert info["params"] == OLDER
+    assert yaml.safe_load((tmp_path / "hf" / "params.yaml").read_text()) == OLDER
 
 
 # -- forged by hand, through MLflow's own interface
@@ -344,7 +350,7 @@ def test_no_command_takes_an_altered_or_lost_champion(spoil, code, words, name, 
     for words_of in commands:
         assert command(*words_of) == code
         (line,) = capfd.readouterr().err.splitlines()
-        assert re.search(f"{words}: {name} version 1 cannot be used until", line), line
+        assert re.search(f"{words}: {name} version 1 cannot be used", line), line
     assert not (tmp_path / "new").exists()
 
 

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -33,11 +34,13 @@ from pipeline.model.generator import load_generator
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model, save_model
 from pipeline.registry import export as exports
-from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, export_hf, export_space, new_folder
+from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, EXPORTS, export_version, new_folder
 from pipeline.registry.register import register
-from pipeline.report.model_card import TINY_SHAKESPEARE
+from pipeline.report import cards
+from pipeline.report.cards import TINY_SHAKESPEARE
 from pipeline.system.errors import InputError, ModelMissing, OutOfSpaceError
 from pipeline.system.files import read_json, verify_manifest, write_json, write_manifest
+from pipeline.system.host import SOURCE_ROOT
 from pipeline.tracking.mlflow_store import Store
 from tests.waiting import wait_until
 
@@ -128,7 +131,7 @@ def transformers() -> Any:
 @pytest.fixture(scope="module")
 def exported_tokenizer(tmp_path_factory: Any, bpe: Path, tokenizer: Tokenizer, transformers: Any) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
-    export_hf(a_version(folder / "version", bpe, tokenizer), facts_of(), folder / "hf")
+    export_version("hf", a_version(folder / "version", bpe, tokenizer), facts_of(), folder / "hf")
     return transformers.AutoTokenizer.from_pretrained(folder / "hf")
 
 
@@ -141,7 +144,7 @@ def front_matter(readme: Path) -> dict[str, Any]:
 )
 def test_transformers_computes_the_same_logits(tmp_path, bpe, tokenizer, transformers, shape):
     version = a_version(tmp_path / "version", bpe, tokenizer, **shape)
-    export_hf(version, facts_of(), tmp_path / "hf")
+    export_version("hf", version, facts_of(), tmp_path / "hf")
     ours, length = load_model(version / "model"), shape.get("trained_length", 16)
     theirs, loading = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(loading.values())  # no keys missing, surplus or of another shape
@@ -169,7 +172,7 @@ def test_its_tokenizer_gives_the_same_ids_for_any_text(exported_tokenizer, token
 def test_the_cards_example_runs_and_ends_where_the_trained_positions_do(
     version, tmp_path, transformers, monkeypatch, capsys
 ):
-    export_hf(version, facts_of(), tmp_path / "hf")
+    export_version("hf", version, facts_of(), tmp_path / "hf")
     monkeypatch.chdir(tmp_path / "hf")
     example = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
     names: dict[str, Any] = {}
@@ -180,17 +183,8 @@ def test_the_cards_example_runs_and_ends_where_the_trained_positions_do(
     assert capsys.readouterr().out.startswith("First Citizen:\nBefore we proceed")
 
 
-def test_the_cards_prompt_is_encoded_as_within_the_text(tokenizer):
-    ids = tokenizer.encode("Hear me speak.\n\nAll:")  # \n\n before a word is two tokens, at the end it is one
-    assert tokenizer.decode(ids[:7]) == "Hear me speak.\n\n"
-    assert tokenizer.encode("Hear me speak.\n\n") != ids[:7]
-    assert exports._beginning(ids[:7], tokenizer) == "Hear me speak."
-    halves = tokenizer.encode("ab 𒀀𒀀")  # whose last token is the end of a character of several
-    assert exports._beginning(halves[:-1], tokenizer) == "ab 𒀀"
-
-
 def test_the_card_says_what_it_is_what_it_took_and_what_it_is_not(version, tmp_path):
-    export_hf(version, facts_of(), tmp_path / "hf")
+    export_version("hf", version, facts_of(), tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
     assert front_matter(tmp_path / "hf" / "README.md") == {
         "language": "en",
@@ -224,8 +218,8 @@ def test_nothing_is_claimed_of_a_text_that_we_do_not_know(version, tmp_path):
     facts = facts_of(corpus={"source": "texts/mine.txt", "sha256": None, "fraction": 1.0})
     facts["tags"]["tree_clean"] = "false"
     facts["history"], facts["metrics"] = {}, {}  # neither measured nor recorded
-    export_hf(version, facts, tmp_path / "hf")
-    export_space(version, facts, tmp_path / "space")
+    export_version("hf", version, facts, tmp_path / "hf")
+    export_version("space", version, facts, tmp_path / "space")
     card = (tmp_path / "hf" / "README.md").read_text()
     for folder in ("hf", "space"):
         matter = front_matter(tmp_path / folder / "README.md")
@@ -237,13 +231,13 @@ def test_nothing_is_claimed_of_a_text_that_we_do_not_know(version, tmp_path):
     assert "changes that were not committed" in card
 
 
-@pytest.mark.parametrize("write", [export_hf, export_space])
-def test_a_folder_that_is_not_empty_is_refused_and_left_alone(version, tmp_path, write):
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_a_folder_that_is_not_empty_is_refused_and_left_alone(version, tmp_path, kind):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("my own")
     for path in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
         with pytest.raises(InputError, match="is there already: name a new folder, or an empty one"):
-            write(version, facts_of(), path)
+            export_version(kind, version, facts_of(), path)
     assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["my own"]
 
 
@@ -256,15 +250,15 @@ def test_an_empty_folder_is_taken_also_behind_a_link(tmp_path):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("write", [export_hf, export_space])
-def test_an_export_that_fails_leaves_nothing_behind(version, tmp_path, monkeypatch, write):
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_export_that_fails_leaves_nothing_behind(version, tmp_path, monkeypatch, kind):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(exports, "fsync", full)  # the last thing before the folder gets its name
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OutOfSpaceError, match="disk full"):
-        write(version, facts_of(), tmp_path / "out")
+        export_version(kind, version, facts_of(), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -278,30 +272,31 @@ def test_what_a_killed_export_left_is_in_no_later_one(tmp_path):
 
 
 def test_every_file_of_a_model_folder_is_in_its_manifest(version, tmp_path):
-    export_hf(version, facts_of(), tmp_path / "hf")
+    export_version("hf", version, facts_of(), tmp_path / "hf")
     verify_manifest(tmp_path / "hf")
     assert read_json(tmp_path / "hf" / "manifest.json").keys() >= {"README.md", "model.safetensors", "merges.txt"}
 
 
 @pytest.mark.security
-@pytest.mark.parametrize("write", [export_hf, export_space])
-def test_the_studies_address_and_this_machines_paths_stay_here(version, tmp_path, write):
-    write(version, facts_of(), tmp_path / "out")
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_the_studies_address_and_this_machines_paths_stay_here(version, tmp_path, kind):
+    export_version(kind, version, facts_of(), tmp_path / "out")
     content = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
-    for private in ("s3cret", "db.example", str(tmp_path), str(exports.PROJECT)):
+    for private in ("s3cret", "db.example", str(tmp_path), str(SOURCE_ROOT)):
         assert private.encode() not in content
     params = next((tmp_path / "out").rglob("params.yaml")).read_text()
     assert params == "sweep:\n  storage: sqlite:///optuna.db # where\n  trials: 3\n"
 
 
 def test_a_space_holds_the_program_the_version_and_how_to_publish_it(version, tmp_path):
-    export_space(version, facts_of(), folder := tmp_path / "space")
+    export_version("space", version, facts_of(), folder := tmp_path / "space")
     generator = load_generator(folder / "version")  # verified against its manifests
     assert generator.trained_length == 16
     assert read_json(folder / "version" / "facts.json")["history"] == facts_of()["history"]
     for name in ("pipeline", "webapp"):
-        here = {path.name for path in (exports.PROJECT / name).iterdir()} - {"__pycache__"}
+        here = {path.name for path in (SOURCE_ROOT / name).iterdir()} - {"__pycache__"}
         assert {path.name for path in (folder / name).iterdir()} == here
+    assert (folder / "pipeline" / "report" / "templates" / "space_card.md.j2").is_file()
     configured = front_matter(folder / "README.md")
     assert configured.items() >= {"sdk": "gradio", "app_file": "app.py", "license": "mit", "pinned": False}.items()
     assert configured["sdk_version"] == metadata.version("gradio")
@@ -315,7 +310,7 @@ def test_a_space_holds_the_program_the_version_and_how_to_publish_it(version, tm
 
 
 def test_a_space_asks_for_exactly_what_the_app_imports_in_the_versions_that_are_here(version, tmp_path):
-    export_space(version, facts_of(), folder := tmp_path / "space")
+    export_version("space", version, facts_of(), folder := tmp_path / "space")
     lines = (folder / "requirements.txt").read_text().splitlines()
     assert lines == [CPU_INDEX, *(f"{name}=={metadata.version(name).split('+')[0]}" for name in APP_REQUIREMENTS)]
     distributions = {"yaml": "pyyaml"}
@@ -355,7 +350,7 @@ def imported_by(path: Path, also_in_functions: bool) -> list[str]:
 def test_a_space_runs_by_itself(version, tmp_path):
     from gradio_client import Client
 
-    export_space(version, facts_of(), folder := tmp_path / "space")
+    export_version("space", version, facts_of(), folder := tmp_path / "space")
     with (folder / "pipeline" / "__init__.py").open("a") as file:
         file.write("\nprint(__file__)\n")  # to see which one is imported
     with socket.socket() as free:
@@ -406,7 +401,7 @@ def registered(store: Store, tmp_path: Path, bpe: Path, monkeypatch: pytest.Monk
     shutil.rmtree(project / "models" / "model")
     a_model(project / "models" / "model", bpe)
     name = f"model-{uuid4().hex[:8]}"
-    (project / "params.yaml").write_text(f"registry: {{model: {name}, gate: 0.1}}\n")
+    (project / "params.yaml").write_text(f"registry: {{model: {name}, max_target_loss: 0.1}}\n")
     register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1))
     monkeypatch.chdir(project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
@@ -426,9 +421,33 @@ def test_the_command_exports_the_champion_or_the_version_that_is_named(registere
     assert "| corpus: one pass over the whole training text | 20 | 160 |" in (tmp_path / "hf" / "README.md").read_text()
     run_command(monkeypatch, "export", "space", str(tmp_path / "space"), "--version", "1")
     assert load_generator(tmp_path / "space" / "version").trained_length == 16
-    with pytest.raises(ModelMissing, match="has no version 9"):
+    with pytest.raises(ModelMissing, match="has no version '9'"):
         run_command(monkeypatch, "export", "hf", str(tmp_path / "new"), "--version", "9")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_further_export_is_a_function_with_a_name_in_the_table(registered, tmp_path, monkeypatch, capsys):
+    def export_title(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
+        assert (artifacts / "model").is_dir()
+        (folder / "title.txt").write_text(f"{info['name']} {info['version']}")
+
+    monkeypatch.setitem(EXPORTS, "title", export_title)
+    run_command(monkeypatch, "export", "title", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "title.txt").read_text().startswith("model-")
+    assert "version 1, 0 MB" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"export onnx: unknown, choose one of hf, space, title"):
+        run_command(monkeypatch, "export", "onnx", str(tmp_path / "new"))
+
+
+def test_a_target_rule_that_the_cards_do_not_know_is_exported_with_its_words(version, tmp_path, monkeypatch):
+    toy = SimpleNamespace(description="three minibatches in a row", needs_held_out=False)
+    monkeypatch.setattr(cards, "RULES", {"toy": toy, "shy": SimpleNamespace(description="", needs_held_out=True)})
+    info = facts_of()
+    info["metrics"] |= {"to_target.toy.steps": 40.0, "to_target.toy.tokens": 1234.0}
+    export_version("hf", version, info, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| toy: three minibatches in a row | 40 | 1,234 |" in card
+    assert "| shy" not in card
 
 
 def test_the_command_refuses_a_filled_folder_before_it_asks_for_a_model(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from pipeline.registry import artifacts as versions
 from pipeline.registry import reproduce as retrain
 from pipeline.registry.artifacts import TEMPORARY, temporary_prefix
 from pipeline.system.files import UNFINISHED, locked
-from pipeline.tracking.recorder_process import RECORDER_LOCK
+from pipeline.tracking.recorder import RECORDER_LOCK
 
 HOUR_S = 3600
 

@@ -22,6 +22,7 @@ from fixtures_mlflow import (
     trained_project,
 )
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.system.errors import DivergedError, Interrupted, ModelMissing, Pruned
@@ -38,8 +39,8 @@ from pipeline.tracking.mlflow_runs import (
     runs_of,
 )
 from pipeline.tracking.mlflow_store import Store, project_root, store_uri
+from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder, ending
-from pipeline.tracking.recorder_process import RUN_ID
 from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -68,6 +69,10 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def ensured(store: Store, project: Path) -> Run:
+    return ensure_run(store, project, read_json(project / "models" / "run.json"))
+
+
 def noted_id(journal: Journal) -> str:
     return (journal.folder / RUN_ID).read_text().strip()
 
@@ -83,7 +88,7 @@ def recorder_of(root: Path, folder: Path, identity: dict, capfd: pytest.CaptureF
 
 def has_warned(told: list[str], capfd: pytest.CaptureFixture) -> bool:
     told += capfd.readouterr().err.splitlines()
-    return any("training goes on" in line for line in told)
+    return any("training continues" in line for line in told)
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen:
@@ -284,7 +289,7 @@ def tracking_server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def ships_once_it_can(store, journal, identity, capfd, root: Path, fail, mend) -> None:
-    """Train while the store fails and is mended: training goes on, one warning, and all rows arrive, once each."""
+    """Train while the store fails and is mended: training continues, one warning, and all rows arrive, once each."""
     fingerprint = identity["fingerprint"]
 
     def shipped_steps() -> int:
@@ -301,7 +306,7 @@ def ships_once_it_can(store, journal, identity, capfd, root: Path, fail, mend) -
         append_steps(journal, 400, 410)
         assert wait_until(lambda: shipped_steps() == 410, PATIENCE_S)
     (line,) = [line for line in told if line.startswith("warning")]
-    assert line.startswith("warning: MLflow's store fails (")
+    assert line.startswith("warning: MLflow fails (")
     assert store.client.get_run(noted_id(journal)).info.status == "FINISHED"
     assert_holds_just_the_journal(store, noted_id(journal), journal.folder)
 
@@ -334,7 +339,7 @@ def test_a_database_on_a_full_disk_gets_everything_once_there_is_room(store, jou
 
     def limit(size_bytes: int) -> None:
         (recorder,) = (
-            child for child in psutil.Process().children() if "pipeline.tracking.recorder_process" in child.cmdline()
+            child for child in psutil.Process().children() if "pipeline.tracking.recorder" in child.cmdline()
         )
         before = resource.prlimit(recorder.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(recorder.pid, resource.RLIMIT_FSIZE, (size_bytes, before[1]))
@@ -357,9 +362,9 @@ def test_a_store_that_is_down_costs_one_warning_and_register_ships_the_run(
         with recorder_of(tmp_path, make_folder(tmp_path / "run"), identity, capfd) as told:
             assert wait_until(lambda: has_warned(told, capfd), PATIENCE_S)
     assert [line.split(":")[0] for line in told] == ["warning", "warning"]  # in the run, and at its end
-    assert "training goes on" in told[0]
+    assert "training continues" in told[0]
     assert "register" in told[1]
-    run = ensure_run(store, project)
+    run = ensured(store, project)
     assert (run.info.status, run.data.tags["rebuilt"]) == ("FINISHED", "true")
     assert_holds_just_the_journal(store, run.info.run_id, project / "models")
 
@@ -385,7 +390,7 @@ def test_a_store_that_fails_in_mid_run_gets_everything_once_it_is_back(store, jo
         assert all(failed.acquire(timeout=PATIENCE_S) for _ in range(3))  # more than one failure, and one warning
         broken.clear()
         append_steps(journal, 250, 260)
-    assert capfd.readouterr().err.splitlines() == ["warning: MLflow's store fails (disk full): training goes on"]
+    assert capfd.readouterr().err.splitlines() == ["warning: MLflow fails (disk full): training continues"]
     assert_holds_just_the_journal(store, noted_id(journal), journal.folder)
 
 
@@ -402,7 +407,7 @@ def test_four_processes_start_on_a_fresh_store_at_once(tmp_path: Path):
         from fixtures_mlflow import append_steps, assert_holds_just_the_journal, recording
         from pipeline.system.files import read_json
         from pipeline.tracking.journal import Journal
-        from pipeline.tracking.recorder_process import RUN_ID
+        from pipeline.tracking.mlflow_tracker import RUN_ID
         from pipeline.tracking.mlflow_store import open_store
         root, *folders = map(Path, sys.argv[1:])
         create = MlflowClient.create_experiment
@@ -443,7 +448,7 @@ def test_data_that_another_run_logs_at_the_same_moment_is_logged_all_the_same(
 
 def test_a_run_that_the_store_lacks_is_rebuilt_once_with_its_reports(store: Store, tmp_path: Path):
     project = trained_project(tmp_path / "project")
-    run, again = ensure_run(store, project), ensure_run(store, project)
+    run, again = ensured(store, project), ensured(store, project)
     assert run.info.run_id == again.info.run_id
     assert run.info.start_time == 1_700_000_000_007  # the first step's
     assert_holds_just_the_journal(store, run.info.run_id, project / "models")
@@ -454,14 +459,14 @@ def test_a_run_that_the_store_lacks_is_rebuilt_once_with_its_reports(store: Stor
 
 def test_a_training_that_was_repeated_is_a_run_of_its_own(store: Store, tmp_path: Path):
     project = trained_project(tmp_path / "project")
-    first = ensure_run(store, project)
+    first = ensured(store, project)
     times = project / "models" / TIMES
     times.write_text(times.read_text().replace('"logged_ms": 17', '"logged_ms": 18'))
-    assert ensure_run(store, project).info.run_id != first.info.run_id
+    assert ensured(store, project).info.run_id != first.info.run_id
 
 
 def test_the_command_line_learns_which_run_made_a_model(store: Store, tmp_path: Path):
-    run = ensure_run(store, trained_project(tmp_path / "project"))
+    run = ensured(store, trained_project(tmp_path / "project"))
     found = describe_run(root_of(store), run.data.tags["fingerprint"])
     assert (found["run_id"], found["status"], found["steps"]) == (run.info.run_id, "FINISHED", 20)
     assert run.info.run_id in found["link"]
@@ -494,5 +499,7 @@ def test_store_and_checkpoints_are_the_repositorys_own_within_a_copy(tmp_path: P
     assert store_uri(project_root()) == "https://mlflow.example"
 
 
-def test_training_starts_without_importing_mlflow():
-    assert python("import sys, pipeline.tracking.recorder; sys.exit('mlflow' in sys.modules)").wait() == 0
+def test_neither_the_recorder_nor_the_registry_imports_torch_or_mlflow_before_it_needs_them():
+    modules = "pipeline.tracking.recorder, pipeline.registry.promotion, pipeline.registry.register"
+    code = f"import sys, {modules}; sys.exit(not sys.modules.keys().isdisjoint(['mlflow', 'torch']))"
+    assert python(code).wait() == 0

@@ -18,7 +18,7 @@ from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
 from pipeline.registry.artifacts import fetch_version, verify_version
-from pipeline.registry.register import Registered, register
+from pipeline.registry.register import register
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import read_json, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
@@ -36,7 +36,7 @@ def config() -> RegistryConfig:
 def register_it(store: Store, config: RegistryConfig, cheap_versions: None):
     """Register a project; a loss on foreign tokens is what the test says."""
 
-    def call(project: Path, foreign_loss: float | Exception = 0.0) -> Registered:
+    def call(project: Path, foreign_loss: float | Exception = 0.0) -> dict:
         def loss_on(_project: Path, tokens: Path) -> float:
             verify_manifest(tokens)
             if isinstance(foreign_loss, Exception):
@@ -66,6 +66,7 @@ def test_the_registered_model_continues_prompts_and_holds_no_pickle(store, confi
     names = [path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file()]
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".pyc"))]
     assert {"artifacts/params.yaml", "artifacts/tokens/train-00000.bin", "code/pipeline/model/gpt.py"} <= set(names)
+    assert "code/pipeline/report/templates/model_card.md.j2" in names
     requirements = (files / "requirements.txt").read_text()
     assert "torch==" in requirements
     assert "cloudpickle" not in requirements
@@ -92,7 +93,6 @@ def test_the_first_model_that_reached_the_target_is_candidate_and_champion(store
     assert find_run(store, identity["fingerprint"]).info.run_id == done["run_id"] == tags["run_id"]
     assert tags["fingerprint"] == identity["fingerprint"]
     assert tags["data_sha256"] == identity["data_sha256"]
-    assert tags["md5.models/model"] == "0123abcd.dir"
     assert (tags["corpus_loss"], tags["target_loss"], tags["train_tokens"]) == ("0.09", "0.1", "64")
     assert (tags["steps_to_target"], tags["tokens_to_target"]) == ("20", "160")
     assert {"git_commit", "tree_clean", "verdict"} <= tags.keys()
@@ -186,22 +186,25 @@ def test_dying_at_any_call_that_changes_the_store_the_champion_loads_and_the_rep
 
 @pytest.mark.fault
 @pytest.mark.parametrize("spoil", [shutil.rmtree, lambda folder: (folder / "model.safetensors").write_bytes(b"evil")])
-def test_a_version_whose_files_are_lost_or_altered_is_mended(spoil, store, config, register_it, tmp_path):
+def test_a_champion_whose_files_are_lost_or_altered_is_registered_again_and_followed_by_that(
+    spoil, store, config, register_it, tmp_path
+):
     project = trained_project(tmp_path / "project")
     register_it(project)
-    spoil(fetch_version(store, all_versions(store, config)[0], "model"))
-    register_it(project)
-    (version,) = all_versions(store, config)
-    verify_manifest(fetch_version(store, version, "model"))
+    spoil(folder := fetch_version(store, all_versions(store, config)[0], "model"))
+    left = [path.read_bytes() for path in folder.glob("*")]
+    assert register_it(project)["version"] == "2"
+    assert aliases(store, config) == {"champion": "2", "candidate": "2"}
+    verify_version(store, store.client.get_model_version(config.model, "2"))
+    assert [path.read_bytes() for path in folder.glob("*")] == left  # nothing is written over
+    assert register_it(project)["version"] == "2"
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("project", "foreign_loss", "reason"),
     [
-        ({"corpus_loss": 0.2}, 0.0, "corpus rule not met: loss 0.2000, target 0.1"),
         ({"corpus_loss": 0.099}, 0.0, "worse: loss 0.0990 on the tokens of champion 1, whose own is 0.0900"),
-        ({"corpus_loss": 0.05, "n_tokens": 32}, 0.0, "learnt 32 tokens, champion 1 64"),
         ({"corpus_loss": 0.05, "salt": 1}, 0.095, "worse: loss 0.0950 on the tokens of champion 1"),
         ({"corpus_loss": 0.05, "salt": 1}, IntegrityError("it broke"), "could not be judged: IntegrityError: it broke"),
     ],
@@ -228,18 +231,6 @@ def test_a_model_that_is_no_worse_on_the_champions_tokens_takes_its_place(
     assert aliases(store, config) == {"champion": "2", "candidate": "2"}
 
 
-@pytest.mark.fault
-def test_a_target_above_the_gate_or_a_missing_evaluation_makes_no_champion(store, config, register_it, tmp_path):
-    project = trained_project(tmp_path / "easy")
-    run = read_json(project / "models" / "run.json")
-    write_json(project / "models" / "run.json", {**run, "results": {**run["results"], "target_loss": 2.0}})
-    assert register_it(project)["reason"] == "target 2 is above the gate 0.1"
-    unevaluated = trained_project(tmp_path / "unevaluated")
-    (unevaluated / "reports" / "metrics.json").unlink()
-    assert "metrics.json not found" in register_it(unevaluated)["reason"]
-    assert aliases(store, config) == {"candidate": "2"}
-
-
 def edited(name: str, **changes):
     """Change keys of a report by hand; `results_x` is x among the results of a run."""
 
@@ -264,20 +255,17 @@ METRICS, RUN = "reports/metrics.json", "models/run.json"
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda project: (project / METRICS).unlink(), r"could not be judged: InputError: .*metrics\.json not found"),
+        (lambda project: (project / METRICS).unlink(), "is not evaluated: `dvc repro evaluate`"),
         (
             edited(METRICS, corpus_loss=0.01),
-            "metrics.json says loss 0.0100, the training's own look at its model 0.0900",
+            "metrics.json says loss 0.0100, training measured 0.0900",
         ),
-        (edited(METRICS, corpus_loss=-5), "metrics.json says loss -5.0000, the training's own"),
-        (edited(METRICS, corpus_loss=float("nan")), "metrics.json says loss nan, the training's own"),
         (edited(METRICS, corpus_loss="0.01"), "could not be judged: TypeError"),
-        (edited(METRICS, corpus_loss=None), "could not be judged: TypeError"),
         (
             both(edited(METRICS, corpus_loss=0.01), edited(RUN, results_corpus_loss=0.01)),
-            r"run\.json is not what its journal says: loss 0\.0100 at step 20",
+            r"run\.json disagrees with its journal: loss 0\.0100 at step 20",
         ),
-        (edited(RUN, results_model_step=10), r"run\.json is not what its journal says: loss 0\.0900 at step 10"),
+        (edited(RUN, results_model_step=10), r"run\.json disagrees with its journal: loss 0\.0900 at step 10"),
         (edited(RUN, results_model_step=99), "could not be judged: KeyError: 99"),
     ],
 )
@@ -299,14 +287,14 @@ def test_figures_that_were_edited_or_are_missing_make_no_champion(  # C6
         (edited(METRICS, fingerprint="another"), "is not about the run"),
         (lambda project: (project / METRICS).write_text("{"), "is not JSON"),
         (edited(RUN, fingerprint="another"), "is not about the run another"),
-        (edited(RUN, results_to_target=None), r"run\.json is no record of a run"),
-        (edited(RUN, results={}), r"run\.json is no record of a run"),
+        (edited(RUN, results_to_target=None), r"run\.json is not the record of a run"),
+        (edited(RUN, results={}), r"run\.json is not the record of a run"),
         (lambda project: (project / RUN).write_text("[]"), r"run\.json is no record of a run"),
         (
             lambda project: shutil.copytree(
                 trained_project(project / "other", salt=7) / "data", project / "data", dirs_exist_ok=True
             ),
-            "is not what the present model was trained on",
+            "is not what the model was trained on",
         ),
     ],
 )
@@ -326,7 +314,7 @@ def test_beside_a_champion_that_was_forged_the_gate_stays_shut_and_says_why(stor
     store.client.create_model_version(config.model, str(tmp_path), tags={"corpus_loss": "0.0"})
     store.client.set_registered_model_alias(config.model, "champion", "1")
     done = register_it(trained_project(tmp_path / "project"))
-    assert done["reason"] == "champion 1 has no tag data_sha256, so that no `register` made it"
+    assert done["reason"].endswith("champion 1 has no tag data_sha256, so that no `register` made it")
     assert aliases(store, config) == {"champion": "1", "candidate": "2"}
 
 
@@ -360,6 +348,40 @@ def test_a_store_that_is_down_is_one_line(config, tmp_path, monkeypatch):
     assert "\n" not in str(told.value)
 
 
-def test_the_section_is_the_one_of_params_yaml():
-    params = yaml.safe_load((SOURCE_ROOT / "params.yaml").read_text())
-    assert RegistryConfig.model_validate(params["registry"]).model == "shakespeare-gpt2"
+def test_run_json_is_read_once(register_it, tmp_path, monkeypatch):
+    project, read = trained_project(tmp_path / "project"), []
+    text = Path.read_text
+
+    def counted(path: Path, *arguments, **named) -> str:
+        read.append(path.name)
+        return text(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    register_it(project)
+    assert read.count("run.json") == 1
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_models_of_other_texts_are_compared_on_the_champions_tokens_without_a_stand_in(
+    promoted, store, config, cheap_versions, tmp_path, bpe
+):
+    """Both models are the same; the champion's own loss, here made up, decides."""
+    torch.manual_seed(0)
+    shape = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
+    model, threads = GPT(shape, Vocabulary.full(50257)), torch.get_num_threads()
+    train = yaml.safe_load((SOURCE_ROOT / "params.yaml").read_text())["train"]
+    for number in range(2):
+        project = trained_project(tmp_path / str(number), corpus_loss=0.05, n_tokens=64 + number, salt=number)
+        save_model(project / "models" / "model", model, bpe)
+        (project / "params.yaml").write_text(yaml.safe_dump({"train": train}))
+        old = read_json(project / "models" / "run.json")
+        old["params"]["windows"] = {"length": 8}  # as in records of before `seq_len`, without train.processes too
+        write_json(project / "models" / "run.json", old)
+        done = register(root_of(store), project, config)
+        if number == 0:  # an untrained model has about 11 nats per token
+            store.client.set_model_version_tag(config.model, "1", "corpus_loss", "20" if promoted else "5")
+    torch.set_num_threads(threads)
+    assert re.fullmatch(
+        r"(worse: )?loss 1\d\.\d+ on the tokens of champion 1, whose own is (20|5)\.0000", done["reason"]
+    )
+    assert done["champion"] is promoted

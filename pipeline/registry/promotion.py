@@ -1,0 +1,145 @@
+"""Decide which version is champion: the gate that judges a new one, promotion and rollback by hand."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.config.params import load_params
+from pipeline.config.sections import TrainConfig
+from pipeline.data.token_files import TokenFolder
+from pipeline.registry.artifacts import label_of
+from pipeline.registry.catalog import (
+    CHAMPION,
+    find_version,
+    naming_failure,
+    open_version,
+    printable,
+    registered_model,
+)
+from pipeline.system.errors import ModelMissing
+from pipeline.tracking.mlflow_store import Store
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION_BEFORE = "champion_before"  # tag of the registered model: the version that a rollback returns to
+ROLLED_BACK = "rolled_back"  # tag of a version that a rollback took the alias from
+PASSED, VERDICT = "passed_gate", "verdict"  # tags of a version: true or false, and why
+SAME_LOSS = 0.01  # share by which two machines may differ on the loss of one model
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the gate asks about a new version; losses are over its whole training text, in nats per token."""
+
+    evaluated_loss: float | None  # by the stage `evaluate`; None: not evaluated
+    trained_loss: float  # of the saved model, as run.json says
+    journal_loss: float  # the same, as the journal says
+    model_step: int
+    target_loss: float
+    met_corpus_rule: bool
+    n_tokens: int  # of the training text
+    data_sha256: str
+    rolled_back: bool = False
+
+
+@dataclass(frozen=True)
+class Champion:
+    """What the gate asks about the version that is champion now."""
+
+    version: str
+    loss: float  # over its whole training text
+    n_tokens: int
+    data_sha256: str
+    candidate_loss: Callable[[], float]  # of the candidate on this text; measured only where the texts differ
+
+
+class Verdict(NamedTuple):
+    promotes: bool
+    reason: str
+
+
+def judge(candidate: Candidate, champion: Champion | None, max_target_loss: float) -> Verdict:
+    """Whether `candidate` may take the alias champion, and why.
+
+    Its records must agree, its target be at most `max_target_loss` and met by the corpus rule. Against a champion it
+    must have learnt as many tokens, and have no higher loss on the champion's text.
+    """
+    loss, trained, target = candidate.evaluated_loss, candidate.trained_loss, candidate.target_loss
+    if candidate.rolled_back:
+        return Verdict(False, "was rolled back by hand")
+    if loss is None:
+        return Verdict(False, "is not evaluated: `dvc repro evaluate` measures its loss")
+    if candidate.journal_loss != trained:
+        return Verdict(False, f"run.json disagrees with its journal: loss {trained:.4f} at step {candidate.model_step}")
+    if not math.isclose(loss, trained, rel_tol=SAME_LOSS):
+        return Verdict(False, f"metrics.json says loss {loss:.4f}, training measured {trained:.4f}: evaluate again")
+    if target > max_target_loss:
+        return Verdict(False, f"target {target:g} is above registry.max_target_loss {max_target_loss:g}")
+    if not (candidate.met_corpus_rule and loss < target):
+        return Verdict(False, f"corpus rule not met: loss {loss:.4f}, target {target:g}")
+    if champion is None:
+        return Verdict(True, "reached the target, and there was no champion")
+    if candidate.n_tokens < champion.n_tokens:
+        needed = f"champion {champion.version} {champion.n_tokens:,}"
+        return Verdict(False, f"learnt {candidate.n_tokens:,} tokens, {needed}")
+    if candidate.data_sha256 != champion.data_sha256:
+        loss = champion.candidate_loss()
+    reason = f"loss {loss:.4f} on the tokens of champion {champion.version}, whose own is {champion.loss:.4f}"
+    return Verdict(True, reason) if loss <= champion.loss else Verdict(False, f"worse: {reason}")
+
+
+def model_loss(project: Path, tokens: Path) -> float:
+    """Loss of `project`'s model over all of `tokens`, in windows as long as those that it was trained on.
+
+    Device and precision are those of params.yaml's section `train`.
+    """
+    from pipeline.data.batches import Split
+    from pipeline.model.evaluate import corpus_loss
+    from pipeline.model.weights import load_model
+    from pipeline.system.device import prepare_machine
+
+    machine = prepare_machine(load_params(project / "params.yaml").section(TrainConfig))
+    model = load_model(project / "models" / "model").to(machine.device)
+    text = Split(TokenFolder(tokens).train, model.vocabulary, machine.device)
+    return corpus_loss(model, text, model.trained_length, machine.autocast())
+
+
+def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None:
+    """Move the alias champion to `version`; return the number of the one before, noted for a rollback."""
+    before = store.client.get_registered_model(name).aliases.get(CHAMPION)
+    if before is not None and str(before) != str(version.version):
+        store.client.set_registered_model_tag(name, CHAMPION_BEFORE, str(before))
+    store.client.set_registered_model_alias(name, CHAMPION, version.version)
+    if ROLLED_BACK in version.tags:
+        store.client.delete_model_version_tag(name, version.version, ROLLED_BACK)
+    return None if before is None else str(before)
+
+
+def promote(store: Store, name: str, which: str) -> str:
+    """Make a verified version champion, whatever the gate says; return what happened, in a line."""
+    version = find_version(store, name, which)
+    open_version(store, version)
+    with naming_failure(store, name):
+        before = set_champion(store, name, version)
+    if before == str(version.version):
+        return f"{label_of(version)} is champion already"
+    instead = f", instead of version {before}" if before else ""
+    verdict = f", though the gate said no: {version.tags.get(VERDICT)}" if version.tags.get(PASSED) == "false" else ""
+    return printable(f"{label_of(version)} is champion now{instead}{verdict}")
+
+
+def rollback(store: Store, name: str) -> str:
+    """Return the alias champion to the version that had it before; twice undoes it. Returns what happened."""
+    with naming_failure(store, name):
+        model = registered_model(store, name)
+    current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
+    if before is None or before == str(current):
+        raise ModelMissing(f"{name} has no former champion: there is one once another version was champion")
+    said = promote(store, name, before)
+    if current is not None:
+        with naming_failure(store, name):
+            store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
+    return said

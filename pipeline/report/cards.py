@@ -1,0 +1,81 @@
+"""Write the READMEs of an exported version: the card of its Transformers folder and that of its Space."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from pipeline.training.target import RULES
+
+TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # SHA-256 of the whole text
+CURVE = "loss.png"  # the figure that the card shows, where there is a history to draw it from
+MEASURES = {  # what the stage `evaluate` found -> how the card calls it
+    "corpus_loss": "loss over all of the training text, nats per token",
+    "corpus_perplexity": "perplexity of the same",
+    "shifted_loss": "loss in windows moved by a quarter, a half and three quarters of their length",
+    "validation_loss": "loss over the held-out text",
+    "top1_accuracy": "share of tokens that are the most likely one",
+    "verbatim_recall": "share of 32-token continuations recited exactly, after 32 tokens from the start of a window",
+    "verbatim_recall_shifted": "the same after 32 tokens from anywhere",
+}
+ENVIRONMENT = ("torch", "device", "precision", "threads")
+
+
+def model_card(info: dict[str, Any], model: dict[str, Any]) -> str:
+    """The card for Transformers in Markdown.
+
+    `info` is what `describe_version` gives; `model` is the exported config.json and n_params, n_used (ids that occur in
+    the text), n_tokens (of the text) and prompt (its beginning).
+    """
+    environment, share = info["environment"], info["params"].get("corpus", {}).get("fraction", 1)
+    return _render(
+        "model_card.md.j2",
+        info,
+        model=model,
+        measures=MEASURES,
+        rules=_rules(info["metrics"]),
+        curve=CURVE if info["history"].get("loss") else None,
+        part="the whole of it" if share == 1 else f"the first {100 * share:.3g}% of it",
+        machine=", ".join(f"{key} {environment[key]}" for key in ENVIRONMENT if key in environment),
+    )
+
+
+def space_card(info: dict[str, Any], gradio: str, python: str, size_bytes: int) -> str:
+    """The README that configures the Space and says how to publish it; `gradio`, `python`: their versions."""
+    return _render("space_card.md.j2", info, gradio=gradio, python=python, size_mb=size_bytes / 1e6)
+
+
+def _render(template: str, info: dict[str, Any], **values: Any) -> str:
+    """Fill a template of templates/; `known` says whether the text is of Tiny Shakespeare, whose rights we know."""
+    folder, corpus = FileSystemLoader(Path(__file__).parent / "templates"), info["params"].get("corpus", {})
+    environment = Environment(loader=folder, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 (no HTML)
+    environment.filters |= {"thousands": "{:,.0f}".format, "repr": repr}
+    known = corpus.get("sha256") == TINY_SHAKESPEARE
+    return environment.get_template(template).render(info, corpus=corpus, known=known, **values)
+
+
+def _rules(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:
+    """Each target rule in words, with the steps and tokens that it took; None where it was not met.
+
+    A rule that needs a held-out text is left out where there was none.
+    """
+    return [
+        (
+            f"{name}: {rule.description}",
+            metrics.get(f"to_target.{name}.steps"),
+            metrics.get(f"to_target.{name}.tokens"),
+        )
+        for name, rule in _described_rules().items()
+        if not rule.needs_held_out or metrics.get("validation_loss") is not None
+    ]
+
+
+def _described_rules() -> dict[str, Any]:
+    """RULES, and as long as these are names alone, what they mean."""
+    if isinstance(RULES, dict):
+        return RULES
+    words = {"batch": "one minibatch below the target", "corpus": "one pass over the whole training text"}
+    return {
+        name: SimpleNamespace(description=words.get(name, name), needs_held_out=name == "validation") for name in RULES
+    }

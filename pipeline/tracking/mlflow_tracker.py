@@ -1,0 +1,98 @@
+"""Keep the MLflow run of a training up to date."""
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.system.files import write_text
+from pipeline.system.host import host_info
+from pipeline.tracking.mlflow_runs import (
+    Row,
+    create_run,
+    describe_inputs,
+    identity_tags,
+    log_records,
+    logged_steps,
+    runs_of,
+)
+from pipeline.tracking.mlflow_store import Store, open_store, store_errors
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+RUN_ID = "mlflow_run_id"  # file in the run's folder
+
+
+class MlflowTracker:
+    """The MLflow run that belongs to a run folder, found again or created; a Tracker of recorder.py."""
+
+    def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str]) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.store, self.client = (store := open_store(root)), store.client
+        run = noted_run(store, run_folder)  # unless the store has lost it, or a user has deleted it
+        self.run_id = (
+            run.info.run_id if run and run.info.lifecycle_stage == "active" else self._create(run_folder, identity)
+        )
+        self.client.update_run(self.run_id, status="RUNNING")
+        for key, value in {**identity_tags(identity), **tags}.items():
+            self.client.set_tag(self.run_id, key, value)
+        describe_inputs(store, self.run_id, identity)
+        self.client.log_dict(self.run_id, host_info(), "environment.json")
+        self._logged = len(logged_steps(store, self.run_id))
+        # MLflow's own monitor, without its thread, which would end at the first answer that the store fails to give.
+        self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=store.uri)
+
+    @staticmethod
+    def errors() -> tuple[type[Exception], ...]:
+        return store_errors()
+
+    def log_records(self, records: list[Row]) -> None:
+        """Send the records that the store lacks, and the machine's state at that moment."""
+        log_records(self.store, self.run_id, [record for record in records if record["step"] > self._logged])
+        self._log_system_metrics(int(records[-1]["step"]))
+
+    def log_sample(self, path: Path) -> None:
+        self.client.log_artifact(self.run_id, str(path), "samples")
+
+    def end(self, status: str, ended: str) -> None:
+        self.client.set_tag(self.run_id, "ended", ended)
+        self.client.set_terminated(self.run_id, status)
+
+    def _create(self, run_folder: Path, identity: dict[str, Any]) -> str:
+        """Close what a killed process left RUNNING, create a run and note its id."""
+        place = {"host": socket.gethostname(), "run_folder": str(run_folder)}
+        for run in runs_of(self.store, identity["fingerprint"]):
+            if run.info.status == "RUNNING" and place.items() <= run.data.tags.items():
+                self.client.set_terminated(run.info.run_id, "KILLED")
+        experiment = {"dvc_experiment": os.environ["DVC_EXP_NAME"]} if "DVC_EXP_NAME" in os.environ else {}
+        run_id = create_run(self.store, identity, place | experiment)
+        write_text(run_folder / RUN_ID, f"{run_id}\n")
+        return run_id
+
+    def _log_system_metrics(self, step: int) -> None:
+        """Send the machine's state under the names that MLflow's page of system metrics expects."""
+        from mlflow.entities import Metric
+
+        self._monitor.collect_metrics()
+        state, now_ms = self._monitor.aggregate_metrics(), int(time.time() * 1000)
+        metrics = [Metric(f"system/{key}", value, now_ms, step) for key, value in state.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
+        for monitor in self._monitor.monitors:
+            monitor.clear_metrics()
+
+
+def noted_run(store: Store, run_folder: Path) -> "Run | None":
+    """The run that a folder notes, deleted or not; None where it notes none, or the store lost it."""
+    from mlflow.exceptions import MlflowException
+
+    if not (path := run_folder / RUN_ID).is_file():
+        return None
+    try:
+        return store.client.get_run(path.read_text(encoding="utf-8").strip())
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
