@@ -73,15 +73,14 @@ def curves_figure(study: Study) -> Figure:
 
 def with_forecasts(study: Study) -> Study:
     """A study in memory of the finished trials, in which those that missed the target have their forecast as value."""
-    valued, best = create_study(), best_trial(study)
-    best_curve = curve_of(best) if best else []
+    valued = create_study()
+    if (best := best_trial(study)) is None:
+        return valued
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        value, curve = trial.value, curve_of(trial)
-        if trial.state is TrialState.PRUNED:
-            value = None
-            if best is not None and best_curve and curve:
-                value = best.value * forecast(curve, best_curve) / best_curve[-1][0]
-        if value is not None:
+        value, curve, best_curve = trial.value, curve_of(trial), curve_of(best)
+        if trial.state is TrialState.PRUNED and curve:
+            value = best.value * forecast(curve, best_curve) / best_curve[-1][0]
+        if trial.state is TrialState.COMPLETE or curve:
             valued.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=value))
     return valued
 

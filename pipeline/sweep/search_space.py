@@ -83,11 +83,6 @@ def from_choice(axis: list[Any], chosen: Any) -> Any:
     return next(value for value in axis if as_choice(value) == chosen)
 
 
-def rounded(value: float) -> float:
-    """`value` in three significant digits."""
-    return float(f"{value:.3g}")
-
-
 def _micro_batches(step_tokens: int, length: int, micro_batch_tokens: int) -> tuple[int, int]:
     """The largest micro-batch, in windows, that divides a step evenly, and how many of them a step takes."""
     windows, rest = divmod(step_tokens, length)

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config.sections import SweepConfig
 from pipeline.sweep.pruner import ExtrapolationPruner, best_trial
-from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from_choice, rounded
+from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from_choice
 from pipeline.system.errors import InputError
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import differences
@@ -147,7 +147,8 @@ def suggest(trial: Trial, sweep: SweepConfig) -> dict[str, Any]:
         elif axis.whole:
             values[key] = trial.suggest_int(key, int(axis.low), int(axis.high), step=int(axis.step or 1), log=axis.log)
         else:
-            values[key] = rounded(trial.suggest_float(key, axis.low, axis.high, step=axis.step, log=axis.log))
+            value = trial.suggest_float(key, axis.low, axis.high, step=axis.step, log=axis.log)
+            values[key] = float(f"{value:.3g}")  # more digits make no difference
     return values
 
 

@@ -74,6 +74,12 @@ def test_a_requeued_trial_has_the_same_values(study, sweep):
     assert [trial.number for trial in latest_trials(study)] == [1]
 
 
+def test_a_suggestion_has_three_digits_and_a_choice_may_be_a_list():
+    space = {"optim": {"lr": {"low": 0.00483726152, "high": 0.0048372616}, "betas": [[0.9, 0.95]]}}
+    sweep = sweep_config(space=space)
+    assert suggest(new_study(sweep).ask(), sweep) == {"optim.lr": 0.00484, "optim.betas": [0.9, 0.95]}
+
+
 def test_what_kills_every_worker_is_given_up_in_the_end(study):
     study.ask()
     for number in range(MAX_RETRIES):
