@@ -88,7 +88,7 @@ class Worker:
             reason = f"{type(error).__name__}: {first_line(error)}"
             trial.set_user_attr("reason", reason)
             announce(trial, f"failed: {reason}")
-            raise OutOfSpaceError(reason) from None
+            raise error if isinstance(error, PipelineError) else OutOfSpaceError(reason) from error
 
     def _train(self, trial: Trial) -> float:
         values = suggest(trial, self.sweep)
