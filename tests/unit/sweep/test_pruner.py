@@ -58,7 +58,6 @@ def study():
 
 def test_nothing_is_pruned_before_a_trial_has_reached_the_target(study):
     trial = study.ask()
-    assert not trial.should_prune()  # nor before a report
     trial.report(9.9, 10**9)
     assert not trial.should_prune()
 
@@ -67,6 +66,7 @@ def test_nothing_is_pruned_before_a_trial_has_reached_the_target(study):
 def test_a_trial_is_pruned_where_its_forecast_is_too_far_behind_the_best(study, loss, pruned):
     add(study, value=100.0, curve={0: 10.0, 50: 3.0, 100: 0.1})
     trial = study.ask()
+    assert not trial.should_prune()  # it has not reported yet
     trial.report(loss, 50)  # the best had 3.6 at 45.7 and 3.8 at 44.3, and the tolerance is 5
     assert trial.should_prune() is pruned
 
