@@ -312,10 +312,10 @@ class SweepConfig(Section):
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
     pruner_tolerance: float = Field(
-        ge=0, description="share by which a trial may be forecast behind the best and still go on"
+        ge=0, description="share by which a trial may be forecast behind the best and still continue"
     )
     heartbeat_timeout_s: float = Field(
-        ge=2, description="seconds without a sign of life after which another worker takes a trial"
+        ge=2, description="heartbeat timeout in seconds, after which a trial is re-queued"
     )
     seed: int = Field(ge=0, lt=2**31, description="of the sampler")
     applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
