@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from pipeline.report.figures import RunReport, write_figures, write_tables
 from pipeline.system.entrypoint import run_stage
 
 
 def main() -> None:
+    from pipeline.report.figures import RunReport, write_figures, write_tables
+
     report = RunReport.read(Path("models"), Path("reports"), Path("benchmarks/published"))
     write_figures(report, Path("reports/figures"))
     write_tables(report, Path("reports/plots"))
