@@ -103,7 +103,7 @@ def _describe(kind: type[Section], faults: Sequence[Any], values: dict[str, Any]
         location, got = _follow(fault["loc"], values)
         where, what = ".".join([kind.section_name, *map(str, location)]), fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            said[where] = f"unknown key{nearest(str(location[-1]), _siblings(kind, location))}"
+            said[where] = f"unknown key{nearest(location[-1], list(kind.model_fields))}"
         elif fault["type"] == "missing":
             said[where] = "missing"
         elif not location:  # a contradiction between keys already names them
@@ -122,15 +122,6 @@ def _follow(location: tuple[Any, ...], values: Any) -> tuple[tuple[Any, ...], st
         if part in (values if isinstance(values, dict) else range(len(values))):
             values = values[part]
     return location, f", got {values!r}"
-
-
-def _siblings(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Names of the keys that are allowed where `location` points."""
-    for part in location[:-1]:
-        nested = kind.model_fields[part].annotation if part in kind.model_fields else None
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            kind = nested
-    return list(kind.model_fields)
 
 
 def nearest(key: object, names: list[str]) -> str:
