@@ -28,7 +28,9 @@ def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main`; return 0, or print an error as one line and return its exit code."""
     try:
         if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would hide Python's own module
-            raise InputError("this is the folder stages/: run `python -m stages.NAME` from the project's folder, above it")
+            raise InputError(
+                "this is the folder stages/: run `python -m stages.NAME` from the project's folder, above it"
+            )
         main()
     except PipelineError as error:
         line = f"error: {error}"
