@@ -62,7 +62,7 @@ def examine_journals(store: Store, root: Path) -> Iterator[Finding]:
             continue
         try:
             identity, records = read_json(folder / IDENTITY), JournalTail(folder).read()
-            missing = _missing(store, folder, identity["fingerprint"], records)
+            missing = _missing(store, _find_run(store, folder, identity, records), records)
         except (PipelineError, ValueError, KeyError, TypeError) as error:
             what, hint = f"{name} cannot be read ({first_line(error)})", f"`python -m pipeline clean {folder.name}`"
             yield Finding("to fix", "journals", what, hint)
@@ -121,36 +121,44 @@ def _close(store: Store, run: "Run", folder: Path) -> str:
     return f"run {run.info.run_name} ({run_id}) is KILLED"
 
 
-def _missing(store: Store, folder: Path, fingerprint: str, records: list[Row]) -> list[Row]:
+def _find_run(store: Store, folder: Path, identity: dict[str, Any], records: list[Row]) -> str | None:
+    """The run that a folder names, or else one that holds a part of just its records."""
+    run = noted_run(store, folder)
+    return run.info.run_id if run else run_with(store, identity["fingerprint"], records)
+
+
+def _missing(store: Store, run_id: str | None, records: list[Row]) -> list[Row]:
     """Records that the store lacks; none where a user deleted the run."""
-    if (run := noted_run(store, folder)) and run.info.lifecycle_stage == "deleted":
-        return []
-    run_id = run.info.run_id if run else run_with(store, fingerprint, records)
-    there = logged_steps(store, run_id) if run_id else {}
-    return [record for record in records if int(record["step"]) not in there]
+    if run_id is None:
+        return records
+    deleted, there = store.client.get_run(run_id).info.lifecycle_stage == "deleted", logged_steps(store, run_id)
+    return [record for record in records if int(record["step"]) not in there and not deleted]
 
 
 def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
     """Send what the store lacks of a journal, to a new run where it has none of it."""
     with holding(folder):
         records = JournalTail(folder).read()
-        run, fingerprint = noted_run(store, folder), identity["fingerprint"]
-        run_id = run.info.run_id if run else run_with(store, fingerprint, records)
-        if run_id is None:
-            study = {"study": folder.parent.name} if folder.parent.name != "checkpoints" else {}
-            tags = {"host": socket.gethostname(), "run_folder": str(folder), "rebuilt": "true"} | study
-            run_id = create_run(store, identity, tags, int(records[0]["logged_ms"]))
-            write_text(folder / RUN_ID, f"{run_id}\n")  # at once, so that a repetition finds it
-            describe_inputs(store, run_id, identity)
-            if (folder / "samples").is_dir():
-                store.client.log_artifacts(run_id, str(folder / "samples"), "samples")
-        n_missing = len(missing := _missing(store, folder, fingerprint, records))
+        run_id = _find_run(store, folder, identity, records) or _create(store, folder, identity, records)
+        n_missing = len(missing := _missing(store, run_id, records))
         log_records(store, run_id, missing)
         if store.client.get_run(run_id).info.status == "RUNNING":
             status = "FINISHED" if _is_finished(identity["params"], records) else KILLED["status"]
             store.client.set_tag(run_id, "ended", "unknown, sent by `python -m pipeline doctor`")
             store.client.set_terminated(run_id, status, end_time=int(records[-1]["logged_ms"]))
     return f"sent {n_missing:,} of {len(records):,} steps of {folder.name} to run {run_id}"
+
+
+def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[Row]) -> str:
+    """Create a run that the store never had, with its inputs and samples."""
+    study = {"study": folder.parent.name} if folder.parent.name != "checkpoints" else {}
+    tags = {"host": socket.gethostname(), "run_folder": str(folder), "rebuilt": "true"} | study
+    run_id = create_run(store, identity, tags, int(records[0]["logged_ms"]))
+    write_text(folder / RUN_ID, f"{run_id}\n")  # at once, so that a repetition finds it
+    describe_inputs(store, run_id, identity)
+    if (folder / "samples").is_dir():
+        store.client.log_artifacts(run_id, str(folder / "samples"), "samples")
+    return run_id
 
 
 def _is_finished(values: dict[str, Any], records: list[Row]) -> bool:
