@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline --help`, or `totarget --help` where the project is installed.
+"""The command line: `python -m pipeline`, or `totarget` where the project is installed.
 
 Each command imports what it needs itself, so that the quick ones start without torch and MLflow.
 """
@@ -69,18 +69,15 @@ def sweep(arguments: argparse.Namespace) -> None:
 
     given = params.load_params()
     config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
+    actions = {
+        "run": lambda config: controller.run_sweep(given, config),
+        "status": controller.print_status,
+        "best": controller.print_best,
+        "apply": controller.apply_best,
+        "dashboard": controller.open_dashboard,
+    }
     with study.naming_dead_storage(config):
-        match arguments.action:
-            case "run":
-                controller.run_sweep(given, config)
-            case "status":
-                controller.print_status(config)
-            case "best":
-                controller.print_best(config)
-            case "apply":
-                controller.apply_best(config)
-            case "dashboard":
-                controller.open_dashboard(config)
+        actions[arguments.action](config)
 
 
 def models(arguments: argparse.Namespace) -> None:
@@ -180,7 +177,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; only the command that it names gets its arguments, some of which are slow to import."""
     argv = sys.argv[1:] if argv is None else argv
     prog = "totarget" if Path(sys.argv[0]).stem == "totarget" else "python -m pipeline"
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description="Work with settings, searches and registered models.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.__doc__, description=command.__doc__)
@@ -201,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
+    """Give a command's parser its arguments."""
     match command:
         case "recipe":
             add("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
