@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from pipeline.report.figures import RunReport, write_figures
-from pipeline.report.tables import write_tables
 from pipeline.system.entrypoint import run_stage
 
 
 def main() -> None:
+    from pipeline.report.figures import RunReport, write_figures
+    from pipeline.report.tables import write_tables
+
     report = RunReport.read(Path("models"), Path("reports"))
     write_figures(report, Path("reports/figures"))
     write_tables(report, Path("reports/plots"))

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import CorpusConfig
-from pipeline.data.corpus import verify_corpus
-from pipeline.data.encode import write_tokens
-from pipeline.data.statistics import describe_corpus
-from pipeline.data.token_files import TokenFolder
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.entrypoint import run_stage
-from pipeline.system.files import write_json
 
 
 def main() -> None:
+    from pipeline.config.params import load_params
+    from pipeline.config.sections import CorpusConfig
+    from pipeline.data.corpus import verify_corpus
+    from pipeline.data.encode import write_tokens
+    from pipeline.data.statistics import describe_corpus
+    from pipeline.data.token_files import TokenFolder
+    from pipeline.data.tokenizer import load_tokenizer
+    from pipeline.system.files import write_json
+
     config = load_params().section(CorpusConfig)
     corpus, folder = Path("data/corpus.txt"), Path("data/tokens")
     verify_corpus(corpus)

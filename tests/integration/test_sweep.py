@@ -251,7 +251,7 @@ def test_an_interrupted_sweep_keeps_everything_and_says_so(workspace, store):
     sweep.send_signal(signal.SIGTERM)
     code, said = ended(sweep)
     assert code == 143, said
-    assert "run the same command again to go on" in said.splitlines()[-1]
+    assert "run the same command again to resume" in said.splitlines()[-1]
     assert store.client.get_run(study().user_attrs["mlflow_run_id"]).info.status == "KILLED"
     assert TrialState.RUNNING not in {trial.state for trial in study().trials}
     assert TrialState.WAITING in {trial.state for trial in study().trials}
