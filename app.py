@@ -57,9 +57,9 @@ def settle_gradio() -> None:
 def main() -> None:
     arguments = parse()
     settle_gradio()
-    from webapp.guard import LOOPBACK
+    from webapp.http.guard import LOOPBACK
+    from webapp.model_source import Folder, Source
     from webapp.page import serve
-    from webapp.source import Folder, Source
 
     folder = arguments.folder or (BESIDE if BESIDE.is_dir() else None)
     if folder:

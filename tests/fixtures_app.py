@@ -21,8 +21,8 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.system.files import write_json, write_manifest
+from webapp.model_source import Folder, Served
 from webapp.page import serve
-from webapp.source import Folder, Served
 
 LINES = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\n"

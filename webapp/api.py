@@ -5,10 +5,10 @@ from typing import Any
 import gradio as gr
 
 from pipeline.system.errors import PipelineError
-from webapp.next_token import expect
-from webapp.prose import LEAST_PASSAGE, refusal
-from webapp.source import Source
-from webapp.writing import checked_whole, write
+from webapp.completion import checked_whole, write
+from webapp.html import LEAST_PASSAGE, refusal
+from webapp.model_source import Source
+from webapp.tabs.next_token import expect
 
 
 def endpoints(source: Source) -> None:

@@ -8,18 +8,18 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from webapp.about import about_html
 from webapp.api import endpoints
-from webapp.body import Call
-from webapp.guard import LOOPBACK, Guard, Known
-from webapp.memory import first_look, memory_tab, n_windows
-from webapp.next_token import next_token_tab
-from webapp.prose import html
-from webapp.readers import Readers
-from webapp.source import Source
+from webapp.html import html
+from webapp.http.body import Call
+from webapp.http.guard import LOOPBACK, Guard, Known
+from webapp.http.readers import Readers
+from webapp.model_source import Source
 from webapp.style import css, keys, theme
-from webapp.training import choices, training_tab
-from webapp.write import write_tab
+from webapp.tabs.about import about_html
+from webapp.tabs.next_token import next_token_tab
+from webapp.tabs.recall import first_look, memory_tab, n_windows
+from webapp.tabs.training import choices, training_tab
+from webapp.tabs.write import write_tab
 
 AT_ONCE = 2  # requests that the model works on together
 WAITING = 30  # requests that may wait; the next one is told that the queue is full
@@ -73,7 +73,7 @@ def _refreshed(source: Source) -> tuple[Any, ...]:
 def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True) -> gr.Blocks:
     """Serve the page on `host` alone: no share, no upload, no file, no proxy, nobody told.
 
-    `names`: what else it may be asked for by than `host` and this machine; ANY of webapp.guard: by any name.
+    `names`: what else it may be asked for by than `host` and this machine; ANY of webapp.http.guard: by any name.
     """
     page, bare = compose(source), host.strip("[]").lower()
     known = Known({*LOOPBACK, bare, *names}, bare not in LOOPBACK, calls(page), Readers(page._queue))

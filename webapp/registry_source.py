@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.model.generator import load_generator
 from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry, open_version
 from pipeline.system.errors import InputError, PipelineError
-from webapp.source import Served
+from webapp.model_source import Served
 
 CHECK_S = 3.0  # between two looks at the registry
 RETRY_S = 30.0  # after a failure: to hash a large model takes seconds

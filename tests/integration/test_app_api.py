@@ -21,9 +21,9 @@ from gradio_client import Client
 
 from pipeline.model.sampling import Sampling
 from tests.waiting import wait_until
-from webapp.guard import LOOPBACK, Guard, Known
-from webapp.readers import Readers
-from webapp.source import Served
+from webapp.http.guard import LOOPBACK, Guard, Known
+from webapp.http.readers import Readers
+from webapp.model_source import Served
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = [
@@ -201,7 +201,7 @@ def test_a_user_who_stops_or_leaves_ends_the_stream_within_a_second(page, source
 
 
 def test_a_reply_that_nobody_reads_ends_and_is_not_kept(page, source, monkeypatch):  # E6
-    monkeypatch.setattr("webapp.readers.UNREAD_S", 5.0)  # in place of thirty; the client needs a part of it to begin
+    monkeypatch.setattr("webapp.http.readers.UNREAD_S", 5.0)  # in place of 30; the client needs a part of it to begin
     source.watched.delay_s = SLOW_S
     read = Client(page.local_url, verbose=False).submit("All:", 2000, 0, api_name="/generate")
     asked = {"data": ["All:", 2000, 0, 0, 1.0, 1.0, 4, 0]}

@@ -10,7 +10,7 @@ import gradio as gr
 from pipeline.data.corpus_index import Passage
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.system.errors import PipelineError
-from webapp.source import Served
+from webapp.model_source import Served
 
 LEAST_PASSAGE = 8  # tokens that stand together in the training text before they count as taken from it
 AROUND = 60  # tokens shown on either side of a place

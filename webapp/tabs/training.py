@@ -10,10 +10,10 @@ import gradio as gr
 
 from pipeline.system.errors import PipelineError
 from webapp.chart import line_chart
-from webapp.prose import html, note, refusal
-from webapp.source import Served, Source
-from webapp.write import OPEN_PLACE, connect_places, sample_html
-from webapp.writing import LONGEST_PROMPT, Writing, write
+from webapp.completion import LONGEST_PROMPT, Writing, write
+from webapp.html import html, note, refusal
+from webapp.model_source import Served, Source
+from webapp.tabs.write import OPEN_PLACE, connect_places, sample_html
 
 COMPARED_TOKENS = 120
 MEASURES = {

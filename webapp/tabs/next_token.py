@@ -9,9 +9,9 @@ import gradio as gr
 import torch
 
 from pipeline.system.errors import PipelineError
-from webapp.prose import html, note, refusal, visible
-from webapp.source import Served, Source
-from webapp.writing import LONGEST_PROMPT, checked_prompt, checked_whole
+from webapp.completion import LONGEST_PROMPT, checked_prompt, checked_whole
+from webapp.html import html, note, refusal, visible
+from webapp.model_source import Served, Source
 
 SHOWN = 12
 START = "First Citizen:\nBefore we proceed any"

@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
-from webapp.prose import LEAST_PASSAGE, cut
-from webapp.source import Served
+from webapp.html import LEAST_PASSAGE, cut
+from webapp.model_source import Served
 
 LONGEST_PROMPT = 10_000  # characters
 MOST_SAMPLES = 4

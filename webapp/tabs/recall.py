@@ -12,9 +12,9 @@ import gradio as gr
 
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError, PipelineError
-from webapp.prose import cut, html, note, refusal
-from webapp.source import Served, Source
-from webapp.writing import checked_whole
+from webapp.completion import checked_whole
+from webapp.html import cut, html, note, refusal
+from webapp.model_source import Served, Source
 
 GIVEN = 32  # tokens that the model is given before it recites
 DARKEST = 6.0  # nats from which on a token is as dark as can be

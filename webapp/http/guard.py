@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from pipeline.system.errors import InputError
-from webapp.body import NAME, Call, checked_body
-from webapp.readers import Readers
+from webapp.http.body import NAME, Call, checked_body
+from webapp.http.readers import Readers
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

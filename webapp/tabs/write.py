@@ -10,9 +10,9 @@ import gradio as gr
 from gradio.events import Dependency
 
 from pipeline.system.errors import InputError, PipelineError
-from webapp.prose import LEAST_PASSAGE, html, note, place_html, refusal, traced
-from webapp.source import Source
-from webapp.writing import LONGEST_PROMPT, MOST_SAMPLES, MOST_TOKENS, Writing, checked_whole, write
+from webapp.completion import LONGEST_PROMPT, MOST_SAMPLES, MOST_TOKENS, Writing, checked_whole, write
+from webapp.html import LEAST_PASSAGE, html, note, place_html, refusal, traced
+from webapp.model_source import Source
 
 EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
 LABELS = {

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from pipeline.config.sections import ModelConfig
-from webapp.source import Served
+from webapp.model_source import Served
 
 MIB = 2**20
 
