@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from fixtures_app import FACTS, LINES, WINDOW, Stub, _at_full_speed, _page, _source, _version, ask, event  # noqa: F401 (fixtures)
+from fixtures_app import INFO, LINES, WINDOW, Stub, _at_full_speed, _page, _source, _version, ask, event  # noqa: F401 (fixtures)
 from fixtures_mlflow import root_of, trained_project
 
 from pipeline.config.sections import RegistryConfig
@@ -21,7 +21,7 @@ from pipeline.registry.register import register
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from tests.waiting import wait_until
 from webapp import registry_source
-from webapp.completion import write
+from webapp.completion import complete
 from webapp.model_source import Folder, Served
 from webapp.tabs.about import about_html
 from webapp.tabs.training import run_html
@@ -57,7 +57,7 @@ class FakeStore:
         return self.folder
 
     def describe(self, store: Any, version: Any) -> dict[str, Any]:
-        return FACTS | {"version": version.version}
+        return INFO | {"version": version.version}
 
 
 @pytest.fixture
@@ -90,21 +90,21 @@ def serves(registry: registry_source.Registry, label: str) -> bool:
 def test_a_new_champion_is_served_without_a_restart(catalog):
     registry = registry_source.Registry(Path(), "parrot", "champion")
     before = registry.current()
-    writing = write(before, "All:", 1, max_tokens=10)
+    completion = complete(before, "All:", 1, max_tokens=10)
     catalog.champion = "2"
     assert serves(registry, "parrot version 2")
-    assert list(writing)[-1].served.label == "parrot version 1"  # whoever has begun ends with the same
+    assert list(completion)[-1].served.label == "parrot version 1"  # whoever has begun ends with the same
     assert catalog.opened == ["1", "2"]  # each loaded once, however often it is asked for
 
 
 @pytest.mark.fault
 def test_the_champion_moves_to_and_fro_under_load_and_each_reply_is_of_one_version(catalog, served):  # E7
     registry = registry_source.Registry(Path(), "parrot", "champion")
-    alone = {n: list(write(served, "All:", 1, max_tokens=10, seed=n))[-1].text(0) for n in range(25)}
+    alone = {n: list(complete(served, "All:", 1, max_tokens=10, seed=n))[-1].text(0) for n in range(25)}
 
     def reply(n: int) -> tuple[int, set[str], str]:
         parts = [
-            (each.served.label, each.text(0)) for each in write(registry.current(), "All:", 1, max_tokens=10, seed=n)
+            (each.served.label, each.text(0)) for each in complete(registry.current(), "All:", 1, max_tokens=10, seed=n)
         ]
         return n, {label for label, _ in parts}, parts[-1][1]
 
@@ -129,7 +129,7 @@ def test_the_registry_is_asked_every_few_seconds_at_most(catalog, monkeypatch):
     before = catalog.looked
     for _ in range(100):
         registry.current()
-    with registry._looking:  # whatever look has been begun is over
+    with registry._checking:  # whatever look has been begun is over
         assert catalog.looked == before
 
 
@@ -185,8 +185,8 @@ def test_only_a_few_versions_stay_in_memory(catalog, monkeypatch):
     monkeypatch.setattr(registry_source, "KEPT", 2)
     registry = registry_source.Registry(Path(), "parrot", "champion")
     for number in ("2", "3", "1", "2", "3"):
-        assert registry.open(number).facts["version"] == number
-    assert len(registry._opened) == 2
+        assert registry.open(number).info["version"] == number
+    assert registry._load.cache_info().currsize == 2
     with pytest.raises(InputError, match="not in the registry"):
         registry.open("../1")
 
@@ -205,12 +205,12 @@ def test_a_real_registry_is_served_its_champion_moves_and_an_altered_one_is_not_
 
     add(0.09)
     registry = registry_source.Registry(root_of(store), config.model, "champion")
-    assert registry.current().facts["aliases"] == ["candidate", "champion"]
+    assert registry.current().info["aliases"] == ["candidate", "champion"]
     add(0.08)
     registry._due = 0.0
     assert serves(registry, f"{config.model} version 2")
     assert registry.versions() == ["2", "1"]
-    assert registry.open("1").facts["metrics"]["corpus_loss"] == 0.09
+    assert registry.open("1").info["metrics"]["corpus_loss"] == 0.09
     assert "Gradient norm" in run_html(registry.current())
     assert "What it is not" in about_html(registry.current())
     add(0.07)

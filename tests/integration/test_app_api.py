@@ -18,11 +18,11 @@ import psutil
 import pytest
 from fixtures_app import PATIENCE_S, SLOW_S, Stub, _at_full_speed, _page, _source, _version, ask, event, free_port  # noqa: F401 (fixtures)
 from gradio_client import Client
+from webapp.http.guard import LOOPBACK, Guard, Known
+from webapp.http.readers import Readers
 
 from pipeline.model.sampling import Sampling
 from tests.waiting import wait_until
-from webapp.http.guard import LOOPBACK, Guard, Known
-from webapp.http.readers import Readers
 from webapp.model_source import Served
 
 ROOT = Path(__file__).parents[2]

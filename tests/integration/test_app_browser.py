@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from fixtures_app import FACTS, LINES, SLOW_S, WINDOW, Stub, _at_full_speed, _page, _source, _version  # noqa: F401 (fixtures)
+from fixtures_app import INFO, LINES, SLOW_S, WINDOW, Stub, _at_full_speed, _page, _source, _version  # noqa: F401 (fixtures)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -279,7 +279,7 @@ def test_another_version_can_be_looked_at_and_laid_beside_the_first(visit):
     tab(visitor, "Training")
     assert "parrot version 7, champion" in visitor.locator("#run").inner_text()
     assert visitor.locator("#run .goal").count() == 1  # the target line
-    assert FACTS["tags"]["data_sha256"] in visitor.locator("#run").inner_text()
+    assert INFO["tags"]["data_sha256"] in visitor.locator("#run").inner_text()
     visitor.locator("#version input").click()
     visitor.get_by_role("option", name="6").click()
     playwright.expect(visitor.locator("#run h2").first).to_have_text("parrot version 6")

@@ -1,17 +1,17 @@
-"""write: the tab that continues a prompt, and shows which of it stands word for word in the training text."""
+"""The tab Write: complete a prompt, and mark what is copied from the training text."""
 
 import json
 import re
 from collections.abc import Iterator
 from functools import partial
+from html import escape
 from typing import Any
 
 import gradio as gr
-from gradio.events import Dependency
 
-from pipeline.system.errors import InputError, PipelineError
-from webapp.completion import LONGEST_PROMPT, MOST_SAMPLES, MOST_TOKENS, Writing, checked_whole, write
-from webapp.html import LEAST_PASSAGE, html, note, place_html, refusal, traced
+from pipeline.system.errors import InputError
+from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, checked_whole, complete
+from webapp.html import MIN_PASSAGE, event_options, html, marked, note, place_html, refusing, sheet
 from webapp.model_source import Source
 
 EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
@@ -19,9 +19,8 @@ LABELS = {
     "samples": "Samples", "max_tokens": "Length", "temperature": "Temperature", "top_k": "Top-k", "top_p": "Top-p",
     "repetition_penalty": "Repetition penalty", "seed": "Seed",
 }  # fmt: skip
-NUMBERS = tuple(LABELS)[1:]
-NAMED = re.compile(rf"\b({'|'.join(LABELS)})\b")  # as the API calls them
-EMPTY = '<p class="unwritten">What the model writes will stand here.</p>'
+API_NAME = re.compile(rf"\b({'|'.join(LABELS)})\b")
+EMPTY = '<p class="empty">The completion appears here.</p>'
 OPEN_PLACE = """
 const open = (event) => {
   const mark = event.target.closest("[data-place]");
@@ -34,21 +33,20 @@ const open = (event) => {
 };
 element.addEventListener("click", open);
 element.addEventListener("keydown", open);
-"""  # what the marks of traced() do
-SCROLL = "() => setTimeout(() => document.querySelector('{} .place')?.scrollIntoView({{block: 'nearest'}}), 60)"
+"""  # for the marks of marked()
+SCROLL = "() => setTimeout(() => document.querySelector('#{} .place')?.scrollIntoView({{block: 'nearest'}}), 60)"
 
 
-def write_tab(source: Source) -> Dependency:
-    """Lay the tab out and connect it; return the event of writing."""
+def write_tab(page: gr.Blocks, source: Source) -> None:
+    """Lay the tab out and connect it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(
-                "First Citizen:\n", label="Prompt", lines=4, max_lines=12, max_length=LONGEST_PROMPT, elem_id="prompt"
+                "First Citizen:\n", label="Prompt", lines=4, max_lines=12, max_length=MAX_PROMPT, elem_id="prompt"
             )
             with gr.Row(elem_classes="chips"):
                 for n, example in enumerate(EXAMPLES):
-                    name = " ".join(example.split())
-                    chip = gr.Button(name, size="sm", elem_id=f"example-{n}")
+                    chip = gr.Button(" ".join(example.split()), size="sm", elem_id=f"example-{n}")
                     chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private")
             with gr.Row():
                 go = gr.Button("Write", variant="primary", elem_classes="go", elem_id="write", min_width=120)
@@ -56,111 +54,101 @@ def write_tab(source: Source) -> Dependency:
             numbers = _numbers()
             html(
                 note(
-                    "Ctrl+Enter writes, Esc stops. An empty prompt starts a text of its own. The model sees its last "
-                    f"{source.current().generator.trained_length} tokens at most; what is longer slides out of sight. "
-                    f"A prompt may have {LONGEST_PROMPT:,} characters."
+                    "Ctrl+Enter writes, Esc stops. An empty prompt starts a new document. The model sees at most the "
+                    f"last {source.current().generator.trained_length} tokens. A prompt may have {MAX_PROMPT:,} "
+                    "characters."
                 )
             )
         with gr.Column(scale=3, min_width=300):
             status = html("", elem_id="status")
             output = html(EMPTY, js_on_load=OPEN_PLACE, elem_id="written")
             place = html("", elem_id="place")
-    started = go.click(
-        partial(_written, source), [prompt, *numbers], [status, output, place], preprocess=False,
-        show_progress="hidden", concurrency_id="model", api_visibility="private",
-    )  # fmt: skip
+    shown = [status, output, place]
+    started = go.click(partial(_written, source), [prompt, *numbers], shown, **event_options("model"))
     stop.click(None, None, None, cancels=[started], queue=False, api_visibility="private")
-    connect_places(source, output, place, "#place")
-    return started
+    connect_places(source, output, place)
 
 
-def connect_places(source: Source, output: gr.HTML, place: gr.HTML, selector: str) -> None:
-    """Have a press on a marked passage in `output` show, in `place`, the text around it."""
+def connect_places(source: Source, output: gr.HTML, place: gr.HTML) -> None:
+    """Show in `place` the training text around a mark of `output` that is pressed."""
 
     def opened(event: gr.EventData) -> str:  # Gradio finds the event by its hint, not in a partial
         return _place(source, event)
 
-    output.click(opened, None, place, show_progress="hidden", concurrency_id="look", api_visibility="private").then(
-        None, None, None, js=SCROLL.format(selector)
-    )
+    shown = output.click(opened, None, place, **event_options("read"))
+    shown.then(None, None, None, js=SCROLL.format(place.elem_id))
 
 
 def _numbers() -> list[gr.components.Component]:
-    """Samples first, then NUMBERS in their order."""
-    samples = gr.Slider(1, MOST_SAMPLES, 1, step=1, label="Samples")
-    length = gr.Slider(1, MOST_TOKENS, 200, step=1, label="Length, in tokens")
-    temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0 always takes the likeliest token")
+    """A field for each of LABELS."""
+    samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples")
+    length = gr.Slider(1, MAX_TOKENS, 200, step=1, label="Length, in tokens")
+    temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the most likely token")
     with gr.Accordion("More", open=False):
-        top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="draw from the likeliest so many; 0: from all")
-        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="draw from the fewest that hold this probability")
+        top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="sample from the k most likely tokens; 0: from all")
+        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="sample from the smallest set that has this "
+                          "probability; 1: from all")  # fmt: skip
         penalty = gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty", info="1: none")
-        seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="the same seed writes the same text")
+        seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="the same seed gives the same text")
     return [samples, length, temperature, top_k, top_p, penalty, seed]
 
 
-def _written(source: Source, prompt: Any, samples: Any, *numbers: Any) -> Iterator[tuple[str, str, str]]:
+def _written(source: Source, prompt: Any, *numbers: Any) -> Iterator[tuple[str, str, str]]:
     """Status, samples and an empty place, again and again. Raises gr.Error for wrong input."""
-    try:
-        for writing in write(source.current(), prompt, samples, **dict(zip(NUMBERS, numbers, strict=True))):
-            yield status_html(writing), samples_html(writing), ""
-    except InputError as error:
-        raise refusal(InputError(NAMED.sub(lambda name: LABELS[name[0]], str(error)))) from None
-    except PipelineError as error:
-        raise refusal(error) from None
+    with refusing():
+        try:
+            for completion in complete(source.current(), prompt, **dict(zip(LABELS, numbers, strict=True))):
+                yield status_html(completion), samples_html(completion, source.trouble), ""
+        except InputError as error:
+            raise InputError(API_NAME.sub(lambda name: LABELS[name[0]], str(error))) from None
 
 
 def _place(source: Source, event: gr.EventData) -> str:
     """The training text around the passage that was pressed."""
     sent = event._data if isinstance(event._data, dict) else {}
-    try:
-        served = source.open(str(sent.get("version")))  # whose text it is: another one may be served by now
+    with refusing():
+        served = source.open(str(sent.get("version")))  # the version that wrote it may not be the current one
         place = checked_whole("place", sent.get("place"), 0, len(served.ids) - 1)
         length = checked_whole("length", sent.get("length"), 1, len(served.ids) - place)
-    except PipelineError as error:
-        raise refusal(error) from None
-    return place_html(served, place, length)
+        return place_html(served, place, length)
 
 
-def status_html(writing: Writing) -> str:
-    """Speed, length and novelty of what is written, in words."""
-    parts = [f"<b>{writing.n_tokens:,}</b> tokens", f"<b>{writing.tokens_per_s:,.0f}</b> tokens/s"]
-    if writing.n_tokens:
-        novelty = sum(writing.novelty(i) * len(ids) for i, ids in enumerate(writing.samples)) / writing.n_tokens
+def status_html(completion: Completion) -> str:
+    """Version, length, speed and novelty."""
+    n = completion.n_tokens
+    parts = [escape(completion.served.label), f"<b>{n:,}</b> tokens", f"<b>{completion.tokens_per_s:,.0f}</b> tokens/s"]
+    if n:
+        novelty = sum(completion.novelty(i) * len(ids) for i, ids in enumerate(completion.samples)) / n
         parts.append(f"<b>{novelty:.0%}</b> new")
-    line = "".join(f"<span>{part}</span>" for part in parts)
-    return f'<p class="status" aria-live="off">{line}</p>'
+    return f'<p class="status" aria-live="off">{"".join(f"<span>{part}</span>" for part in parts)}</p>'
 
 
-def samples_html(writing: Writing) -> str:
-    """Each sample on a sheet of its own, and what there is to say about them."""
-    n = len(writing.samples)
-    return (
-        f'<div class="samples">{"".join(sample_html(writing, i) for i in range(n))}</div>'
-        f"{_remarks(writing) if writing.finished else ''}"
+def samples_html(completion: Completion, trouble: str | None = None) -> str:
+    """Each sample on its own sheet, and at the end some remarks."""
+    samples = "".join(sample_html(completion, i) for i in range(len(completion.samples)))
+    return f'<div class="samples">{samples}</div>{_remarks(completion, trouble) if completion.finished else ""}'
+
+
+def sample_html(completion: Completion, i: int, title: str = "") -> str:
+    text = marked(completion.served, completion.ids(i), len(completion.prompt_ids))
+    title = title or (f"Sample {i + 1}" if len(completion.samples) > 1 else "")
+    body = f'<p class="verse{"" if completion.finished else " writing"}">{text}</p>'
+    return sheet(title, body, f"seed {completion.seed + i}", f"{completion.novelty(i):.0%} new")
+
+
+def _remarks(completion: Completion, trouble: str | None) -> str:
+    """What the marks mean, and what the model did not know."""
+    corpus, prompt = completion.served.corpus, completion.prompt_ids
+    words = note(trouble, "trouble") if trouble else ""
+    words += note(
+        f"Marked passages of {MIN_PASSAGE} tokens or more are in the training text word for word: press one to see "
+        "where. New means that the text does not have these words in this order, not that they are good.",
+        "note after",
     )
-
-
-def sample_html(writing: Writing, i: int, title: str = "") -> str:
-    text = traced(writing.served, writing.ids(i), len(writing.prompt_ids))
-    state = "" if writing.finished else " writing"
-    title = title or (f"Sample {i + 1}" if len(writing.samples) > 1 else "")
-    head = (
-        f"<header><b>{title}</b><span>seed {writing.seed + i}</span><span>{writing.novelty(i):.0%} new</span></header>"
-    )
-    return f'<article class="sheet">{head if title else ""}<p class="verse{state}">{text}</p></article>'
-
-
-def _remarks(writing: Writing) -> str:
-    """Captions in plain words: what the marks mean, and what the model had to go by."""
-    words = (
-        '<p class="note after">Marked passages stand word for word in the training text, for '
-        f"{LEAST_PASSAGE} tokens or more: press one to see where. New means only that the words do not stand there "
-        "in this order; it does not mean good.</p>"
-    )
-    if writing.prompt_ids and not writing.prompt_is_known:
-        words += note("The training text does not have this prompt, so that nothing could be recited from it.")
-    if writing.served.corpus.limits:
-        words += note(f"{writing.served.corpus.limits}; what stands in the rest counts as new.")
-    if writing.notice:
-        words += note(f"{writing.notice[0].upper()}{writing.notice[1:]}.")
+    if prompt and corpus.following(prompt)[0] < len(prompt):
+        words += note("The training text does not have this prompt, so there is nothing to recite after it.")
+    if corpus.limits:
+        words += note(f"{corpus.limits}; passages of the rest count as new.")
+    if completion.notice:
+        words += note(f"{completion.notice[0].upper()}{completion.notice[1:]}.")
     return words
