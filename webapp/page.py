@@ -13,7 +13,7 @@ from webapp.api import add_endpoints
 from webapp.html import event_options, html
 from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter
 from webapp.model_source import Source
-from webapp.style import css, keys, theme
+from webapp.style import read_asset, theme
 from webapp.tabs.about import about_tab
 from webapp.tabs.next_token import next_token_tab
 from webapp.tabs.recall import recall_tab
@@ -72,9 +72,9 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
     ]
     page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not wait,
-        theme=theme(), css=css(), js=keys(), footer_links=["api"], run_history=False, ssr_mode=False, pwa=False,
-        max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False, num_workers=0, root_path="",
-        app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},
+        theme=theme(), css=read_asset("page.css"), js=read_asset("page.js"), footer_links=["api"], run_history=False,
+        ssr_mode=False, pwa=False, max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False,
+        num_workers=0, root_path="", app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},
         state_session_capacity=50,  # each takes 50 KB, for values that nothing here reads
     )  # fmt: skip
     return page

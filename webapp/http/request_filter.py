@@ -81,8 +81,11 @@ class RequestFilter:
             return 403, "the Host is not a name of this app: --allow-host gives it one"
         if any(_hostname(origin) not in {*self._names, *hosts} for origin in headers.getlist("origin")):
             return 403, "the Origin is not this app: --allow-host gives it another name"
-        allowed = POSTED if request.method == "POST" else READ
-        return 404, None if allowed.fullmatch(path) else "not found"
+        if not (POSTED if request.method == "POST" else READ).fullmatch(path):
+            return 404, "not found"
+        if request.method == "POST" and not _is_json(headers.get("content-type", "")):
+            return 415, "send application/json"  # which a foreign page cannot do without asking first
+        return 200, None
 
     def _is_known(self, host: str) -> bool:
         return bool(host) and (bool(self._names & {host, ANY}) or (self._any_address and is_address(host)))
@@ -105,6 +108,10 @@ def body_error(raw: bytes) -> str | None:
     if any(isinstance(value, list | dict) for value in chain(data, event.values(), body.values())):
         return "a value must be a text or a number"
     return None
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "application/json"
 
 
 def is_address(name: str) -> bool:

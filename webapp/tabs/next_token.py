@@ -126,11 +126,11 @@ def _context(served: Served, found: Expectation) -> str:
         return note("The training text has nothing after the last token: there are no grey bars.", "note after")
     n = len(found.context)
     words = served.tokenizer.decode(found.context[-12:]).replace("\n", "↵ ")
-    whole = "all of it" if n == found.n_prompt else "more of it is not in the training text"
+    whole = "all of your text" if n == found.n_prompt else "no longer context occurs there"
     limits = f" {served.corpus.limits}." if served.corpus.limits else ""
     return note(
-        f"Context: the last {n:,} of {found.n_prompt:,} tokens ({whole}), which the training text has "
-        f"{found.times:,} times: “{'… ' if n > 12 else ''}{words}”.{limits}",
+        f"Context: “{'… ' if n > 12 else ''}{words}”, {n:,} tokens ({whole}). Occurrences in the training text: "
+        f"{found.times:,}.{limits}",
         "note after",
     )
 

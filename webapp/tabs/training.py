@@ -101,13 +101,13 @@ def _metrics(info: dict[str, Any]) -> str:
 
 def _charts(info: dict[str, Any]) -> str:
     history, target = info["history"], info["tags"].get("target_loss")
-    corpus = ("over the whole text", history.get("corpus_loss", []))
-    goal = float(target) if target else None
+    goal, corpus = float(target) if target else None, history.get("corpus_loss", [])
+    unit = "nats per token; dark: over the whole text" if corpus else "nats per token"
     charts = (
-        line_chart("Loss", history.get("loss", []), "nats per token", True, goal, corpus),
-        line_chart("Gradient norm", history.get("grad_norm", []), "before clipping", log=True),
-        line_chart("Throughput", history.get("tokens_per_s", []), "tokens/s"),
-        line_chart("Learning rate", history.get("lr", [])),
+        line_chart("Loss", unit, history.get("loss", []), corpus, log=True, goal=goal),
+        line_chart("Gradient norm", "before clipping", history.get("grad_norm", []), log=True),
+        line_chart("Throughput", "tokens/s", history.get("tokens_per_s", [])),
+        line_chart("Learning rate", "", history.get("lr", [])),
     )
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else note("No curves were recorded.")
 

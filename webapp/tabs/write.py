@@ -1,7 +1,6 @@
 """The tab Write: complete a prompt, and mark what is copied from the training text."""
 
 import json
-import re
 from collections.abc import Iterator
 from functools import partial
 from html import escape
@@ -9,17 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.system.errors import InputError
 from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, checked_whole, complete
 from webapp.html import MIN_PASSAGE, event_options, html, marked, note, place_html, refusing, sheet
 from webapp.model_source import Source
 
 EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
-LABELS = {
-    "samples": "Samples", "max_tokens": "Length", "temperature": "Temperature", "top_k": "Top-k", "top_p": "Top-p",
-    "repetition_penalty": "Repetition penalty", "seed": "Seed",
-}  # fmt: skip
-API_NAME = re.compile(rf"\b({'|'.join(LABELS)})\b")
+NUMBERS = ("samples", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 EMPTY = '<p class="empty">The completion appears here.</p>'
 OPEN_PLACE = """
 const open = (event) => {
@@ -80,9 +74,9 @@ def connect_places(source: Source, output: gr.HTML, place: gr.HTML) -> None:
 
 
 def _numbers() -> list[gr.components.Component]:
-    """A field for each of LABELS."""
+    """A field for each of NUMBERS."""
     samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples")
-    length = gr.Slider(1, MAX_TOKENS, 200, step=1, label="Length, in tokens")
+    length = gr.Slider(1, MAX_TOKENS, 200, step=1, label="Max tokens")
     temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the most likely token")
     with gr.Accordion("More", open=False):
         top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="sample from the k most likely tokens; 0: from all")
@@ -96,11 +90,8 @@ def _numbers() -> list[gr.components.Component]:
 def _written(source: Source, prompt: Any, *numbers: Any) -> Iterator[tuple[str, str, str]]:
     """Status, samples and an empty place, again and again. Raises gr.Error for wrong input."""
     with refusing():
-        try:
-            for completion in complete(source.current(), prompt, **dict(zip(LABELS, numbers, strict=True))):
-                yield status_html(completion), samples_html(completion, source.trouble), ""
-        except InputError as error:
-            raise InputError(API_NAME.sub(lambda name: LABELS[name[0]], str(error))) from None
+        for completion in complete(source.current(), prompt, **dict(zip(NUMBERS, numbers, strict=True))):
+            yield status_html(completion), samples_html(completion, source.trouble), ""
 
 
 def _place(source: Source, event: gr.EventData) -> str:

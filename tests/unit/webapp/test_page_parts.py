@@ -177,7 +177,7 @@ def test_the_parts_add_up_to_the_model():
 @pytest.mark.parametrize("points", [[], [[1, 0.0]], [[1, float("nan")]], [[5, 3.0]], [[1, 2.0], [2, 2.0]]])
 @pytest.mark.parametrize("log", [True, False])
 def test_any_curve_can_be_drawn(points, log):
-    html = line_chart("x < y", points, "nats", log, goal=0.1)
+    html = line_chart("x < y", "nats", points, points, log, goal=0.1)
     assert "nan" not in html
     assert "x < y" not in html
 

@@ -26,6 +26,7 @@ def status_of(options, headers, path="/config", method="GET", body=b""):
     async def receive():
         return {"type": "http.request", "body": body}
 
+    headers = {"content-type": "application/json"} | headers
     lines = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": lines, "query_string": b""}
     asyncio.run(RequestFilter(page, **options)(scope, receive, send))
@@ -95,6 +96,13 @@ def test_files_proxy_uploads_and_all_else_that_gradio_offers_are_closed(path):  
 def test_a_session_name_that_would_break_stop_for_others_is_refused(session):  # E6
     body = json.dumps({"fn_index": 0, "data": ["All:"], "session_hash": session}).encode()
     assert status_of(LOCAL, {"host": "localhost"}, "/gradio_api/queue/join", "POST", body) == 400
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_a_post_that_a_foreign_page_could_send_is_refused(kind):  # E8
+    headers = {"host": "localhost", "content-type": kind}
+    assert status_of(LOCAL, headers, "/gradio_api/call/generate", "POST", b"{}") == 415
 
 
 @pytest.mark.parametrize(
