@@ -11,7 +11,7 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from webapp.api import add_endpoints
 from webapp.html import event_options, html
-from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter
+from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter, hostname
 from webapp.model_source import Source
 from webapp.style import read_asset, theme
 from webapp.tabs.about import about_tab
@@ -65,10 +65,10 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
 
     `names`: further hosts that the page is reached by; request_filter.ANY for all.
     """
-    page, bare = compose(source, tabs), host.strip("[]").lower()
+    page = compose(source, tabs)
     middleware = [
         Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
-        Middleware(RequestFilter, names={*LOOPBACK, bare, *names}, any_address=bare not in LOOPBACK),
+        Middleware(RequestFilter, names={*LOOPBACK, host, *names}, any_address=hostname(host) not in LOOPBACK),
     ]
     page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not wait,

@@ -240,7 +240,7 @@ def start(*arguments: str, folder: Path, **environment: str) -> subprocess.Compl
         (("--folder", "nowhere"), 7, "nowhere not found"),
         (("--folder", "empty"), 7, "export space"),
         (("--share",), 2, "unrecognized arguments: --share"),
-        (("--port", "99999"), 2, "'99999' is no port: choose one from 1 to 65535"),
+        (("--port", "many"), 2, "invalid int value: 'many'"),
     ],
 )
 def test_without_a_model_it_ends_with_one_line_that_says_how_to_get_one(tmp_path, arguments, code, words):

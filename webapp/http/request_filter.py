@@ -11,7 +11,8 @@ from ipaddress import ip_address
 from itertools import chain
 from urllib.parse import urlsplit
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,79 +40,86 @@ HEADERS = {
 
 
 class RequestFilter:
-    """ASGI middleware. `names`: hosts of this app, ANY for all; `any_address`: an IP address is one too.
+    """ASGI middleware. `names`: hosts of this app, ANY for all; `any_address`: every IP address is one too.
 
     Nobody can rebind an address. Starlette's TrustedHostMiddleware knows neither this nor Origin.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str], any_address: bool) -> None:
-        self._app, self._names, self._any_address = app, frozenset(names), any_address
+        self._app, self._names, self._any_address = app, {*map(hostname, names)} - {""}, any_address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close"})
-        request = Request(scope, receive)
-        status, reason = self._judge(request)
-        if not reason and request.method == "POST":
-            try:
-                body = await request.body()
-            except ClientDisconnect:
-                return None
-            status, reason = 400, body_error(body)
-            receive = _replayed(body, receive)
-        if reason:
-            return await JSONResponse({"detail": reason}, status)(scope, receive, send)
+        request, bodies = Request(scope, receive), []
+        try:
+            self._check_names(request.headers)
+            if not (POSTED if request.method == "POST" else READ).fullmatch(scope["path"]):
+                raise HTTPException(404, "not found")
+            if request.method == "POST":
+                check_type(request.headers.get("content-type", ""))
+                bodies.append(await request.body())
+                check_body(bodies[0])
+        except ClientDisconnect:
+            return None
+        except HTTPException as refusal:
+            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
+            return await answer(scope, receive, send)
+
+        async def receive_again() -> Message:
+            return {"type": "http.request", "body": bodies.pop()} if bodies else await receive()
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        return await self._app(scope, receive, send_with_headers)
+        return await self._app(scope, receive_again, send_with_headers)
 
-    def _judge(self, request: Request) -> tuple[int, str | None]:
-        """Status and reason of a refusal; no reason where the request is allowed."""
-        headers, path = request.headers, request.scope["path"]
+    def _check_names(self, headers: Headers) -> None:
+        """Raises HTTPException where Host, the Host that a proxy was asked for, or Origin is not this app."""
         forwarded = ",".join(headers.getlist("x-forwarded-host")).split(",")
-        named = [*(headers.getlist("host") or [""]), *filter(None, forwarded)]
-        hosts = {_hostname(f"//{host.strip()}") for host in named}
-        if not all(map(self._is_known, hosts)):
-            return 403, "the Host is not a name of this app: --allow-host gives it one"
-        if any(_hostname(origin) not in {*self._names, *hosts} for origin in headers.getlist("origin")):
-            return 403, "the Origin is not this app: --allow-host gives it another name"
-        if not (POSTED if request.method == "POST" else READ).fullmatch(path):
-            return 404, "not found"
-        if request.method == "POST" and not _is_json(headers.get("content-type", "")):
-            return 415, "send application/json"  # which a foreign page cannot do without asking first
-        return 200, None
-
-    def _is_known(self, host: str) -> bool:
-        return bool(host) and (bool(self._names & {host, ANY}) or (self._any_address and is_address(host)))
+        hosts = {hostname(host) for host in [*(headers.getlist("host") or [""]), *filter(None, forwarded)]}
+        for host in hosts:
+            known = not self._names.isdisjoint({host, ANY}) or (self._any_address and is_address(host))
+            if not host or not known:
+                raise HTTPException(403, "the Host is not a name of this app: --allow-host gives it one")
+        if any(hostname(origin) not in self._names | hosts for origin in headers.getlist("origin")):
+            raise HTTPException(403, "the Origin is not this app: --allow-host gives it another name")
 
 
-def body_error(raw: bytes) -> str | None:
-    """What is wrong with a posted body: Gradio looks for files in nested values, and a name of a session that holds
-    its separator ends Stop for all users."""
+def check_type(content_type: str) -> None:
+    """Raises HTTPException for types that a foreign page can send without asking first."""
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "send application/json")
+
+
+def check_body(raw: bytes) -> None:
+    """Raises HTTPException where a body could harm: Gradio looks for files in nested values, and the name of a
+    session that contains its separator disables Stop for all users."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
-        return "the body is not JSON"
+        raise HTTPException(400, "the body is not JSON") from None
     if not isinstance(body, dict):
-        return "the body is not a JSON object"
+        raise HTTPException(400, "the body is not a JSON object")
     if any(key in body and not NAME.fullmatch(str(body[key])) for key in ("session_hash", "event_id")):
-        return "session_hash and event_id may have up to 64 letters, digits, _ and -"
+        raise HTTPException(400, "session_hash and event_id may have up to 64 letters, digits, _ and -")
     data, event = body.pop("data", []), body.pop("event_data", None) or {}
     if not isinstance(data, list) or not isinstance(event, dict):
-        return 'data must be a list: send an object such as {"data": ["All:", 10]}'
+        raise HTTPException(400, 'data must be a list: send an object such as {"data": ["All:", 10]}')
     if any(isinstance(value, list | dict) for value in chain(data, event.values(), body.values())):
-        return "a value must be a text or a number"
-    return None
+        raise HTTPException(400, "a value must be a text or a number")
 
 
-def _is_json(content_type: str) -> bool:
-    return content_type.partition(";")[0].strip().lower() == "application/json"
+def hostname(text: str) -> str:
+    """The host in a URL, or in a name with or without a port, in lower case; "" where there is none."""
+    try:
+        return text if is_address(text) else urlsplit(text if "//" in text else f"//{text.strip()}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_address(name: str) -> bool:
@@ -119,21 +127,3 @@ def is_address(name: str) -> bool:
         return bool(ip_address(name))
     except ValueError:
         return False
-
-
-def _hostname(url: str) -> str:
-    """The host in a URL, in lower case; "" where there is none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body that was read already, then whatever else comes."""
-    bodies = [body]
-
-    async def received() -> Message:
-        return {"type": "http.request", "body": bodies.pop()} if bodies else await receive()
-
-    return received

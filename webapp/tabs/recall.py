@@ -43,7 +43,7 @@ def recall_tab(page: gr.Blocks, source: Source) -> None:
         found = pressed(partial(_find, source), [words, window, shift], [window, shift], **options)
         found.then(recall, [window, shift, words], shown, **options)
     page.load(lambda: gr.update(maximum=n_windows(source.current())), None, window, **event_options("read"))
-    page.load(partial(_first, source), None, shown, **event_options("read"))
+    page.load(partial(_recall, source, 1, 0, ""), None, shown, **event_options("read"))
 
 
 def n_windows(served: Served) -> int:
@@ -59,10 +59,6 @@ def _about_windows(served: Served) -> str:
         "as it was trained on. With a shift the same words have other positions: the model may no longer know them, "
         "and they darken."
     )
-
-
-def _first(source: Source) -> Iterator[tuple[str, str]]:
-    yield from _recall(source, 1, 0, "")
 
 
 def _recall(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tuple[str, str]]:
