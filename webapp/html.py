@@ -109,6 +109,11 @@ def table(rows: Iterable[tuple[str, str]], kind: str = "", number: bool = True) 
     return f'<table class="info {kind}">{body}</table>'
 
 
+def status_html(*parts: str) -> str:
+    """A line of figures, which are HTML."""
+    return f'<p class="status" aria-live="off">{"".join(f"<span>{part}</span>" for part in parts)}</p>'
+
+
 def heading(text: str) -> str:
     return f'<h2 class="part">{escape(text)}</h2>'
 

@@ -13,10 +13,11 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono"
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's plainest theme with one accent colour; page.css sets its other colours."""
-    return gr.themes.Base(
+    """Gradio's plainest theme with one accent colour; page.css sets the other colours of its parts."""
+    plain = gr.themes.Base(
         primary_hue=RUST, secondary_hue=RUST, neutral_hue="stone", font=SANS, font_mono=MONO, radius_size="sm"
     )
+    return plain.set(body_background_fill="#fbfaf8", body_background_fill_dark="#161412")
 
 
 def read_asset(name: str) -> str:

@@ -8,7 +8,7 @@ import gradio as gr
 import torch
 
 from webapp.completion import MAX_PROMPT, checked_prompt, checked_whole
-from webapp.html import event_options, html, note, refusing, visible
+from webapp.html import event_options, html, note, refusing, status_html, visible
 from webapp.model_source import Served, Source
 
 SHOWN = 12
@@ -97,15 +97,15 @@ def expected_html(served: Served, prompt: Any) -> str:
     """Figures, then a line for each token: the token, its bars, its numbers."""
     found = expect(served, prompt)
     known = 100 * sum(likely.probability for likely in found.likely)
-    figures = (
-        f'<dl class="figures"><div><dt>Entropy</dt><dd>{found.entropy / math.log(2):.2f} <small>bits</small></dd></div>'
-        f"<div><dt>Perplexity</dt><dd>{math.exp(found.entropy):,.1f} <small>equally likely tokens</small></dd></div>"
-        f"<div><dt>Top {len(found.likely)} together</dt><dd>{known:.1f}%</dd></div></dl>"
+    status = status_html(
+        f"entropy <b>{found.entropy / math.log(2):.2f}</b> bits",
+        f"perplexity <b>{math.exp(found.entropy):,.1f}</b>",
+        f"top {len(found.likely)} together <b>{known:.1f}%</b>",
     )
     head = '<tr><th>Token</th><th class="bars">Model, and training text in grey</th>'
     head += '<th class="number">Model</th><th class="number">Text</th></tr>'
     body = "".join(_line(served, likely, found.times) for likely in found.likely)
-    return f'{figures}<table class="next"><thead>{head}</thead><tbody>{body}</tbody></table>{_context(served, found)}'
+    return f'{status}<table class="info next">{head}{body}</table>{_context(served, found)}'
 
 
 def _line(served: Served, likely: Likely, times: int) -> str:

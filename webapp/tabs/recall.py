@@ -13,7 +13,7 @@ import gradio as gr
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
 from webapp.completion import checked_whole
-from webapp.html import cut, event_options, heading, html, note, refusing, sheet
+from webapp.html import cut, event_options, heading, html, note, refusing, sheet, status_html
 from webapp.model_source import Served, Source
 
 GIVEN = 32  # tokens that the model is given before it recites
@@ -57,7 +57,7 @@ def _about_windows(served: Served) -> str:
     return (
         f"The model was trained on windows of {served.window} tokens, always cut at the same places. Shift 0 shows one "
         "as it was trained on. With a shift the same words have other positions: the model may no longer know them, "
-        "and they darken."
+        "as their colour shows."
     )
 
 
@@ -72,7 +72,7 @@ def _recall(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tup
             yield note(f"The text ends here: window {number} has no tokens after this shift."), ""
             return
         heat = heat_html(served, ids, start, words if isinstance(words, str) else "")
-        yield heat, '<p class="status">reciting …</p>'
+        yield heat, status_html("reciting …")
         yield heat, recital_html(served, ids)
 
 
@@ -125,10 +125,8 @@ def recital_html(served: Served, ids: list[int]) -> str:
         sheet(title, f'<p class="verse"><span class="prompt">{escape(prompt)}</span>{body}</p>')
         for title, body in (("The text", text), ("The model", model))
     )
-    return (
-        f'{heading("Recital")}<p class="status"><span>Given the first <b>{given}</b> tokens, the model recites the '
-        f'next <b>{len(truth)}</b>: <b>{verdict}</b>.</span></p><div class="samples two">{sheets}</div>'
-    )
+    status = f"Given the first <b>{given}</b> tokens, the model recites the next <b>{len(truth)}</b>: <b>{verdict}</b>."
+    return f'{heading("Recital")}{status_html(status)}<div class="samples two">{sheets}</div>'
 
 
 def recitable(served: Served, ids: list[int], given: int) -> int:

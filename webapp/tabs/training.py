@@ -102,7 +102,7 @@ def _metrics(info: dict[str, Any]) -> str:
 def _charts(info: dict[str, Any]) -> str:
     history, target = info["history"], info["tags"].get("target_loss")
     goal, corpus = float(target) if target else None, history.get("corpus_loss", [])
-    unit = "nats per token; dark: over the whole text" if corpus else "nats per token"
+    unit = "nats per token; thick: over the whole text" if corpus else "nats per token"
     charts = (
         line_chart("Loss", unit, history.get("loss", []), corpus, log=True, goal=goal),
         line_chart("Gradient norm", "before clipping", history.get("grad_norm", []), log=True),

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, checked_whole, complete
-from webapp.html import MIN_PASSAGE, event_options, html, marked, note, place_html, refusing, sheet
+from webapp.html import MIN_PASSAGE, event_options, html, marked, note, place_html, refusing, sheet, status_html
 from webapp.model_source import Source
 
 EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
@@ -91,7 +91,7 @@ def _written(source: Source, prompt: Any, *numbers: Any) -> Iterator[tuple[str, 
     """Status, samples and an empty place, again and again. Raises gr.Error for wrong input."""
     with refusing():
         for completion in complete(source.current(), prompt, **dict(zip(NUMBERS, numbers, strict=True))):
-            yield status_html(completion), samples_html(completion, source.trouble), ""
+            yield _status(completion), samples_html(completion, source.trouble), ""
 
 
 def _place(source: Source, event: gr.EventData) -> str:
@@ -104,14 +104,14 @@ def _place(source: Source, event: gr.EventData) -> str:
         return place_html(served, place, length)
 
 
-def status_html(completion: Completion) -> str:
+def _status(completion: Completion) -> str:
     """Version, length, speed and novelty."""
     n = completion.n_tokens
     parts = [escape(completion.served.label), f"<b>{n:,}</b> tokens", f"<b>{completion.tokens_per_s:,.0f}</b> tokens/s"]
     if n:
         novelty = sum(completion.novelty(i) * len(ids) for i, ids in enumerate(completion.samples)) / n
         parts.append(f"<b>{novelty:.0%}</b> new")
-    return f'<p class="status" aria-live="off">{"".join(f"<span>{part}</span>" for part in parts)}</p>'
+    return status_html(*parts)
 
 
 def samples_html(completion: Completion, trouble: str | None = None) -> str:
