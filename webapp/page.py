@@ -6,12 +6,13 @@ from html import escape
 from typing import TypeAlias
 
 import gradio as gr
+from gradio.route_utils import FnIndexInferError
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from webapp.api import add_endpoints
 from webapp.html import event_options, html
-from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter, hostname
+from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter, bad_call, hostname
 from webapp.model_source import Source
 from webapp.style import read_asset, theme
 from webapp.tabs.about import about_tab
@@ -66,15 +67,20 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
     `names`: further hosts that the page is reached by; request_filter.ANY for all.
     """
     page = compose(source, tabs)
-    middleware = [
-        Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
-        Middleware(RequestFilter, names={*LOOPBACK, host, *names}, any_address=hostname(host) not in LOOPBACK),
-    ]
+    app_options = {
+        "middleware": [
+            Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
+            Middleware(RequestFilter, names={*LOOPBACK, host, *names}, any_address=hostname(host) not in LOOPBACK),
+        ],
+        "exception_handlers": dict.fromkeys((FnIndexInferError, KeyError, TypeError), bad_call),
+        "docs_url": None,
+        "redoc_url": None,
+    }
     page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not wait,
         theme=theme(), css=read_asset("page.css"), js=read_asset("page.js"), footer_links=["api"], run_history=False,
         ssr_mode=False, pwa=False, max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False,
-        num_workers=0, root_path="", app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},
+        num_workers=0, root_path="", app_kwargs=app_options,
         state_session_capacity=50,  # each takes 50 KB, for values that nothing here reads
     )  # fmt: skip
     return page

@@ -126,6 +126,20 @@ def test_any_number_is_used_or_refused_in_words(page, client, name, value):
         assert value is True or (name, value) in [("temperature", 3.7), ("seed", 1e9)]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("v2/generate", {"prompt": "All:", "length": 3}),
+        ("v2/generate", {"max_tokens": 3}),
+        ("v2/x", {"prompt": "All:"}),
+        ("x", {"data": []}),
+    ],
+)
+def test_a_call_that_no_endpoint_takes_is_refused_in_words(page, path, body):
+    answer = httpx.post(f"{page.local_url}gradio_api/call/{path}", json=body)
+    assert (answer.status_code, "see /gradio_api/openapi.json" in answer.text) == (400, True)
+
+
 def test_temperature_0_is_greedy(client):
     answers = [client.predict("All:", 10, 0, seed=seed, api_name="/generate") for seed in (1, 2)]
     assert answers[0]["samples"][0]["text"] == answers[1]["samples"][0]["text"]

@@ -97,8 +97,10 @@ def check_type(content_type: str) -> None:
 
 
 def check_body(raw: bytes) -> None:
-    """Raises HTTPException where a body could harm: Gradio looks for files in nested values, and the name of a
-    session that contains its separator disables Stop for all users."""
+    """Raises HTTPException for a body that could do harm.
+
+    Gradio looks for files in nested values. The name of a session that contains its separator disables Stop for all.
+    """
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
@@ -112,6 +114,11 @@ def check_body(raw: bytes) -> None:
         raise HTTPException(400, 'data must be a list: send an object such as {"data": ["All:", 10]}')
     if any(isinstance(value, list | dict) for value in chain(data, event.values(), body.values())):
         raise HTTPException(400, "a value must be a text or a number")
+
+
+async def bad_call(request: Request, error: Exception) -> JSONResponse:
+    """The answer where Gradio fails to read what a call names."""
+    return JSONResponse({"detail": "the endpoint does not take this: see /gradio_api/openapi.json"}, 400)
 
 
 def hostname(text: str) -> str:
