@@ -1,6 +1,5 @@
 """The app without a browser: a champion that moves, how it starts."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from fixtures_app import INFO, LINES, WINDOW, Stub, _at_full_speed, _page, _source, _version, ask, event  # noqa: F401 (fixtures)
 from fixtures_mlflow import root_of, trained_project
 
+import app
 from pipeline.config.sections import RegistryConfig
 from pipeline.registry.artifacts import fetch_version
 from pipeline.registry.register import register
@@ -224,31 +224,54 @@ def test_a_real_registry_is_served_its_champion_moves_and_an_altered_one_is_not_
 # at the start
 
 
-def start(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    known = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    return subprocess.run(
-        [sys.executable, ROOT / "app.py", *arguments], cwd=folder, env=known | environment, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A folder with params.yaml and without a store, in which app.py is called."""
+    text = (ROOT / "params.yaml").read_text().replace("model: shakespeare-gpt2", "model: other-gpt2")
+    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(app, "clean_environment", lambda: None)
+    return tmp_path
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "words"),
     [
-        ((), 7, "dvc repro"),
-        (("--folder", "nowhere"), 7, "nowhere not found"),
-        (("--folder", "empty"), 7, "export space"),
-        (("--share",), 2, "unrecognized arguments: --share"),
-        (("--port", "many"), 2, "invalid int value: 'many'"),
+        ([], "run `dvc repro`"),
+        (["--folder", "nowhere"], "nowhere not found"),
+        (["--folder", "empty"], "export space"),
+        (["--share"], "unrecognized arguments: --share"),
+        (["--port", "many"], "invalid int value: 'many'"),
     ],
 )
-def test_without_a_model_it_ends_with_one_line_that_says_how_to_get_one(tmp_path, arguments, code, words):
-    (tmp_path / "empty").mkdir()
-    done = start(*arguments, folder=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+def test_without_a_model_it_ends_with_words_that_say_how_to_get_one(project, monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
+    with pytest.raises((ModelMissing, SystemExit)) as told:
+        app.main()
+    assert words in str(told.value) + capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_a_failed_start_is_one_line_and_an_exit_code(project):
+    done = subprocess.run([sys.executable, ROOT / "app.py"], cwd=project, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7
+    assert done.stderr.startswith("error: no MLflow store")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "name"), [([], "other-gpt2"), (["--model", "mine"], "mine")])
+def test_the_default_model_is_the_one_that_params_yaml_names(project, monkeypatch, arguments, name):
+    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
+    monkeypatch.setattr(registry_source, "Registry", lambda root, name, which: (root, name, which))
+    assert app.open_source(app.parse()) == (project, name, "champion")
+
+
+def test_a_port_that_is_none_is_refused_in_words(version, project, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--folder", str(version), "--port", "99999"])
+    with pytest.raises(InputError, match="cannot use .*:99999"):
+        app.main()
 
 
 @pytest.mark.fault
