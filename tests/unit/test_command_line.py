@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.system.files import locked
-from pipeline.training.checkpoint import IDENTITY
+from pipeline.tracking.fingerprint import IDENTITY
 
 ROOT = Path(__file__).parents[2]
 
