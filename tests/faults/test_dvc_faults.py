@@ -16,8 +16,7 @@ import yaml
 
 from pipeline.config.recipes import apply_recipe
 from pipeline.data import tokenizer
-from pipeline.system import entrypoint as stage
-from pipeline.system import files
+from pipeline.system import files, signals
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.files import UNFINISHED, sha256_file
 from pipeline.training import train as tracked
@@ -162,7 +161,7 @@ def project(tmp_path_factory, bpe, shakespeare):
 def test_a_stage_that_dies_anywhere_leaves_no_half_file_and_then_ends_as_a_clean_run(
     project, bpe, name, stride, at_least
 ):  # B7
-    program = f"from tests.test_dvc_faults import die_everywhere; die_everywhere({name!r}, {stride})"
+    program = f"from tests.faults.test_dvc_faults import die_everywhere; die_everywhere({name!r}, {stride})"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=project,
@@ -212,9 +211,9 @@ def test_only_what_dvc_started_is_told_when_its_parent_is_killed(started_by_dvc,
 def test_a_parent_that_died_before_the_call_is_noticed(monkeypatch):  # A10
     parents, sent = iter([41, 1]), []
     monkeypatch.setenv("DVC_STAGE", "train")
-    monkeypatch.setattr(stage.sys, "platform", "linux")
-    monkeypatch.setattr(stage.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(stage.os, "kill", lambda *arguments: sent.append(arguments))
-    monkeypatch.setattr(stage.ctypes, "CDLL", lambda _: Namespace(prctl=lambda *_: 0))
-    stage.die_with_dvc()
+    monkeypatch.setattr(signals.sys, "platform", "linux")
+    monkeypatch.setattr(signals.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(signals.os, "kill", lambda *arguments: sent.append(arguments))
+    monkeypatch.setattr(signals.ctypes, "CDLL", lambda _: Namespace(prctl=lambda *_: 0))
+    signals.die_with_dvc()
     assert sent == [(os.getpid(), signal.SIGTERM)]
