@@ -48,7 +48,7 @@ class NGrams(NamedTuple):
 def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[str, Any]:
     """Figures of the training text, in nats where they are entropies; of `val` only the tokens are counted.
 
-    Between two documents stands a token that is no text: it counts among the tokens, and has no bytes.
+    Documents are separated by a token that is no text: it counts among the tokens, and has no bytes.
     """
     counts = train.counts()
     n_ends, used = int(counts[tokenizer.eot]), np.flatnonzero(counts)

@@ -77,12 +77,7 @@ def machine_of(run: dict[str, Any]) -> Machine:
 
 @torch.inference_mode()
 def corpus_loss(
-    model: GPT,
-    split: Split,
-    length: int,
-    autocast: AbstractContextManager[Any],
-    shift: int = 0,
-    world: World = ALONE,
+    model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any], shift: int = 0, world: World = ALONE
 ) -> float:
     """Mean loss, in nats per token, of all windows of `length` of the text from token `shift` on.
 

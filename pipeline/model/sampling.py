@@ -20,10 +20,7 @@ class Sampling(BaseModel):
     temperature: float = Field(0.8, ge=0, le=100, description="0: always the likeliest; 1: by the probabilities")
     top_k: int = Field(0, ge=0, le=65_536, description="sample from the k likeliest tokens; 0: from all")
     top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="nucleus sampling: keep the smallest set of tokens whose probabilities add up to top_p",
+        1.0, gt=0, le=1, description="nucleus sampling: the smallest set of tokens whose probabilities add up to top_p"
     )
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: tokens that occurred are less likely")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same text")

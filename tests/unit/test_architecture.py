@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.data.corpus import fetch_corpus
 from pipeline.training.config import RUN_SECTIONS
+from stages import download
 
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -121,7 +122,6 @@ def test_every_section_of_params_belongs_to_a_stage():
     } | {"sweep"}
 
 
-def test_the_text_is_fetched_again_only_when_its_source_changes():
-    reader = inspect.getsource(fetch_corpus) + (ROOT / "stages/download.py").read_text()
-    read = set(re.findall(r"config\.(\w+)", reader))
+def test_text_and_tokenizer_are_fetched_again_only_when_their_source_changes():
+    read = set(re.findall(r"config\.(\w+)", inspect.getsource(fetch_corpus) + inspect.getsource(download)))
     assert STAGES["download"]["params"] == [f"corpus.{key}" for key in PARAMS["corpus"] if key in read]

@@ -10,14 +10,17 @@ from pipeline.config.sections import WindowsConfig
 from pipeline.data.batches import (  # fmt: skip
     IGNORED,
     Split,
+    TrainingData,
     make_batch,
     n_windows,
     steps_of,
     steps_per_epoch,
 )
-from pipeline.data.token_files import Tokens
+from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
 from pipeline.system.distributed import ALONE, World
+from pipeline.system.errors import InputError
+from pipeline.system.files import write_manifest
 
 IDS = np.arange(1000, 1043, dtype=np.uint16)  # 43 tokens: 42 targets, four windows of 10 and one of 2
 SPLIT = Split(Tokens("text", [IDS[:17], IDS[17:]], 50257), Vocabulary.full(50257), torch.device("cpu"))
@@ -104,3 +107,11 @@ def test_the_order_of_an_epoch_is_that_of_all_records():
     epoch = np.random.Generator(np.random.PCG64(np.random.SeedSequence((7, 2)))).permutation(5)
     steps = islice(steps_of(11, SPLIT, config(micro_batch_size=1), 7), 5)  # the third epoch
     assert [(step[0].inputs[0, 0].item() - 1000) // 10 for step in steps] == epoch.tolist()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, bpe):
+    write_shard(tmp_path / "train-00000.bin", [IDS], 50257)
+    write_shard(tmp_path / "val-00000.bin", [[]], 50257)
+    write_manifest(tmp_path)
+    with pytest.raises(InputError, match=r"has 50257 ids, model.vocab_size is 50256: make model\.vocab_size larger"):
+        TrainingData.read(tmp_path, bpe, 10, 50256, True, torch.device("cpu"))
