@@ -270,7 +270,7 @@ def test_the_default_model_is_the_one_that_params_yaml_names(project, monkeypatc
 
 def test_a_port_that_is_none_is_refused_in_words(version, project, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app.py", "--folder", str(version), "--port", "99999"])
-    with pytest.raises(InputError, match="cannot use .*:99999"):
+    with pytest.raises(InputError, match=r"cannot use .*:99999"):
         app.main()
 
 
