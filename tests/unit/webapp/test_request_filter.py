@@ -66,6 +66,7 @@ def status_of(options, headers, path="/config", method="GET", body=b""):
         (PROXIED, {"host": "127.0.0.1", "x-forwarded-host": "evil.example"}, 403),
         (PROXIED, {"host": "127.0.0.1", "x-forwarded-host": "page.example, [::"}, 403),
         (PROXIED, {"host": "127.0.0.1", "origin": "https://evil.example"}, 403),
+        (PROXIED, {"host": "127.0.0.1", "origin": "http://["}, 403),
         (PUBLISHED, {"host": "you-page.hf.space", "origin": "https://you-page.hf.space"}, 200),
         (PUBLISHED, {"host": "you-page.hf.space", "origin": "https://evil.example"}, 403),
         (PUBLISHED, {}, 403),
