@@ -94,7 +94,7 @@ def test_laptop_sets_exactly_the_keys_in_which_recipes_differ():
 def test_every_recipe_gives_valid_params(name, params):
     config, corpus = settings_of(name, params)
     check_space(load_params(params).section(SweepConfig), load_params(params))
-    assert bool(corpus.val_fraction) is bool(config.target.needs_held_out)
+    assert bool(corpus.val_fraction) is bool(config.needs_held_out)
 
 
 @pytest.mark.parametrize("name", list(list_recipes(RECIPES)))
