@@ -152,7 +152,7 @@ def test_the_text_is_measured_by_all_processes_as_by_one(worlds, name):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("name", KINDS)
-def test_what_all_processes_saved_goes_on_with_the_same_bits_in_each(worlds, name):
+def test_what_all_processes_saved_is_resumed_with_the_same_bits_in_each(worlds, name):
     assert all(found[name]["same_after_restore"] for found in worlds[2])  # with dropout, of which each draws its own
 
 
@@ -275,7 +275,7 @@ def bits():
 
 @pytest.mark.fault
 @pytest.mark.slow
-def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the_same_bits(workspace):  # noqa: F811
+def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_is_resumed_with_the_same_bits(workspace):  # noqa: F811
     # A18; three processes, whose sums depend on their order as those of two do not
     change(Path(), **{"windows.micro_batch_size": 6, "optim.max_tokens": 6 * 64 * 60})
     code, output = finish(start())
@@ -316,7 +316,7 @@ def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the
 
 @pytest.mark.fault
 @pytest.mark.slow
-def test_fewer_processes_go_on_only_when_told_to_and_the_run_says_so(workspace):  # noqa: F811
+def test_fewer_processes_resume_only_when_told_to_and_the_run_says_so(workspace):  # noqa: F811
     job = start(processes=2)
     wait_for_rows(job, 10)
     ranks(job)[1].kill()
@@ -327,12 +327,12 @@ def test_fewer_processes_go_on_only_when_told_to_and_the_run_says_so(workspace):
     code, said, _ = alone("--elastic")
     assert code == 0
     assert f"not exact from here on: processes 2 -> 1 after step {saved}" in said
-    assert f"resumes from step {saved} of 60" in said
+    assert f"resumes from step {saved} of 24" in said
     assert run_folder() == begun
     record = read_json(Path("models/run.json"))
     assert record["inexact"] == [f"processes 2 -> 1 after step {saved}"]
     assert record["environment"]["processes"] == 1
-    assert read_steps(Path("models/steps.jsonl")).index.tolist() == list(range(1, 61))
+    assert read_steps(Path("models/steps.jsonl")).index.tolist() == list(range(1, 25))
 
     code, said, _ = alone()  # the run is finished, and the same in the set-up that finished it
     assert "nothing to train" in said

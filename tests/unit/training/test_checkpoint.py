@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, every altered bit found, the newest intact one wins."""
+"""Checkpoints are complete or absent, every altered bit is found, the newest intact one is loaded."""
 
 import json
 import os

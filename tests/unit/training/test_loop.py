@@ -87,7 +87,7 @@ def test_accumulation_equals_one_large_batch():
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_restored_state_goes_on_with_the_same_bits(kind, dropout):
+def test_a_restored_state_is_resumed_with_the_same_bits(kind, dropout):
     straight = Loop(name=kind, dropout=dropout)
     records = list(straight)
     interrupted = Loop(name=kind, dropout=dropout)
