@@ -13,8 +13,11 @@ import pytest
 from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
+from pipeline.sweep import controller
 from pipeline.sweep.study import find_study, join_study, latest_trials, open_storage, suggest
+from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
 from pipeline.system.errors import InputError
+from pipeline.system.signals import StopSignals
 from tests.studies import ROOT, shared_by, sweep_config
 
 
@@ -40,6 +43,55 @@ def test_a_silent_workers_trial_is_requeued_after_the_heartbeat_timeout_and_not_
     again = study.ask()
     assert ([trial.number for trial in latest_trials(study)] == [1]) is (state is TrialState.FAIL)
     assert (suggest(again, sweep) == values) is (state is TrialState.FAIL)
+
+
+class Ended:
+    """A worker's process that has done its work, a function of the study, as soon as it is started."""
+
+    pid = 1
+
+    def __init__(self, work, study):
+        self.returncode = work(study)
+
+    def poll(self):
+        return self.returncode
+
+
+def supervised(monkeypatch, sweep, study, *works):
+    """What the sweep started: workers that do these works, one after the other."""
+    waiting, started = list(works), []
+    configs = [WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="")]
+    monkeypatch.setattr(controller, "_start", lambda _: started.append(Ended(waiting.pop(0), study)) or started[-1])
+    controller._supervise(study, sweep, configs, StopSignals())
+    assert not waiting
+    return started
+
+
+def dies_in_a_trial(study):
+    study.ask().set_user_attr(WORKER, worker_name(Ended.pid))
+    return -9
+
+
+def finishes_a_trial(study):
+    study.tell(study.ask(), 1.0)
+    return 0
+
+
+def test_the_trial_of_a_worker_that_dies_is_requeued_at_once_whatever_the_timeout(monkeypatch, tmp_path):  # D1
+    sweep = sweep_config(trials=1, heartbeat_timeout_s=600, budget_s=10)
+    study = join_study(sweep, shared_by(sweep), open_storage("sqlite:///optuna.db", tmp_path, 600))
+    supervised(monkeypatch, sweep, study, dies_in_a_trial, finishes_a_trial)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_sweep_waits_for_a_trial_of_a_dead_machine_and_retries_it(monkeypatch, tmp_path):  # D2
+    sweep = sweep_config(trials=2, heartbeat_timeout_s=2)
+    storage = open_storage("sqlite:///optuna.db", tmp_path, 2)
+    study = join_study(sweep, shared_by(sweep), storage)
+    storage.record_heartbeat(study.ask()._trial_id)  # the other machine's last
+    supervised(monkeypatch, sweep, study, finishes_a_trial, finishes_a_trial)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert study.trials[2].system_attrs["failed_trial"] == 0
 
 
 def test_a_relative_sqlite_file_is_the_projects_in_any_working_directory(tmp_path, sweep):
