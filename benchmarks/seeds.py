@@ -36,7 +36,9 @@ from pipeline.tracking.journal import STEPS, TIMES, read_steps
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.progress import Progress
-from pipeline.training.run import open_run, read_data
+from pipeline.training.results import write_results
+from pipeline.training.run import open_run
+from pipeline.training.train import follow, read_data
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "seeds.json"
@@ -96,8 +98,8 @@ def whole_run(recipe: str, seed: int) -> None:
         if not run.finished:
             progress = Progress(run.state.step, run.state.tokens, run.max_steps, config.target.loss)
             with progress:
-                run.follow(stop, progress.show)
-        run.write_results(models, folder / "data" / "bpe", timing)
+                follow(run, stop, progress.show)
+        write_results(run, models, folder / "data" / "bpe", timing)
     steps, times = read_steps(models / STEPS), read_steps(models / TIMES)
     results, rule = read_json(models / "run.json")["results"], config.target.rule
     looks = {

@@ -20,12 +20,12 @@ from pipeline.config.params import load_params
 from pipeline.data.batches import steps_of
 from pipeline.system.device import prepare_machine
 from pipeline.tracking.fingerprint import identify
-from pipeline.tracking.journal import Journal, StepRow, TimeRow
+from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_store import open_store
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.run import read_data
+from pipeline.training.train import read_data
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     config = RunConfig.of(load_params())
     machine = prepare_machine(config.train)
     text = read_data(config, machine, Path("data"))
-    identity = dict(identify(text.data_sha256, config.decisive, machine))
+    identity = dict(identify(text.sha256, config.decisive, machine))
 
     def records():
         state = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
@@ -57,9 +57,8 @@ def main() -> None:
             for record in records():
                 steps.append(record.step_s)
                 train_s += record.step_s
-                row = StepRow(**{key: getattr(record, key) for key in ("step", "tokens", "loss", "grad_norm", "lr")})
-                journal.append(row, TimeRow(step=record.step, step_s=record.step_s, train_s=train_s, wall_s=train_s,
-                                            memory_bytes=0, logged_ms=time.time_ns() // 1_000_000))  # fmt: skip
+                record.train_s, record.logged_ms = train_s, time.time_ns() // 1_000_000
+                journal.append(record)
             wall = time.perf_counter() - started
         journal.close()
         return statistics.median(steps), wall, time.perf_counter() - opened - wall

@@ -25,11 +25,11 @@ from pipeline.sweep.search_space import overridden
 from pipeline.system.entrypoint import run_stage
 from pipeline.system.errors import InputError
 from pipeline.system.files import locked
+from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.mlflow_runs import describe_run
 from pipeline.tracking.mlflow_store import project_root
 from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.tracking.run_record import read_run
-from pipeline.training.checkpoint import IDENTITY
 
 MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
 SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")

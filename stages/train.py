@@ -8,7 +8,7 @@ from pipeline.config.params import load_params
 from pipeline.system.distributed import ALONE, launch, world_here
 from pipeline.system.entrypoint import run_stage
 from pipeline.training.config import RunConfig
-from pipeline.training.run import run_tracked
+from pipeline.training.train import run_tracked
 
 
 def main() -> None:

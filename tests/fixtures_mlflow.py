@@ -15,7 +15,7 @@ import pytest
 from pipeline.data.token_files import data_sha256, write_shard
 from pipeline.registry import artifacts as versions
 from pipeline.system.files import write_json, write_manifest, write_text
-from pipeline.tracking.journal import STEPS, TIMES, Journal
+from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_store import Store, open_store
 from pipeline.tracking.recorder import OWNER_PID, ending, record
 
@@ -49,13 +49,14 @@ def an_identity() -> dict[str, Any]:
 
 
 def append_steps(journal: Journal, start: int, stop: int, corpus_loss: float | None = None) -> None:
-    """Split of the steps start + 1 to stop; every tenth was measured on the whole text, the last as `corpus_loss`."""
+    """Records of the steps start + 1 to stop; every tenth was measured on the whole text, the last as `corpus_loss`."""
     for step in range(start + 1, stop + 1):
-        row = {"step": step, "tokens": 8 * step, "loss": 5 / step, "grad_norm": 1.5, "lr": 0.1 / step}
-        if step % 10 == 0:
-            row["corpus_loss"] = 4 / step if corpus_loss is None or step < stop else corpus_loss
         clock = {"step_s": 0.5, "train_s": step / 2, "wall_s": step * 0.6, "memory_bytes": 1000}
-        journal.append(row, {"step": step, **clock, "logged_ms": 1_700_000_000_000 + 7 * step})
+        record = StepRecord(step, 8 * step, 5 / step, 1.5, 0.1 / step, **clock)
+        record.logged_ms = 1_700_000_000_000 + 7 * step
+        if step % 10 == 0:
+            record.corpus_loss = 4 / step if corpus_loss is None or step < stop else corpus_loss
+        journal.append(record)
 
 
 @contextmanager

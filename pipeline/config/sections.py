@@ -106,7 +106,7 @@ class OptimConfig(Section):
 
     section_name: ClassVar[str] = "optim"
 
-    name: Literal["muon", "adamw"]
+    name: str  # one of OPTIMIZERS in training/optim.py
     lr: float = Field(gt=0)
     muon_lr: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
@@ -186,21 +186,10 @@ class TargetConfig(Section):
     section_name: ClassVar[str] = "target"
 
     loss: float = Field(gt=0)
-    rule: Literal["batch", "average", "corpus", "validation"]
+    rule: str  # one of RULES in training/target.py
     average_steps: int = Field(ge=1)
     eval_interval: int | None = Field(ge=1)
     early_stopping_patience: int | None = Field(ge=1)
-
-    @property
-    def needs_held_out(self) -> str | None:
-        """The setting that needs a held-out text, in words; None where none does."""
-        if self.rule == "validation":
-            return "target.rule is validation"
-        return (
-            None
-            if self.early_stopping_patience is None
-            else f"target.early_stopping_patience is {self.early_stopping_patience}"
-        )
 
 
 class CheckpointConfig(Section):

@@ -49,7 +49,7 @@ def params_faults(params: Params) -> list[str]:
     faults = params.unknown_sections(*SECTIONS)
     try:
         params.check(*SECTIONS)
-        if (need := RunConfig.of(params).target.needs_held_out) and not params.section(CorpusConfig).val_fraction:
+        if (need := RunConfig.of(params).needs_held_out) and not params.section(CorpusConfig).val_fraction:
             faults.append(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
         check_space(params.section(SweepConfig), params)
     except InputError as error:

@@ -18,9 +18,9 @@ from pipeline.ops.finding import Finding
 from pipeline.registry.artifacts import TEMPORARY
 from pipeline.registry.reproduce import git_output
 from pipeline.system.files import UNFINISHED
-from pipeline.tracking.fingerprint import PACKAGES
 from pipeline.tracking.recorder import RECORDER_LOCK
 
+PACKAGES = ("pipeline", "stages")
 WRITTEN_IN = ("data", "models", "reports", "checkpoints", "texts")
 GOES_ON = f"{UNFINISHED}tokens-*"  # finished shards, which `tokenize` takes up where it was killed
 YOUNG_S = 60

@@ -17,7 +17,8 @@ from pipeline.ops.finding import Finding
 from pipeline.ops.leftovers import run_holder
 from pipeline.system.errors import PipelineError
 from pipeline.system.files import locked, read_json, write_text
-from pipeline.tracking.journal import STEPS
+from pipeline.tracking.fingerprint import IDENTITY
+from pipeline.tracking.journal import STEPS, StepRecord
 from pipeline.tracking.mlflow_runs import (
     JournalTail,
     Row,
@@ -32,7 +33,6 @@ from pipeline.tracking.mlflow_store import Store, all_found, first_line, own_dat
 from pipeline.tracking.mlflow_tracker import RUN_ID, noted_run
 from pipeline.tracking.recorder import KILLED, RECORDER_LOCK
 from pipeline.tracking.run_record import read_run
-from pipeline.training.checkpoint import IDENTITY
 from pipeline.training.target import is_finished
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _ending(identity: dict[str, Any], rows: list[Row]) -> tuple[str, str]:
         max_steps = OptimConfig.model_validate(params["optim"]).max_steps(windows)
     except (KeyError, ValidationError):  # the params of other code
         return KILLED["status"], UNKNOWN
-    finished = is_finished(rows, max_steps, target)  # type: ignore[arg-type]
+    finished = is_finished([StepRecord.of(row) for row in rows], max_steps, target)
     return ("FINISHED", "done") if finished else (KILLED["status"], UNKNOWN)
 
 

@@ -39,14 +39,15 @@ from pipeline.system.device import Machine, give_back_memory, prepare_machine
 from pipeline.system.entrypoint import is_out_of_memory, run_stage
 from pipeline.system.errors import Interrupted, PipelineError, Pruned
 from pipeline.system.signals import StopSignals, die_with_parent
-from pipeline.tracking.journal import StepRow, TimeRow
+from pipeline.tracking.journal import StepRecord
 from pipeline.tracking.mlflow_store import first_line
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.checkpoint import keep_newest
 from pipeline.training.config import RunConfig
-from pipeline.training.run import TrackedRun, open_run, read_data
-from pipeline.training.target import is_met
+from pipeline.training.run import Run, open_run
+from pipeline.training.target import RULES
+from pipeline.training.train import follow, read_data
 
 RUNGS_PER_PASS = 4
 WORKER = "worker"  # user attribute of a trial: host, project and process that have it
@@ -127,7 +128,7 @@ class Worker:
                 with Recorder(self.root, run.folder, dict(run.identity), tags):
                     race.go_on_from(run)
                     if not run.finished:
-                        run.follow(self.stop, race.after_step)
+                        follow(run, self.stop, race.after_step)
                     race.require_target()
             finally:
                 if (path := run.folder / RUN_ID).is_file():
@@ -150,23 +151,22 @@ class Race:
     A rung is a quarter of a pass; what is reported there is the mean loss over the last pass, which has no stairs.
     """
 
-    def __init__(self, trial: Trial, run: TrackedRun, sweep: SweepConfig) -> None:
+    def __init__(self, trial: Trial, run: Run, sweep: SweepConfig) -> None:
         self.trial, self.run, self.sweep = trial, run, sweep
         self.spent, self._reported = 0.0, 0
-        self._rows: list[StepRow] = []
+        self._records: list[StepRecord] = []
         self._rung_tokens = math.ceil(run.text.train.size / RUNGS_PER_PASS)
         self._best = best_trial(trial.study)
         self._start_loss = math.log(run.config.model.vocab_size)
 
-    def go_on_from(self, run: TrackedRun) -> None:
+    def go_on_from(self, run: Run) -> None:
         """Report what an earlier attempt had come to."""
-        assert run.journal, "a trial is trained by one process"
-        for row, times in zip(run.rows, run.journal.times, strict=False):
-            self._note(row, times)
+        for record in run.records:
+            self._note(record)
 
-    def after_step(self, row: StepRow, times: TimeRow) -> None:
+    def after_step(self, record: StepRecord) -> None:
         """Take note of a step; raise Pruned where the trial cannot win any more."""
-        at_rung = self._note(row, times)
+        at_rung = self._note(record)
         if self.reached:
             return
         if at_rung and self.trial.should_prune():
@@ -177,7 +177,7 @@ class Race:
     @property
     def reached(self) -> bool:
         target = self.run.config.target
-        return is_met(self._rows[-target.average_steps :], target.rule, target)
+        return RULES[target.rule].is_met(self._records[-target.average_steps :], target)
 
     def require_target(self) -> None:
         """End the curve where the run has ended; raise Pruned where that is not the target."""
@@ -185,18 +185,19 @@ class Race:
         if not self.reached:
             raise self._pruned("its budget is spent")
 
-    def _note(self, row: StepRow, times: TimeRow) -> bool:
+    def _note(self, record: StepRecord) -> bool:
         """Whether the step was the first at a new rung, which is then reported."""
-        before = self._rows[-1]["tokens"] if self._rows else 0
-        self._rows.append(row)
-        self.spent = {"tokens": row["tokens"], "steps": row["step"], "train_s": times["train_s"]}[self.sweep.objective]
-        if row["tokens"] // self._rung_tokens == before // self._rung_tokens:
+        before = self._records[-1].tokens if self._records else 0
+        self._records.append(record)
+        spent = {"tokens": record.tokens, "steps": record.step, "train_s": record.train_s}
+        self.spent = spent[self.sweep.objective]
+        if record.tokens // self._rung_tokens == before // self._rung_tokens:
             return False
         self._report()
         return True
 
     def _report(self) -> None:
-        tokens = self._rows[-1]["tokens"]
+        tokens = self._records[-1].tokens
         self.trial.set_user_attr(COST_OF_TOKEN, self.spent / tokens)
         if tokens > self._reported:
             self.trial.report(self._loss(), tokens)
@@ -204,7 +205,7 @@ class Race:
         self._best = best_trial(self.trial.study)
 
     def _loss(self) -> float:
-        return float(np.mean([row["loss"] for row in self._rows[-self.run.steps_per_epoch :]]))
+        return float(np.mean([record.loss for record in self._records[-self.run.steps_per_epoch :]]))
 
     def _pruned(self, why: str) -> Pruned:
         """The event, with the trial's forecast noted as the constraint that it missed."""
@@ -217,7 +218,7 @@ class Race:
             why += f" trial {self._best.number}" if why != "its budget is spent" else ""
         self.trial.set_user_attr("forecast", end)
         self.trial.set_constraint("missed", max(1e-6, end / measure - 1))
-        return Pruned(f"{self._rows[-1]['tokens']:,} tokens, loss {loss:.2f}: {why}")
+        return Pruned(f"{self._records[-1].tokens:,} tokens, loss {loss:.2f}: {why}")
 
 
 def repeat(same: FrozenTrial, trial: Trial) -> float:

@@ -1,23 +1,60 @@
-"""fingerprint: data, parameters and code that decide a run's numbers -> one name for it.
+"""The fingerprint of a run: one hash of the data, the parameters and the code that decide its numbers.
 
 The fingerprint names the folder of the run's checkpoints and tags the MLflow run and the registered version; it is the
-link between DVC, which must not see random run ids, and MLflow. To go on from a checkpoint with the same bits, the
-machine's side must agree too; that is the identity's `environment`.
+link between DVC, which must not see random run ids, and MLflow. To resume with the same bits, the machine must agree
+too; that is the identity's `environment`.
 """
 
 import ast
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypedDict
-
-import torch
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.config.params import Section
-from pipeline.system.device import Machine
-from pipeline.system.files import sha256_file, sha256_json
+from pipeline.system.files import sha256_json
 from pipeline.system.host import SOURCE_ROOT, cpu_name
 
-PACKAGES = ("pipeline", "stages")
+if TYPE_CHECKING:
+    from pipeline.system.device import Machine
+
+# The code that decides a number, when a run stops or which model is kept: files, or definitions in them. Left out is
+# what can only refuse a run (checks of parameters and files), what is part of `environment`, and what writes results: a
+# finished run writes them again from its checkpoint. tests/unit/tracking/test_fingerprint.py has the reason of each
+# file that training imports and that is not here.
+DECISIVE = (
+    "pipeline/config/sections.py:WindowsConfig.step_tokens",
+    "pipeline/config/sections.py:OptimConfig.max_steps",
+    "pipeline/config/sections.py:steps_in",
+    "pipeline/data/batches.py",  # order and content of each step's windows, and the vocabulary of the model
+    "pipeline/data/token_files.py:Tokens.read",
+    "pipeline/data/token_files.py:Tokens.counts",
+    "pipeline/data/vocab.py",
+    "pipeline/model/gpt.py",
+    "pipeline/model/loss.py",
+    "pipeline/model/fsdp.py",
+    "pipeline/model/evaluate.py:BATCH_TOKENS",  # the losses that targets, patience and the kept model depend on
+    "pipeline/model/evaluate.py:corpus_loss",
+    "pipeline/model/evaluate.py:_starts",
+    "pipeline/system/device.py:Machine.autocast",
+    "pipeline/system/device.py:autocast_in",
+    "pipeline/system/device.py:prepare_machine",  # deterministic kernels
+    "pipeline/system/distributed.py:World",  # which windows a process gets, and the sums over processes
+    "pipeline/training/consumers.py:evaluate",
+    "pipeline/training/gradients.py",
+    "pipeline/training/loop.py",
+    "pipeline/training/muon.py",
+    "pipeline/training/optim.py",
+    "pipeline/training/run.py:Run.max_steps",
+    "pipeline/training/run.py:Run.steps_per_epoch",
+    "pipeline/training/run.py:Run.finished",
+    "pipeline/training/run.py:Run.steps",
+    "pipeline/training/run.py:Run._fresh_state",
+    "pipeline/training/target.py",
+    "pipeline/training/train.py:read_data",
+    "pipeline/training/train.py:follow",
+)
+
+
+IDENTITY = "identity.json"  # in a run's folder
 
 
 class Identity(TypedDict):
@@ -26,16 +63,18 @@ class Identity(TypedDict):
     fingerprint: str
     data_sha256: str
     params: dict[str, dict[str, Any]]  # section -> values
-    sources: dict[str, str]  # file -> SHA-256
+    sources: dict[str, str]  # entry of DECISIVE -> its source_hash
     environment: dict[str, str | int]
     inexact: list[str]  # how the environment changed in the middle of the run, which then cannot be repeated exactly
 
 
-def identify(data_sha256: str, sections: Iterable[Section], machine: Machine) -> Identity:
+def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") -> Identity:
     """Identify the run that `sections` of params.yaml describe, on the data and the code that are here."""
-    root = SOURCE_ROOT
     params = {section.section_name: section.model_dump(mode="json", exclude={"processes"}) for section in sections}
-    sources = {path: sha256_file(root / path) for path in sources_reachable_from("pipeline/training/loop.py", root)}
+    sources = {}
+    for entry in DECISIVE:
+        path, _, name = entry.partition(":")
+        sources[entry] = source_hash((SOURCE_ROOT / path).read_text(encoding="utf-8"), name)
     decisive = {"data": data_sha256, "params": params, "sources": sources}
     return Identity(
         fingerprint=sha256_json(decisive)[:16],
@@ -45,6 +84,55 @@ def identify(data_sha256: str, sections: Iterable[Section], machine: Machine) ->
         environment=_environment(machine),
         inexact=[],
     )
+
+
+def source_hash(text: str, name: str = "") -> str:
+    """SHA-256 of what Python source does, in hex: of all of it, or of the definition `name`, such as `Class.method`.
+
+    Formatting, comments, docstrings, annotations, `description=` and messages (what is raised with, asserted with or
+    printed) do not change it. Raises KeyError where there is no such definition.
+    """
+    node: ast.AST = ast.parse(text)
+    for part in filter(None, name.split(".")):
+        found = [child for child in ast.iter_child_nodes(node) if part in _names_of(child)]
+        if not found:
+            raise KeyError(name)
+        node = found[0]
+    return sha256_json(_content(node))
+
+
+def _names_of(node: ast.AST) -> set[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+
+
+def _content(value: Any) -> Any:
+    """A syntax tree as nested lists, without what decides nothing and without fields that are empty."""
+    if isinstance(value, list):
+        return [_content(item) for item in value if not _is_message(item)]
+    if isinstance(value, ast.Raise) and isinstance(value.exc, ast.Call):
+        return ["Raise", _content(value.exc.func)]
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = {name: child for name, child in ast.iter_fields(value) if name not in ("annotation", "returns", "kind")}
+    if isinstance(value, ast.Assert):
+        fields.pop("msg", None)
+    return [
+        type(value).__name__,
+        *([name, _content(child)] for name, child in fields.items() if child not in (None, [])),
+    ]
+
+
+def _is_message(node: Any) -> bool:
+    """Whether a part of a syntax tree is a docstring, a call of print or an argument `description=`."""
+    if isinstance(node, ast.keyword):
+        return node.arg == "description"
+    value = node.value if isinstance(node, ast.Expr) else None
+    if isinstance(value, ast.Call):
+        return isinstance(value.func, ast.Name) and value.func.id == "print"
+    return isinstance(value, ast.Constant)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -59,36 +147,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def sources_reachable_from(path: str, root: Path) -> list[str]:
-    """Our own source files that importing `path` loads, itself included, as sorted paths relative to `root`."""
-    found: set[str] = set()
-    waiting = [path]
-    while waiting:
-        if (path := waiting.pop()) not in found:
-            found.add(path)
-            waiting += _imports(root / path, root)
-    return sorted(found)
+def _environment(machine: "Machine") -> dict[str, str | int]:
+    import torch
 
-
-def _imports(path: Path, root: Path) -> list[str]:
-    """Files of the first-party modules that a file's import statements name, wherever they stand in it."""
-    modules: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    files = []
-    for module in modules:
-        parts = module.split(".")
-        if parts[0] in PACKAGES:
-            files += [Path(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1)] + [
-                Path(*parts).with_suffix(".py")
-            ]
-    return [file.as_posix() for file in files if (root / file).is_file()]
-
-
-def _environment(machine: Machine) -> dict[str, str | int]:
     device = machine.device.type
     # One kind of CPU adds up a product in another order than the next, and virtual ones share names.
     amx = " AMX" * torch.cpu._is_amx_tile_supported()

@@ -1,4 +1,4 @@
-"""results: models/run.json and reports/metrics.json -> what a run was and came to, checked to belong together."""
+"""Read models/run.json and reports/metrics.json, and check that they belong together."""
 
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ def read_run(models: Path) -> dict[str, Any]:
 
 
 def read_metrics(reports: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """What `evaluate` found out about the model of `run`. Raises IntegrityError where it is about another one."""
+    """What the stage `evaluate` measured of the model of `run`. Raises IntegrityError where it is about another one."""
     metrics = read_json(path := reports / "metrics.json")
     if not isinstance(metrics, dict) or metrics.get("fingerprint") != run["fingerprint"]:
-        raise IntegrityError(f"{path} is not about the run {run['fingerprint']} of the present model: "
-                             "`dvc repro -f -s evaluate` measures it anew")  # fmt: skip
+        raise IntegrityError(
+            f"{path} is not about the run {run['fingerprint']} of the present model: run `dvc repro -f -s evaluate`"
+        )
     return metrics

@@ -1,8 +1,8 @@
-"""run_config: params.yaml -> all that a training run reads of it, checked together."""
+"""All that a training run reads of params.yaml, checked together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from pipeline.config.params import Params, Section
+from pipeline.config.params import Params, Section, nearest
 from pipeline.config.sections import (
     CheckpointConfig,
     ModelConfig,
@@ -14,11 +14,8 @@ from pipeline.config.sections import (
 )
 from pipeline.system.errors import InputError
 from pipeline.system.files import sha256_json
-
-RUN_SECTIONS: tuple[type[Section], ...] = (
-    ModelConfig, WindowsConfig, OptimConfig, TrainConfig, TargetConfig, CheckpointConfig,
-    SamplesConfig,
-)  # fmt: skip
+from pipeline.training.optim import OPTIMIZERS
+from pipeline.training.target import RULES
 
 
 @dataclass(frozen=True)
@@ -44,24 +41,37 @@ class RunConfig:
 
     def contradictions(self) -> list[str]:
         """What is wrong between sections that are each right."""
+        batch, processes = self.windows.micro_batch_size, self.train.processes
         faults = self.optim.check_length(self.windows)
+        for key, name, known in (
+            ("optim.name", self.optim.name, list(OPTIMIZERS)),
+            ("target.rule", self.target.rule, list(RULES)),
+        ):
+            if name not in known:
+                faults.append(f"{key}: unknown value {name!r}{nearest(name, known)}")
         if self.windows.seq_len > self.model.block_size:
             faults.append(
                 f"windows.seq_len {self.windows.seq_len} is longer than model.block_size {self.model.block_size}"
             )
-        if self.train.shard and self.optim.name != "adamw":
-            faults.append("train.shard needs optim.name adamw: Muon needs whole matrices")
+        if self.train.shard and not getattr(OPTIMIZERS.get(self.optim.name), "shards", True):
+            faults.append(f"train.shard needs optim.name adamw: {self.optim.name} needs whole matrices")
         if self.train.shard and self.train.compile is True:
             faults.append("train.shard and train.compile exclude each other: set train.compile to auto")
-        if self.windows.micro_batch_size % self.train.processes:
-            faults.append(
-                f"train.processes {self.train.processes} do not divide windows.micro_batch_size {self.windows.micro_batch_size} evenly"
-            )
+        if batch % processes:
+            faults.append(f"train.processes {processes} do not divide windows.micro_batch_size {batch} evenly")
         return faults
 
     @property
+    def needs_held_out(self) -> str | None:
+        """The setting that needs a held-out text, in words; None where none does."""
+        if RULES[self.target.rule].needs_held_out:
+            return f"target.rule is {self.target.rule}"
+        patience = self.target.early_stopping_patience
+        return None if patience is None else f"target.early_stopping_patience is {patience}"
+
+    @property
     def flops(self) -> float:
-        """About what the whole run takes: 6 a parameter and token."""
+        """FLOPs of the whole run, about: 6 for each parameter and token."""
         return 6.0 * self.model.n_params * self.optim.max_tokens
 
     @property
@@ -80,3 +90,6 @@ class RunConfig:
     def decisive(self) -> tuple[Section, ...]:
         """The sections that decide a run's numbers."""
         return self.model, self.windows, self.optim, self.train, self.target
+
+
+RUN_SECTIONS: tuple[type[Section], ...] = tuple(field.type for field in fields(RunConfig))  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""train: windows in, StepRecords out. The loop knows nothing of files, MLflow or Optuna; its consumers do.
+"""The training loop: a generator that takes optimiser steps and yields a record after each.
 
-Logging, evaluation, samples, checkpoints, pruning and stopping at the target happen between two records, in whoever
-iterates; only training is on the loop's clock.
+It knows nothing of files, MLflow or Optuna. Evaluation, journal, samples, checkpoints, pruning and stopping at the
+target happen between two records, in whoever iterates; only training is on the loop's clock.
 """
 
 import math
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,9 @@ from pipeline.model.gpt import GPT
 from pipeline.system.device import Machine
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import DivergedError
-from pipeline.training.optim import build_optimizers, finish_gradients, lr_factor, set_lr
-
-
-class StepRecord(NamedTuple):
-    """What one optimiser step did; every field is logged under its own name."""
-
-    step: int  # counts from 1
-    tokens: int  # seen so far, this step included
-    loss: float  # nats per token on this step's windows, before the update
-    grad_norm: float  # L2 over all parameters, before clipping
-    lr: float  # of AdamW
-    step_s: float  # of this step; a GPU may still be at its update, which the next step then waits for
+from pipeline.tracking.journal import StepRecord
+from pipeline.training.gradients import finish_gradients
+from pipeline.training.optim import build_optimizers, lr_factor, set_lr
 
 
 class Loss(nn.Module):
@@ -51,12 +42,12 @@ class Loss(nn.Module):
 
 @dataclass
 class TrainState:
-    """All that a step changes: saved whole, restored whole, it goes on with the same bits.
+    """All that a step changes: saved and restored, it yields the same bits as without the interruption.
 
     Every process of `world` has all of it, or, where the model is sharded, a part.
     """
 
-    FACTS: ClassVar = ("step", "tokens", "loss_scale", "good_steps")
+    SCALARS: ClassVar = {"step": int, "tokens": int, "loss_scale": float, "good_steps": int}
 
     model: GPT
     optimizers: list[Optimizer]
@@ -90,12 +81,12 @@ class TrainState:
         }
         return {**whole, "rng": self._random_states()}
 
-    def facts(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, Any]:
         """The state's numbers."""
-        return {name: getattr(self, name) for name in self.FACTS}
+        return {name: getattr(self, name) for name in self.SCALARS}
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
-        """Take over what `tensors()` and `facts()` gave, in place; the processes may have been more or fewer."""
+    def restore(self, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, Any]) -> None:
+        """Take over what `tensors()` and `scalars()` gave, in place; the processes may have been more or fewer."""
         weights = self.model.state_dict()
         assert weights.keys() == tensors["weights"].keys(), "of the same model"
         for name, weight in weights.items():
@@ -113,8 +104,8 @@ class TrainState:
             torch.set_rng_state(tensors["rng"][cpu])
         if (cuda := f"cuda-{self.world.rank}") in tensors["rng"]:
             torch.cuda.set_rng_state(tensors["rng"][cuda])
-        for name in self.FACTS:
-            setattr(self, name, facts[name])
+        for name in self.SCALARS:
+            setattr(self, name, scalars[name])
 
     def whole_model(self) -> GPT | None:
         """The model; where it is sharded, a copy on the CPU of rank 0. All processes must call it together."""
@@ -196,7 +187,7 @@ def train_steps(
             optimizer.step()
         state.scale_after(finite=True)
         state.step, state.tokens = step, state.tokens + sum(batch.n_targets for batch in batches)
-        yield StepRecord(step, state.tokens, loss, grad_norm, lr, time.perf_counter() - started)
+        yield StepRecord(step, state.tokens, loss, grad_norm, lr, step_s=time.perf_counter() - started)
 
 
 def _gradients(state: TrainState, batches: list[Batch], clip: float | None, machine: Machine) -> tuple[float, float]:
@@ -227,7 +218,7 @@ def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:
 
 
 def _settle(state: TrainState, batches: list[Batch], machine: Machine) -> None:
-    """Take the step's gradients once for nothing: only then does DistributedDataParallel fix the order of its sums.
+    """Compute the step's gradients once and discard them: only then does DistributedDataParallel fix its order of sums.
 
     Otherwise the first step after a resume would add up in another order than in a run without it.
     """

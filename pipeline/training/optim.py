@@ -1,24 +1,94 @@
-"""optim: gradients -> updates. Parameter groups, AdamW and Muon, clipping, and the learning rate of each step."""
+"""The optimisers by name, and the learning rate of each step."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.sections import OptimConfig, steps_in
-from pipeline.model.fsdp import is_shard, last_row, local
-from pipeline.model.gpt import GPT
-from pipeline.system.distributed import ALONE, World
 
-Polynomials = Sequence[tuple[float, float, float]]
+if TYPE_CHECKING:  # checking params.yaml needs the names alone
+    import torch
+    from torch import Tensor
+    from torch.optim import Optimizer
 
-# a x + b x^3 + c x^5, one after the other: the first three of those by Amsel et al. (2025) for singular values in
-# [0.001, 1], with their margin of 1% for what bf16 rounds up. From 0.005 on they end between 0.18 and 1.9; lifting the
-# small ones pays more than bringing the large ones closer to 1 (benchmarks/LOG.md).
-POLYNOMIALS: Polynomials = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8233, 0.5250))
+    from pipeline.model.gpt import GPT
+
+ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Optimiser(NamedTuple):
+    """An entry of OPTIMIZERS.
+
+    `build` puts each parameter into one group of one optimizer. `slots` are, for each optimizer that it returns, the
+    keys of that one's state of a parameter: tensors of the parameter's shape in fp32, but `step`, which is one number.
+    """
+
+    build: Callable[["GPT", OptimConfig, "torch.dtype"], list["Optimizer"]]
+    slots: tuple[tuple[str, ...], ...]
+    shards: bool = True  # whether it works on the shards of FSDP2
+
+
+def _adamw(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
+    """AdamW over all parameters."""
+    return [_adamw_over(list(model.parameters()), config)]
+
+
+def _muon(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
+    """Muon over the blocks' matrices, with matrix products in `precision`, and AdamW over the rest."""
+    from pipeline.training.muon import Muon
+
+    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2}
+    by_muon = {id(p) for p in matrices.values()}
+    kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight and so on, in every block
+    alike = [
+        {"params": [p for n, p in matrices.items() if n.endswith(kind)], "pieces": 3 if "c_attn" in kind else 1}
+        for kind in sorted(kinds)
+    ]
+    return [
+        _adamw_over([p for p in model.parameters() if id(p) not in by_muon], config),
+        Muon(alike, config.muon_lr, config.momentum, config.weight_decay, precision),
+    ]
+
+
+OPTIMIZERS: dict[str, Optimiser] = {
+    "muon": Optimiser(_muon, (ADAMW_SLOTS, ("momentum_buffer",)), shards=False),
+    "adamw": Optimiser(_adamw, (ADAMW_SLOTS,)),
+}
+
+
+def _adamw_over(parameters: "list[Tensor]", config: OptimConfig) -> "Optimizer":
+    """AdamW with weight decay on matrices alone."""
+    from torch.optim import AdamW
+
+    groups = [
+        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def build_optimizers(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
+    """The optimisers that `optim.name` stands for; each group carries its `peak_lr`."""
+    optimizers = OPTIMIZERS[config.name].build(model, config, precision)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def state_slots(optimizers: list["Optimizer"], config: OptimConfig) -> Iterator[tuple["Tensor", str, tuple[int, ...]]]:
+    """Each parameter with the keys of its optimiser's state after a step, and their shapes."""
+    for optimizer, slots in zip(optimizers, OPTIMIZERS[config.name].slots, strict=True):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for slot in slots:
+                yield parameter, slot, () if slot == "step" else tuple(parameter.shape)
+
+
+def set_lr(optimizers: list["Optimizer"], factor: float) -> None:
+    """Set each group's learning rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
@@ -42,137 +112,3 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
         case "cosine" | "onecycle":
             fall = (1 - math.cos(math.pi * behind)) / 2
     return 1 - (1 - config.min_lr_ratio) * fall
-
-
-def build_optimizers(model: GPT, config: OptimConfig, precision: torch.dtype = torch.float32) -> list[Optimizer]:
-    """AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest; decay on matrices alone.
-
-    Each group carries its `peak_lr`. `precision`: of Muon's matrix products.
-    """
-    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2} if config.name == "muon" else {}
-    by_muon = {id(p) for p in matrices.values()}
-    rest = [p for p in model.parameters() if id(p) not in by_muon]
-    groups = [
-        {"params": [p for p in rest if p.ndim == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
-    if matrices:
-        kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight and so on, in every block
-        alike = [
-            {"params": [p for n, p in matrices.items() if n.endswith(kind)], "pieces": 3 if "c_attn" in kind else 1}
-            for kind in sorted(kinds)
-        ]
-        optimizers.append(Muon(alike, config.muon_lr, config.momentum, config.weight_decay, precision))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-class Muon(Optimizer):
-    """Momentum, with the singular values of its every matrix brought close to 1 (Jordan et al. 2024).
-
-    As torch.optim.Muon, but for how `orthogonalise` does that: the matrices of a group, of one shape, are one batch,
-    and a fused matrix, such as that of queries, keys and values, is taken apart into the group's `pieces` of rows.
-    """
-
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        precision: torch.dtype,
-        polynomials: Polynomials = POLYNOMIALS,
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.precision, self.polynomials = precision, polynomials
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every matrix from its gradient; `lr` may be a number or a tensor on the device."""
-        for group in self.param_groups:
-            matrices, momentum = group["params"], group["momentum"]
-            for p in matrices:
-                self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
-            pieces = torch.empty(len(matrices), *matrices[0].shape, dtype=self.precision, device=matrices[0].device)
-            for p, piece in zip(matrices, pieces, strict=True):  # one by one, as they stay in a CPU's cache
-                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                piece.copy_(p.grad.lerp(buffer, momentum))  # Nesterov's look ahead
-            pieces = pieces.view(len(matrices) * group["pieces"], -1, pieces.shape[2])
-            rows, columns = pieces.shape[1:]
-            updates = orthogonalise(pieces, self.polynomials)
-            updates = updates * (group["lr"] * math.sqrt(max(1, rows / columns)))
-            for p, update in zip(matrices, updates.view(len(matrices), -1, columns), strict=True):
-                if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update)
-
-
-def orthogonalise(x: Tensor, polynomials: Polynomials) -> Tensor:
-    """Bring the singular values of each of the matrices (n, rows, columns) close to 1, by odd polynomials of degree 5.
-
-    The first one meets them divided by the fourth root of the sum of their fourth powers: at most 1, and much nearer to
-    it than under the Frobenius norm. Each multiplies x by a + b xx' + c (xx')^2. Where one side is twice the other or
-    more, up to three are applied to the small xx' alone, and x is multiplied by their product; after more of them, what
-    bf16 rounds off would outgrow the rest.
-    """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT, polynomials).mT
-    at_once = 3 if x.shape[2] >= 2 * x.shape[1] else 1
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    scale = None
-    for begin in range(0, len(polynomials), at_once):
-        gram = x @ x.mT  # (n, rows, rows)
-        if scale is None:
-            scale = gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # of xx', hence the square of x's
-            x, gram = x * scale.rsqrt(), gram / scale
-        first, *others = polynomials[begin : begin + at_once]
-        product = factor = _even_part(gram, *first)
-        for polynomial in others:
-            gram = factor @ gram @ factor  # all of them commute
-            factor = _even_part(gram, *polynomial)
-            product = factor @ product
-        x = product @ x
-    return x
-
-
-def _even_part(gram: Tensor, a: float, b: float, c: float) -> Tensor:
-    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    result.diagonal(dim1=1, dim2=2).add_(a)
-    return result
-
-
-def set_lr(optimizers: list[Optimizer], factor: float) -> None:
-    """Set each group's learning rate to `factor` times its peak."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-
-
-@torch.no_grad()
-def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, world: World = ALONE) -> Tensor:
-    """Undo the loss scale, turn the folded row's gradient into one unused id's, clip; return the norm of all, 0-D.
-
-    The norm is L2 over all parameters of the full model, before clipping: the folded row counts once for each id. Of
-    sharded gradients each process of `world` holds a part, and all get the norm of the whole.
-    """
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    if loss_scale != 1:
-        torch._foreach_div_(gradients, loss_scale)
-    table = model.wte.weight.grad
-    unused = last_row(table) if (U := model.vocabulary.n_unused) else None  # type: ignore[arg-type]
-    if unused is not None:
-        unused /= U
-    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    if unused is not None:
-        squares += (U - 1) * unused.square().sum()
-    if is_shard(table):  # type: ignore[arg-type]
-        world.add(squares)
-    norm = squares.sqrt()
-    if clip is not None:
-        factor = (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
-        if norm.device.type != "cpu" or factor < 1:  # a GPU would have to be waited for
-            torch._foreach_mul_(gradients, factor)
-    return norm

@@ -1,5 +1,6 @@
-"""memory: a run's shape -> the bytes of memory and disk that it needs, known before anything of that size is made."""
+"""The bytes of memory and disk that a run needs, computed before anything of that size is made."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from pipeline.model.loss import CHUNK_LOGITS
 from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.training.config import RunConfig
+from pipeline.training.optim import build_optimizers, state_slots
 
-CHECKPOINTS = 4  # at once: the newest two, that of the best look, and the one that is being written
+CHECKPOINTS = 4  # at once: the newest two, that of the best step, and the one that is being written
 ENTRY_BYTES = 256  # of a tensor's name and shape in the header of its file, at most
 RANDOM_BYTES = 6_000  # of a process's random numbers, with the names, the manifest and the step beside them
 BPE_BYTES = 1_500_000  # of the tokenizer in a model's folder
@@ -27,42 +29,43 @@ BPE_BYTES = 1_500_000  # of the tokenizer in a model's folder
 def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> None:
     """Raise OutOfSpaceError where a step needs more memory than is free."""
     needed, windows = step_bytes(config, vocabulary, machine), config.windows
+    batch, length = windows.micro_batch_size, windows.seq_len
     if machine.device.type == "cpu":
         needed *= machine.world.local_size  # which share it
     if needed > (free := free_bytes(machine)):
         raise OutOfSpaceError(
-            f"windows.micro_batch_size {windows.micro_batch_size} of windows.seq_len {windows.seq_len} needs {needed / 1e9:,.1f} GB of memory, "
-            f"{free / 1e9:,.1f} GB are free: make windows.micro_batch_size smaller and windows.gradient_accumulation_steps larger, or set "
-            "train.gradient_checkpointing"
+            f"windows.micro_batch_size {batch} of windows.seq_len {length} needs {needed / 1e9:,.1f} GB of memory, "
+            f"{free / 1e9:,.1f} GB are free: make windows.micro_batch_size smaller and "
+            "windows.gradient_accumulation_steps larger, or set train.gradient_checkpointing"
         )
 
 
 def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
-    """Bytes of weights, gradients and optimiser state, and of what a step or a look at the loss makes beside them.
+    """Bytes of weights, gradients and optimiser state, and of what a step or an evaluation makes beside them.
 
     For one process of the machine's world, which has its share of the batch and, where the model is sharded, of the
     former; beside it, all of what is unsharded at a time.
     """
     batch = config.windows.micro_batch_size // machine.world.size
-    windows = config.windows.updated(batch=batch)
+    windows = config.windows.updated(micro_batch_size=batch)
     with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
         model = GPT(config.model, vocabulary)
         activations = _kept_bytes(model, windows, machine)
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing = True
             activations = activations // config.model.n_layer + _kept_bytes(model, windows, machine)
-    weights, state = _trained_bytes(model, config.optim)
+        weights, state = _trained_bytes(model, config.optim)
     n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
     step = activations + 10 * n_logits  # in 16 bits; on a GPU in fp32 too, before and after the softmax
-    look = 8 * BATCH_TOKENS * vocabulary.n_rows  # at the whole text: logits in fp32, before and after the softmax
-    held = 2 * weights + state
+    evaluation = 8 * BATCH_TOKENS * vocabulary.n_rows  # logits in fp32, before and after the softmax
+    held = 2 * weights + sum(state)
     if config.train.shard and machine.world.size > 1:
         block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
         outside = weights - config.model.n_layer * block
         held = held // machine.world.size + 2 * (outside + 2 * block)  # a block and the next one, and their gradients
-    return held + (
-        step + look if machine.device.type == "cpu" else max(step, look)
-    )  # a CPU's memory is kept when freed
+    if machine.device.type == "cpu":  # what is freed there is kept
+        return held + step + evaluation
+    return held + max(step, evaluation)
 
 
 def check_disk(
@@ -89,9 +92,9 @@ def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -
     """Bytes of disk that a checkpoint takes, and the finished model, which has the full vocabulary; never too few."""
     with FakeTensorMode():
         model = GPT(config.model, vocabulary)
-    weights, state = _trained_bytes(model, config.optim)
+        weights, state = _trained_bytes(model, config.optim)
     headers = ENTRY_BYTES * len(list(model.parameters()))
-    checkpoint = weights + state + 4 * headers + RANDOM_BYTES * processes  # a weight has up to three numbers of state
+    checkpoint = weights + headers + sum(state) + ENTRY_BYTES * len(state) + RANDOM_BYTES * processes
     return checkpoint, 4 * config.model.n_params + headers + BPE_BYTES
 
 
@@ -104,11 +107,11 @@ def free_bytes(machine: Machine) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, int]:
-    """Bytes of a model's weights, and of the optimiser's state: two moments of each, or Muon's one of a matrix."""
+def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
+    """Bytes of a model's weights, and of each tensor of its optimisers' state; the model may be of fake tensors."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    matrices = sum(p.numel() * p.element_size() for p in model.h.parameters() if p.ndim == 2)
-    return weights, 2 * weights - (matrices if optim.name == "muon" else 0)
+    slots = state_slots(build_optimizers(model, optim, torch.float32), optim)
+    return weights, [4 * math.prod(shape) for _, _, shape in slots]
 
 
 def nearest_existing(path: Path) -> Path:
@@ -126,7 +129,7 @@ def _require_free(needed: int, place: Path) -> None:
 
 
 def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
-    """What the forward pass over a batch makes and keeps for the backward pass; but for a part, so much a window."""
+    """What the forward pass over a batch keeps for the backward pass: a constant part, and so much for each window."""
     weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
 
     def keeps(n_windows: int) -> int:

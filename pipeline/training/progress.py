@@ -1,23 +1,20 @@
-"""progress: a run's rows -> a bar on a terminal, a plain line now and then elsewhere."""
+"""Show a training run: a bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Self
 
 from tqdm import tqdm
 
 from pipeline.system.signals import mute_closed_terminal
-from pipeline.tracking.journal import StepRow, TimeRow
+from pipeline.tracking.journal import StepRecord
 
 LINE_EVERY_S = 10.0
-LOOKS: Final[dict[str, Literal["corpus_loss", "validation_loss"]]] = {
-    "corpus": "corpus_loss", "validation": "validation_loss",
-}  # fmt: skip
 
 
 class Progress:
-    """Shows loss, target, tokens/s and the time left to the end of the schedule, from step and tokens so far on."""
+    """Shows loss, target, tokens/s and the time left to the end of the schedule, from the given step and tokens on."""
 
     def __init__(self, step: int, tokens: int, max_steps: int, target_loss: float) -> None:
         self.max_steps, self.target_loss = max_steps, target_loss
@@ -35,19 +32,18 @@ class Progress:
         self._bar.close()
         mute_closed_terminal()  # what else the run has to say must not end it
 
-    def show(self, row: StepRow, times: TimeRow) -> None:
-        """Tell of a step; of one that looked at a whole text, as the last one does, always."""
-        step_tokens, self._tokens = row["tokens"] - self._tokens, row["tokens"]
-        speed = step_tokens / times["step_s"]
+    def show(self, record: StepRecord) -> None:
+        """Show a step; an evaluated one, as the last one is, always gets its line."""
+        step_tokens, self._tokens = record.tokens - self._tokens, record.tokens
+        speed = step_tokens / record.step_s
         self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * speed if self._tokens_per_s else speed
-        looks = [f", {name} loss {row[key]:.4f}" for name, key in LOOKS.items() if key in row]
-        words = (
-            f"loss {row['loss']:.4f}{''.join(looks)}, target {self.target_loss:g}, {self._tokens_per_s:,.0f} tokens/s"
-        )
+        losses = {"corpus": record.corpus_loss, "validation": record.validation_loss}
+        measured = "".join(f", {name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None)
+        words = f"loss {record.loss:.4f}{measured}, target {self.target_loss:g}, {self._tokens_per_s:,.0f} tokens/s"
         if not self._bar.disable:
             self._bar.set_postfix_str(words, refresh=False)
             self._bar.update()
-        elif looks or time.monotonic() >= self._line_due:
-            left_s = (self.max_steps - row["step"]) * step_tokens / self._tokens_per_s
-            print(f"step {row['step']}/{self.max_steps}: {words}, at most {left_s:.0f} s left", flush=True)
+        elif measured or time.monotonic() >= self._line_due:
+            left_s = (self.max_steps - record.step) * step_tokens / self._tokens_per_s
+            print(f"step {record.step}/{self.max_steps}: {words}, at most {left_s:.0f} s left", flush=True)
             self._line_due = time.monotonic() + LINE_EVERY_S

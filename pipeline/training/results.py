@@ -1,34 +1,58 @@
-"""What a finished run reached, and its throughput, utilisation and times."""
+"""What a finished run reached, its throughput and utilisation, and the files that the stage `train` leaves."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import ModelConfig, TargetConfig
+from pipeline.model.weights import save_model
 from pipeline.system.device import Machine
-from pipeline.tracking.journal import StepRow, TimeRow
-from pipeline.training.target import RULES, best_step, first_met, is_out_of_patience
+from pipeline.system.files import write_json
+from pipeline.tracking.journal import STEPS, TIMES, StepRecord, write_rows
+from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.run import Run
+from pipeline.training.target import best_step, first_met, is_out_of_patience
 
 
-def results_of(rows: list[StepRow], target: TargetConfig, train_tokens: int) -> dict[str, Any]:
+def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
+    """Write the model of the best step, the run's record without times, its journal, and, apart, its times."""
+    config, records = run.config, run.records
+    results = results_of(records, config.target, run.text.train.size)
+    if results["model_step"] != run.state.step:
+        run.state.restore(*load_checkpoint(run.folder, results["model_step"]))
+    model = run.state.whole_model()
+    if model is None or not run.world.is_main:
+        return
+    save_model(models / "model", model, bpe)
+    write_json(models / "run.json", {**run.identity, "n_params": config.model.n_params, "results": results})
+    for name in (STEPS, TIMES):
+        write_rows(models / name, [record.row(name) for record in records])
+    flops = flops_per_token(config.model, run.text.vocabulary.n_rows, config.windows.seq_len)
+    mfu = utilisation(throughput(records), flops, run.machine, str(run.identity["environment"]["device"]))
+    write_json(timing, time_report(records, first_met(records, config.target), mfu, run.resumes))
+    print(summary(results, records, config.target))
+
+
+def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens: int) -> dict[str, Any]:
     """The results in models/run.json: what each rule cost, and of which step the model is that is kept."""
-    best, reached = best_step(rows, target), first_met(rows, target)
-    assert best is not None, "a run ends with a look"
+    best = best_step(records, target)
+    assert best is not None, "a run's last step is evaluated"
     return {
-        "steps": len(rows),
-        "tokens": rows[-1]["tokens"],
+        "steps": len(records),
+        "tokens": records[-1].tokens,
         "model_step": best,
         "train_tokens": train_tokens,
-        "corpus_loss": rows[best - 1]["corpus_loss"],
+        "corpus_loss": records[best - 1].corpus_loss,
         "target_loss": target.loss,
         "rule": target.rule,
         "to_target": {
-            rule: None if (step := reached[rule]) is None else {"steps": step, "tokens": rows[step - 1]["tokens"]}
-            for rule in RULES
+            rule: None if step is None else {"steps": step, "tokens": records[step - 1].tokens}
+            for rule, step in first_met(records, target).items()
         },
     }
 
 
-def in_words(results: dict[str, Any], rows: list[StepRow], target: TargetConfig) -> str:
+def summary(results: dict[str, Any], records: Sequence[StepRecord], target: TargetConfig) -> str:
     """The results in a line, and why the run ended where that is not plain."""
     cost = results["to_target"][results["rule"]]
     found = f"{results['rule']} rule, target {results['target_loss']:g}, corpus loss {results['corpus_loss']:.4f}"
@@ -36,8 +60,8 @@ def in_words(results: dict[str, Any], rows: list[StepRow], target: TargetConfig)
         words = f"target reached after {cost['steps']} steps, {cost['tokens']:,} tokens ({found})"
     else:
         words = f"target not reached in {results['steps']} steps, {results['tokens']:,} tokens ({found})"
-    if is_out_of_patience(rows, target):
-        words += f"\nthe last {target.early_stopping_patience} looks at the held-out text found no lower loss"
+    if is_out_of_patience(records, target):
+        words += f"\nthe last {target.early_stopping_patience} evaluations found no lower validation loss"
     return words
 
 
@@ -62,26 +86,23 @@ def utilisation(tokens_per_s: float, flops: int, machine: Machine, device_name: 
 
 
 def time_report(
-    steps: Sequence[StepRow], times: Sequence[TimeRow], reached: dict[str, int | None], mfu: float | str, resumes: int
+    records: Sequence[StepRecord], reached: dict[str, int | None], mfu: float | str, resumes: int
 ) -> dict[str, Any]:
     """The contents of reports/timing.json; `reached`: the step at which each rule was met."""
-    last = times[-1]
+
+    def until(record: StepRecord) -> dict[str, float]:
+        return {"train_s": round(record.train_s, 3), "wall_s": round(record.wall_s, 3)}
+
     return {
-        "tokens_per_s": throughput(steps, times),
+        "tokens_per_s": round(throughput(records), 1),
         "mfu": mfu,
-        "peak_memory_bytes": max(row["memory_bytes"] for row in times),
-        "train_s": round(last["train_s"], 3),
-        "wall_s": round(last["wall_s"], 3),
+        "peak_memory_bytes": max(record.memory_bytes for record in records),
+        **until(records[-1]),
         "resumes": resumes,
-        "to_target": {
-            rule: None
-            if step is None
-            else {"train_s": round(times[step - 1]["train_s"], 3), "wall_s": round(times[step - 1]["wall_s"], 3)}
-            for rule, step in reached.items()
-        },
+        "to_target": {rule: None if step is None else until(records[step - 1]) for rule, step in reached.items()},
     }
 
 
-def throughput(steps: Sequence[StepRow], times: Sequence[TimeRow]) -> float:
+def throughput(records: Sequence[StepRecord]) -> float:
     """Tokens a second of training time, all steps together."""
-    return round(steps[-1]["tokens"] / times[-1]["train_s"], 1)
+    return records[-1].tokens / records[-1].train_s

@@ -1,103 +1,129 @@
-"""target: the rules that say when the target loss is reached, each a pure function of the journal's rows.
+"""The target rules, and from a run's records: whether it is finished, when to evaluate it, which model is kept."""
 
-batch: the first minibatch below it. average: the mean of the last `average_steps` minibatches. corpus: one pass over
-the whole training text. validation: one pass over the held-out text. A run that meets none of them ends early where
-`patience` looks at the held-out text in a row found no lower loss.
-"""
-
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.config.sections import TargetConfig
-from pipeline.tracking.journal import StepRow
+from pipeline.tracking.journal import StepRecord
 
-RULES = ("batch", "average", "corpus", "validation")
-
-
-def is_met(rows: Sequence[StepRow], rule: str, config: TargetConfig) -> bool:
-    """Whether the step of the last row meets `rule`."""
-    if rule in ("corpus", "validation"):
-        measured = rows[-1].get(f"{rule}_loss")
-        return measured is not None and float(measured) < config.loss  # type: ignore[arg-type]
-    if rule == "batch":
-        return rows[-1]["loss"] < config.loss
-    last = rows[-config.average_steps :]
-    return len(last) == config.average_steps and _mean(last) < config.loss
+Records = Sequence[StepRecord]  # of a run, up to some step
 
 
-def is_finished(rows: Sequence[StepRow], max_steps: int, config: TargetConfig) -> bool:
-    """Whether the step of the last row met the run's rule, or spent its budget or its patience."""
-    return rows[-1]["step"] >= max_steps or is_met(rows, config.rule, config) or is_out_of_patience(rows, config)
+class Rule(NamedTuple):
+    """An entry of RULES."""
+
+    is_met: Callable[[Records, TargetConfig], bool]  # by the step of the last record
+    description: str  # for cards and the page
+    needs_held_out: bool = False  # such a rule also keeps the model of the lowest validation loss
 
 
-def first_met(rows: Sequence[StepRow], config: TargetConfig) -> dict[str, int | None]:
+def _average_is_below(records: Records, config: TargetConfig) -> bool:
+    last = records[-config.average_steps :]
+    return len(last) == config.average_steps and _mean_loss(last) < config.loss
+
+
+def _is_below(loss: float | None, config: TargetConfig) -> bool:
+    return loss is not None and loss < config.loss
+
+
+RULES: dict[str, Rule] = {
+    "batch": Rule(
+        lambda records, config: _is_below(records[-1].loss, config),
+        description="one minibatch below the target",
+    ),
+    "average": Rule(
+        _average_is_below,
+        description="the mean of the last minibatches",
+    ),
+    "corpus": Rule(
+        lambda records, config: _is_below(records[-1].corpus_loss, config),
+        description="one pass over the whole training text",
+    ),
+    "validation": Rule(
+        lambda records, config: _is_below(records[-1].validation_loss, config),
+        description="one pass over the text that was held out",
+        needs_held_out=True,
+    ),
+}
+
+
+def is_finished(records: Records, max_steps: int, config: TargetConfig) -> bool:
+    """Whether the step of the last record met the run's rule, or spent its budget or its patience."""
+    return (
+        records[-1].step >= max_steps
+        or RULES[config.rule].is_met(records, config)
+        or is_out_of_patience(records, config)
+    )
+
+
+def first_met(records: Records, config: TargetConfig) -> dict[str, int | None]:
     """The first step at which each rule was met, None where it was not."""
-    ends = [(rows[max(0, i - config.average_steps) : i], rows[i - 1]["step"]) for i in range(1, len(rows) + 1)]
-    return {rule: next((step for last, step in ends if is_met(last, rule, config)), None) for rule in RULES}
+    ends = [(records[max(0, i - config.average_steps) : i], records[i - 1].step) for i in range(1, len(records) + 1)]
+    return {
+        name: next((step for last, step in ends if rule.is_met(last, config)), None) for name, rule in RULES.items()
+    }
 
 
-def is_out_of_patience(rows: Sequence[StepRow], config: TargetConfig) -> bool:
-    """Whether the last `patience` looks at the held-out text found no lower loss than those before them."""
-    if config.early_stopping_patience is None:
+def is_out_of_patience(records: Records, config: TargetConfig) -> bool:
+    """Whether the last `early_stopping_patience` evaluations found no lower validation loss than those before them."""
+    if (patience := config.early_stopping_patience) is None:
         return False
-    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    before, last = losses[: -config.early_stopping_patience], losses[-config.early_stopping_patience :]
+    losses = [record.validation_loss for record in records if record.validation_loss is not None]
+    before, last = losses[:-patience], losses[-patience:]
     return bool(before) and min(last) >= min(before)
 
 
-def best_step(rows: Sequence[StepRow], config: TargetConfig) -> int | None:
-    """The step whose look found the lowest loss, the first of equals; None before the first look.
+def best_step(records: Records, config: TargetConfig) -> int | None:
+    """The step whose evaluation found the lowest loss, the first of equals; None before the first evaluation.
 
-    Under the rule `validation` that of the held-out text, under all others that of the training text.
+    Under a rule that needs a held-out text it is the validation loss, under the others the corpus loss.
     """
-    key: Literal["corpus_loss", "validation_loss"]
-    key = "validation_loss" if config.rule == "validation" else "corpus_loss"
-    looks = [row for row in rows if key in row]
-    return min(looks, key=lambda row: (row[key], row["step"]))["step"] if looks else None
+    name = "validation_loss" if RULES[config.rule].needs_held_out else "corpus_loss"
+    losses = [(loss, record.step) for record in records if (loss := getattr(record, name)) is not None]
+    return min(losses)[1] if losses else None
 
 
-def look_is_due(rows: Sequence[StepRow], steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:
-    """Whether to look at the text after the step of the last row, besides after the run's last step.
+def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:
+    """Whether an evaluation is due after the step of the last record; a run's last step is always evaluated.
 
-    `held_out`: whether there is a held-out text, which is then looked at after each pass at the latest.
+    `held_out`: whether there is a held-out text, whose loss is then measured once an epoch at least.
     """
-    step = rows[-1]["step"]
+    step = records[-1].step
     if config.eval_interval is not None:
         return step % config.eval_interval == 0
-    return (held_out and step % steps_per_epoch == 0) or check_is_worth_it(rows, steps_per_epoch, config)
+    return (held_out and step % steps_per_epoch == 0) or evaluation_pays(records, steps_per_epoch, config)
 
 
-def needs_corpus_loss(rows: Sequence[StepRow], config: TargetConfig) -> bool:
-    """Whether the look after the step of the last row, its held-out loss known, needs a pass over the training text.
+def needs_corpus_loss(records: Records, config: TargetConfig) -> bool:
+    """Whether the evaluation after the last record, its validation loss known, also needs the corpus loss.
 
-    Under the rule `validation` with looks at fixed steps that pass decides nothing: it is due where the model may be
-    the one that is kept.
+    Where the model is kept by its validation loss and evaluations come at fixed steps, the corpus loss decides nothing:
+    it is measured only where this model may be the one that is kept.
     """
-    thrifty = config.rule == "validation" and config.eval_interval is not None
-    return not thrifty or best_step(rows, config) == rows[-1]["step"]
+    decides = not RULES[config.rule].needs_held_out or config.eval_interval is None
+    return decides or best_step(records, config) == records[-1].step
 
 
-def check_is_worth_it(rows: Sequence[StepRow], steps_per_epoch: int, config: TargetConfig) -> bool:
-    """Whether a pass over the text to measure its loss is worth its cost after the step of the last row.
+def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig) -> bool:
+    """Whether measuring the corpus loss is worth its cost after the step of the last record.
 
-    The minibatches' running mean lags behind the corpus loss. So the first look comes when it is below three times the
-    target; a look at loss c sets the next one to when the mean has fallen by the factor that c still has to fall,
-    or after one pass at the latest.
+    The minibatches' running mean lags behind the corpus loss. So the first evaluation is due when it is below three
+    times the target. One that finds the loss c sets the next to when the mean has fallen by the factor that c still has
+    to fall, or to one epoch later at the latest.
     """
     span = min(config.average_steps, steps_per_epoch)
-    if len(rows) < span:
+    if len(records) < span:
         return False
-    mean = _mean(rows[-span:])
-    looks = [row for row in rows if "corpus_loss" in row]
-    if not looks:
+    mean = _mean_loss(records[-span:])
+    last = next((record for record in reversed(records) if record.corpus_loss is not None), None)
+    if last is None or last.corpus_loss is None:
         return mean < 3 * config.loss
-    last = looks[-1]
-    mean_then = _mean(rows[max(0, last["step"] - span) : last["step"]])
-    due = rows[-1]["step"] - last["step"] >= steps_per_epoch
-    return due or mean * last["corpus_loss"] <= mean_then * config.loss
+    mean_then = _mean_loss(records[max(0, last.step - span) : last.step])
+    is_an_epoch_ago = records[-1].step - last.step >= steps_per_epoch
+    return is_an_epoch_ago or mean * last.corpus_loss <= mean_then * config.loss
 
 
-def _mean(rows: Sequence[StepRow]) -> float:
-    return float(np.mean([row["loss"] for row in rows]))
+def _mean_loss(records: Records) -> float:
+    return float(np.mean([record.loss for record in records]))

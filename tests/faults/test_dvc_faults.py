@@ -20,7 +20,7 @@ from pipeline.system import entrypoint as stage
 from pipeline.system import files
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.files import UNFINISHED, sha256_file
-from pipeline.training import run as tracked_run
+from pipeline.training import train as tracked
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def die_everywhere(name, stride):
     Each death is a child's: this process never trains, for torch's threads do not survive a fork.
     """
     main = import_module(f"stages.{name}").main
-    tracked_run.Recorder = Untracked
+    tracked.Recorder = Untracked
     tokenizer.fetch = lambda sources, path, sha256: shutil.copyfile(
         Path(os.environ["BPE"], sources[0].split("/")[-1]), path
     )

@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tests.test_tracked_run import change, prepared, run_folder, workspace  # noqa: F401 (fixtures)
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig, WindowsConfig
@@ -28,10 +27,12 @@ from pipeline.system.distributed import ALONE, joined, launch, world_here
 from pipeline.system.entrypoint import RANK_0_SPEAKS_WITHIN_S, exit_code_of
 from pipeline.system.errors import DivergedError, InputError, PeerLost
 from pipeline.system.files import read_json, sha256_file
-from pipeline.tracking.fingerprint import Identity
+from pipeline.tracking.fingerprint import IDENTITY, Identity
 from pipeline.tracking.journal import read_steps
-from pipeline.training.checkpoint import IDENTITY, checkpoint_steps, claim_folder
+from pipeline.training.checkpoint import checkpoint_steps
 from pipeline.training.loop import fresh_state, train_steps
+from pipeline.training.run import claim_folder
+from tests.integration.test_run import change, prepared, run_folder, workspace  # noqa: F401 (fixtures)
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def restored_equals(world, options):
     list(islice(interrupted, 4))
     tensors = {stem: {k: v.clone() for k, v in group.items()} for stem, group in interrupted.state.tensors().items()}
     torch.distributed.broadcast_object_list(kept := [tensors])  # as all of them read one checkpoint
-    resumed.state.restore(kept[0], interrupted.state.facts())
+    resumed.state.restore(kept[0], interrupted.state.scalars())
     return resumed.numbers() == straight[4:]
 
 
@@ -121,7 +122,7 @@ KINDS = {"muon": {"name": "muon"}, "adamw": {}, "sharded": {"shard": True}}
 def worlds(tmp_path_factory):
     """What two processes found, each."""
     folder = tmp_path_factory.mktemp("world")
-    program = "import sys; from tests.test_distributed import in_a_world; in_a_world(sys.argv[1])"
+    program = "import sys; from tests.integration.test_distributed import in_a_world; in_a_world(sys.argv[1])"
     (folder / "program.py").write_text(program)
     process = torchrun(2, str(folder / "program.py"), str(folder))
     output, _ = process.communicate(timeout=300)
@@ -171,7 +172,7 @@ def test_a_process_alone_is_a_world_in_which_all_of_this_does_nothing():
         assert ALONE.share([1, 2]) == [1, 2]
         assert ALONE.largest(3, 4) == [3, 4]
         assert ALONE.on_main(lambda: 5) == 5
-        assert ALONE.gather(torch.ones(2))[0].sum() == ALONE.add(torch.ones(2)).sum() == 2
+        assert ALONE.all_gather(torch.ones(2))[0].sum() == ALONE.add(torch.ones(2)).sum() == 2
 
 
 WATCHED = """
@@ -221,12 +222,12 @@ def test_a_process_that_waits_for_a_dead_one_ends_by_itself(tmp_path):
 
 PROGRAM = """
 import sys
-from pipeline.training import run as tracked_run
+from pipeline.training import train as tracked
 from pipeline.system.entrypoint import run_stage
 from stages.train import main
-from tests.test_tracked_run import Untracked
+from tests.integration.test_run import Untracked
 
-tracked_run.Recorder = Untracked
+tracked.Recorder = Untracked
 run_stage(main)
 """
 
@@ -309,7 +310,7 @@ def test_a_job_that_is_stopped_or_loses_a_rank_ends_at_once_and_goes_on_with_the
     ranks(job)[0].kill()
     code, output = finish(job)
     assert code == 0, output
-    assert output.count("going on after step") == 2  # and it did so by itself the second time
+    assert output.count("resumes from step") == 2  # and it did so by itself the second time
     assert bits() == straight
 
 
@@ -326,7 +327,7 @@ def test_fewer_processes_go_on_only_when_told_to_and_the_run_says_so(workspace):
     code, said, _ = alone("--elastic")
     assert code == 0
     assert f"not exact from here on: processes 2 -> 1 after step {saved}" in said
-    assert f"going on after step {saved} of 60" in said
+    assert f"resumes from step {saved} of 60" in said
     assert run_folder() == begun
     record = read_json(Path("models/run.json"))
     assert record["inexact"] == [f"processes 2 -> 1 after step {saved}"]
@@ -345,7 +346,10 @@ def test_another_set_up_takes_over_a_folder_only_where_the_run_is_elastic(tmp_pa
     assert claim_folder(folder, one, elastic=True) == (one, ["processes 2 -> 1"])
     (folder / "step-00000003").mkdir()
     assert claim_folder(folder, two) == (two, [])
-    assert "starting anew: processes 1 -> 2 (--elastic goes on)" in capsys.readouterr().out
+    assert (
+        "environment changed (processes 1 -> 2): starting from step 0. Old checkpoints are in"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "f.1" / "step-00000003").is_dir()
     assert [path.name for path in folder.iterdir()] == [IDENTITY]
 
@@ -372,7 +376,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_in_one_line(workspace
     change(Path(), **{"train.processes": 1})
     code, said = finish(start(processes=2))
     assert code != 0
-    assert said.count("error: 2 processes do not divide windows.micro_batch_size 5 evenly: change one\n") == 1
+    assert said.count("error: 2 processes do not divide windows.micro_batch_size 5 evenly: change one of them\n") == 1
     assert not Path("checkpoints").exists()
 
 

@@ -94,7 +94,7 @@ def test_the_trainer_ends_with_dvc_and_the_next_repro_goes_on(project, params, m
     assert wait_until(lambda: not trainers(project), 60)  # 2 s where nothing else is at work
     code, said = output_of(repro(project, "train"))
     assert code == 0, said
-    assert "going on after step" in said
+    assert "resumes from step" in said
 
 
 def test_a_whole_repro_can_be_repeated_and_then_does_nothing(project):

@@ -26,7 +26,7 @@ from pipeline.system.errors import (
 )
 from pipeline.system.files import locked
 from pipeline.system.signals import StopSignals
-from pipeline.training.checkpoint import IDENTITY
+from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.training.config import RUN_SECTIONS, RunConfig
 
 ROOT = Path(__file__).parents[2]

@@ -196,7 +196,7 @@ def test_after_a_kill_the_same_run_goes_on_with_each_row_once(  # C1, C2
             lambda: runs_of(store, identity["fingerprint"])[0].info.status == "KILLED", 60
         )  # by the other
     before, journal = found(), Journal(folder)
-    steps = len(journal.steps)
+    steps = len(journal.records)
     if recorder_too:
         assert before[1] == "RUNNING"  # nobody was left to close it
     else:

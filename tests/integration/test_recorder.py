@@ -2,18 +2,37 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from fixtures_mlflow import an_identity, append_steps, assert_holds_just_the_journal, recording, root_of
 
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import Journal, StepRecord
 from pipeline.tracking.mlflow_runs import runs_of
 from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import OWNER_PID, TRACKERS, record
-from pipeline.training import run as tracked_run
+from pipeline.training import train as tracked
 from tests.integration.test_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
+
+
+@dataclass
+class WithToy(StepRecord):
+    """A record with one more metric."""
+
+    toy: float | None = None
+
+
+def test_a_field_that_is_added_to_the_record_arrives_in_mlflow_under_its_own_name(store, tmp_path, identity):
+    (folder := tmp_path / "run").mkdir()
+    journal = Journal(folder)
+    with recording(root_of(store), folder, identity):
+        for step in (1, 2, 3):
+            journal.append(WithToy(step, 8 * step, 1.0, 1.0, 0.1, step_s=0.5, logged_ms=step, toy=step / 2))
+    (run,) = runs_of(store, identity["fingerprint"])
+    found = store.client.get_metric_history(run.info.run_id, "toy")
+    assert sorted((metric.step, metric.value) for metric in found) == [(1, 0.5), (2, 1.0), (3, 1.5)]
 
 
 @pytest.fixture
@@ -80,7 +99,7 @@ def test_the_next_start_of_a_finished_run_sends_the_end_that_mlflow_lacks_and_no
             return self
 
     train()
-    monkeypatch.setattr(tracked_run, "Recorder", Opened)
+    monkeypatch.setattr(tracked, "Recorder", Opened)
     train()
     assert not opened
     (run_folder() / OWNER_PID).write_text("1")  # as a kill of training and recorder after the last save leaves it

@@ -1,4 +1,4 @@
-"""A run goes on with the same bits after whatever happened to it, and only where it is the same run."""
+"""A run is resumed with the same bits after whatever happened to it, and only where it is the same run."""
 
 import json
 import os
@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.test_checkpoint import at_nth_call
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe
@@ -29,16 +28,20 @@ from pipeline.system.signals import StopSignals
 from pipeline.tracking.journal import Journal, read_steps
 from pipeline.tracking.mlflow_store import open_store
 from pipeline.tracking.recorder import ending
-from pipeline.training import checkpoint
-from pipeline.training import run as tracked_run
+from pipeline.training import checkpoint, consumers
+from pipeline.training import train as tracked
 from pipeline.training.checkpoint import checkpoint_steps, load_checkpoint
 from pipeline.training.config import RunConfig
-from pipeline.training.run import run_tracked
+from pipeline.training.loop import TrainState
+from pipeline.training.optim import OPTIMIZERS, Optimiser
+from pipeline.training.target import RULES, Rule
+from pipeline.training.train import run_tracked
+from tests.unit.training.test_checkpoint import at_nth_call
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parents[2]
-STEPS = 60  # of 256 tokens; the target is out of reach, so that every run takes them all
+STEPS = 24  # of 256 tokens; the target is out of reach, so that every run takes them all
 
 
 class Untracked:
@@ -62,7 +65,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
     change(
         folder,
-        **{"optim.max_tokens": 256 * STEPS, "checkpoint.interval_steps": 7, "model.dropout": 0.1, "train.threads": 1},
+        **{"optim.max_tokens": 256 * STEPS, "checkpoint.interval_steps": 3, "model.dropout": 0.1, "train.threads": 1},
     )
     shutil.copytree(bpe, folder / "data" / "bpe")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
@@ -81,7 +84,7 @@ def change(folder, **values):
 def workspace(prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
-    monkeypatch.setattr(tracked_run, "Recorder", Untracked)
+    monkeypatch.setattr(tracked, "Recorder", Untracked)
     return tmp_path / "w"
 
 
@@ -108,14 +111,14 @@ def straight(prepared, tmp_path_factory):
     shutil.copytree(prepared, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(tracked_run, "Recorder", Untracked)
+        patch.setattr(tracked, "Recorder", Untracked)
         train()
         return bits()
 
 
 def start(setting="pass"):
     """The stage in a process of its own, without MLflow, after what `setting` does there."""
-    program = f"from tests.test_tracked_run import *\ntracked_run.Recorder = Untracked\n{setting}\nrun_stage(train)"
+    program = f"from tests.integration.test_run import *\ntracked.Recorder = Untracked\n{setting}\nrun_stage(train)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     return subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -129,7 +132,7 @@ def end(process):
 
 
 def n_rows():
-    """Split in the journal of the one run there is, or is to be."""
+    """Records in the journal of the one run there is, or is to be."""
     return sum(path.read_text().count("\n") for path in Path("checkpoints").glob("*/times.jsonl"))
 
 
@@ -140,22 +143,22 @@ def hold_after(step):
 
 def die_in_the_save_of(step, at_call):
     """Have SIGKILL end the process at the `at_call`-th call that touches the disk in the save of `step`, or later."""
-    save = tracked_run.save_checkpoint
+    save = consumers.save_checkpoint
 
     def deadly(folder, saved, *state):
         if saved == step:
             at_nth_call(at_call, lambda: os.kill(os.getpid(), signal.SIGKILL))
         return save(folder, saved, *state)
 
-    tracked_run.save_checkpoint = deadly
+    consumers.save_checkpoint = deadly
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight, chance):  # A1
     change(workspace, **{"checkpoint.interval_steps": 2})  # often, so that each kill finds new ones
     unfinished = 0
-    for n in range(6, 54, 12):  # 8 times: in a step or between two, and in the save of the step after
-        with start(f"hold_after({n + 8})") as process:
+    for n in range(2, 20, 5):  # 8 times: in a step or between two, and in the save of the step after
+        with start(f"hold_after({n + 3})") as process:
             assert wait_until(lambda: n_rows() >= n or process.poll() is not None, 120)  # noqa: B023 (used at once)
             time.sleep(chance.uniform(0, 0.02))  # a moment that nobody chose, which need not be any one in particular
             process.kill()
@@ -183,52 +186,52 @@ class Killed(BaseException):
 
 @pytest.fixture
 def interrupted(workspace, monkeypatch):
-    """The run, killed after step 30: its last checkpoint is that of step 28."""
-    append = tracked_run.Journal.append
+    """The run, killed after step 11: its last checkpoint is that of step 9."""
+    append = Journal.append
 
-    def dying(journal, row, times):
-        append(journal, row, times)
-        if row["step"] == 30:
+    def dying(journal, record):
+        append(journal, record)
+        if record.step == 11:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracked_run.Journal, "append", dying)
+        patch.setattr(Journal, "append", dying)
         with pytest.raises(Killed):
             train()
-    assert checkpoint_steps(run_folder())[0] == 28
+    assert checkpoint_steps(run_folder())[0] == 9
     return workspace
 
 
-def test_after_a_kill_it_goes_on_with_the_same_bits(interrupted, straight, capsys):
+def test_after_a_kill_it_is_resumed_with_the_same_bits(interrupted, straight, capsys):
     train()
-    assert "going on after step 28" in capsys.readouterr().out
+    assert "resumes from step 9 of 24" in capsys.readouterr().out
     assert bits() == straight
     assert json.loads(Path("reports/timing.json").read_text())["resumes"] == 1
 
 
-def no_optimiser(tensors, facts):
-    return {**tensors, "optimizer": {}}, facts
+def no_optimiser(tensors, scalars):
+    return {**tensors, "optimizer": {}}, scalars
 
 
-def one_step_off(tensors, facts):
-    return tensors, {**facts, "step": facts["step"] - 1}
+def one_step_off(tensors, scalars):
+    return tensors, {**scalars, "step": scalars["step"] - 1}
 
 
-def no_rng(tensors, facts):
-    return {**tensors, "rng": {"cpu-0": torch.Generator().manual_seed(5).get_state()}}, facts
+def no_rng(tensors, scalars):
+    return {**tensors, "rng": {"cpu-0": torch.Generator().manual_seed(5).get_state()}}, scalars
 
 
 @pytest.mark.parametrize("mutant", [no_optimiser, one_step_off, no_rng])
 def test_a_restore_that_forgets_something_is_found_out(interrupted, straight, monkeypatch, mutant):  # A2
-    restore = tracked_run.TrainState.restore
-    monkeypatch.setattr(tracked_run.TrainState, "restore", lambda state, *saved: restore(state, *mutant(*saved)))
-    with pytest.raises(IntegrityError, match="came out as"):  # the replay of steps 29 and 30 differs from the journal
+    restore = TrainState.restore
+    monkeypatch.setattr(TrainState, "restore", lambda state, *saved: restore(state, *mutant(*saved)))
+    with pytest.raises(IntegrityError, match="came out as"):  # the replay of steps 10 and 11 differs from the journal
         train()
-    saved = 27 if mutant is one_step_off else 28
+    saved = 8 if mutant is one_step_off else 9
     for path in run_folder().glob("*.jsonl"):  # and where the journal has nothing to compare with
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:saved]))
-    if mutant is one_step_off:  # a journal that ends before the checkpoint is not gone on from
-        with pytest.raises(IntegrityError, match="has 27 rows, the checkpoint is of step 28"):
+    if mutant is one_step_off:  # a journal that ends before the checkpoint is not resumed from
+        with pytest.raises(IntegrityError, match="has 8 records, the checkpoint is of step 9"):
             train()
         return
     train()
@@ -238,7 +241,7 @@ def test_a_restore_that_forgets_something_is_found_out(interrupted, straight, mo
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_says_so(workspace, straight, number, code):  # A8
     process = start()
-    assert wait_until(lambda: n_rows() >= 10 or process.poll() is not None, 120)
+    assert wait_until(lambda: n_rows() >= 5 or process.poll() is not None, 120)
     process.send_signal(number)
     found, said = end(process)
     assert found == code
@@ -252,57 +255,57 @@ def test_a_signal_ends_the_step_saves_and_says_so(workspace, straight, number, c
 
 def at_step(monkeypatch, step, act):
     """Have `act` called once the journal has the row of `step`."""
-    append = tracked_run.Journal.append
+    append = Journal.append
 
-    def acting(journal, row, times):
-        append(journal, row, times)
-        if row["step"] == step:
+    def acting(journal, record):
+        append(journal, record)
+        if record.step == step:
             act()
 
-    monkeypatch.setattr(tracked_run.Journal, "append", acting)
+    monkeypatch.setattr(Journal, "append", acting)
 
 
 def test_a_second_interrupt_during_the_save_stops_at_once(workspace, straight, monkeypatch, interruptible):  # A9
-    save_file = checkpoint._save_file
+    save_file = checkpoint.save_tensors
 
     def interrupted(tensors, path):
         save_file(tensors, path)
-        if "step-00000030" in str(path):
+        if "step-00000011" in str(path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(StopSignals, "SAME_S", 0.0)  # what comes later is a second one
-        at_step(patch, 30, lambda: os.kill(os.getpid(), signal.SIGINT))  # the first
-        patch.setattr(checkpoint, "_save_file", interrupted)
+        at_step(patch, 11, lambda: os.kill(os.getpid(), signal.SIGINT))  # the first
+        patch.setattr(checkpoint, "save_tensors", interrupted)
         assert exit_code_of(train) == 130
-    assert checkpoint_steps(run_folder()) == [28, 21]
+    assert checkpoint_steps(run_folder()) == [9, 6]
     assert not list(run_folder().glob(".*"))
     train()
     assert bits() == straight
 
 
-def test_a_run_on_a_full_disk_ends_with_5_and_goes_on_once_there_is_room(
+def test_a_run_on_a_full_disk_ends_with_5_and_is_resumed_once_there_is_room(
     workspace, straight, monkeypatch, capsys
 ):  # A6
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     small = 50_000  # bytes: room for the journal, not for the weights
     try:
         with monkeypatch.context() as patch:
-            at_step(patch, 10, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, before[1])))
+            at_step(patch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, before[1])))
             assert exit_code_of(train) == 5
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert re.fullmatch(
         r"error: disk full in \S+: [\d,]+ bytes needed, [\d,]+ bytes free, .+\n", capsys.readouterr().err
     )
-    assert checkpoint_steps(run_folder()) == [7]
+    assert checkpoint_steps(run_folder()) == [3]
     assert not list(run_folder().glob(".*"))
     train()
     assert bits() == straight
 
 
 def turn_back_the_clock():
-    """Let each look at the time of day find it an hour earlier; what measures spans goes on as ever."""
+    """Let each call for the time of day find it an hour earlier; what measures durations is left alone."""
     hours, now, now_ns = count(), time.time, time.time_ns
     time.time = lambda: now() - 3600 * next(hours)
     time.time_ns = lambda: now_ns() - 3600 * 10**9 * next(hours)
@@ -321,7 +324,7 @@ def test_locale_clock_and_path_decide_no_bit_and_mlflow_gets_every_row(
     with (folder / "params.yaml").open("a", encoding="utf-8") as params:
         params.write("# Grüße\n")
     monkeypatch.chdir(folder)
-    program = "from tests.test_tracked_run import *\nturn_back_the_clock()\nrun_stage(train)"
+    program = "from tests.integration.test_run import *\nturn_back_the_clock()\nrun_stage(train)"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**kept, "LC_ALL": "C", "TZ": "Pacific/Apia", "PYTHONPATH": python_path, **utf8}
@@ -331,11 +334,11 @@ def test_locale_clock_and_path_decide_no_bit_and_mlflow_gets_every_row(
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
     assert bits() == straight
-    times = Journal(run_folder()).times
-    stamps = [row["logged_ms"] for row in times]
+    records = Journal(run_folder()).records
+    stamps = [record.logged_ms for record in records]
     assert stamps == sorted(stamps, reverse=True), "the control: the clock went back in each step"
     for key in ("train_s", "wall_s"):
-        assert all(0 <= a[key] < b[key] for a, b in pairwise(times))
+        assert all(0 <= getattr(a, key) < getattr(b, key) for a, b in pairwise(records))
     assert json.loads(Path("reports/timing.json").read_text())["tokens_per_s"] > 0
     store = open_store(folder)
     (run,) = store.client.search_runs([store.experiment_id])
@@ -359,7 +362,7 @@ def namespaces():
 
 def on_a_small_disk(left_bytes):
     """In a mount namespace: train on a disk that is too small, on one that fills up in the middle, and once more."""
-    tracked_run.Recorder = Untracked
+    tracked.Recorder = Untracked
     disk = Path("checkpoints")
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)  # a checkpoint has 1.3 MB
@@ -372,7 +375,7 @@ def on_a_small_disk(left_bytes):
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - left_bytes)
 
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 10, fill)
+        at_step(patch, 5, fill)
         codes.append(exit_code_of(train))
     left = [path.name for path in run_folder().iterdir() if path.name.startswith((".", "step-"))]
     (disk / "filler").unlink()
@@ -385,14 +388,14 @@ def on_a_small_disk(left_bytes):
 def test_a_real_small_disk_is_refused_and_a_full_one_costs_nothing(
     workspace, straight, namespaces, left_bytes
 ):  # A6, A7
-    program = f"from tests.test_tracked_run import *\non_a_small_disk({left_bytes})"
+    program = f"from tests.integration.test_run import *\non_a_small_disk({left_bytes})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(["unshare", "-Urm", sys.executable, "-c", program], env=environment, capture_output=True,
                           text=True, timeout=300, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     codes, left, found = json.loads(done.stdout.splitlines()[-1])
     assert codes == [5, 5, 0]
-    assert left == ["step-00000007"]  # intact, and nothing half written beside it
+    assert left == ["step-00000003"]  # intact, and nothing half written beside it
     assert found == straight
     early, late = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert re.search(r"may need [\d,]+ bytes of disk in \S+checkpoints\S*, [\d,]+ bytes are free: make room", early)
@@ -411,13 +414,13 @@ def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step(workspace
         assert not n_rows()
         assert not list(Path("checkpoints").rglob("step-*"))
         assert not Path("models").exists()
-        at_step(patch, 30, die)
+        at_step(patch, 11, die)
         patch.setattr(shutil, "disk_usage", lambda place: usage)
         with pytest.raises(Killed):
             train()
         patch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
         assert exit_code_of(train) == 5  # what is held is not enough
-        assert n_rows() == 30
+        assert n_rows() == 11
     train()
     assert bits() == straight
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
@@ -429,8 +432,8 @@ def test_a_batch_too_large_for_memory_is_refused_before_anything_is_made(workspa
     assert exit_code_of(train) == 5
     said = capsys.readouterr().err
     assert re.fullmatch(
-        r"error: windows\.batch 100000000 of windows\.length 64 needs [\d,.]+ GB of memory, [\d,.]+ GB are free: "
-        r"make windows\.batch smaller .+\n", said)  # fmt: skip
+        r"error: windows\.micro_batch_size 100000000 of windows\.seq_len 64 needs [\d,.]+ GB of memory, "
+        r"[\d,.]+ GB are free: make windows\.micro_batch_size smaller .+\n", said)  # fmt: skip
     assert not Path("checkpoints").exists()
 
 
@@ -463,20 +466,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(
 ):  # A12
     ends = []
     monkeypatch.setattr(Untracked, "__exit__", lambda self, kind, error, trace: ends.append(ending(error)["status"]))
-    forward = tracked_run.TrainState.__post_init__
+    forward = TrainState.__post_init__
 
     def poisoned(state):
         forward(state)
         calls = iter(range(10**6))
         loss = state.model.loss
-        state.model.loss = lambda *batch: loss(*batch) * (float(poison) if next(calls) == 39 else 1)
+        state.model.loss = lambda *batch: loss(*batch) * (float(poison) if next(calls) == 15 else 1)
 
-    monkeypatch.setattr(tracked_run.TrainState, "__post_init__", poisoned)
+    monkeypatch.setattr(TrainState, "__post_init__", poisoned)
     assert exit_code_of(train) == 4
-    assert re.fullmatch(rf"error: loss is {poison} at step 40, lr 0\.00\d+.*\n", capsys.readouterr().err)
-    assert checkpoint_steps(run_folder())[0] == 35
-    assert load_checkpoint(run_folder(), 35)[1]["step"] == 35
-    assert len(read_steps(run_folder() / "steps.jsonl")) == 39  # what did not happen has no row
+    assert re.fullmatch(rf"error: loss is {poison} at step 16, lr 0\.00\d+.*\n", capsys.readouterr().err)
+    assert checkpoint_steps(run_folder())[0] == 15
+    assert load_checkpoint(run_folder(), 15)[1]["step"] == 15
+    assert len(read_steps(run_folder() / "steps.jsonl")) == 15  # what did not happen has no row
     assert ends == ["FAILED"]
 
 
@@ -494,8 +497,8 @@ def test_changed_parameters_are_another_run_and_named(interrupted, capsys, key, 
     change(interrupted, **{key: value})
     train()
     said = capsys.readouterr().out
-    assert "going on" not in said
-    assert f"a new run, not the last one's ({run_folder_of_step(28)}): {key}" in said
+    assert "resumes from" not in said
+    assert f"a new run, not the last one's ({run_folder_of_step(9)}): {key}" in said
 
 
 def run_folder_of_step(step):
@@ -508,21 +511,21 @@ def test_changed_data_are_another_run_and_named(interrupted, capsys, tokenizer, 
     train()
     said = capsys.readouterr().out
     assert re.search(r"a new run, not the last one's .*: data_sha256 ", said)
-    assert "going on" not in said
+    assert "resumes from" not in said
 
 
-def test_another_number_of_threads_starts_anew_and_keeps_the_old(interrupted, capsys, monkeypatch):  # A13
-    monkeypatch.setattr(tracked_run, "prepare_machine", lambda *given: MACHINE(*given)._replace(threads=77))
+def test_other_threads_start_from_step_0_and_keep_the_old_checkpoints(interrupted, capsys, monkeypatch):  # A13
+    monkeypatch.setattr(tracked, "prepare_machine", lambda *given: MACHINE(*given)._replace(threads=77))
     old = sha256_json([sha256_file(path) for path in sorted(run_folder().glob("step-*/*"))])
     train()
     said = capsys.readouterr().out
-    assert "starting anew: threads" in said
-    assert "-> 77" in said
+    assert "environment changed (threads" in said
+    assert "-> 77): starting from step 0. Old checkpoints are in" in said
     kept = next(path for path in Path("checkpoints").iterdir() if path.suffix == ".1")
     assert sha256_json([sha256_file(path) for path in sorted(kept.glob("step-*/*"))]) == old
 
 
-MACHINE = tracked_run.prepare_machine
+MACHINE = tracked.prepare_machine
 
 
 def test_a_finished_run_takes_no_step_more(workspace, straight, capsys):  # A16
@@ -534,20 +537,20 @@ def test_a_finished_run_takes_no_step_more(workspace, straight, capsys):  # A16
     assert bits() == before == straight
 
 
-def test_the_model_of_the_best_look_is_kept_though_training_went_on(workspace, monkeypatch):
+def test_the_model_of_the_best_step_is_kept_though_training_went_on(workspace, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5] + [5.0] * 100)
-    monkeypatch.setattr(tracked_run, "corpus_loss", lambda *_, **__: next(losses))
-    change(workspace, **{"target.eval_interval": 11})
+    monkeypatch.setattr(consumers, "corpus_loss", lambda *_, **__: next(losses))
+    change(workspace, **{"target.eval_interval": 4})
     train()
-    assert json.loads(Path("models/run.json").read_text())["results"]["model_step"] == 22
-    assert 22 in checkpoint_steps(run_folder())
+    assert json.loads(Path("models/run.json").read_text())["results"]["model_step"] == 8
+    assert 8 in checkpoint_steps(run_folder())
 
 
 @pytest.fixture
 def held_out(workspace, tokenizer, shakespeare):
-    """The run looks at a held-out text every five steps, and ends after three looks in vain."""
+    """A held-out text is evaluated every second step; three evaluations without a lower loss end the run."""
     write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.01, val_fraction=0.2)
-    change(workspace, **{"target.rule": "validation", "target.eval_interval": 5, "target.early_stopping_patience": 3})
+    change(workspace, **{"target.rule": "validation", "target.eval_interval": 2, "target.early_stopping_patience": 3})
 
 
 def test_a_run_out_of_patience_ends_and_keeps_the_model_that_was_best_on_the_held_out_text(
@@ -558,15 +561,15 @@ def test_a_run_out_of_patience_ends_and_keeps_the_model_that_was_best_on_the_hel
     def held_out_loss(model, text, *_, **__):
         return next(losses) if text.size < 1500 else 1.0
 
-    monkeypatch.setattr(tracked_run, "corpus_loss", held_out_loss)
+    monkeypatch.setattr(consumers, "corpus_loss", held_out_loss)
     train()
     results = json.loads(Path("models/run.json").read_text())["results"]
-    assert (results["steps"], results["model_step"], results["corpus_loss"]) == (35, 20, 1.0)
-    assert "the last 3 looks at the held-out text found no lower loss" in capsys.readouterr().out
+    assert (results["steps"], results["model_step"], results["corpus_loss"]) == (14, 8, 1.0)
+    assert "the last 3 evaluations found no lower validation loss" in capsys.readouterr().out
     rows = read_steps(Path("models/steps.jsonl"))
-    assert list(rows["validation_loss"].dropna().index) == [5, 10, 15, 20, 25, 30, 35]
-    assert list(rows["corpus_loss"].dropna().index) == [5, 10, 20, 35]  # where the model may be kept, and at the end
-    kept = load_checkpoint(run_folder(), 20)[0]["weights"]["wpe.weight"]
+    assert list(rows["validation_loss"].dropna().index) == [2, 4, 6, 8, 10, 12, 14]
+    assert list(rows["corpus_loss"].dropna().index) == [2, 4, 8, 14]  # where the model may be kept, and at the end
+    kept = load_checkpoint(run_folder(), 8)[0]["weights"]["wpe.weight"]
     assert torch.equal(load_model(Path("models/model")).wpe.weight, kept)
 
 
@@ -581,7 +584,7 @@ def test_patience_survives_a_kill(held_out, monkeypatch):
     assert steps < STEPS
     shutil.rmtree("checkpoints")
     with monkeypatch.context() as patch:
-        at_step(patch, steps - 4, die)  # between two looks in vain
+        at_step(patch, steps - 1, die)  # between two evaluations without a lower loss
         with pytest.raises(Killed):
             train()
     train()
@@ -602,6 +605,46 @@ def test_contradictions_between_sections_are_found_before_anything_is_opened(wor
     with pytest.raises(InputError, match=r"warmup 61 .*take 61 steps, the run has \d+; windows.seq_len 65 is longer"):
         train()
     assert not Path("checkpoints").exists()
+
+
+class Toy(torch.optim.SGD):
+    """An optimiser from outside, whose state is of two slots."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p] = self.state[p] or {"step": torch.zeros(()), "mean": torch.zeros_like(p)}
+                state["step"] += 1
+                state["mean"].lerp_(p.grad, 1 / float(state["step"]))
+                p.data.add_(state["mean"], alpha=-group["lr"])
+
+
+def test_an_optimiser_that_is_added_to_the_table_is_resumed_with_the_same_bits(workspace, monkeypatch):
+    entry = Optimiser(lambda model, config, precision: [Toy(model.parameters(), config.lr)], (("step", "mean"),))
+    monkeypatch.setitem(OPTIMIZERS, "toy", entry)
+    change(workspace, **{"optim.name": "toy"})
+    train()
+    straight = bits()
+    shutil.rmtree("checkpoints")
+    with monkeypatch.context() as patch:
+        at_step(patch, 11, die)
+        with pytest.raises(Killed):
+            train()
+    monkeypatch.setitem(OPTIMIZERS, "toy", entry._replace(slots=(("step", "median"),)))
+    with pytest.raises(IntegrityError, match=r"no checkpoint in .* is intact"):  # a state that lacks a slot is refused
+        train()
+    monkeypatch.setitem(OPTIMIZERS, "toy", entry)
+    train()
+    assert bits() == straight
+
+
+def test_a_rule_that_is_added_to_the_table_ends_the_run(workspace, monkeypatch):
+    rule = Rule(lambda records, config: records[-1].step == 5, description="the fifth step")
+    monkeypatch.setitem(RULES, "fifth", rule)
+    change(workspace, **{"target.rule": "fifth"})
+    train()
+    results = json.loads(Path("models/run.json").read_text())["results"]
+    assert (results["steps"], results["rule"], results["to_target"]["fifth"]["steps"]) == (5, "fifth", 5)
 
 
 def test_the_committed_params_are_a_run():

@@ -19,10 +19,10 @@ from pipeline.ops.stale_runs import examine_journals, examine_running
 from pipeline.sweep.mlflow_run import open_study_run
 from pipeline.system.errors import Interrupted, RunLocked
 from pipeline.system.files import locked, write_json, write_text
+from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, TIMES, Journal
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import RECORDER_LOCK
-from pipeline.training.checkpoint import IDENTITY
 
 PARAMS = {  # of a run of 20 steps of 8 tokens
     "target": {"loss": 0.01, "rule": "corpus", "average_steps": 100, "eval_interval": None, "early_stopping_patience": None},

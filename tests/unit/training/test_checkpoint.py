@@ -55,9 +55,9 @@ def three(tmp_path):
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     exact = torch.tensor([0.1, -0.0, 1e-45])
     save_checkpoint(tmp_path, 7, {"weights": {"w": exact}, "optimizer": {}}, {"step": 7, "loss_scale": 1.0})
-    tensors, facts = load_checkpoint(tmp_path, 7)
+    tensors, scalars = load_checkpoint(tmp_path, 7)
     assert tensors["weights"]["w"].numpy().tobytes() == exact.numpy().tobytes()
-    assert facts == {"step": 7, "loss_scale": 1.0}
+    assert scalars == {"step": 7, "loss_scale": 1.0}
 
 
 CALLS = [
@@ -231,12 +231,12 @@ def trained(tmp_path_factory):
     state = fresh_state(CONFIG, VOCABULARY, run.optim, run.train, machine)
     folder = tmp_path_factory.mktemp("trained")
     for record in train_steps(state, steps_of(1, text, windows, 1), 2, run.optim, machine):
-        save_checkpoint(folder, record.step, state.tensors(), state.facts())
-    return state, folder
+        save_checkpoint(folder, record.step, state.tensors(), state.scalars())
+    return state, folder, run.optim
 
 
 NAMES = ["weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
-FACTS = st.dictionaries(
+SCALARS = st.dictionaries(
     st.sampled_from(["step", "tokens", "loss_scale", "good_steps", "x"]),
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers(), max_size=2),
 ).map(json.dumps).map(str.encode)  # fmt: skip
@@ -265,8 +265,8 @@ def other_tensors(draw, folder):
 
 
 def newest(trained, folder):
-    state, _ = trained
-    return newest_valid(folder, require=lambda *read: require_state(*read, state))
+    state, _, optim = trained
+    return newest_valid(folder, require=lambda *read: require_state(*read, state, optim))
 
 
 @pytest.mark.security
@@ -283,15 +283,15 @@ def test_any_content_of_a_checkpoint_is_refused_by_name_and_passed_over(trained,
         if name == "rng.safetensors" and "cpu-0" in tensors and tensors["cpu-0"].shape == (5056,):
             return  # beside this process's numbers there may be others, of more processes
     else:
-        path.write_bytes(data.draw(st.binary(max_size=40) | FACTS | HUGE_HEADERS))
+        path.write_bytes(data.draw(st.binary(max_size=40) | SCALARS | HUGE_HEADERS))
     if agrees:
         write_manifest_anew(path.parent)
-    tensors, facts = newest(trained, folder)
+    tensors, scalars = newest(trained, folder)
     warned = capsys.readouterr().err
-    assert facts["step"] == 1
+    assert scalars["step"] == 1
     assert path.name in warned
     assert "falling back to the checkpoint before" in warned
-    trained[0].restore(tensors, facts)
+    trained[0].restore(tensors, scalars)
 
 
 def test_what_was_saved_is_never_refused(trained):
@@ -299,13 +299,13 @@ def test_what_was_saved_is_never_refused(trained):
 
 
 @pytest.mark.security
-@pytest.mark.parametrize("facts", [
+@pytest.mark.parametrize("scalars", [
     {"step": 1}, {"tokens": "16"}, {"loss_scale": 0.0}, {"loss_scale": float("nan")}, {"good_steps": True}, {"x": 1}
 ])  # fmt: skip
-def test_a_state_of_another_step_or_type_is_passed_over(trained, tmp_path, capsys, facts):  # A5
+def test_a_state_of_another_step_or_type_is_passed_over(trained, tmp_path, capsys, scalars):  # A5
     shutil.copytree(trained[1], folder := tmp_path / "run")
     path = folder / "step-00000002" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    path.write_text(json.dumps(json.loads(path.read_text()) | scalars))
     write_manifest_anew(path.parent)
     assert newest(trained, folder)[1]["step"] == 1
     assert "state.json is not the state after that step" in capsys.readouterr().err

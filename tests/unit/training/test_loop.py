@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import DivergedError
+from pipeline.tracking.journal import STEPS
 from pipeline.training import loop as train
 from pipeline.training.loop import fresh_state, train_steps
 
@@ -71,7 +73,7 @@ def test_the_same_seed_gives_the_same_bits():
     runs = []
     for _ in range(2):
         loop = Loop(dropout=0.1)  # seeds the global stream, which dropout draws from
-        runs.append(([record._replace(step_s=0) for record in loop], loop.weights()))
+        runs.append(([replace(record, step_s=0) for record in loop], loop.weights()))
     assert runs[0][0] == runs[1][0]
     assert equal(runs[0][1], runs[1][1])
 
@@ -92,8 +94,8 @@ def test_a_restored_state_goes_on_with_the_same_bits(kind, dropout):
     list(islice(interrupted, 7))
     saved = {stem: {k: v.clone() for k, v in group.items()} for stem, group in interrupted.state.tensors().items()}
     resumed = Loop(name=kind, dropout=dropout)
-    resumed.state.restore(saved, interrupted.state.facts())
-    assert [r._replace(step_s=0) for r in resumed] == [r._replace(step_s=0) for r in records[7:]]
+    resumed.state.restore(saved, interrupted.state.scalars())
+    assert [r.row(STEPS) for r in resumed] == [r.row(STEPS) for r in records[7:]]
     assert equal(straight.weights(), resumed.weights())
 
 

@@ -8,15 +8,11 @@ from pipeline.config.params import load_params
 from pipeline.config.sections import ModelConfig, OptimConfig, WindowsConfig, steps_in
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
-from pipeline.training.optim import (
-    POLYNOMIALS,
-    Muon,
-    build_optimizers,
-    finish_gradients,
-    lr_factor,
-    orthogonalise,
-    set_lr,
-)
+from pipeline.system.errors import InputError
+from pipeline.training.config import RunConfig
+from pipeline.training.gradients import finish_gradients
+from pipeline.training.muon import POLYNOMIALS, Muon, orthogonalise
+from pipeline.training.optim import build_optimizers, lr_factor, set_lr
 
 CONVERGENT = (1.875, -1.25, 0.375)  # whose repetition brings every singular value to 1
 
@@ -103,8 +99,15 @@ def test_what_cannot_be_is_refused(changes):
         config(**changes)
 
 
+def test_an_optimiser_that_is_not_in_the_table_is_refused_with_those_that_are():
+    params = load_params()
+    params.values["optim"]["name"] = "lion"
+    with pytest.raises(InputError, match=r"^params.yaml: optim.name: unknown value 'lion' \(known: muon, adamw\)$"):
+        RunConfig.of(params)
+
+
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest(model):
-    adamw, muon = build_optimizers(model, config(name="muon"))
+    adamw, muon = build_optimizers(model, config(name="muon"), torch.float32)
     by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
     by_adamw = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert by_muon == {id(p) for name, p in model.h.named_parameters() if p.ndim == 2}
@@ -113,7 +116,7 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest(model):
 
 
 def test_only_matrices_decay(model):
-    (adamw,) = build_optimizers(model, config(name="adamw", weight_decay=0.1))
+    (adamw,) = build_optimizers(model, config(name="adamw", weight_decay=0.1), torch.float32)
     assert {(group["weight_decay"], p.ndim >= 2) for group in adamw.param_groups for p in group["params"]} == {
         (0.1, True),
         (0.0, False),
@@ -121,7 +124,7 @@ def test_only_matrices_decay(model):
 
 
 def test_each_group_follows_its_own_peak(model):
-    optimizers = build_optimizers(model, config(name="muon", lr=0.002, muon_lr=0.01))
+    optimizers = build_optimizers(model, config(name="muon", lr=0.002, muon_lr=0.01), torch.float32)
     set_lr(optimizers, 0.5)
     assert [group["lr"] for o in optimizers for group in o.param_groups] == pytest.approx(
         [0.001] * 2 + [0.005] * 4  # matrices and vectors; the four matrices of a block
@@ -172,7 +175,7 @@ def test_orthogonalising_in_bf16_is_as_near_to_the_truth_as_the_plain_order(shap
 
 
 def test_only_the_fused_matrix_is_taken_apart(model):
-    _, muon = build_optimizers(model, config(name="muon"))
+    _, muon = build_optimizers(model, config(name="muon"), torch.float32)
     assert {tuple(group["params"][0].shape): group["pieces"] for group in muon.param_groups} == {
         (48, 16): 3, (16, 16): 1, (64, 16): 1, (16, 64): 1,
     }  # fmt: skip

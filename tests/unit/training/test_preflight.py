@@ -61,7 +61,7 @@ def test_what_is_foretold_is_what_a_real_forward_pass_keeps(monkeypatch):
     assert step_bytes(*settings()) == pytest.approx(4 * weights + kept + logits, rel=0.01)
 
 
-# two steps and a look at BATCH_TOKENS tokens, after as much of a toy, which brings in what the libraries take
+# two steps and an evaluation of BATCH_TOKENS tokens, after as much of a toy, which brings in what the libraries take
 IN_A_PROCESS = """
 import resource
 from dataclasses import replace
@@ -112,11 +112,11 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputing_and_with_muon(
     assert step_bytes(*settings(batch=64, kind="muon")) < plain
 
 
-def test_a_look_at_the_whole_text_counts_beside_a_step_on_a_cpu_which_keeps_what_is_freed():
+def test_an_evaluation_counts_beside_a_step_on_a_cpu_which_keeps_what_is_freed():
     config, _, machine = settings(batch=1)
     folded, full = (step_bytes(config, v, machine) for v in (VOCABULARY, Vocabulary.full(50257)))
-    look, rows, step = (n * (50257 - VOCABULARY.n_rows) for n in (8 * 8192, 5 * 4 * 64, 10 * 32))
-    assert full - folded == look + rows + step
+    evaluation, weights, step = (n * (50257 - VOCABULARY.n_rows) for n in (8 * 8192, 5 * 4 * 64, 10 * 32))
+    assert full - folded == evaluation + weights + step
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatch):  # A14
@@ -143,7 +143,7 @@ def test_a_checkpoint_and_a_model_take_as_much_disk_as_is_foretold_and_never_mor
     text = Split(Tokens("text", [np.arange(200, dtype=np.uint16)], 50257), VOCABULARY, MACHINE.device)
     state = fresh_state(config.model, VOCABULARY, config.optim, config.train, MACHINE)
     next(train_steps(state, steps_of(1, text, config.windows, 1), 1, config.optim, MACHINE))
-    checkpoint = bytes_in(save_checkpoint(tmp_path, 1, state.tensors(), state.facts()))
+    checkpoint = bytes_in(save_checkpoint(tmp_path, 1, state.tensors(), state.scalars()))
     save_model(tmp_path / "model", state.model, bpe)
     foretold, model = saved_bytes(config, VOCABULARY)
     assert checkpoint <= foretold < 1.03 * checkpoint  # a larger model comes nearer: its headers are as small

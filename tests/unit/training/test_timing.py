@@ -4,6 +4,7 @@ import torch
 
 from pipeline.config.sections import ModelConfig
 from pipeline.system.device import Machine
+from pipeline.tracking.journal import StepRecord
 from pipeline.training.results import flops_per_token, time_report, utilisation
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, dropout=0.0, fold_vocab=False)
@@ -24,9 +25,11 @@ def test_an_unknown_device_is_unknown():
 
 
 def test_a_report_has_the_seconds_to_each_rule():
-    steps = [{"step": i, "tokens": 100 * i} for i in (1, 2)]
-    times = [{"step": i, "train_s": 2.0 * i, "wall_s": 3.0 * i, "memory_bytes": 9 - i} for i in (1, 2)]
-    report = time_report(steps, times, {"batch": 1, "corpus": None}, "unknown", 0)
+    records = [
+        StepRecord(i, 100 * i, loss=1, grad_norm=1, lr=1, train_s=2.0 * i, wall_s=3.0 * i, memory_bytes=9 - i)
+        for i in (1, 2)
+    ]
+    report = time_report(records, {"batch": 1, "corpus": None}, "unknown", 0)
     assert report["tokens_per_s"] == 50.0
     assert report["peak_memory_bytes"] == 8
     assert report["to_target"] == {"batch": {"train_s": 2.0, "wall_s": 3.0}, "corpus": None}

@@ -1,0 +1,81 @@
+"""What happens after each step of a run: evaluation, journal, samples, checkpoints."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from pipeline.data.batches import Split
+from pipeline.model.evaluate import corpus_loss
+from pipeline.model.generator import Generator
+from pipeline.model.sampling import Sampling
+from pipeline.system.files import write_text
+from pipeline.system.signals import StopSignals, interrupted
+from pipeline.tracking.journal import StepRecord
+from pipeline.training.checkpoint import keep_newest, save_checkpoint
+from pipeline.training.run import Run
+from pipeline.training.target import best_step, evaluation_is_due, needs_corpus_loss
+
+Consumer = Callable[[StepRecord], None]  # is called after each step; what it raises ends the run there
+
+
+def consumers_of(run: Run, stop: StopSignals, *others: Consumer) -> list[Consumer]:
+    """The consumers of evaluated records in their order; a signal stops the run after the last one."""
+    return [run.log, partial(sample, run), *others, Checkpoints(run, stop).save]
+
+
+def evaluate(run: Run, record: StepRecord) -> None:
+    """Measure the losses of whole texts where they may decide something, and after the last step."""
+    target, held_out = run.config.target, run.text.validation
+
+    def loss_on(part: Split) -> float:
+        length, autocast = run.config.windows.seq_len, run.machine.autocast()
+        return corpus_loss(run.state.model, part, length, autocast, world=run.world)
+
+    if run.finished or evaluation_is_due(run.records, run.steps_per_epoch, held_out is not None, target):
+        run.state.model.eval()
+        if held_out is not None:
+            record.validation_loss = loss_on(held_out)
+        if run.finished or needs_corpus_loss(run.records, target):
+            record.corpus_loss = loss_on(run.text.train)
+
+
+def sample(run: Run, record: StepRecord) -> None:
+    """Let the model continue fixed prompts, into the folder from which MLflow gets them."""
+    config = run.config.samples
+    if not run.finished and (config.interval_steps == 0 or record.step % config.interval_steps):
+        return
+    model = run.state.whole_model()
+    if model is None or not run.world.is_main:
+        return
+    generator = Generator(model, run.text.tokenizer, precision=run.machine.precision)
+    greedy = Sampling(max_tokens=config.max_tokens, temperature=0)
+    texts = [generator.text(prompt, greedy) for prompt in config.prompts]
+    write_text(run.folder / "samples" / f"step-{record.step:06d}.txt", "\n\n---\n\n".join(texts) + "\n")
+
+
+class Checkpoints:
+    """Saves every so many steps or seconds, at the best step, after a signal and at the end.
+
+    Rank 0's clock is the world's, and a signal that any of its processes received is for all.
+    """
+
+    def __init__(self, run: Run, stop: StopSignals) -> None:
+        self.run, self.stop = run, stop
+        self._saved = time.perf_counter()
+
+    def save(self, record: StepRecord) -> None:
+        """Save where it is due. Raises Interrupted after a signal, unless the run is finished."""
+        run, config = self.run, self.run.config.checkpoint
+        best = best_step(run.records, run.config.target)
+        is_due = config.interval_steps and record.step % config.interval_steps == 0
+        is_late = run.world.is_main and time.perf_counter() - self._saved >= config.interval_s
+        signal, any_late = run.world.largest(self.stop.received or 0, is_late)
+        if is_due or any_late or signal or run.finished or best == record.step:
+            tensors = run.state.tensors()
+            if run.journal:
+                run.journal.sync()
+                save_checkpoint(run.folder, record.step, tensors, run.state.scalars())
+                keep_newest(run.folder, 2, also=best)
+            self._saved = time.perf_counter()
+        if signal and not run.finished:
+            raise interrupted(signal, f"at step {record.step} of {run.max_steps}, all saved in {run.folder}")

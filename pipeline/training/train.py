@@ -1,0 +1,81 @@
+"""Train one run with all that consumes its records, until its target is met or its budget is spent."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.config.params import Params
+from pipeline.data.batches import TrainingData
+from pipeline.system.device import Machine, prepare_machine
+from pipeline.system.distributed import joined, world_here
+from pipeline.system.errors import InputError
+from pipeline.system.signals import StopSignals
+from pipeline.tracking.mlflow_store import project_root
+from pipeline.tracking.recorder import OWNER_PID, Recorder
+from pipeline.training.config import RunConfig
+from pipeline.training.consumers import Consumer, consumers_of, evaluate
+from pipeline.training.progress import Progress
+from pipeline.training.results import write_results
+from pipeline.training.run import Run, open_run
+
+
+def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic: bool = False) -> None:
+    """Train as `params` say on `data`/tokens; write the model, run.json and the journal to `models`, times to `timing`.
+
+    An `elastic` run resumes from checkpoints of another environment, and says that it is not exact. Raises Interrupted
+    after a signal, everything saved; DivergedError where the loss is not finite; RunLocked where another process trains
+    the same run; PeerLost where one of the processes of this training is gone.
+    """
+    config, world = RunConfig.of(params), world_here()
+    if (batch := config.windows.micro_batch_size) % world.size:
+        raise InputError(
+            f"{world.size} processes do not divide windows.micro_batch_size {batch} evenly: change one of them"
+        )
+    with joined(world):
+        machine = prepare_machine(config.train, config.flops, world)
+        text = read_data(config, machine, data)
+        root = project_root()
+        with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", models, elastic) as run:
+            if run.finished:
+                print(f"the run is finished, at step {run.state.step}: nothing to train")
+            elif run.state.step == 0 and world.is_main:
+                run.print_changes()
+            if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may lack its end
+                with _tracked(run, root, config.origin(params)) as consumers:
+                    if not run.finished:
+                        follow(run, stop, *consumers)
+            write_results(run, models, data / "bpe", timing)
+
+
+def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
+    """Read what a run learns from `data`. Raises InputError where nothing is held out and the target needs it."""
+    model = config.model
+    text = TrainingData.read(
+        data / "tokens", data / "bpe", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
+    )
+    if text.validation is None and (need := config.needs_held_out):
+        raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
+    return text
+
+
+def follow(run: Run, stop: StopSignals, *others: Consumer) -> None:
+    """Take the run's steps until it is finished; each is evaluated where that is due, and given to all consumers."""
+    run.note_resume()
+    consumers = consumers_of(run, stop, *others)
+    for record in run.steps():
+        evaluate(run, record)
+        for consume in consumers:
+            consume(record)
+        if run.finished:
+            break
+
+
+@contextmanager
+def _tracked(run: Run, root: Path, tags: dict[str, str]) -> Iterator[list[Consumer]]:
+    """While MLflow is kept up to date, the consumers that show the run; rank 0 alone has them."""
+    if not run.world.is_main:
+        yield []
+        return
+    progress = Progress(run.state.step, run.state.tokens, run.max_steps, run.config.target.loss)
+    with Recorder(root, run.folder, dict(run.identity), tags), progress:
+        yield [progress.show]
