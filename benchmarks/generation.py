@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="how many each sequence is continued by")
     parser.add_argument("--json", type=Path, help="where to write the figures as well")
     arguments = parser.parse_args()
-    machine, tokenizer = prepare_machine(load_params().section(TrainConfig)), load_tokenizer(Path("data/bpe"))
+    machine, tokenizer = prepare_machine(load_params().section(TrainConfig)), load_tokenizer(Path("data/tokenizer"))
     report: dict[str, Any] = {"machine": machine_name(), "torch": torch.__version__, "tokens": arguments.tokens}
     print(f"GPT-2 124M on {report['machine']}, torch {report['torch']}, {machine.precision}, "
           f"{arguments.tokens} tokens, median of {arguments.rounds} rounds")  # fmt: skip

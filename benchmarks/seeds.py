@@ -99,7 +99,7 @@ def whole_run(recipe: str, seed: int) -> None:
             progress = Progress(run.state.step, run.state.tokens, run.max_steps, config.target.loss)
             with progress:
                 follow(run, stop, progress.show)
-        write_results(run, models, folder / "data" / "bpe", timing)
+        write_results(run, models, folder / "data" / "tokenizer", timing)
     steps, times = read_steps(models / STEPS), read_steps(models / TIMES)
     results, rule = read_json(models / "run.json")["results"], config.target.rule
     looks = {

@@ -1,4 +1,9 @@
-"""seeds_figure: what seeds.json holds, and the published points -> a table, and a picture of ours over theirs."""
+"""Print and draw what benchmarks/results/seeds.json holds beside the published curves, and the present model's run.
+
+    python -m benchmarks.seeds_figure
+
+draws the run of models/ among the published curves, into docs/published.png. `benchmarks.seeds` does the rest.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +13,40 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.report.figures import PUBLISHED
-from pipeline.report.style import BLACK, GREY, RED, house_style, log_scale, plain_numbers, save_png
+from pipeline.report.figures import RunReport
+from pipeline.report.style import (
+    BLACK,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    counted,
+    house_style,
+    level,
+    line,
+    log_scale,
+    plain_numbers,
+    save_png,
+    short,
+)
+from pipeline.system.entrypoint import run_stage
 
+ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "published"
+PUBLISHED = {  # each run's colour and, in tokens and loss, the place of its name
+    "seed-000": (SKY, 1_200_000, 3.2),
+    "seed-001": (ORANGE, 80_000, 0.6),
+    "seed-002": (GREEN, 8_500_000, 0.07),
+    "seed-003": (PINK, 110_000, 13.0),
+    "seed-004": (GREY, 3_400_000, 0.6),
+}
+PUBLISHED_NOTE = """\
+Published runs: losses of single steps as printed, 124M parameters (seed-001: 6 layers,
+384 wide), the whole of Tiny Shakespeare. seed-001's are times 4, as it printed them divided by its 4 accumulated
+batches; it passes 0.1 before it has read the text once, so on a few windows that it sees again and again. Of seed-002
+only the last steps are known."""
 SHAPES = {
     "seed-000": "124M, 16 x 128, constant rate",
     "seed-001": "6 x 384, 8 x 128 x 4, validation",
@@ -20,13 +55,13 @@ SHAPES = {
     "seed-004": "124M, 16 x 128, one cycle",
 }
 NOTE = """\
-In colour: published, losses of single steps as printed; seed-001's stand times 4, as it printed them divided by 4;
+In colour: published, losses of single steps as printed; seed-001's are times 4, as it printed them divided by 4;
 dotted: on held-out text. Black, thin: first steps of ours, a line for each seed. Black, thick: a whole run; red,
 dotted: on held-out text. Last panel: how far each seed of ours is from the published losses, in their colours."""
 
 
 def published(name: str) -> pd.DataFrame:
-    """A system's points; `step` counts from 1, as ours do."""
+    """A system's points; `step` counts from 1, as ours does."""
     points = pd.read_csv(HERE / f"{name}.csv")
     return points.assign(step=points["step"] + 1)
 
@@ -58,6 +93,29 @@ def print_table(results: dict[str, Any]) -> None:
             losses = ", ".join(f"{rule} {loss:.4g}" for rule, loss in run["losses"].items())
             print(f"\n{name}, seed {seed}, to its rule {run['rule']}: {run['steps']:,} steps, {run['tokens']:,} tokens,"
                   f" {run['train_s']:,.0f} s on {run['machine']}; losses at the end: {losses}")  # fmt: skip
+
+
+@house_style()
+def published_figure(report: RunReport) -> Figure:
+    """The run's mean loss over tokens against the losses that other projects printed."""
+    run, steps = report.run, report.steps
+    figure = Figure(figsize=(8, 5.2))
+    axes = figure.subplots()
+    for name, (colour, tokens, loss) in PUBLISHED.items():
+        points = published(name)
+        axes.plot(points["tokens"], points["loss"], **line(points, colour, 1.5))
+        axes.annotate(name, (tokens, loss), color=colour, ha="center", va="center")
+    mean = steps["loss"].rolling(report.mean_steps, min_periods=1).mean()
+    axes.plot(steps["tokens"], mean, **line(steps, BLACK, 3))
+    log_scale(axes)
+    axes.set(xscale="log", xlabel="tokens seen", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    level(axes, run["results"]["target_loss"], f"target {run['results']['target_loss']:g}")
+    text = f"a text of {short(run['results']['train_tokens'])} tokens"
+    axes.set_title(f"This run (black): {short(run['n_params'])} parameters, {text}")
+    note = f"This run: mean of {counted(report.mean_steps, 'step')}. {PUBLISHED_NOTE}"
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=GREY)
+    return figure
 
 
 @house_style()
@@ -104,3 +162,12 @@ def _differences(axes: Axes, results: dict[str, Any]) -> None:
     limit = max(0.05, *(abs(np.array(axes.get_ylim()))))
     axes.set(ylim=(-limit, limit), xlabel="step", ylabel="nats per token")
     axes.set_title("Ours less the published, but for seed-001", fontsize=9.5)
+
+
+def main() -> None:
+    report = RunReport.read(ROOT / "models", ROOT / "reports")
+    save_png(published_figure(report), ROOT / "docs" / "published.png")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -36,7 +36,7 @@ from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.files import write_json
 
-BPE = Path("data/bpe").absolute()
+BPE = Path("data/tokenizer").absolute()
 RESULTS = Path("benchmarks/results/tokenizing.json")
 LOOK_S = 0.2
 

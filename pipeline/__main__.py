@@ -1,108 +1,95 @@
-"""The command line: `python -m pipeline --help`."""
+"""The command line: `python -m pipeline`, or `totarget` where the project is installed.
+
+Each command imports what it needs itself, so that the quick ones start without torch and MLflow.
+"""
 
 import argparse
 import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.config.params import load_params
-from pipeline.config.recipes import apply_recipe, as_set, list_recipes
-from pipeline.config.sections import CorpusConfig, RegistryConfig, SweepConfig
-from pipeline.data.corpus import verify_corpus
-from pipeline.data.encode import Task, encode_shards
-from pipeline.data.tokenizer import load_tokenizer
-from pipeline.model.generator import load_generator
-from pipeline.model.sampling import Sampling
-from pipeline.ops.chat import converse, show
-from pipeline.ops.checks import params_faults
-from pipeline.ops.doctor import examine
-from pipeline.registry import catalog, promotion
-from pipeline.registry.catalog import CHAMPION
-from pipeline.registry.reproduce import retrain
-from pipeline.sweep.search_space import overridden
-from pipeline.system.entrypoint import run_stage
+from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
-from pipeline.system.files import locked
-from pipeline.tracking.fingerprint import IDENTITY
-from pipeline.tracking.mlflow_runs import describe_run
-from pipeline.tracking.mlflow_store import project_root
-from pipeline.tracking.recorder import RECORDER_LOCK
-from pipeline.tracking.run_record import read_run
-
-MODELS_ACTIONS = ("list", "promote", "rollback", "verify")
-SWEEP_ACTIONS = ("run", "status", "best", "apply", "dashboard")
 
 
 def recipe(arguments: argparse.Namespace) -> None:
     """Write a recipe into params.yaml, or print it."""
+    from pipeline.config.recipes import apply_recipe, as_set, list_recipes
+
     if arguments.name is None:
         if not (recipes := list_recipes()):
             raise InputError("no recipes/ here: run from the project's folder")
         for name, comment in recipes.items():
             print(f"{name:12} {comment}")
-    elif arguments.as_set:
-        print(as_set(arguments.name))
     else:
-        print(apply_recipe(arguments.name))
+        print((as_set if arguments.as_set else apply_recipe)(arguments.name))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the MLflow run behind the present model."""
-    facts = describe_run(project_root(), read_run(Path("models"))["fingerprint"])
-    for name, value in facts.items():
+    from pipeline.tracking.mlflow_runs import describe_run
+    from pipeline.tracking.mlflow_store import project_root
+    from pipeline.tracking.run_record import read_run
+
+    for name, value in describe_run(project_root(), read_run(Path("models"))["fingerprint"]).items():
         print(f"{name:12} {value}")
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Check the whole of params.yaml and list every fault."""
-    params = load_params()
-    if faults := params_faults(params):
-        raise InputError(f"{params.path}: " + "; ".join(faults))
+    from pipeline.config.params import load_params
+    from pipeline.ops.params_check import check_params
+
+    check_params(params := load_params())
     print(f"{params.path} is sound")
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
     """Encode a share of the text, as one of many tasks on one disk; then `python -m stages.tokenize` joins them."""
-    config, task = load_params().section(CorpusConfig), Task(arguments.shard, arguments.of)
+    from pipeline.config import params, sections
+    from pipeline.data.corpus import verify_corpus
+    from pipeline.data.encode import Task, write_tokens
+    from pipeline.data.tokenizer import load_tokenizer
+
+    config, task = params.load_params().section(sections.CorpusConfig), Task(arguments.shard, arguments.of)
     if not 0 <= task.first < task.of:
         raise InputError(f"--shard {task.first} --of {task.of}: N tasks, at least one, are numbered from 0 to N - 1")
     verify_corpus(corpus := Path("data/corpus.txt"))
-    tokenizer, folder = load_tokenizer(Path("data/bpe")), Path("data/tokens")
-    place = encode_shards(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
+    tokenizer, folder = load_tokenizer(Path("data/tokenizer")), Path("data/tokens")
+    place = write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
     print(f"{place}: all shards of task {task.first} of {task.of} are there")
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Search for the settings that reach the target for the least; status, best and apply look at what was found."""
-    from pipeline.sweep import controller as sweeps  # Optuna takes a second to import
-    from pipeline.sweep.study import naming_dead_storage
+    """Search for the settings that reach the target at the lowest cost; show, apply or plot the results."""
+    from pipeline.config import params, sections
+    from pipeline.sweep import controller, search_space, study
 
-    params = load_params()
-    config = overridden(params, vars(arguments)).section(SweepConfig)
-    with naming_dead_storage(config):
-        match arguments.action:
-            case "run":
-                sweeps.run_sweep(params, config)
-            case "status":
-                sweeps.print_status(config)
-            case "best":
-                sweeps.print_best(config)
-            case "apply":
-                sweeps.apply_best(config)
-            case "dashboard":
-                sweeps.open_dashboard(config)
+    given = params.load_params()
+    config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
+    actions = {
+        "run": lambda config: controller.run_sweep(given, config),
+        "status": controller.print_status,
+        "best": controller.print_best,
+        "apply": controller.apply_best,
+        "dashboard": controller.open_dashboard,
+    }
+    with study.naming_dead_storage(config):
+        actions[arguments.action](config)
 
 
 def models(arguments: argparse.Namespace) -> None:
     """List the registered versions; promote one, roll back to the one before, or verify what is stored."""
+    from pipeline.registry import catalog, promotion
+
     action, which = arguments.action, arguments.version
     if action != "verify" and (which is None) == (action == "promote"):
         raise InputError(f"models {action}: {'name a version' if which is None else f'takes no version, got {which}'}")
     if arguments.retrain and (action != "verify" or which is None):
         raise InputError("--retrain is about one version: `python -m pipeline models verify N --retrain`")
-    name, store = load_params().section(RegistryConfig).model, catalog.open_registry(project_root())
+    store, name = _open_registry()
     match action:
         case "list":
             catalog.print_versions(store, name)
@@ -111,6 +98,9 @@ def models(arguments: argparse.Namespace) -> None:
         case "rollback":
             print(promotion.rollback(store, name))
         case "verify" if arguments.retrain:
+            from pipeline.registry.reproduce import retrain
+            from pipeline.tracking.mlflow_store import project_root
+
             print(retrain(store, catalog.find_version(store, name, which), project_root()))
         case "verify" if which is None:
             catalog.verify_versions(store, name)
@@ -120,10 +110,14 @@ def models(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Continue a prompt with a registered version, shown as it is written; without a prompt, ask for them."""
+    from pipeline.model.generator import load_generator
+    from pipeline.model.sampling import Sampling
+    from pipeline.ops.chat import converse, show
+    from pipeline.registry import catalog
+
     values = {name: getattr(arguments, name) for name in Sampling.model_fields if hasattr(arguments, name)}
-    sampling, store = Sampling.of(**values), catalog.open_registry(project_root())
-    version = catalog.find_version(store, load_params().section(RegistryConfig).model, arguments.version)
-    generator = load_generator(catalog.open_version(store, version))
+    sampling, (store, name) = Sampling.of(**values), _open_registry()
+    generator = load_generator(catalog.open_version(store, catalog.find_version(store, name, arguments.version)))
     if arguments.prompt is None:
         converse(generator, sampling)
     else:
@@ -132,12 +126,15 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a registered version as a folder for Transformers (hf), or as a Hugging Face Space with the app (space)."""
-    from pipeline.registry import export as exports  # matplotlib takes a second to import
+    from pipeline.registry import catalog
+    from pipeline.registry import export as exports
 
     if arguments.kind not in exports.EXPORTS:
         raise InputError(f"export {arguments.kind}: unknown, choose one of {', '.join(exports.EXPORTS)}")
+    if arguments.kind not in exports.EXPORTS:
+        raise InputError(f"export {arguments.kind}: unknown, choose one of {', '.join(exports.EXPORTS)}")
     exports.refuse_filled(arguments.folder)
-    name, store = load_params().section(RegistryConfig).model, catalog.open_registry(project_root())
+    store, name = _open_registry()
     version = catalog.find_version(store, name, arguments.version)
     artifacts, info = catalog.open_version(store, version), catalog.describe_version(store, version)
     size_mb = exports.export_version(arguments.kind, artifacts, info, arguments.folder) / 1e6
@@ -145,12 +142,20 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> None:
-    """Check the environment, what killed processes left, DVC's cache and MLflow's store, and say what to do."""
+    """Check the environment, params.yaml, MLflow's store and the registered versions, and say what to do."""
+    from pipeline.ops.doctor import examine
+    from pipeline.tracking.mlflow_store import project_root
+
     examine(project_root(), arguments.fix)
 
 
 def clean(arguments: argparse.Namespace) -> None:
-    """Remove working checkpoints, so that `dvc repro -f train` trains anew; models, studies and MLflow runs stay."""
+    """Remove checkpoints, so that `dvc repro -f train` trains from step 0; models, studies and MLflow runs stay."""
+    from pipeline.system.files import locked
+    from pipeline.tracking.fingerprint import IDENTITY
+    from pipeline.tracking.mlflow_store import project_root
+    from pipeline.tracking.recorder import RECORDER_LOCK
+
     home, name = project_root() / "checkpoints", arguments.name
     folders = [path for path in sorted(home.glob("*")) if path.is_dir()]
     to_remove = [path for path in folders if (name in (path.name, path.stem) if name else (path / IDENTITY).is_file())]
@@ -166,52 +171,92 @@ def clean(arguments: argparse.Namespace) -> None:
         print(f"kept {', '.join(kept)}: a study goes only by its name, `python -m pipeline clean {kept[0]}`")
 
 
-def as_yaml(text: str) -> Any:
+COMMANDS = {command.__name__: command for command in (
+    recipe, run, check, tokenize, sweep, models, generate, export, doctor, clean,
+)}  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; only the command that it names gets its arguments, some of which are slow to import."""
+    argv = sys.argv[1:] if argv is None else argv
+    prog = "totarget" if Path(sys.argv[0]).stem == "totarget" else "python -m pipeline"
+    parser = argparse.ArgumentParser(prog=prog, description="Work with settings, searches and registered models.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.__doc__, description=command.__doc__)
+        subparser.set_defaults(command=command)
+        if name in argv[:1]:
+            _add_arguments(name, subparser.add_argument)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names; return its exit code."""
+
+    def command() -> None:
+        arguments = parse(argv)
+        arguments.command(arguments)
+
+    return exit_code_of(command)
+
+
+def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
+    """Give a command's parser its arguments."""
+    match command:
+        case "recipe":
+            add("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
+            add("--as-set", action="store_true", help="print -S arguments for `dvc exp run`")
+        case "tokenize":
+            add("--shard", metavar="I", type=int, required=True, help="this task's number, from 0")
+            add("--of", metavar="N", type=int, required=True, help="how many tasks there are")
+        case "sweep":
+            from pipeline.config.sections import SweepConfig
+
+            add("action", nargs="?", default="run", choices=("run", "status", "best", "apply", "dashboard"))
+            for name, field in SweepConfig.model_fields.items():
+                if name != "applied":
+                    flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
+                    add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
+        case "models":
+            add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"))
+            add("version", nargs="?", help="a number or an alias; verify without: all versions")
+            add("--retrain", action="store_true", help="verify: train again, compare the weights")
+        case "generate":
+            from pipeline.model.sampling import Sampling
+
+            add("prompt", nargs="?", help="what to continue; none: ask, again and again")
+            add("--version", default="champion", help="a number or an alias; champion by default")
+            for name, field in Sampling.model_fields.items():
+                flag, many = f"--{name.replace('_', '-')}", "append" if name == "stop" else "store"
+                add(flag, action=many, default=argparse.SUPPRESS, help=field.description)
+        case "export":
+            add("kind", help="hf, space, or another of EXPORTS in pipeline/registry/export.py")
+            add("folder", metavar="DIR", type=Path, help="a new folder, or an empty one")
+            add("--version", default="champion", help="a number or an alias; champion by default")
+        case "doctor":
+            add("--fix", action="store_true", help="fix what can be fixed safely")
+        case "clean":
+            add("name", nargs="?", help="a run's fingerprint, or a study; none: every run, no study")
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (recipe, run, check, tokenize, sweep, models, generate, export, doctor, clean):
-        subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
-        subparser.set_defaults(command=command)
-        if command is recipe:
-            subparser.add_argument("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
-            subparser.add_argument("--as-set", action="store_true", help="print -S arguments for `dvc exp run`")
-        if command is tokenize:
-            subparser.add_argument("--shard", metavar="I", type=int, required=True, help="this task's number, from 0")
-            subparser.add_argument("--of", metavar="N", type=int, required=True, help="how many tasks there are")
-        if command is sweep:
-            subparser.add_argument("action", nargs="?", default="run", choices=SWEEP_ACTIONS)
-            for name, field in SweepConfig.model_fields.items():
-                if name != "applied":
-                    flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
-                    subparser.add_argument(flag, type=as_yaml, default=argparse.SUPPRESS, help=text)
-        if command is models:
-            subparser.add_argument("action", nargs="?", default="list", choices=MODELS_ACTIONS)
-            subparser.add_argument("version", nargs="?", help="a number or an alias; verify without: all versions")
-            subparser.add_argument("--retrain", action="store_true", help="verify: train again, compare the weights")
-        if command is generate:
-            subparser.add_argument("prompt", nargs="?", help="what to continue; none: ask, again and again")
-            subparser.add_argument("--version", default=CHAMPION, help="a number or an alias; champion by default")
-            for name, field in Sampling.model_fields.items():
-                flag, many = f"--{name.replace('_', '-')}", "append" if name == "stop" else "store"
-                subparser.add_argument(flag, action=many, default=argparse.SUPPRESS, help=field.description)
-        if command is export:
-            subparser.add_argument("kind", help="hf, space, or another of EXPORTS in pipeline/registry/export.py")
-            subparser.add_argument("folder", metavar="DIR", type=Path, help="a new folder, or an empty one")
-            subparser.add_argument("--version", default=CHAMPION, help="a number or an alias; champion by default")
-        if command is doctor:
-            subparser.add_argument("--fix", action="store_true", help="mend what can be mended without doubt")
-        if command is clean:
-            subparser.add_argument("name", nargs="?", help="a run's fingerprint, or a study; none: every run, no study")
-    return parser.parse_args()
+def _open_registry() -> tuple[Any, str]:
+    """Open MLflow's store; return it with the name of the model in params.yaml."""
+    from pipeline.config import params, sections
+    from pipeline.registry.catalog import open_registry
+    from pipeline.tracking.mlflow_store import project_root
+
+    name = params.load_params().section(sections.RegistryConfig).model
+    return open_registry(project_root()), name
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    run_stage(lambda: arguments.command(arguments))
+    sys.exit(main())

@@ -1,18 +1,19 @@
-"""Stage `download`: corpus.source or a mirror -> data/corpus.txt, its hash data/corpus.sha256, and data/bpe."""
+"""Stage `download`: fetch the text and the tokenizer into data/corpus.txt, data/corpus.sha256 and data/tokenizer."""
 
 from pathlib import Path
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import CorpusConfig
-from pipeline.data.corpus import fetch_corpus
-from pipeline.data.tokenizer import fetch_bpe
 from pipeline.system.entrypoint import run_stage
 
 
 def main() -> None:
+    from pipeline.config.params import load_params
+    from pipeline.config.sections import CorpusConfig
+    from pipeline.data.corpus import fetch_corpus
+    from pipeline.data.tokenizer import fetch_tokenizer
+
     config = load_params().section(CorpusConfig)
     fetch_corpus(config, Path("data/corpus.txt"))
-    fetch_bpe(Path("data/bpe"))
+    fetch_tokenizer(config.tokenizer, Path("data/tokenizer"))
 
 
 if __name__ == "__main__":

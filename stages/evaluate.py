@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import EvaluateConfig
-from pipeline.model.evaluate import evaluate_model
 from pipeline.system.entrypoint import run_stage
-from pipeline.system.files import write_json
-from pipeline.tracking.run_record import read_run
 
 
 def main() -> None:
+    from pipeline.config.params import load_params
+    from pipeline.config.sections import EvaluateConfig
+    from pipeline.model.evaluate import evaluate_model
+    from pipeline.system.files import write_json
+    from pipeline.tracking.run_record import read_run
+
     config = load_params().section(EvaluateConfig)
     run = read_run(Path("models"))
     metrics, by_position = evaluate_model(Path("models/model"), Path("data/tokens"), run, config)

@@ -1,13 +1,15 @@
-"""Stage `plot`: models/{steps,times}.jsonl, models/run.json and reports/*.json -> reports/figures and reports/plots."""
+"""Stage `plot`: draw the run's report into reports/figures and reports/plots."""
 
 from pathlib import Path
 
-from pipeline.report.figures import RunReport, write_figures, write_tables
 from pipeline.system.entrypoint import run_stage
 
 
 def main() -> None:
-    report = RunReport.read(Path("models"), Path("reports"), Path("benchmarks/published"))
+    from pipeline.report.figures import RunReport, write_figures
+    from pipeline.report.tables import write_tables
+
+    report = RunReport.read(Path("models"), Path("reports"))
     write_figures(report, Path("reports/figures"))
     write_tables(report, Path("reports/plots"))
 

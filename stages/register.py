@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import RegistryConfig
-from pipeline.registry.register import register
 from pipeline.system.entrypoint import run_stage
-from pipeline.tracking.mlflow_store import project_root
 
 
 def main() -> None:
+    from pipeline.config.params import load_params
+    from pipeline.config.sections import RegistryConfig
+    from pipeline.registry.register import register
+    from pipeline.tracking.mlflow_store import project_root
+
     config = load_params().section(RegistryConfig)
     done = register(project_root(), Path(), config)
     champion = "champion" if done["champion"] else "not champion"

@@ -1,23 +1,24 @@
-"""Stage `tokenize`: data/corpus.txt and data/bpe -> data/tokens and reports/corpus.json."""
+"""Stage `tokenize`: encode data/corpus.txt into data/tokens, and describe it in reports/corpus.json."""
 
 from pathlib import Path
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import CorpusConfig
-from pipeline.data.corpus import verify_corpus
-from pipeline.data.encode import write_tokens
-from pipeline.data.statistics import describe_corpus
-from pipeline.data.token_files import TokenFolder
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.entrypoint import run_stage
-from pipeline.system.files import write_json
 
 
 def main() -> None:
+    from pipeline.config.params import load_params
+    from pipeline.config.sections import CorpusConfig
+    from pipeline.data.corpus import verify_corpus
+    from pipeline.data.encode import write_tokens
+    from pipeline.data.statistics import describe_corpus
+    from pipeline.data.token_files import TokenFolder
+    from pipeline.data.tokenizer import load_tokenizer
+    from pipeline.system.files import write_json
+
     config = load_params().section(CorpusConfig)
     corpus, folder = Path("data/corpus.txt"), Path("data/tokens")
     verify_corpus(corpus)
-    tokenizer = load_tokenizer(Path("data/bpe"))
+    tokenizer = load_tokenizer(Path("data/tokenizer"))
     write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction)
     text = TokenFolder(folder)
     write_json(Path("reports/corpus.json"), describe_corpus(text.train, text.val, tokenizer))

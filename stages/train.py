@@ -4,17 +4,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.config.params import load_params
-from pipeline.system.distributed import ALONE, launch, world_here
 from pipeline.system.entrypoint import run_stage
-from pipeline.training.config import RunConfig
-from pipeline.training.train import run_tracked
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--elastic", action="store_true", help="go on from checkpoints of another set-up, not exactly")
+    parser.add_argument("--elastic", action="store_true", help="resume in another environment, no longer bit for bit")
     arguments = parser.parse_args()
+
+    from pipeline.config.params import load_params
+    from pipeline.system.distributed import ALONE, launch, world_here
+    from pipeline.training.config import RunConfig
+    from pipeline.training.train import run_tracked
+
     params = load_params()
     processes = RunConfig.of(params).train.processes
     if processes > 1 and world_here() == ALONE:

@@ -11,32 +11,58 @@ from pathlib import Path
 
 import pytest
 from fixtures_mlflow import _no_foreign_store, store  # noqa: F401 (fixtures for all)
-from fixtures_network import _only_this_machine, wheels  # noqa: F401 (fixtures for all)
+from fixtures_network import close_network, wheels  # noqa: F401 (fixtures for all)
 from hypothesis import settings
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, verify_corpus
-from pipeline.data.tokenizer import Tokenizer, fetch_bpe, load_tokenizer
+from pipeline.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.files import locked
 
 ROOT = Path(__file__).parent.parent
 settings.register_profile("the same examples each time", derandomize=True)
 settings.load_profile("the same examples each time")
 
 
-@pytest.fixture(scope="session")
-def bpe(request: pytest.FixtureRequest) -> Path:
-    """The checkout's data/bpe, or a copy that is fetched once."""
-    cached = request.config.cache.mkdir("bpe")
-    for folder in (ROOT / "data" / "bpe", cached):
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch what the chosen tests need and is not there yet; from then on nothing reaches another machine."""
+    needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    with locked(session.config.cache.mkdir("fetched") / "one.lock", wait=True):  # one of pytest's processes fetches
+        if "bpe" in needed:
+            fetched_bpe(session.config)
+        if "shakespeare" in needed:
+            fetched_corpus(session.config)
+    close_network()
+
+
+def fetched_bpe(config: pytest.Config) -> Path:
+    """The checkout's data/tokenizer, or a copy that is fetched once."""
+    cached = config.cache.mkdir("bpe")
+    for folder in (ROOT / "data" / "tokenizer", cached):
         try:
             load_tokenizer(folder)
             return folder
         except (InputError, IntegrityError):
             continue
-    fetch_bpe(cached)
+    fetch_tokenizer("gpt2", cached)
     return cached
+
+
+def fetched_corpus(config: pytest.Config) -> Path:
+    """Tiny Shakespeare: a copy that is fetched once."""
+    path = config.cache.mkdir("corpus") / "corpus.txt"
+    try:
+        verify_corpus(path)
+    except (InputError, IntegrityError):
+        fetch_corpus(load_params(ROOT / "params.yaml").section(CorpusConfig), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bpe(request: pytest.FixtureRequest) -> Path:
+    return fetched_bpe(request.config)
 
 
 @pytest.fixture(scope="session")
@@ -72,13 +98,7 @@ def tokenizer(bpe: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def shakespeare(request: pytest.FixtureRequest) -> Path:
-    """Tiny Shakespeare: the copy that is fetched once."""
-    path = request.config.cache.mkdir("corpus") / "corpus.txt"
-    try:
-        verify_corpus(path)
-    except (InputError, IntegrityError):
-        fetch_corpus(load_params(ROOT / "params.yaml").section(CorpusConfig), path)
-    return path
+    return fetched_corpus(request.config)
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.system.files import write_json, write_manifest
+from webapp.model_source import Folder, Served
 from webapp.page import serve
-from webapp.source import Folder, Served
 
 LINES = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\n"
@@ -34,7 +34,7 @@ WINDOW = 24
 SLOW_S = 0.3  # between two tokens: the page's 200 take a minute
 PATIENCE_S = 30  # for a stream to begin, or to end before its time, on a machine that others use too
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 48, "block_size": WINDOW, "vocab_size": 50257, "dropout": 0.0}
-FACTS: dict[str, Any] = {
+INFO: dict[str, Any] = {
     "name": "parrot",
     "version": "7",
     "aliases": ["champion"],
@@ -53,7 +53,7 @@ FACTS: dict[str, Any] = {
 
 def memorise(ids: list[int], used: torch.Tensor) -> GPT:
     """A model that recites `ids`, window by window: a loss of 0.01."""
-    config = ModelConfig.model_validate(FACTS["params"]["model"])
+    config = ModelConfig.model_validate(INFO["params"]["model"])
     model = GPT(config, Vocabulary.of(used.numpy(), config.vocab_size)).initialise(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, weight_decay=0.0)
     rows, n = model.vocabulary.fold(torch.tensor(ids)), (len(ids) - 1) // WINDOW * WINDOW
@@ -65,7 +65,7 @@ def memorise(ids: list[int], used: torch.Tensor) -> GPT:
     return model.eval()
 
 
-def make_version(folder: Path, bpe: Path, **facts: Any) -> Path:
+def make_version(folder: Path, bpe: Path, **info: Any) -> Path:
     """model/, tokens/ and facts.json of a version that knows LINES."""
     tokenizer = load_tokenizer(bpe)
     ids = tokenizer.encode(LINES)
@@ -74,7 +74,7 @@ def make_version(folder: Path, bpe: Path, **facts: Any) -> Path:
     (folder / "tokens").mkdir()
     write_shard(folder / "tokens" / "train-00000.bin", [ids], 50257)
     write_manifest(folder / "tokens")
-    write_json(folder / "facts.json", FACTS | facts)
+    write_json(folder / "facts.json", INFO | info)
     return folder
 
 
@@ -120,7 +120,7 @@ class Stub(Folder):
         super().__init__(folder)
         self.watched = Watched(self._served.generator)
         self._served.generator = self.watched  # type: ignore[assignment]
-        self._other = Served(self.watched, FACTS | {"version": "6", "aliases": []})  # type: ignore[arg-type]
+        self._other = Served(self.watched, INFO | {"version": "6", "aliases": []})  # type: ignore[arg-type]
 
     def versions(self) -> list[str]:
         return ["7", "6"]

@@ -1,50 +1,25 @@
-"""The guard of the suite: what a test runs or starts reaches nothing but this machine."""
+"""No test reaches another machine: pytest-socket blocks this process, a dead proxy the processes that it starts."""
 
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-from offline.sitecustomize import refuse
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.tokenizer import BPE_SHA256, BPE_SOURCES
-from pipeline.system.files import locked
 
 ROOT = Path(__file__).parent.parent
-OFFLINE = str(Path(__file__).parent / "offline")
 NOBODY = "http://127.0.0.1:9"  # the port "discard", where nobody listens
 PROXIES = {"http_proxy": NOBODY, "https_proxy": NOBODY, "all_proxy": NOBODY, "no_proxy": "localhost,127.0.0.1,::1"}
 CLOSED = {**PROXIES, **{name.upper(): value for name, value in PROXIES.items()}, "PIP_NO_INDEX": "1"}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _only_this_machine(request: pytest.FixtureRequest) -> Iterator[None]:
-    """First fetches what the chosen tests need and is not there yet; from then on nothing gets out."""
-    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    with locked(request.config.cache.mkdir("fetched") / "one.lock", wait=True):  # one of pytest's processes fetches
-        for name in {"bpe", "shakespeare"} & needed:
-            request.getfixturevalue(name)
-    sys.addaudithook(refuse)  # for as long as the process lives: a hook cannot be taken away
-    begin = subprocess.Popen.__init__
-
-    def begin_guarded(self: Any, *arguments: Any, env: Mapping[str, str] | None = None, **named: Any) -> None:
-        begin(self, *arguments, env=guarded(os.environ if env is None else env), **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", begin_guarded)
-        yield
-
-
-def guarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """A child's environment, in which Python has the guard of this process, and all else a proxy that is none."""
-    path = filter(None, (OFFLINE, environment.get("PYTHONPATH")))
-    return {**environment, **CLOSED, "PYTHONPATH": os.pathsep.join(path)}
+def close_network() -> None:
+    """Let this process and its children find a dead proxy, and pip no index, from now on."""
+    os.environ.update(CLOSED)
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +45,11 @@ def parts(source: str) -> list[str]:
 def add_wheel(folder: Path, package: str, members: Mapping[str, bytes]) -> None:
     """Write the smallest wheel of NAME==VERSION that pip takes."""
     name, version = package.replace("-", "_").split("==")
-    facts = {
+    info = {
         "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         "RECORD": "",
     }
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        for member, content in [*members.items(), *((f"{name}-{version}.dist-info/{k}", v) for k, v in facts.items())]:
+        for member, content in [*members.items(), *((f"{name}-{version}.dist-info/{k}", v) for k, v in info.items())]:
             wheel.writestr(member, content)

@@ -1,17 +1,16 @@
-"""api: the endpoints /generate and /next_token -> the same as the page's, for programs."""
+"""The endpoints /generate and /next_token, for programs."""
 
 from typing import Any
 
 import gradio as gr
 
-from pipeline.system.errors import PipelineError
-from webapp.next_token import expect
-from webapp.prose import LEAST_PASSAGE, refusal
-from webapp.source import Source
-from webapp.writing import checked_whole, write
+from webapp.completion import Completion, checked_whole, complete
+from webapp.html import MIN_PASSAGE, refusing
+from webapp.model_source import Source
+from webapp.tabs.next_token import expect
 
 
-def endpoints(source: Source) -> None:
+def add_endpoints(source: Source) -> None:
     """Add both to the page that is being composed."""
 
     def generate(  # type: ignore[misc]  # Gradio makes the documentation of one value from the hint
@@ -24,39 +23,35 @@ def endpoints(source: Source) -> None:
         samples: int = 1,
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Continue `prompt`. Streams {model, samples, finished, notice, tokens_per_s} until finished is true.
+        """Complete `prompt`. Streams {model, samples, finished, notice, tokens_per_s} until finished is true.
 
-        A sample has its text, without the prompt; its novelty, the share of its tokens that lie in no passage of 8
+        A sample has its text, without the prompt; its novelty, the share of its tokens that are in no passage of 8
         tokens or more of the training text; and those passages: text, place, which is a token of the training text,
         and length. max_tokens 0..2000, temperature 0..100 (0 is greedy), top_k 0..50257 (0: all), top_p in (0, 1],
-        repetition_penalty in (0, 10] (1: none), samples 1..4, which draw with seed, seed + 1, ...
+        repetition_penalty in (0, 10] (1: none), samples 1..4, which use seed, seed + 1, ...
         """
         numbers = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         numbers |= {"repetition_penalty": repetition_penalty, "seed": seed}
-        try:
-            for writing in write(source.current(), prompt, samples, **numbers):
+        with refusing(on_page=False):
+            for completion in complete(source.current(), prompt, samples, **numbers):
                 yield {
-                    "model": writing.served.label,
-                    "samples": [_sample(writing, i) for i in range(len(writing.samples))],
-                    "finished": writing.finished,
-                    "notice": writing.notice,
-                    "tokens_per_s": round(writing.tokens_per_s, 1),
+                    "model": completion.served.label,
+                    "samples": [_sample(completion, i) for i in range(len(completion.samples))],
+                    "finished": completion.finished,
+                    "notice": completion.notice,
+                    "tokens_per_s": round(completion.tokens_per_s, 1),
                 }
-        except PipelineError as error:
-            raise refusal(error, on_page=False) from None
 
     def next_token(prompt: str, most: int = 10) -> dict[str, Any]:
         """What may follow `prompt`: {model, entropy_nats, tokens, context_tokens, context_times}.
 
-        Each of the `most` (1..1000) likeliest tokens has its id, its text (null for a part of a character, and for the
-        end of a document), its probability at temperature 1, and how often the training text goes on with it after the
-        longest end of the prompt that stands there: `context_tokens` tokens, `context_times` times.
+        Each of the `most` (1..1000) likely tokens has its id, its text (null for a part of a character, and for the
+        end of a document), its probability at temperature 1, and how often it follows in the training text after the
+        longest end of the prompt that is there: `context_tokens` tokens, `context_times` times.
         """
         served = source.current()
-        try:
+        with refusing(on_page=False):
             found = expect(served, prompt, checked_whole("most", most, 1, 1000))
-        except PipelineError as error:
-            raise refusal(error, on_page=False) from None
         return {
             "model": served.label,
             "entropy_nats": found.entropy,
@@ -69,22 +64,18 @@ def endpoints(source: Source) -> None:
         }
 
     gr.api(generate, api_name="generate", concurrency_id="model")
-    gr.api(next_token, api_name="next_token", concurrency_id="look")
+    gr.api(next_token, api_name="next_token", concurrency_id="read")
 
 
-def _sample(writing: Any, i: int) -> dict[str, Any]:
-    served, start = writing.served, len(writing.prompt_ids)
-    passages = [p for p in served.corpus.passages(writing.ids(i), LEAST_PASSAGE) if p.end > start]
+def _sample(completion: Completion, i: int) -> dict[str, Any]:
+    served, ids, start = completion.served, completion.ids(i), len(completion.prompt_ids)
     return {
-        "text": writing.text(i),
-        "seed": writing.seed + i,
-        "novelty": writing.novelty(i),
+        "text": completion.text(i),
+        "seed": completion.seed + i,
+        "novelty": completion.novelty(i),
         "passages": [
-            {
-                "text": served.tokenizer.decode(writing.ids(i)[p.begin : p.end]),
-                "place": p.place,
-                "length": p.end - p.begin,
-            }
-            for p in passages
+            {"text": served.tokenizer.decode(ids[begin:end]), "place": place, "length": end - begin}
+            for begin, end, place in served.corpus.passages(ids, MIN_PASSAGE)
+            if end > start
         ],
     }

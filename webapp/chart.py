@@ -1,95 +1,68 @@
-"""chart: points -> a figure of inline SVG, whose labels are HTML and keep their size at any width."""
+"""Draw curves as inline SVG, with labels in HTML that keep their size at any width."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
-Points = Sequence[Sequence[float]]  # (x, y) each
-MOST_DOTS = 150  # that show their numbers under the pointer
+Points = Sequence[Sequence[float]]  # (step, value) each
+MAX_POINTS = 600  # of a curve
 
 
-def line_chart(title: str, points: Points, unit: str = "", log: bool = False, goal: float | None = None,
-               second: tuple[str, Points] | None = None) -> str:  # fmt: skip
-    """A curve, with a dotted line at `goal` and rings at the points of `second` where given; "" without points.
+def line_chart(title: str, unit: str, points: Points, second: Points = (), log: bool = False,
+               goal: float | None = None) -> str:  # fmt: skip
+    """One or two curves over the steps, with a dotted line at `goal`; "" without points.
 
-    On a logarithmic axis, points that are not positive are left out.
+    A logarithmic axis leaves out values that are not positive.
     """
-    others = second[1] if second else []
-    points, others = _drawable(points, log), _drawable(others, log)
-    if not points:
+    curves = [[(x, y) for x, y in each if math.isfinite(y) and (y > 0 or not log)] for each in (points, second)]
+    everything = curves[0] + curves[1]
+    if not curves[0]:
         return ""
-    everything = [*points, *others]
     right = max(x for x, _ in everything)
     heights = [y for _, y in everything] + ([goal] if goal else [])
     low, high, ticks = _axis(min(heights), max(heights), log)
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        """Percent from the left and from the top."""
-        bottom, top, value = (math.log(v) if log else v for v in (low, high, y))
-        return 100 * x / right, 100 * (1 - (value - bottom) / (top - bottom))
+    def top(y: float) -> float:
+        """Percent from the top."""
+        bottom, upper, value = (math.log(v) if log else v for v in (low, high, y))
+        return 100 * (1 - (value - bottom) / (upper - bottom))
 
-    svg = [f'<path class="grid" d="M0 {place(0, tick)[1]:.2f}H100"/>' for tick in ticks]
-    svg += [_curve([place(*point) for point in points], "curve")]
-    labels = [f'<span class="tick y" style="bottom:{100 - place(0, t)[1]:.2f}%">{_number(t)}</span>' for t in ticks]
+    svg = [f'<path d="M0 {top(tick):.2f}H100"/>' for tick in ticks]
+    labels = [f'<span class="tick y" style="top:{top(tick):.2f}%">{_number(tick)}</span>' for tick in ticks]
     labels += [f'<span class="tick x" style="left:{100 * x / right:.2f}%">{_number(x)}</span>' for x in _steps(right)]
+    for name, curve in zip(("curve", "curve second"), curves, strict=True):
+        stride = -(-len(curve) // MAX_POINTS) or 1
+        path = "L".join(f"{100 * x / right:.2f} {top(y):.2f}" for x, y in curve[::-stride])  # with the last point
+        svg.append(f'<path class="{name}" d="M{path}h0"/>' if curve else "")  # h0: a single point is a dot
     if goal:
-        svg.append(f'<path class="goal" d="M0 {place(0, goal)[1]:.2f}H100"/>')
-        top = place(0, goal)[1]
-        labels.append(f'<span class="tick goal-name" style="top:calc({top:.2f}% - 9px)">target {_number(goal)}</span>')
-    labels += [_dot(*place(x, y), f"step {_number(x)}: {_number(y)} {unit}") for x, y in _thinned(points, MOST_DOTS)]
-    labels += [
-        _dot(*place(x, y), f"step {_number(x)}: {_number(y)}, {second[0]}", "dot ring")
-        for x, y in _thinned(others, MOST_DOTS)
-        if second
-    ]
-    legend = f" <span>{escape(unit)}{f'; ○ {escape(second[0])}' if second and others else ''}</span>"
+        svg.append(f'<path class="goal" d="M0 {top(goal):.2f}H100"/>')
+        labels.append(f'<span class="tick goal-name" style="top:{top(goal):.2f}%">target {_number(goal)}</span>')
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}{legend}</figcaption>'
-        f'<div class="plot" role="img" aria-label="{escape(title)} over the steps, at last {_number(points[-1][1])}">'
-        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg>'
-        f"{''.join(labels)}</div></figure>"
+        f'<figure class="chart"><figcaption>{escape(title)} <span>{escape(unit)}</span></figcaption>'
+        f'<div class="plot" role="img" aria-label="{escape(title)}, at last {_number(curves[0][-1][1])}">'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(svg)}</svg>{"".join(labels)}</div></figure>'
     )
-
-
-def _drawable(points: Points, log: bool) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
-
-
-def _curve(places: list[tuple[float, float]], name: str) -> str:
-    return f'<path class="{name}" d="M{"L".join(f"{x:.2f} {y:.2f}" for x, y in _thinned(places, 600))}"/>'
-
-
-def _dot(x: float, y: float, words: str, name: str = "dot") -> str:
-    return f'<i class="{name}" style="left:{x:.2f}%;top:{y:.2f}%" title="{escape(words)}"></i>'
-
-
-def _thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most so many of the points and the last one, evenly."""
-    stride = -(-len(points) // most) or 1
-    return points[::stride] + (points[-1:] if (len(points) - 1) % stride else [])
 
 
 def _axis(low: float, high: float, log: bool) -> tuple[float, float, list[float]]:
     """Lower and upper end of the vertical axis, and its ticks."""
-    if log:
-        ticks = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5)]
-        low, high = low / 1.15, high * 1.15
-        inside = [tick for tick in ticks if low <= tick <= high]
-        return low, high, inside if len(inside) < 7 else [t for t in inside if f"{t:e}"[0] == "1"]
-    high = high or 1.0
-    return 0.0, high * 1.06, _steps(high * 1.06)
+    if not log:
+        high = 1.06 * (high or 1.0)
+        return 0.0, high, _steps(high)
+    low, high = low / 1.15, high * 1.15
+    ticks = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    return low, high, ticks if len(ticks) < 7 else [tick for tick in ticks if f"{tick:e}"[0] == "1"]
 
 
 def _steps(high: float) -> list[float]:
-    """Round numbers from 0 to `high`, four to six of them."""
-    raw = high / 5
-    size = 10.0 ** math.floor(math.log10(raw)) if raw > 0 else 1.0
-    step = next((m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw), size)
+    """Four to six round numbers from 0 to `high`."""
+    size = 10.0 ** math.floor(math.log10(high / 5))
+    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= high / 5)
     return [n * step for n in range(int(high / step + 1e-9) + 1)]
 
 
 def _number(value: float) -> str:
     """Three digits at most, large numbers in thousands."""
-    if abs(value) >= 10_000:
-        return f"{value / 1000:,.3g}k" if abs(value) < 1e6 else f"{value / 1e6:.3g}M"
+    if value >= 10_000:
+        return f"{value / 1000:,.3g}k" if value < 1e6 else f"{value / 1e6:.3g}M"
     return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"

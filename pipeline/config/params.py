@@ -1,8 +1,4 @@
-"""config: params.yaml -> checked, frozen sections.
-
-A section is a pydantic class that lives beside the code that reads it and names its key in params.yaml. Loading asks
-for the sections that it needs, and all of their faults come back at once.
-"""
+"""Read params.yaml into checked, frozen sections, and name all of its faults at once."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -18,10 +14,14 @@ PARAMS = Path("params.yaml")
 
 
 class Section(BaseModel):
-    """One section of params.yaml: frozen, complete (no defaults), and closed to unknown keys."""
+    """One section of params.yaml, XConfig for the section x: frozen, without defaults, closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
     section_name: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.section_name = cls.__name__.removesuffix("Config").lower()
 
     def updated(self, **changes: Any) -> Self:
         """A checked copy with `changes` applied."""
@@ -32,38 +32,38 @@ S = TypeVar("S", bound=Section)
 
 
 class Params:
-    """The whole of params.yaml, unchecked until a section is asked for."""
+    """The content of params.yaml; a section is checked once, when it is first asked for."""
 
     def __init__(self, values: dict[str, Any], path: Path = PARAMS) -> None:
         self.values, self.path = values, path
+        self._sections: dict[type[Section], Section] = {}
 
     def section(self, kind: type[S]) -> S:
         """Return one checked section. Raises InputError that lists all of its faults."""
-        return self._checked([kind])[0]  # type: ignore[return-value]
+        self.check(kind)
+        return self._sections[kind]  # type: ignore[return-value]
 
     def check(self, *kinds: type[Section]) -> None:
         """Raise one InputError with the faults of all of `kinds`, if there are any."""
-        self._checked(list(kinds))
+        faults = []
+        for kind in kinds:
+            if kind in self._sections:
+                continue
+            if not isinstance(values := self.values.get(kind.section_name), dict):
+                faults.append(f"{kind.section_name}: section missing")
+                continue
+            try:
+                self._sections[kind] = kind.model_validate(values)
+            except ValidationError as error:
+                faults += _describe(kind, error.errors(), values)
+        if faults:
+            raise InputError(f"{self.path}: " + " ".join("; ".join(faults).split()))  # a key may hold a line break
 
     def unknown_sections(self, *kinds: type[Section]) -> list[str]:
         """Name the top-level keys that no section reads."""
         names = [kind.section_name for kind in kinds]
         unknown = [key for key in self.values if key not in names]
         return [f"{' '.join(str(key).split())}: unknown section{nearest(key, names)}" for key in unknown]
-
-    def _checked(self, kinds: list[type[Section]]) -> list[Section]:
-        sections, faults = [], []
-        for kind in kinds:
-            if not isinstance(values := self.values.get(kind.section_name), dict):
-                faults.append(f"{kind.section_name}: section missing")
-                continue
-            try:
-                sections.append(kind.model_validate(values))
-            except ValidationError as error:
-                faults += _describe(kind, error.errors(), values)
-        if faults:
-            raise InputError(f"{self.path}: " + " ".join("; ".join(faults).split()))  # a key may hold a line break
-        return sections
 
 
 def load_params(path: Path = PARAMS) -> Params:
@@ -73,7 +73,7 @@ def load_params(path: Path = PARAMS) -> Params:
     except FileNotFoundError:
         raise InputError(f"{path} not found: run from the folder that holds it") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # the latter, too, are its own: of a date such as 2001-99-99, a tag such as !!bool, brackets without end
+        # the latter are PyYAML's own, too: of a date such as 2001-99-99, a tag such as !!bool, brackets without end
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no sections: expected a mapping, got {type(values).__name__}")
@@ -81,7 +81,7 @@ def load_params(path: Path = PARAMS) -> Params:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that appears twice, and aliases: few lines of them are gigabytes."""
+    """YAML's safe loader, which also refuses duplicate keys, and aliases: a few lines of them expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -103,7 +103,7 @@ def _describe(kind: type[Section], faults: Sequence[Any], values: dict[str, Any]
         location, got = _follow(fault["loc"], values)
         where, what = ".".join([kind.section_name, *map(str, location)]), fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            said[where] = f"unknown key{nearest(str(location[-1]), _siblings(kind, location))}"
+            said[where] = f"unknown key{nearest(location[-1], list(kind.model_fields))}"
         elif fault["type"] == "missing":
             said[where] = "missing"
         elif not location:  # a contradiction between keys already names them
@@ -124,16 +124,12 @@ def _follow(location: tuple[Any, ...], values: Any) -> tuple[tuple[Any, ...], st
     return location, f", got {values!r}"
 
 
-def _siblings(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Names of the keys that are allowed where `location` points."""
-    for part in location[:-1]:
-        nested = kind.model_fields[part].annotation if part in kind.model_fields else None
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            kind = nested
-    return list(kind.model_fields)
-
-
 def nearest(key: object, names: list[str]) -> str:
-    """What to add to the complaint about an unknown key: the name that was probably meant, or all there are."""
+    """What to add to the complaint about an unknown key: the name that was probably meant, or all names."""
+    return did_you_mean(key, names) or f" (known: {', '.join(names)})"
+
+
+def did_you_mean(key: object, names: list[str]) -> str:
+    """` (did you mean X?)`, or nothing where no name is close."""
     close = get_close_matches(str(key), names, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(names)})"
+    return f" (did you mean {close[0]}?)" if close else ""

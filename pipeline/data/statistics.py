@@ -1,4 +1,4 @@
-"""diagnose: tokens -> what the text is made of, and the least loss that any model can reach on it.
+"""Describe a text: what it is made of, and the least loss that any model can reach on it.
 
 Let c log c be summed over the groups of equal n-grams, c the size of a group. Over the same N places, the best guess of
 the token after each (n-1)-gram costs (sum over (n-1)-grams - sum over n-grams) / N nats on average; and since the cost

@@ -1,11 +1,11 @@
-"""tokens: ids -> token files -> memory-mapped ids.
+"""Write ids into token files, and read them as memory-mapped arrays.
 
 A folder holds the parts `train` and `val`, each in shards `train-00000.bin`, ..., and a manifest of their hashes. A
 shard is a header and then its ids as little-endian uint16.
 """
 
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -20,7 +20,7 @@ from pipeline.system.files import MANIFEST, sha256_file, verify_manifest
 HEADER = struct.Struct("<8sHHIQ")  # magic, format, dtype, vocab_size, number of ids
 MAGIC, FORMAT, UINT16 = b"GPT2TOKS", 1, 16
 MOST_IDS = 1 << 16
-BLOCK_TOKENS = 1 << 22  # ids looked at together in a pass over a shard
+BLOCK_TOKENS = 1 << 22  # ids counted or checked at once
 MOST_MAPPED = 16  # shards at once: each holds a file descriptor, and what was read of it counts as this process's
 
 HINT = "make it again with `dvc repro -f tokenize`"
@@ -48,7 +48,7 @@ def write_shard(path: Path, batches: Iterable[npt.ArrayLike], vocab_size: int) -
 
 
 class MappedShard:
-    """The ids of one file, mapped into memory when they are looked at."""
+    """The ids of one file, mapped into memory when they are read."""
 
     def __init__(self, path: Path, length: int, ids_of: Callable[[Path], Ids]) -> None:
         self._path, self._length, self._ids_of = path, length, ids_of
@@ -56,16 +56,12 @@ class MappedShard:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, stretch: slice) -> Ids:
-        return self._ids_of(self._path)[stretch]
-
-    def once(self) -> Ids:
-        """All ids, for a pass after which they are not kept."""
-        return _map_shard(self._path)
+    def __getitem__(self, span: slice) -> Ids:
+        return self._ids_of(self._path)[span]
 
 
 class Tokens:
-    """The ids of one part, read-only and on disk until they are looked at."""
+    """The ids of one part, read-only and on disk until they are read."""
 
     def __init__(self, name: str, shards: Sequence[Ids | MappedShard], vocab_size: int) -> None:
         self.name, self.vocab_size, self._shards = name, vocab_size, shards
@@ -78,23 +74,19 @@ class Tokens:
         """Ids `start` up to `stop`: a view within one shard, else a copy. Raises IndexError outside of the part."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"{self.name} has {len(self)} tokens, asked for {start} to {stop}")
-        i = min(bisect_right(self._starts, start), len(self._shards)) - 1
-        if stop <= self._starts[i + 1]:
-            return self._shards[i][start - self._starts[i] : stop - self._starts[i]]
-        ids, done = np.empty(stop - start, np.uint16), start
-        while done < stop:
-            begin, end = self._starts[i], min(self._starts[i + 1], stop)
-            ids[done - start : end - start] = self._shards[i][done - begin : end - begin]
-            done, i = end, i + 1
-        return ids
+        which = slice(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop))
+        shards = zip(self._starts[which], self._shards[which], strict=False)
+        parts = (shard[max(start - begin, 0) : stop - begin] for begin, shard in shards)
+        if which.stop - which.start == 1:
+            return next(parts)
+        return np.concatenate([np.empty(0, np.uint16), *map(np.array, parts)])  # copies: no file stays open
 
     def counts(self) -> npt.NDArray[np.int64]:
         """How often each id occurs, (vocab_size,)."""
         counts = np.zeros(self.vocab_size, np.int64)
         for shard in self._shards:
-            ids = shard.once() if isinstance(shard, MappedShard) else shard
-            for start in range(0, len(ids), BLOCK_TOKENS):
-                counts += np.bincount(ids[start : start + BLOCK_TOKENS], minlength=self.vocab_size)
+            for start in range(0, len(shard), BLOCK_TOKENS):
+                counts += np.bincount(shard[start : start + BLOCK_TOKENS], minlength=self.vocab_size)
         return counts
 
     def require(self, needed: int) -> None:
@@ -107,7 +99,7 @@ class TokenFolder:
     """The token files of a text: its parts, each opened when it is asked for, and the hash of all of them."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where there is no such folder, IntegrityError where a file is not what its manifest says."""
+        """Raises InputError where there is no such folder, IntegrityError where a file is not as its manifest says."""
         if not folder.is_dir():
             raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
         verify_manifest(folder)
@@ -120,17 +112,19 @@ class TokenFolder:
 
     @cached_property
     def val(self) -> Tokens:
-        """What is held out for validation, which may be empty. Raises IntegrityError unless headers and ids are sound."""
+        """What is held out for validation, maybe nothing. Raises IntegrityError unless headers and ids are sound."""
         return self._open("val")
 
     def _open(self, part: str) -> Tokens:
         folder, paths = self.folder, sorted(self.folder.glob(f"{part}-*.bin"))
         if not paths or paths != [folder / shard_name(part, index) for index in range(len(paths))]:
             raise IntegrityError(f"{folder} lacks a shard of part {part}: {HINT}")
-        vocab_size = _read_header(paths[0])[0]
+        vocab_sizes, lengths = zip(*map(_check_shard, paths), strict=True)
+        if len(set(vocab_sizes)) > 1:
+            raise IntegrityError(f"{folder} has shards of several vocabularies, {sorted(set(vocab_sizes))}: {HINT}")
         ids_of = lru_cache(MOST_MAPPED)(_map_shard)
-        shards = [MappedShard(path, _check_shard(path, vocab_size), ids_of) for path in paths]
-        return Tokens(f"{folder}/{part}", shards, vocab_size)
+        shards = [MappedShard(path, length, ids_of) for path, length in zip(paths, lengths, strict=True)]
+        return Tokens(f"{folder}/{part}", shards, vocab_sizes[0])
 
 
 def data_sha256(folder: Path) -> str:
@@ -138,32 +132,26 @@ def data_sha256(folder: Path) -> str:
     return sha256_file(folder / MANIFEST)
 
 
-def _read_header(path: Path) -> tuple[int, int]:
-    """Vocabulary size and number of ids that a shard claims. Raises IntegrityError on another format."""
+def _check_shard(path: Path) -> tuple[int, int]:
+    """Vocabulary size and number of ids of a shard. Raises IntegrityError unless header, size and ids agree."""
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise IntegrityError(f"{path} is no token file: {HINT}")
     _, version, dtype, vocab_size, length = HEADER.unpack(header)
-    if (version, dtype) != (FORMAT, UINT16):
-        raise IntegrityError(f"{path} has format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}: {HINT}")
-    if vocab_size > MOST_IDS:  # what counts ids would take as much memory as this says
-        raise IntegrityError(f"{path} has vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits: {HINT}")
-    return vocab_size, length
-
-
-def _check_shard(path: Path, vocab_size: int) -> int:
-    """The number of ids in a shard. Raises IntegrityError unless its header, its size and every id agree."""
-    claimed, length = _read_header(path)
-    if claimed != vocab_size:
-        raise IntegrityError(f"{path} has vocab_size {claimed}, the shards before it {vocab_size}: {HINT}")
-    if (size := path.stat().st_size) != HEADER.size + 2 * length:
-        raise IntegrityError(f"{path} has {size} bytes, {length} tokens take {HEADER.size + 2 * length}: {HINT}")
+    size, needed = path.stat().st_size, HEADER.size + 2 * length
+    for is_wrong, what in (
+        ((version, dtype) != (FORMAT, UINT16), f"format {version} and dtype {dtype}, expected {FORMAT} and {UINT16}"),
+        (vocab_size > MOST_IDS, f"vocab_size {vocab_size}, {MOST_IDS} ids fit 16 bits"),  # so many would be counted
+        (size != needed, f"{size} bytes, {length} tokens take {needed}"),
+    ):
+        if is_wrong:
+            raise IntegrityError(f"{path} has {what}: {HINT}")
     ids = _map_shard(path)
     for start in range(0, length, BLOCK_TOKENS):
         if (largest := ids[start : start + BLOCK_TOKENS].max()) >= vocab_size:
             raise IntegrityError(f"{path} holds the id {largest}, but vocab_size is {vocab_size}: {HINT}")
-    return length
+    return vocab_size, length
 
 
 def _map_shard(path: Path) -> Ids:

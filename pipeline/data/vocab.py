@@ -1,6 +1,6 @@
-"""vocab: folding of the ids that never occur -> training that is exactly equal, and cheaper.
+"""Fold the ids that never occur into one row of the embedding: training that is exactly equal, and cheaper.
 
-Split of the tied embedding whose ids never occur in the training text get their gradient through the softmax alone. If
+Rows of the tied embedding whose ids never occur in the training text get their gradient through the softmax alone. If
 they start equal, they receive equal gradients and stay equal. So one representative row stands for all U of them: its
 logit gets a bias of ln U, which gives it the probability of all of them together; its gradient is divided by U, which
 is the gradient of each; and its squared norm counts U times when the gradient is clipped. In exact arithmetic this is
@@ -45,12 +45,8 @@ class Vocabulary:
         return math.log(self.n_unused) if self.n_unused else 0.0
 
     def fold(self, ids: Tensor) -> Tensor:
-        """Ids, of any shape, -> rows."""
+        """Compact ids, which are rows of the embedding, of `ids` of any shape."""
         return self._row_of[ids.long()] if self.n_unused else ids.long()
-
-    def unfold(self, rows: Tensor) -> Tensor:
-        """Split that are no representative -> ids."""
-        return self.used.to(rows.device)[rows]
 
     def fold_rows(self, full: Tensor) -> Tensor:
         """(size, C) embedding -> (n_rows, C), without its repetitions."""

@@ -1,11 +1,10 @@
-"""decoder: a GPT -> the same GPT laid out for writing: keys and values kept, weights packed, the head where asked.
+"""Incremental inference for a GPT: KV cache, packed weights, logits only where requested.
 
-B: sequences, T: new positions of each, n: positions kept, C: n_embd, H: n_head, D: C / H, V: rows of the embedding. The
+B: sequences, T: new positions of each, n: positions in the cache, C: n_embd, H: n_head, D: C / H, V: compact ids. The
 residual stream, the norms and the logits are fp32; matrix products, keys and values are in the precision, as under
 autocast in training.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -20,45 +19,34 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Linear = Callable[[Tensor], Tensor]  # (..., C_in) -> (..., C_out)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer and its q, k, v, (B, H, T, D) each -> (B, H, T, D)
 
-FIRST_UNWRITTEN = 50257  # the ids after <|endoftext|> are padding
 GROWTH = 64  # positions; oneDNN compiles a kernel for each new shape, and reads what lies in one piece faster
 
 
-class Cache:
-    """Keys and values of a batch of sequences: `keys[layer]` and `values[layer]`, (B, H, n, D) each.
-
-    The memory is allocated once, for `limit` positions; what is in use of it lies in one piece, and n grows.
-    """
+class KVCache:
+    """Keys and values of a batch of sequences: `keys[layer]` and `values[layer]`, (B, H, n, D) each; n grows."""
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int], limit: int, like: Tensor) -> None:
-        """`shape`: B, H and D; `like`: a tensor of the dtype and on the device that all of it is to have."""
+        """`shape`: B, H and D; `limit`: the largest n; `like`: a tensor of the dtype and on the device to use."""
         B, H, D = shape
-        self._memory, self.limit = like.new_empty((2, n_layer, B * H * limit * D)), limit
-        self._lay_out(B, H, 0, D)
+        self.limit = limit
+        self.keys = [like.new_zeros((B, H, 0, D)) for _ in range(n_layer)]
+        self.values = [like.new_zeros((B, H, 0, D)) for _ in range(n_layer)]
 
     def reserve(self, n: int) -> None:
-        """Make room for `n` positions."""
-        B, _, room, _ = self.keys[0].shape
+        """Make room for `n` positions, with zeros in what is new: what is masked must be finite as well."""
+        room = self.keys[0].shape[2]
         if n > room:
-            self._keep(list(range(B)), min(-(-n // GROWTH) * GROWTH, self.limit))
+            new = min(-(-n // GROWTH) * GROWTH, self.limit) - room
+            self._replace(lambda x: F.pad(x, (0, 0, 0, new)))
 
     def select(self, sequences: list[int]) -> None:
         """Keep these sequences alone, in this order."""
-        self._keep(sequences, self.keys[0].shape[2])
+        which = torch.tensor(sequences, device=self.keys[0].device)
+        self._replace(lambda x: x.index_select(0, which))
 
-    def _keep(self, sequences: list[int], n: int) -> None:
-        """Lay these sequences out with room for `n`, zero where nothing is: what is masked must be finite as well."""
-        _, H, used, D = self.keys[0].shape
-        before, which = (self.keys, self.values), torch.tensor(sequences, device=self._memory.device)
-        self._lay_out(len(sequences), H, n, D)
-        for layers, layers_before in zip((self.keys, self.values), before, strict=True):
-            for kept, kept_before in zip(layers, layers_before, strict=True):
-                copy = kept_before.index_select(0, which)  # the memory may be the same
-                kept[:, :, :used], kept[:, :, used:] = copy, 0
-
-    def _lay_out(self, *shape: int) -> None:
-        flat = self._memory[..., : math.prod(shape)]
-        self.keys, self.values = ([layer.view(shape) for layer in half] for half in flat)
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layers in (self.keys, self.values):
+            layers[:] = map(change, layers)
 
 
 class Layer(NamedTuple):
@@ -75,69 +63,71 @@ class Layer(NamedTuple):
 class Decoder:
     """A GPT as it is in eval mode; the weights are the model's own in fp32, and copies of them otherwise."""
 
-    def __init__(self, model: GPT, precision: Precision = "fp32") -> None:
+    def __init__(self, model: GPT, precision: Precision = "fp32", n_vocab: int | None = None) -> None:
+        """`n_vocab`: ids of the tokenizer; those of the model beyond them are padding, which is never sampled."""
         config = model.config
         self.dtype, self.trained_length, self.vocabulary = DTYPES[precision], model.trained_length, model.vocabulary
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), model.ln_f
         self.head = _linear(self.wte, None, self.dtype)
         self.layers = [self._layer(block) for block in model.h]
+        n_rows, n_unused = self.vocabulary.n_rows, self.vocabulary.n_unused
+        self.n_sampled = n_rows - 1 if n_unused else n_vocab or n_rows  # compact ids that may be sampled
 
-    def new_cache(self, n_sequences: int, length: int | None = None) -> Cache:
+    def new_cache(self, n_sequences: int, length: int | None = None) -> KVCache:
         """A cache for sequences of `length` tokens, of the trained length at most."""
         limit = min(length or self.trained_length, self.trained_length)
-        return Cache(len(self.layers), (n_sequences, self.n_head, self.head_size), limit, self.wpe[:0].to(self.dtype))
+        return KVCache(len(self.layers), (n_sequences, self.n_head, self.head_size), limit, self.wpe[:0].to(self.dtype))
 
     @torch.inference_mode()
-    def prefill(self, rows: Tensor, cache: Cache, sequences: list[int]) -> Tensor:
-        """Read rows (B, T) as the beginnings of these sequences of the cache -> what the head reads, (B, T, C)."""
-        T = rows.shape[1]
+    def prefill(self, compact_ids: Tensor, cache: KVCache, sequences: list[int]) -> Tensor:
+        """Hidden states (B, T, C) for the head, of (B, T) ids that begin these sequences of the cache."""
+        T = compact_ids.shape[1]
         cache.reserve(T)
-        which = torch.tensor(sequences, device=rows.device)
+        which = torch.tensor(sequences, device=compact_ids.device)
 
         def attend_to_own(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.keys[layer][which, :, :T], cache.values[layer][which, :, :T] = k, v
             return attend(q, k, v, dropout=0.0)
 
-        return self._hidden(F.embedding(rows, self.wte) + self.wpe[:T], attend_to_own)
+        return self._hidden(F.embedding(compact_ids, self.wte) + self.wpe[:T], attend_to_own)
 
     @torch.inference_mode()
-    def extend(self, rows: Tensor, lengths: list[int], cache: Cache) -> Tensor:
-        """Read rows (B, T) on end of all sequences of the cache, `lengths` long so far -> (B, T, C).
+    def extend(self, compact_ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
+        """Hidden states (B, T, C) for the head, of (B, T) ids after all sequences of the cache, `lengths` long so far.
 
-        What is kept beyond a sequence's length, as of a guess that was wrong, is overwritten before it is seen.
+        What the cache has beyond a sequence's length, such as a rejected draft, is overwritten before it is seen.
         """
-        B, T = rows.shape
+        (B, T), device = compact_ids.shape, compact_ids.device
         cache.reserve(max(lengths) + T)
-        positions = torch.tensor(lengths, device=rows.device)[:, None] + torch.arange(T, device=rows.device)  # (B, T)
-        unseen = torch.arange(cache.keys[0].shape[2], device=rows.device) > positions[:, :, None]  # (B, T, n)
-        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=rows.device).masked_fill_(unseen, -torch.inf)
+        positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        unseen = torch.arange(cache.keys[0].shape[2], device=device) > positions[:, :, None]  # (B, T, n)
+        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=device).masked_fill_(unseen, -torch.inf)
         mask = mask.repeat_interleave(self.n_head, dim=0)  # (B * H, T, n)
         new: tuple[slice | Tensor, ...]
-        if len(set(lengths)) == 1:  # a slice is written faster than what is full_tensor
+        if len(set(lengths)) == 1:  # a slice is written faster than scattered positions
             new = (slice(None), slice(None), slice(lengths[0], lengths[0] + T))
         else:
             new = (
-                torch.arange(B, device=rows.device)[:, None, None],
-                torch.arange(self.n_head, device=rows.device)[:, None],
+                torch.arange(B, device=device)[:, None, None],
+                torch.arange(self.n_head, device=device)[:, None],
                 positions[:, None],
             )
 
-        def attend_to_kept(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend_to_cache(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]  # (B, H, n, D) each
             keys[new], values[new] = k, v
             q, keys, values = q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)  # (B * H, ...)
             scores = torch.baddbmm(mask, q, keys.mT, alpha=self.head_size**-0.5)  # (B * H, T, n)
             return torch.bmm(scores.softmax(dim=2), values).view(B, self.n_head, T, self.head_size)
 
-        return self._hidden(F.embedding(rows, self.wte) + F.embedding(positions, self.wpe), attend_to_kept)
+        return self._hidden(F.embedding(compact_ids, self.wte) + F.embedding(positions, self.wpe), attend_to_cache)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> fp32 logits (..., V); -inf for what is never written: ids that no text has."""
+        """fp32 logits (..., V) of hidden states (..., C); -inf for padding and for ids that the text does not have."""
         logits: Tensor = self.head(hidden.to(self.dtype)).float()
-        first = self.vocabulary.n_rows - 1 if self.vocabulary.n_unused else FIRST_UNWRITTEN
-        logits[..., first:] = -torch.inf
+        logits[..., self.n_sampled :] = -torch.inf
         return logits
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""evaluate: a model and a token file -> what it knows of the text.
+"""Evaluate a model on a text.
 
-Every figure is taken in eval mode, with the full softmax in fp32 and the run's precision below it, so that the check in
-training and the stage `evaluate` give the same number.
+Every figure is taken in eval mode, with the full softmax in fp32 and the run's precision below it, so that training and
+the stage `evaluate` give the same number.
 """
 
 import math
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.sections import EvaluateConfig
+from pipeline.config.sections import EvaluateConfig, TrainConfig
 from pipeline.data.batches import IGNORED, Split, make_batch, n_windows
 from pipeline.data.token_files import TokenFolder
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model
-from pipeline.system.device import autocast_in
+from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
@@ -30,7 +30,7 @@ RECALL_TOKENS = 32  # of context, and again of continuation
 def evaluate_model(
     folder: Path, tokens: Path, run: dict[str, Any], config: EvaluateConfig
 ) -> tuple[dict[str, Any], list[float]]:
-    """Measure a model folder on the tokens it was trained on; `run` is its run.json.
+    """Evaluate a model folder on the tokens it was trained on; `run` is its run.json.
 
     Returns the figures of reports/metrics.json, and the mean loss at each position of the window. Raises IntegrityError
     where model or tokens are altered, InputError where the tokens are not those of the run.
@@ -38,16 +38,14 @@ def evaluate_model(
     text = TokenFolder(tokens)
     if text.sha256 != run["data_sha256"]:
         raise InputError(f"{tokens} is not what {folder} was trained on: run `dvc repro`")
-    model = load_model(folder, text.train.counts())
-    torch.set_num_threads(int(run["environment"]["threads"]))
-    device, precision = str(run["environment"]["device"]).split()[0], str(run["environment"]["precision"])
-    model.to(device)
-    T, autocast = model.trained_length, autocast_in(device, precision)
-    rows, held_out = (Split(part, model.vocabulary, torch.device(device)) for part in (text.train, text.val))
-    loss = corpus_loss(model, rows, T, autocast)
-    by_shift = {str(s): corpus_loss(model, rows, T, autocast, s) for s in (T // 4, T // 2, 3 * T // 4)}
+    machine = machine_of(run)
+    model = load_model(folder, text.train.counts()).to(machine.device)
+    T, autocast = model.trained_length, machine.autocast()
+    split, held_out = (Split(part, model.vocabulary, machine.device) for part in (text.train, text.val))
+    loss = corpus_loss(model, split, T, autocast)
+    by_shift = {str(s): corpus_loss(model, split, T, autocast, s) for s in (T // 4, T // 2, 3 * T // 4)}
     recall = {
-        aligned: verbatim_recall(model, rows, recall_starts(rows.size, model, config, aligned), autocast)
+        aligned: verbatim_recall(model, split, recall_starts(split.size, model, config, aligned), autocast)
         for aligned in (True, False)
     }
     results = run["results"]
@@ -57,7 +55,7 @@ def evaluate_model(
         "shifted_loss": sum(by_shift.values()) / len(by_shift),
         "shifted_loss_by_offset": by_shift,
         "validation_loss": corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None,
-        "top1_accuracy": top1_accuracy(model, rows, T, autocast),
+        "top1_accuracy": top1_accuracy(model, split, T, autocast),
         "verbatim_recall": recall[True],
         "verbatim_recall_shifted": recall[False],
         "recall_tokens": recall_context(model),
@@ -66,38 +64,46 @@ def evaluate_model(
         "target_loss": results["target_loss"],
         "to_target": results["to_target"],
     }
-    return metrics, position_loss(model, rows, T, autocast)
+    return metrics, position_loss(model, split, T, autocast)
+
+
+def machine_of(run: dict[str, Any]) -> Machine:
+    """Set up what a run's train.device means on this machine, with the threads and the precision that the run had."""
+    environment = run["environment"]
+    where = {**run["params"]["train"], "threads": environment["threads"], "precision": "fp32", "compile": False}
+    machine = prepare_machine(TrainConfig.model_validate({**where, "processes": 1}))
+    return machine._replace(precision=environment["precision"])  # whether it is fast here does not matter
 
 
 @torch.inference_mode()
 def corpus_loss(
     model: GPT,
-    rows: Split,
+    split: Split,
     length: int,
     autocast: AbstractContextManager[Any],
     shift: int = 0,
     world: World = ALONE,
 ) -> float:
-    """Mean loss, in nats per token, of one pass over the text `rows` in windows of `length` from `shift` on.
+    """Mean loss, in nats per token, of all windows of `length` of the text from token `shift` on.
 
     The processes of a `world` divide the batches among them; the sum is taken in the text's order, as one process does.
     """
-    batches = _starts(rows, length, shift)
+    batches = _starts(split, length, shift)
     sums = []
     for begin in range(0, len(batches), world.size):
         starts = batches[min(begin + world.rank, len(batches) - 1)]  # a sharded model needs all processes to the end
-        inputs, targets, _ = make_batch(rows, starts, length)
+        inputs, targets, _ = make_batch(split, starts, length)
         with autocast:
             total = model.token_losses(inputs, targets).double().sum().cpu()
         sums += world.all_gather(total)
-    return sum(x.item() for x in sums[: len(batches)]) / (rows.size - 1 - shift)
+    return sum(x.item() for x in sums[: len(batches)]) / (split.size - 1 - shift)
 
 
 @torch.inference_mode()
-def position_loss(model: GPT, rows: Split, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
+def position_loss(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
     """Mean loss at each of the `length` positions of the fixed windows."""
     total, n = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
-    for inputs, targets in _passes(rows, length):
+    for inputs, targets in _windows(split, length):
         with autocast:
             total += model.token_losses(inputs, targets).double().sum(dim=0).cpu()
         n += (targets != IGNORED).sum(dim=0).cpu()
@@ -105,10 +111,10 @@ def position_loss(model: GPT, rows: Split, length: int, autocast: AbstractContex
 
 
 @torch.inference_mode()
-def top1_accuracy(model: GPT, rows: Split, length: int, autocast: AbstractContextManager[Any]) -> float:
-    """Share of the text's tokens that are the model's first guess."""
+def top1_accuracy(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]) -> float:
+    """Share of the text's tokens that the model finds likeliest."""
     hits, n = 0, 0
-    for inputs, targets in _passes(rows, length):
+    for inputs, targets in _windows(split, length):
         with autocast:
             hits += int((model(inputs).argmax(dim=2) == targets).sum())
         n += int((targets != IGNORED).sum())
@@ -116,20 +122,20 @@ def top1_accuracy(model: GPT, rows: Split, length: int, autocast: AbstractContex
 
 
 @torch.inference_mode()
-def verbatim_recall(model: GPT, rows: Split, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
+def verbatim_recall(model: GPT, split: Split, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
     """Share of `starts` from which greedy decoding recites the text exactly.
 
     The model is given RECALL_TOKENS tokens, fewer where its windows are short, and must continue with as many. Greedy
-    decoding does so if and only if each true token is the first guess after all true ones before it, so one forward
+    decoding does so if and only if each true token is the likeliest after all true ones before it, so one forward
     pass decides it.
     """
     context = recall_context(model)
     exact = 0
     for begin in range(0, len(starts), batch := max(1, BATCH_TOKENS // (2 * context))):
-        inputs, targets, _ = make_batch(rows, starts[begin : begin + batch], 2 * context - 1)
+        inputs, targets, _ = make_batch(split, starts[begin : begin + batch], 2 * context - 1)
         with autocast:
-            guesses = model(inputs)[:, context - 1 :].argmax(dim=2)  # (B, context)
-        exact += int((guesses == targets[:, context - 1 :]).all(dim=1).sum())
+            likeliest = model(inputs)[:, context - 1 :].argmax(dim=2)  # (B, context)
+        exact += int((likeliest == targets[:, context - 1 :]).all(dim=1).sum())
     return exact / len(starts)
 
 
@@ -146,15 +152,15 @@ def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bo
     return sorted(rng.choice(candidates, min(config.recall_places, len(candidates)), replace=False).tolist())
 
 
-def _passes(rows: Split, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _windows(split: Split, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The text's fixed windows in order: inputs and targets, (B, T)."""
-    for starts in _starts(rows, length):
-        inputs, targets, _ = make_batch(rows, starts, length)
+    for starts in _starts(split, length):
+        inputs, targets, _ = make_batch(split, starts, length)
         yield inputs, targets
 
 
-def _starts(rows: Split, length: int, shift: int = 0) -> list[list[int]]:
+def _starts(split: Split, length: int, shift: int = 0) -> list[list[int]]:
     """Where the text's fixed windows from token `shift` on begin, in batches."""
-    starts = [shift + length * i for i in range(n_windows(rows.size - shift, length))]
+    starts = [shift + length * i for i in range(n_windows(split.size - shift, length))]
     batch = max(1, BATCH_TOKENS // length)
     return [starts[begin : begin + batch] for begin in range(0, len(starts), batch)]

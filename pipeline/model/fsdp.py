@@ -1,4 +1,4 @@
-"""sharding: a model and its state <-> the shards of them that the processes of a world hold (FSDP2).
+"""Shard a model and its state over the processes of a world, and put them together again (FSDP2).
 
 A sharded tensor is a DTensor, cut into equal ranges of rows, one for each process in turn; the last ones may be short.
 """

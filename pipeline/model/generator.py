@@ -1,7 +1,8 @@
-"""generate: prompts -> text, token by token, the same for a seed, never past the length that the model was trained on.
+"""Generate text from prompts, token by token, the same for a seed, within the length that the model was trained on.
 
-A text longer than that slides: the model sees at least its last half length, and more until it is full again. It ends
-where the model draws <|endoftext|>, which parts the documents that it has learnt.
+The context of a longer text slides: the model sees at least the last half of the trained length, and more until it is
+full again. A text ends where the model samples the end-of-text token, which separates the documents that it was trained
+on.
 """
 
 import codecs
@@ -16,16 +17,20 @@ from pipeline.config.sections import TrainConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
-from pipeline.model.decoder import Cache, Decoder, Precision
+from pipeline.model.decoder import Decoder, KVCache, Precision
 from pipeline.model.gpt import GPT
-from pipeline.model.sampling import Sampling, draw
+from pipeline.model.prompt_lookup import PromptLookup
+from pipeline.model.sampling import Sampling, sample
 from pipeline.model.weights import load_model
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError
 
 PROMPT_CHARACTERS = 1_000_000  # at most
 Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end of a document
-MOST_GUESSES = 8  # tokens; to check so many takes little longer than to compute one
+AUTO = TrainConfig(
+    seed=0, device="auto", precision="auto", threads="auto", deterministic=False, compile=False,
+    gradient_checkpointing=False, shard=False, processes=1,
+)  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -39,23 +44,25 @@ class Piece(NamedTuple):
 
 
 class Continuation:
-    """One sequence while it is written, as ids and as rows of the model's vocabulary."""
+    """One sequence while it is generated, as ids and as the model's compact ids."""
 
-    def __init__(self, number: int, ids: list[int], rows: list[int], sampling: Sampling) -> None:
-        self.number, self.ids, self.rows = number, ids, rows
+    def __init__(
+        self, number: int, ids: list[int], compact_ids: list[int], sampling: Sampling, corpus: CorpusIndex | None
+    ) -> None:
+        self.number, self.ids, self.compact_ids = number, ids, compact_ids
         self.length = len(ids) + sampling.max_tokens  # at the end
         self.generator = torch.Generator().manual_seed((sampling.seed + number) % 2**63)
         self.text = TextStream(sampling.stop)
-        self.start = -1  # where the context begins that the cache holds; -1: it holds none
-        self.guesses: list[int] = []  # rows that may come next
-        self.trust = MOST_GUESSES  # how many guesses are worth checking
-        self.slid, self.ended = False, False
+        self.lookup = PromptLookup(corpus)
+        self.draft: list[int] = []  # compact ids to be verified
+        self.start = -1  # where the context begins that the cache holds, but for its last token; -1: it holds none
+        self.ended = False
         self.notice: str | None = None
 
     @property
     def n_context(self) -> int:
         """Tokens in the context, the last of which the model may not have read."""
-        return len(self.rows) - self.start
+        return len(self.compact_ids) - self.start
 
     @property
     def finished(self) -> Finish | None:
@@ -65,32 +72,29 @@ class Continuation:
 
 
 class Generator:
-    """A model, ready to write; several threads may use it at once.
+    """A model with its tokenizer; several threads may use it at the same time.
 
-    `corpus`: the text that it has learnt. How that goes on is guessed, and several guesses are checked in one pass: it
-    is faster where the model recites, and changes nothing that is written (Leviathan et al. 2023; Saxena 2023). So in
-    fp32; in bf16 the last bit of a product depends on how many tokens are read at once, by guesses or by a batch, and
-    decides now and then between two tokens that are all but equally likely.
+    `corpus`: the training text, for prompt-lookup decoding.
     """
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, corpus: CorpusIndex | None = None, precision: Precision = "fp32"
     ) -> None:
-        self.decoder, self.tokenizer, self.corpus = Decoder(model, precision), tokenizer, corpus
+        self.decoder, self.tokenizer, self.corpus = Decoder(model, precision, tokenizer.n_vocab), tokenizer, corpus
         self.trained_length, self.vocabulary = model.trained_length, model.vocabulary
 
     def stream(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[Piece]:
-        """Continue all prompts at once; sequence i draws with `sampling.seed` + i, as it would alone.
+        """Continue all prompts at once; sequence i samples with `sampling.seed` + i, as it would alone.
 
         Raises InputError for a prompt that is too long to read.
         """
         sequences = [self._begin(number, prompt, sampling) for number, prompt in enumerate(prompts)]
         yield from (Piece(each.number, [], "", "length", None) for each in sequences if each.finished)
         cache = self.decoder.new_cache(len(sequences), max((each.length for each in sequences), default=0))
-        while writing := [i for i, sequence in enumerate(sequences) if not sequence.finished]:
-            if len(writing) < len(sequences):
-                sequences = [sequences[i] for i in writing]
-                cache.select(writing)
+        while unfinished := [i for i, sequence in enumerate(sequences) if not sequence.finished]:
+            if len(unfinished) < len(sequences):
+                sequences = [sequences[i] for i in unfinished]
+                cache.select(unfinished)
             for sequence, logits in zip(sequences, self._read(sequences, cache), strict=True):
                 yield self._write(sequence, logits, sampling)
 
@@ -99,101 +103,94 @@ class Generator:
         return prompt + "".join(piece.text for piece in self.stream([prompt], sampling))
 
     def next_tokens(self, prompt: str) -> Tensor:
-        """Probability of each id to be the next, (50257,), at temperature 1; 0 for those that are never written."""
-        rows = self._rows(self._encode(prompt))
-        context = rows[context_start(len(rows), self.trained_length) :]
+        """Probability of each id to be the next, (n_vocab,), at temperature 1; 0 for those that are never sampled."""
+        compact_ids = self._fold(self._encode(prompt))
+        context = compact_ids[context_start(len(compact_ids), self.trained_length) :]
         hidden = self.decoder.prefill(context[None], self.decoder.new_cache(1), [0])  # (1, T, C)
-        of_rows = self.decoder.logits(hidden[0, -1]).softmax(dim=0).cpu()  # (V,)
+        probabilities = self.decoder.logits(hidden[0, -1]).softmax(dim=0).cpu()  # (V,)
         of_ids, used = torch.zeros(self.vocabulary.size), self.vocabulary.used
-        of_ids[used] = of_rows[: len(used)]
+        of_ids[used] = probabilities[: len(used)]
         return of_ids[: self.tokenizer.n_vocab]
 
     def token_losses(self, ids: Sequence[int]) -> list[float]:
         """Loss of each of `ids` but the first, in nats, in windows of the trained length."""
-        rows, losses = self._rows(ids), []
-        for begin in range(0, len(rows) - 1, self.trained_length):
-            window = rows[begin : begin + self.trained_length + 1]
+        compact_ids, losses = self._fold(ids), []
+        for begin in range(0, len(compact_ids) - 1, self.trained_length):
+            window = compact_ids[begin : begin + self.trained_length + 1]
             hidden = self.decoder.prefill(window[None, :-1], self.decoder.new_cache(1), [0])  # (1, T, C)
             losses += self.decoder.losses(hidden[0], window[1:]).tolist()
         return losses
 
     def _begin(self, number: int, prompt: str, sampling: Sampling) -> Continuation:
         ids = self._encode(prompt)
-        sequence = Continuation(number, ids, self._rows(ids).tolist(), sampling)
+        sequence = Continuation(number, ids, self._fold(ids).tolist(), sampling, self.corpus)
         if len(ids) > self.trained_length:
             sequence.notice = f"the prompt has {len(ids):,} tokens, and {self._sight()}"
         return sequence
 
-    def _read(self, sequences: list[Continuation], cache: Cache) -> list[Tensor]:
-        """Have the model read what it has not: logits (1 + guesses or more, V) of each sequence, on the CPU."""
-        begun = [i for i, sequence in enumerate(sequences) if self._begins_anew(sequence)]
+    def _read(self, sequences: list[Continuation], cache: KVCache) -> list[Tensor]:
+        """Logits (1 + draft tokens or more, V) after each sequence's last token and its draft, on the CPU."""
+        begun = [i for i, sequence in enumerate(sequences) if self._begins_context(sequence)]
         logits: dict[int, Tensor] = {}
-        if going_on := [sequence for i, sequence in enumerate(sequences) if i not in begun]:
-            room = cache.limit - max(sequence.n_context for sequence in going_on)
-            for sequence in going_on:
-                sequence.guesses = self._guess(sequence, room)
-            rows = _padded([[sequence.rows[-1], *sequence.guesses] for sequence in sequences])
-            kept = [0 if i in begun else sequence.n_context - 1 for i, sequence in enumerate(sequences)]
-            hidden = self.decoder.extend(self._to_device(rows), kept, cache)  # (B, T, C)
-            logits |= enumerate(self.decoder.logits(hidden).cpu())
+        if extended := [sequence for i, sequence in enumerate(sequences) if i not in begun]:
+            room = cache.limit - max(sequence.n_context for sequence in extended)
+            for sequence in extended:
+                context = sequence.ids[-self.trained_length :]
+                draft = sequence.lookup.draft(context, min(room, sequence.length - len(sequence.ids) - 1))
+                sequence.draft = self._fold(draft).tolist()
+            new = self._padded([[sequence.compact_ids[-1], *sequence.draft] for sequence in sequences])
+            lengths = [0 if i in begun else sequence.n_context - 1 for i, sequence in enumerate(sequences)]
+            logits |= enumerate(self.decoder.logits(self.decoder.extend(new, lengths, cache)).cpu())  # (B, T, V)
         if begun:
-            contexts = [sequences[i].rows[sequences[i].start :] for i in begun]
-            hidden = self.decoder.prefill(self._to_device(_padded(contexts)), cache, begun)  # (B, T, C)
-            last = torch.stack([of_one[len(rows) - 1] for of_one, rows in zip(hidden, contexts, strict=True)])
+            contexts = [sequences[i].compact_ids[sequences[i].start :] for i in begun]
+            hidden = self.decoder.prefill(self._padded(contexts), cache, begun)  # (B, T, C)
+            last = torch.stack([of_one[len(ids) - 1] for of_one, ids in zip(hidden, contexts, strict=True)])  # (B, C)
             logits |= zip(begun, self.decoder.logits(last[:, None]).cpu(), strict=True)
         return [logits[i] for i in range(len(sequences))]
 
-    def _begins_anew(self, sequence: Continuation) -> bool:
-        """Whether the sequence's context is not that of which the cache holds a part."""
-        start = context_start(len(sequence.rows), self.trained_length)
-        anew, slides = start != sequence.start, start > max(sequence.start, 0)
-        if slides and not sequence.slid and sequence.start >= 0:
+    def _begins_context(self, sequence: Continuation) -> bool:
+        """Move the start of the sequence's context; return whether it is not the one that the cache holds."""
+        before = sequence.start
+        sequence.start, sequence.draft = context_start(len(sequence.compact_ids), self.trained_length), []
+        if before == 0 < sequence.start:
             sequence.notice = f"the text is longer than the model can see: {self._sight()}"
-        sequence.start, sequence.slid = start, sequence.slid or slides
-        sequence.guesses = []
-        return anew
-
-    def _guess(self, sequence: Continuation, room: int) -> list[int]:
-        """Up to `room` rows that may come next, as the corpus goes on."""
-        n = min(sequence.trust, room, sequence.length - len(sequence.ids) - 1)
-        if self.corpus is None or n <= 0:
-            return []
-        guesses: list[int] = self._rows(self.corpus.draft(sequence.ids[-self.trained_length :], n)).tolist()
-        return guesses
+        return sequence.start != before
 
     def _write(self, sequence: Continuation, logits: Tensor, sampling: Sampling) -> Piece:
-        """Draw the next token, and those after it as long as the guesses come true."""
+        """Sample the next token, and those after it as long as the draft is accepted."""
         before, text = len(sequence.ids), ""
-        for one, guess in zip(logits, [*sequence.guesses, None], strict=False):
-            row = draw(one, sampling, sequence.rows, sequence.generator)
-            token = int(self.vocabulary.used[row])
+        for one, drafted in zip(logits, [*sequence.draft, None], strict=False):
+            compact_id = sample(one, sampling, sequence.compact_ids, sequence.generator)
+            token = int(self.vocabulary.used[compact_id])
             if token == self.tokenizer.eot:  # it is no text
                 sequence.ended, sequence.notice = True, "the model has ended its document"
                 text += sequence.text.add(b"", last=True)
                 break
-            sequence.rows.append(row)
+            sequence.compact_ids.append(compact_id)
             sequence.ids.append(token)
             last = len(sequence.ids) == sequence.length
-            text += sequence.text.add(self.tokenizer.decode_bytes(sequence.ids[-1:]), last)
-            if sequence.finished or row != guess:
+            text += sequence.text.add(self.tokenizer.decode_bytes([token]), last)
+            if sequence.finished or compact_id != drafted:
                 break
         new = sequence.ids[before:]
-        if sequence.guesses:
-            sequence.trust = min(2 * len(new) - 1, MOST_GUESSES)
+        if sequence.draft:
+            sequence.lookup.adapt(len(new) - 1)
         notice, sequence.notice = sequence.notice, None
         return Piece(sequence.number, new, text, sequence.finished, notice)
 
     def _encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt; an empty one begins with <|endoftext|>, as GPT-2's own does."""
+        """Ids of a prompt; an empty one begins with the end of text, as GPT-2's own does."""
         if len(prompt) > PROMPT_CHARACTERS:
             raise InputError(f"a prompt has {len(prompt):,} characters: {PROMPT_CHARACTERS:,} at most")
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
 
-    def _rows(self, ids: Sequence[int]) -> Tensor:
-        return self._to_device(self.vocabulary.fold(torch.tensor(ids, dtype=torch.int64)))
+    def _fold(self, ids: Sequence[int]) -> Tensor:
+        return self.vocabulary.fold(torch.tensor(ids, dtype=torch.int64)).to(self.decoder.wte.device)
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.decoder.wte.device)
+    def _padded(self, compact_ids: list[list[int]]) -> Tensor:
+        """Lists of unequal lengths as one tensor, (B, T), with zeros behind the shorter ones."""
+        width = max(map(len, compact_ids))
+        return torch.tensor([each + [0] * (width - len(each)) for each in compact_ids], device=self.decoder.wte.device)
 
     def _sight(self) -> str:
         half = self.trained_length // 2
@@ -206,12 +203,6 @@ def context_start(n: int, trained_length: int) -> int:
     return -(-max(0, n - trained_length) // half) * half
 
 
-def _padded(rows: list[list[int]]) -> Tensor:
-    """Split of unequal lengths, (B, T), with row 0 behind the shorter ones."""
-    width = max(map(len, rows))
-    return torch.tensor([each + [0] * (width - len(each)) for each in rows])
-
-
 def load_generator(folder: Path) -> Generator:
     """Load what a registered version holds, `folder`/model and `folder`/tokens, onto the best device there is.
 
@@ -219,19 +210,7 @@ def load_generator(folder: Path) -> Generator:
     """
     tokens = TokenFolder(folder / "tokens").train
     model, tokenizer = load_model(folder / "model", tokens.counts()), load_tokenizer(folder / "model")
-    machine = prepare_machine(
-        TrainConfig(
-            seed=0,
-            device="auto",
-            precision="auto",
-            threads="auto",
-            deterministic=False,
-            compile=False,
-            gradient_checkpointing=False,
-            shard=False,
-            processes=1,
-        )
-    )
+    machine = prepare_machine(AUTO)
     return Generator(model.to(machine.device), tokenizer, CorpusIndex.of(tokens), machine.precision)
 
 

@@ -1,7 +1,7 @@
-"""model: ids -> logits, as GPT-2 computes them.
+"""GPT-2: the network.
 
-B: windows in a batch, T: positions in a window, C: n_embd, H: n_head, V: rows of the embedding (the vocabulary, or what
-is left of it after folding, see vocab). Source: Radford et al. 2019, and the published weights' own configuration.
+B: windows in a batch, T: positions in a window, C: n_embd, H: n_head, V: compact ids (the vocabulary, or what is left
+of it after folding: data/vocab.py). Source: Radford et al. 2019, and the published weights' own configuration.
 """
 
 import math
@@ -85,7 +85,7 @@ def through(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """GPT-2: learned positions, a head tied to the embedding; inputs and targets are rows of `vocabulary`.
+    """GPT-2: learned positions, a head tied to the embedding; inputs and targets are compact ids of `vocabulary`.
 
     `compiled` and `gradient_checkpointing` act in training alone.
     """
@@ -117,11 +117,11 @@ class GPT(nn.Module):
                 parameter.fill_(1)  # the LayerNorms' weights
         return self
 
-    def hidden(self, rows: Tensor) -> Tensor:
-        """Split (B, T) -> what the head reads, (B, T, C)."""
-        T = rows.shape[1]
+    def hidden(self, compact_ids: Tensor) -> Tensor:
+        """Hidden states (B, T, C) for the head, of ids (B, T)."""
+        T = compact_ids.shape[1]
         assert self.config.block_size >= T, "longer than the model has positions"
-        x = self.wte(rows) + self.wpe.weight[:T]  # (B, T, C)
+        x = self.wte(compact_ids) + self.wpe.weight[:T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         run = self._through if self.training else through
         for block in self.h:
@@ -130,16 +130,16 @@ class GPT(nn.Module):
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> logits (..., V); that of the unused row counts for all the ids behind it."""
+        """Logits (..., V) of hidden states (..., C); that of the unused row counts for all the ids behind it."""
         if not self.vocabulary.n_unused:
             return F.linear(hidden, self.wte.weight)
         bias = self.wte.weight.new_zeros(self.vocabulary.n_rows)  # (V,)
         bias[-1] = self.vocabulary.unused_bias
         return F.linear(hidden, self.wte.weight, bias)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Split (B, T) -> logits (B, T, V)."""
-        return self.head(self.hidden(rows))
+    def forward(self, compact_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of ids (B, T)."""
+        return self.head(self.hidden(compact_ids))
 
     def loss(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:
         """Sum of the targets' losses over `n_targets`, in nats per token; softmax in fp32, IGNORED targets left out."""

@@ -1,4 +1,4 @@
-"""cross_entropy: what the head reads, and the targets -> their loss and its gradients, a few rows of logits at a time.
+"""Cross-entropy of hidden states and its gradients, a chunk of logits at a time.
 
 The logits of a step are its largest tensor by far: V numbers a token. Here they are made, turned into their gradient
 and used up chunk by chunk, in the forward pass; all of them together never exist, and the backward pass only scales.
@@ -41,13 +41,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             read = x * counts  # what each token adds to the weights' gradient: nothing where IGNORED
             total = torch.zeros((), dtype=exact, device=hidden.device)
             d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-            for rows in _spans(len(x), CHUNK_LOGITS // len(w)):
-                logits = x[rows] @ w.T  # (n, V)
+            for chunk in _spans(len(x), CHUNK_LOGITS // len(w)):
+                logits = x[chunk] @ w.T  # (n, V)
                 for part in _spans(len(logits), CACHED_LOGITS // len(w) if device == "cpu" else len(logits)):
-                    log_p = _to_gradient(logits[part], last_bias, labels[rows][part], exact, ctx.scale)
-                    total -= (log_p * counts[rows][part]).sum()
-                d_hidden[rows] = (logits @ w) * counts[rows]
-                d_weight += logits.T @ read[rows]
+                    log_p = _to_gradient(logits[part], last_bias, labels[chunk][part], exact, ctx.scale)
+                    total -= (log_p * counts[chunk][part]).sum()
+                d_hidden[chunk] = (logits @ w) * counts[chunk]
+                d_weight += logits.T @ read[chunk]
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 

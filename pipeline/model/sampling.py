@@ -1,13 +1,14 @@
-"""sampling: logits -> the next token of each sequence."""
+"""Sample the next token from logits. Importing this module does not import torch."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from pipeline.system.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 
 class Sampling(BaseModel):
@@ -15,12 +16,17 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens: int = Field(100, ge=0, le=10_000, description="how many to write")
+    max_tokens: int = Field(100, ge=0, le=10_000, description="how many tokens to generate")
     temperature: float = Field(0.8, ge=0, le=100, description="0: always the likeliest; 1: by the probabilities")
-    top_k: int = Field(0, ge=0, le=50_257, description="draw from the likeliest so many; 0: from all")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from the fewest that have so much probability together")
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="how much less likely is what stands there already")
-    seed: int = Field(0, ge=0, lt=2**63, description="the same one writes the same text")
+    top_k: int = Field(0, ge=0, le=65_536, description="sample from the k likeliest tokens; 0: from all")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: keep the smallest set of tokens whose probabilities add up to top_p",
+    )
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: tokens that occurred are less likely")
+    seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same text")
     stop: tuple[str, ...] = Field((), max_length=16, description="text before which the continuation ends")
 
     @classmethod
@@ -33,13 +39,14 @@ class Sampling(BaseModel):
             raise InputError("; ".join(faults)) from None
 
 
-@torch.inference_mode()
-def draw(logits: Tensor, sampling: Sampling, seen: Sequence[int], generator: torch.Generator) -> int:
-    """Draw a row of the vocabulary from its fp32 logits (V,) on the CPU; `seen`: the rows that stand there already.
+def sample(logits: "Tensor", sampling: Sampling, seen: Sequence[int], generator: "Generator") -> int:
+    """Sample a compact id from its fp32 logits (V,) on the CPU; `seen`: the compact ids of the text so far.
 
     The penalty divides positive logits and multiplies negative ones. Sources: Keskar et al. 2019 (penalty), Fan et al.
-    2018 (top-k), Holtzman et al. 2020 (top-p).
+    2018 (top-k), Holtzman et al. 2020 (nucleus sampling).
     """
+    import torch  # here, since the command line builds its flags from Sampling
+
     if (penalty := sampling.repetition_penalty) != 1:
         known = torch.tensor(sorted(set(seen)))
         penalised = torch.where(logits[known] > 0, logits[known] / penalty, logits[known] * penalty)
@@ -52,7 +59,7 @@ def draw(logits: Tensor, sampling: Sampling, seen: Sequence[int], generator: tor
     probabilities = logits.softmax(dim=0)
     if sampling.top_p < 1:
         descending, order = probabilities.sort(descending=True)
-        enough = descending.cumsum(dim=0) - descending >= sampling.top_p  # there is, without it
+        enough = descending.cumsum(dim=0) - descending >= sampling.top_p  # the set is complete without it
         probabilities[order[enough]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 

@@ -1,7 +1,7 @@
 """Save and load the weights of a model with its shape and its tokenizer."""
 
-import errno
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config.sections import ModelConfig
-from pipeline.data.tokenizer import BPE_SHA256
+from pipeline.data.tokenizer import tokenizer_in
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import IntegrityError, ModelMissing
@@ -29,8 +29,8 @@ from pipeline.system.files import (
 WEIGHTS = "model.safetensors"
 
 
-def save_model(folder: Path, model: GPT, bpe: Path) -> None:
-    """Write a model folder: weights expanded to the full vocabulary, config.json and the tokenizer of `bpe`."""
+def save_model(folder: Path, model: GPT, tokenizer: Path) -> None:
+    """Write a model folder: weights for the full vocabulary, config.json and the files of the tokenizer in a folder."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     weights["wte.weight"] = model.vocabulary.unfold_rows(weights["wte.weight"]).contiguous()
     shape = {"model": model.config.model_dump(), "trained_length": model.trained_length}
@@ -38,8 +38,8 @@ def save_model(folder: Path, model: GPT, bpe: Path) -> None:
     with atomic_folder(folder, needed) as unfinished:
         save_tensors(weights, unfinished / WEIGHTS)
         write_json(unfinished / "config.json", shape)
-        for name in BPE_SHA256:
-            shutil.copyfile(bpe / name, unfinished / name)
+        for name in tokenizer_in(tokenizer).files:
+            shutil.copyfile(tokenizer / name, unfinished / name)
 
 
 def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
@@ -109,9 +109,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        if code := next(
-            (code for code in codes if f"os error {code}" in str(error) or f"code: {code}," in str(error)), 0
-        ):
-            raise OSError(code, os.strerror(code), str(path)) from None
+        if found := re.search(r"(?:os error |code: )(\d+)", str(error)):
+            raise OSError(code := int(found[1]), os.strerror(code), str(path)) from None
         raise

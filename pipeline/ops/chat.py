@@ -1,4 +1,4 @@
-"""terminal: prompts, given or asked for -> their continuations, shown as they are written."""
+"""Continue prompts in the terminal, and show the text as it is written."""
 
 import sys
 import time
@@ -39,5 +39,5 @@ def converse(generator: Generator, sampling: Sampling) -> None:
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would take for a command."""
+    """The text without what a terminal would take for a command."""
     return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

@@ -1,19 +1,19 @@
-"""relocation: MLflow's database in a moved or copied checkout -> the same with its artifacts' places set right.
+"""Update the absolute paths in MLflow's database after a project was moved or copied.
 
-MLflow notes absolute paths. Only a SQLite file inside the project is looked at: one that lies elsewhere may be shared
-by several checkouts, of which only one has the artifacts.
+Only a SQLite file inside the project is changed: one that lies elsewhere may be shared by several checkouts.
 """
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-from pipeline.ops.finding import Finding
+from pipeline.ops.checks import Finding
 from pipeline.system.errors import RunLocked
 from pipeline.system.files import atomic_file, locked
 from pipeline.tracking.mlflow_store import ARTIFACTS, BUSY_S, made_in, own_database, reading
-from pipeline.tracking.recorder import RECORDER_LOCK
 
 PLACES = (  # of MLflow's tables: column, and which rows
     ("experiments", "artifact_location", "TRUE"),
@@ -27,40 +27,43 @@ PLACES = (  # of MLflow's tables: column, and which rows
 
 
 def examine_database(root: Path) -> Iterator[Finding]:
-    """Whether the database is sound, and was made in this folder."""
+    """Whether the database is intact, and was made in this folder."""
     if (database := own_database(root)) is None:
         return
     if flaw := flaw_of(database):
         hint = f"move {database.name} away, then `dvc repro -f -s register` makes a new one with the present model"
-        yield Finding("mend", "store", f"{database} is damaged ({flaw})", hint)
+        yield Finding("to fix", "store", f"{database} is damaged ({flaw})", hint)
     elif before := made_in(root):
-        what = f"{database.name} was made in {before} and looks for its artifacts there"
+        what, hint, fix = f"{database.name} was made in {before} and names files there", "", None
         if (root / ARTIFACTS).is_dir():
-            hint = "`python -m pipeline doctor --fix` has it look here, and keeps a copy of the database as it was"
-            yield Finding("mend", "store", what, hint, lambda: relocate(database, before, root))
+            hint = "`python -m pipeline doctor --fix` updates its paths, and keeps a copy of the database as it was"
+            fix = partial(relocate, database, before, root)
         else:
             hint = f"move {before / ARTIFACTS} here, or {database.name} away, then `dvc repro -f -s register`"
-            yield Finding("mend", "store", what, hint)
+        yield Finding("to fix", "store", what, hint, fix)
 
 
 def relocate(database: Path, before: Path, root: Path) -> str:
-    """Have every place below `before` in the database be one below `root`, in one transaction, after a backup.
+    """Replace `before` by `root` in every path of the database, in one transaction, after a backup.
 
     Raises RunLocked where a training, a registration or another program that writes has the store.
     """
+    home = root / "checkpoints"
+    locks = [*home.glob("*.lock"), *home.glob("*/*.lock"), *home.glob("*/*/*.lock")]
     with ExitStack() as stack:
-        for lock in _locks(root):
-            stack.enter_context(locked(lock))
+        for lock in (root / "mlruns" / ".lock", root / "mlruns" / ".register.lock", *locks):
+            if lock.is_file():
+                stack.enter_context(locked(lock))
         connection = stack.enter_context(closing(sqlite3.connect(database, timeout=BUSY_S, isolation_level=None)))
         try:
             connection.execute("BEGIN IMMEDIATE")  # nobody else writes from here on
         except sqlite3.OperationalError as error:
             raise RunLocked(f"{database} cannot be written to ({error}): stop what uses it, `mlflow ui` say") from None
-        kept = _backup(database)
-        there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        n_rows = sum(_move(connection, *place, before, root) for place in PLACES if place[0] in there)
+        backup = _back_up(database)
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        n_paths = sum(_move(connection, *place, before, root) for place in PLACES if place[0] in tables)
         connection.execute("COMMIT")
-    return f"{n_rows} places in {database.name} are now below {root}; as it was, it is kept in {kept.name}"
+    return f"{n_paths} paths in {database.name} are now below {root}; {backup.name} is the database as it was"
 
 
 def flaw_of(database: Path) -> str | None:
@@ -68,24 +71,14 @@ def flaw_of(database: Path) -> str | None:
     try:
         with reading(database) as connection:
             found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
-    except sqlite3.OperationalError as error:
-        found = "ok" if "locked" in str(error) else str(error)  # by a writer
     except sqlite3.DatabaseError as error:
-        found = str(error)
+        found = "ok" if "locked" in str(error) else str(error)  # by a writer
     return None if found == "ok" else " ".join(found.split())
 
 
-def _locks(root: Path) -> list[Path]:
-    """Those that are there of store, registration, runs and recorders."""
-    home = root / "checkpoints"
-    runs = [*home.glob("*.lock"), *home.glob("*/*.lock"), *home.glob(f"*/*/{RECORDER_LOCK}")]
-    return [lock for lock in (root / "mlruns" / ".lock", root / "mlruns" / ".register.lock", *runs) if lock.is_file()]
-
-
-def _backup(database: Path) -> Path:
-    """A copy beside the database, under a name that is free; whole or absent."""
-    first = database.with_name(f"{database.name}.before-relocation")
-    names = [first, *(first.with_name(f"{first.name}.{i}") for i in range(1, 1000))]
+def _back_up(database: Path) -> Path:
+    """Copy the database to a free name beside it; the copy is complete or absent."""
+    names = (database.with_name(f"{database.name}.before-relocation{f'.{i}' if i else ''}") for i in count())
     free = next(path for path in names if not path.exists())
     with (
         atomic_file(free) as unfinished,
@@ -97,7 +90,7 @@ def _backup(database: Path) -> Path:
 
 
 def _move(connection: sqlite3.Connection, table: str, column: str, rows: str, before: Path, root: Path) -> int:
-    """Put `root` in the place of `before` where a column's path is, or begins with, it; how often that was."""
+    """Replace `before` by `root` where a column's path is, or is below, `before`; return how often."""
     sql = (
         f"UPDATE {table} SET {column} = :root || substr({column}, length(:before) + 1) "  # noqa: S608 (of PLACES)
         f"WHERE ({rows}) AND ({column} = :before OR substr({column}, 1, length(:before) + 1) = :before || '/')"

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
 from pipeline.data.token_files import TokenFolder
-from pipeline.data.tokenizer import EOT, Tokenizer, load_tokenizer
+from pipeline.data.tokenizer import EOT, GPT2Tokenizer, Tokenizer, load_tokenizer
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import WEIGHTS, load_model
 from pipeline.report.cards import CURVE, model_card, space_card
@@ -50,6 +50,8 @@ def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Pat
 def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     """Write what Transformers loads into an empty folder."""
     model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only GPT-2's can be exported")
     weights = hf_weights(model, tokenizer.n_vocab)
     config = hf_config(model, tokenizer, len(weights["transformer.wpe.weight"]))
     (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))

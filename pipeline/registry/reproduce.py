@@ -21,7 +21,7 @@ import psutil
 
 from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
-from pipeline.data.tokenizer import BPE_SHA256
+from pipeline.data.tokenizer import tokenizer_in
 from pipeline.model.weights import WEIGHTS
 from pipeline.registry.artifacts import label_of, temporary_prefix
 from pipeline.registry.catalog import identity_of, open_version
@@ -79,9 +79,10 @@ def _fingerprint_here(files: Path) -> str | None:
 def _set_up(files: Path, project: Path) -> Path:
     """Write what the stage `train` reads."""
     shutil.copytree(files / "tokens", project / "data" / "tokens")
-    (project / "data" / "bpe").mkdir()
-    for name in BPE_SHA256:
-        shutil.copyfile(files / "model" / name, project / "data" / "bpe" / name)
+    for folder in ("tokenizer", "bpe"):  # commits before `corpus.tokenizer` read data/bpe
+        (project / "data" / folder).mkdir()
+        for name in tokenizer_in(files / "model").files:
+            shutil.copyfile(files / "model" / name, project / "data" / folder / name)
     shutil.copyfile(files / "params.yaml", project / "params.yaml")
     return project
 

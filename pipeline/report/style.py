@@ -1,6 +1,6 @@
-"""drawing: the house's style for figures -> pictures that are the same bytes on every host, and parts of their axes.
+"""Set the style of all figures, write them as PNG files, and draw the parts that they share.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart.
+A figure's bytes are the same on every host. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.markers import CARETUP
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pipeline.system.files import atomic_file
@@ -35,19 +34,18 @@ STYLE = {
     "axes.grid.axis": "y",
     "grid.color": "#E5E5E5",
 }
-ROW = 0.07  # height of a line of notes as a share of the axes
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw as STYLE says, whatever the user's matplotlibrc does; serves as a decorator too."""
+    """Apply STYLE, whatever the user's matplotlibrc says; also a decorator."""
     with matplotlib.style.context(["default", STYLE]):
         yield
 
 
 @house_style()
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure, atomically, without the date and the software that would make its bytes differ."""
+    """Write a figure, atomically, without metadata that would make its bytes differ."""
     with atomic_file(path) as unfinished:
         figure.savefig(
             unfinished, format="png", dpi="figure", metadata={"Software": None}, pil_kwargs={"optimize": True}
@@ -55,37 +53,37 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def line(points: "pd.Series[Any] | pd.DataFrame", colour: str, width: float = 2) -> dict[str, Any]:
-    """How a series is drawn; few points, which hardly make a line, get dots."""
+    """Arguments of `plot` for a series; fewer than five points get markers."""
     return {"color": colour, "lw": width, "marker": "." if len(points) < 5 else None}
 
 
 def level(axes: Axes, y: float, text: str) -> None:
-    """A dashed line at `y`, named in the right margin."""
+    """Draw a dashed line at `y`, named in the right margin."""
     axes.axhline(y, color=BLACK, lw=1, ls="--")
     axes.annotate(text, (1, y), (4, 0), axes.get_yaxis_transform(), "offset points", va="center", fontsize=10)
 
 
 def draw_noisy(axes: Axes, x: "pd.Series[int]", y: "pd.Series[float]", over: int) -> None:
-    """A series step by step, faint behind its mean over the last `over` steps where those are more than one."""
+    """Draw a series, and over it its running mean where `over`, the mean's number of steps, is more than one."""
     axes.plot(x, y, **(line(y, SKY, 0.8) if over > 1 else line(y, BLUE)), label="each step")
     if over > 1:
         axes.plot(x, y.rolling(over, min_periods=1).mean(), **line(y, BLUE), label=f"mean of {over} steps")
 
 
 def count_steps(axes: Axes, last: int) -> None:
-    """An x axis of whole steps up to `last`."""
+    """Make the x axis one of whole steps up to `last`."""
     axes.set(xlabel="step", xlim=(0, last * 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain_numbers(axes.xaxis)
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Numbers as one says them: 0.1 and 1,000."""
+    """Write the axis' numbers without exponents: 0.1 and 1,000."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5 of each decade."""
+    """Make the y axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -93,26 +91,10 @@ def log_scale(axes: Axes) -> None:
 
 
 def legend_above(axes: Axes) -> None:
-    """The series' names in their colours, in a row above the axes, where no curve can run through them."""
+    """Write the series' names in their colours above the axes, where no curve runs."""
     axes.set_title(axes.get_title(loc="left"), pad=24)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=4, frameon=False, labelcolor="linecolor",
                 borderpad=0, handlelength=1.2, columnspacing=1.5, fontsize=10)  # fmt: skip
-
-
-def mark_below(axes: Axes, y: float, notes: list[tuple[int, str]]) -> None:
-    """Mark the x of each note on the level `y` of a logarithmic axis and write the notes in rows below all curves."""
-    low, high = axes.get_ylim()
-    low, strip = min(low, y), ROW * len(notes) + 0.02
-    bottom = low * (low / high) ** (strip / (1 - strip))
-    axes.set_ylim(bottom, high)
-    left, right = axes.get_xlim()
-    for row, (x, text) in enumerate(sorted(notes, reverse=True)):  # the earliest on top
-        share, late = ROW * row + 0.05, x > (left + right) / 2
-        text_y = bottom * (high / bottom) ** share
-        axes.plot([x, x], [y, text_y], color=BLACK, lw=0.8)
-        axes.plot(x, y, marker=CARETUP, color=BLACK)
-        axes.annotate(text, (x, text_y), (-4 if late else 4, 0), textcoords="offset points", va="center",
-                      ha="right" if late else "left", fontsize=10)  # fmt: skip
 
 
 def counted(count: int, noun: str) -> str:
@@ -120,7 +102,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def short(count: float) -> str:
-    """A large number in three figures: 304k, 16.0M."""
+    """A large number in three digits: 304k, 16.1M."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"

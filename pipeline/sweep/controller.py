@@ -1,9 +1,7 @@
-"""sweep: params.yaml -> a study of the settings that reach the target for the least; the best of them -> params.yaml.
-
-This process founds the study, keeps its workers at work and draws what they find; they train.
-"""
+"""Run a study's workers, show its trials, and write its best settings into params.yaml."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 from optuna.storages import fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -24,19 +21,21 @@ from pipeline.data.token_files import data_sha256
 from pipeline.sweep import worker
 from pipeline.sweep.figures import UNITS, draw_study
 from pipeline.sweep.mlflow_run import close_study_run, open_study_run
+from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, check_space, values_of, with_values
 from pipeline.sweep.study import (
-    RETRIES,
+    MAX_RETRIES,
+    SHARED,
     absolute_url,
-    ask_for,
-    best_trial,
+    enqueue,
     find_study,
     has_work,
     join_study,
+    latest_trials,
     open_storage,
-    question_of,
-    take_up_again,
-    taken_up_again,
+    requeue,
+    require_same,
+    shared_settings,
 )
 from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
 from pipeline.system.device import cores
@@ -44,16 +43,16 @@ from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
 from pipeline.system.host import SOURCE_ROOT
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.fingerprint import differences
 from pipeline.tracking.mlflow_store import naming_dead_store, open_store, project_root
 from pipeline.training.config import RunConfig
 
 DASHBOARD_PORT = 8080
-LOOK_S = 0.2  # how often the workers are looked after
+POLL_S = 0.2
+Process = subprocess.Popen[str]
 
 
 def run_sweep(params: Params, sweep: SweepConfig) -> None:
-    """Go on with the study until its trials, its time or its patience are spent, or a signal comes.
+    """Continue the study until its trials, its time or its patience are spent, or a signal comes.
 
     Raises RunLocked where this checkout already works at it; TargetNotReached where no trial has reached the target.
     """
@@ -61,83 +60,71 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     check_space(sweep, params)
     root = project_root()
     _prepare_tokens()
-    question = question_of(sweep, config, data_sha256(root / "data" / "tokens"))
+    shared = shared_settings(sweep, config, data_sha256(root / "data" / "tokens"))
     home = root / "checkpoints" / sweep.study
     with locked(home.parent / f"{sweep.study}.lock"), StopSignals() as stop:
-        study = join_study(sweep, question, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
-        _leave_none_running(study, root)
-        own = values_of(config, list(sweep.axes))
-        if not study.get_trials(deepcopy=False) and not ask_for(study, sweep, own):
-            print("the space does not hold the values of params.yaml: they are not tried")
+        study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
+        if not study.get_trials(deepcopy=False) and not enqueue(study, sweep, values_of(config, list(sweep.axes))):
+            print("the space does not contain the values of params.yaml: they are not tried")
         with naming_dead_store(root, "then sweep again"):
             store = open_store(root)
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep.study, sweep.model_dump())
         study.set_user_attr("mlflow_run_id", run_id)
         study.set_user_attr("trials", sweep.trials)
         threads = max(1, cores() // sweep.workers) if config.train.threads == "auto" else config.train.threads
-        orders = [
-            WorkerConfig(str(root), sweep.model_dump(mode="json"), params.values, question, index, threads, run_id)
-            for index in range(sweep.workers)
+        configs = [
+            WorkerConfig(str(root), sweep.model_dump(mode="json"), params.values, shared, number, threads, run_id)
+            for number in range(sweep.workers)
         ]
         print(f"study {sweep.study}: {sweep.workers} workers of {threads} threads", flush=True)
-        if sweep.objective == "train_s" and sweep.workers > 1:
-            print("train_s is what the clock says while the workers share this machine: nothing is corrected")
-        _work(study, sweep, orders, stop)
+        _supervise(study, sweep, configs, stop)
         draw_study(study, home / "figures")
         with naming_dead_store(root, "then sweep again"):
-            status = "FINISHED" if stop.received is None else "KILLED"
-            close_study_run(store, run_id, status, home / "figures", *_outcome(study))
+            close_study_run(store, study, "FINISHED" if stop.received is None else "KILLED", home / "figures")
         print(_summary(study))
         stop.raise_if_received(f"all kept in {sweep.storage} and {home}")
         _require_best(study)
 
 
 def print_status(sweep: SweepConfig) -> None:
-    """Print every trial of the study as it stands, the one that is best so far first."""
+    """Print every trial of the study, the best one first."""
     study = find_study(sweep, project_root())
-    again = taken_up_again(study)
-    best = best_trial(study)
-    rows = [_row(trial) for trial in study.trials if trial.number not in again]
-    rows.sort(key=lambda row: (row["state"] != "reached", row["value"] if row["value"] is not None else row["trial"]))
+    rows = [_row(trial) for trial in latest_trials(study)]
+    rows.sort(key=lambda row: (row["state"] != "reached", row["value"] if row["state"] == "reached" else row["trial"]))
     print(_summary(study))
     if rows:
-        table = pd.DataFrame(rows).drop(columns="value" if best is None else [])
-        print(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:,.6g}"))
+        print(pd.DataFrame(rows).to_string(index=False, na_rep="", float_format=lambda value: f"{value:,.6g}"))
 
 
 def print_best(sweep: SweepConfig) -> None:
-    """Print the best trial, what it changes, and where its run is."""
+    """Print the best trial, its values, and its MLflow run."""
     study = find_study(sweep, project_root())
     best = _require_best(study)
     print(_summary(study))
     for key, value in best.user_attrs["values"].items():
         print(f"  {key} {value}")
-    print(
-        f"MLflow run {best.user_attrs.get('mlflow_run_id', 'unknown')}; `python -m pipeline sweep apply` takes it over"
-    )
+    run_id = best.user_attrs.get("mlflow_run_id", "unknown")
+    print(f"MLflow run {run_id}; `python -m pipeline sweep apply` writes these values into params.yaml")
 
 
 def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
-    """Write the best trial's values into params.yaml, which then names the trial that they come from.
+    """Write the best trial's values into params.yaml, and the trial's name into `sweep.applied`.
 
-    Raises InputError where params.yaml sets what was not searched otherwise than the study did.
+    Raises InputError where params.yaml differs from the study in what was not searched.
     """
     study = find_study(sweep, project_root())
     best = _require_best(study)
-    values = best.user_attrs["values"]
-    founded = study.user_attrs["question"]
-    params = load_params(path)
-    config = RunConfig.of(with_values(params, values, sweep.micro_batch_tokens))
-    searched = sweep.updated(space=founded["space"], objective=founded["objective"])
-    if changed := differences(founded, question_of(searched, config, founded["data_sha256"])):
-        raise InputError(f"{path} is not what study {sweep.study} was about: {', '.join(changed)}: set it back first")
+    values, shared = best.user_attrs["values"], study.user_attrs[SHARED]
+    config = RunConfig.of(with_values(load_params(path), values, sweep.micro_batch_tokens))
+    searched = sweep.updated(space=shared["space"], objective=shared["objective"])
+    require_same(study, shared_settings(searched, config, shared["data_sha256"]))
     keys = {key for name in values for key in ((name,) if name != STEP_TOKENS else BATCH_KEYS)}
     applied = {"sweep.applied": f"{sweep.study}/{best.number}/{config.digest}"}
     print(write_values(values_of(config, sorted(keys)) | applied, path))
 
 
 def open_dashboard(sweep: SweepConfig) -> None:
-    """Serve Optuna's dashboard on the study's database, on this machine alone, until interrupted."""
+    """Serve Optuna's dashboard on the study's database, to this machine alone, until interrupted."""
     from optuna_dashboard import run_server
 
     find_study(sweep, root := project_root())
@@ -146,49 +133,54 @@ def open_dashboard(sweep: SweepConfig) -> None:
 
 
 def _prepare_tokens() -> None:
-    """Bring data/tokens up to date with DVC, so that no trial learns stale ones."""
+    """Bring data/tokens up to date with DVC, so that no trial trains on stale ones."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]  # another one is done in seconds
     if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode:
-        raise InputError("sweep: `dvc repro tokenize` failed, as told above: mend that first")
+        raise InputError("sweep: `dvc repro tokenize` failed, as shown above: fix that first")
 
 
-def _work(study: Study, sweep: SweepConfig, orders: list[WorkerConfig], stop: StopSignals) -> None:
-    """Keep the workers at work until there is none, the time is spent, or a signal comes; stop them then.
+def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> None:
+    """Run the workers until there is no work, the time is spent, or a signal comes; then stop them.
 
-    A worker that dies leaves its trial to be taken up again, and is replaced.
+    The trial of a worker that dies is re-queued at once, and the worker is replaced.
     """
     deadline = time.monotonic() + (sweep.budget_s or float("inf"))
-    working = {order.worker: _start(order) for order in orders}
-    deaths, told = 0, False
-    while working:
-        time.sleep(LOOK_S)
-        if not told and (told := stop.received is not None or time.monotonic() > deadline):
-            for process in working.values():
+    workers = {config.number: _start(config) for config in configs}
+    deaths, stopping = 0, False
+    while workers:
+        time.sleep(POLL_S)
+        if not stopping and (stop.received is not None or time.monotonic() > deadline):
+            stopping = True
+            for process in workers.values():
                 process.terminate()
-        for index, process in list(working.items()):
+        for number, process in list(workers.items()):
             if process.poll() is None:
                 continue
-            del working[index]
-            _leave_none_running(study, Path(orders[index].root))
-            if process.returncode and not told:
+            del workers[number]
+            for trial in study.get_trials(states=(TrialState.RUNNING,)):
+                if trial.user_attrs.get(WORKER) == worker_name(process.pid):
+                    requeue(study, trial, MAX_RETRIES)
+            if process.returncode and not stopping:
                 deaths += 1
                 print(f"worker {process.pid} died, exit code {process.returncode}", flush=True)
-            if not working:
-                fail_stale_trials(study)  # of other machines
-            if not told and deaths <= RETRIES * sweep.workers and has_work(study, sweep):
-                working[index] = _start(orders[index])
+            if not workers and not stopping:
+                _wait_for_others(study, sweep, stop, deadline)
+            if not stopping and deaths <= MAX_RETRIES * sweep.workers and has_work(study, sweep):
+                workers[number] = _start(configs[number])
 
 
-def _leave_none_running(study: Study, root: Path) -> None:
-    """Have the trials of workers of this project that are no more taken up again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        pid = str(trial.user_attrs.get(WORKER, "")).rpartition(":")[2]
-        if trial.user_attrs.get(WORKER) == worker_name(root, pid) and not psutil.pid_exists(int(pid)):
-            take_up_again(study, trial.number, RETRIES)
+def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadline: float) -> None:
+    """Wait for trials that others are running, one heartbeat timeout at most: those of a dead machine are re-queued."""
+    deadline = min(deadline, time.monotonic() + sweep.heartbeat_timeout_s + 1)
+    while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) and not has_work(study, sweep):
+        if stop.received is not None or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+        fail_stale_trials(study)
 
 
-def _start(orders: WorkerConfig) -> "subprocess.Popen[str]":
+def _start(config: WorkerConfig) -> Process:
     path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", worker.__name__],
@@ -198,7 +190,7 @@ def _start(orders: WorkerConfig) -> "subprocess.Popen[str]":
         text=True,
     )
     assert process.stdin is not None, "a pipe, as asked for"
-    process.stdin.write(json.dumps(orders._asdict()) + "\n")
+    process.stdin.write(json.dumps(config._asdict()) + "\n")
     process.stdin.close()
     return process
 
@@ -207,54 +199,39 @@ def _require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        hint = "mend the space" if failed else "raise optim.max_tokens, widen the space, or give it more trials"
+        hint = "correct the space" if failed else "raise optim.max_tokens, widen the space, or give it more trials"
         raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {hint}")
     return best
 
 
-def _outcome(study: Study) -> tuple[dict[str, float], dict[str, str]]:
-    """Figures and tags of the study's own run in MLflow."""
-    best, states = best_trial(study), [trial.state for trial in study.trials]
-    metrics = {f"trials/{state.name.lower()}": float(states.count(state)) for state in TrialState}
-    metrics["tokens"] = float(_tokens(study))
-    if best is None:
-        return metrics, {}
-    metrics[f"best/{study.user_attrs['question']['objective']}"] = float(best.value or 0)
-    values = best.user_attrs["values"]
-    return metrics, {"best_trial": str(best.number), "best_values": json.dumps(values)}
-
-
 def _summary(study: Study) -> str:
-    trials, best = study.get_trials(deepcopy=False), best_trial(study)
-    own = sum("failed_trial" not in trial.system_attrs for trial in trials)
+    trials, best = latest_trials(study), best_trial(study)
     states = [trial.state for trial in trials]
-    reached, stopped = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
-    failed = states.count(TrialState.FAIL) - len(taken_up_again(study))
-    begun = f"{own} of {study.user_attrs['trials']} trials begun"
-    words = f"study {study.study_name}: {begun}, {reached} reached the target, {stopped} did not, {failed} failed"
+    words = (
+        f"study {study.study_name}: {len(trials)} of {study.user_attrs['trials']} trials begun, "
+        f"{states.count(TrialState.COMPLETE)} reached the target, {states.count(TrialState.PRUNED)} did not, "
+        f"{states.count(TrialState.FAIL)} failed"
+    )
     if best is None:
         return words
-    objective = study.user_attrs["question"]["objective"]
-    cost = _tokens(study) / max(best.intermediate_values)
-    found = f"best: trial {best.number}, {best.value:,.6g} {UNITS[objective]}"
-    return f"{words}; {found}; all of them took {cost:.1f} times its tokens"
-
-
-def _tokens(study: Study) -> int:
-    """What all trials have seen; what was taken up again, or only repeated, counts once."""
-    once = [t for t in study.trials if t.number not in taken_up_again(study) and "same_as" not in t.user_attrs]
-    return sum(max(trial.intermediate_values, default=0) for trial in once)
+    cost = sum(map(_last_step, trials)) / _last_step(best)
+    unit = UNITS[study.user_attrs[SHARED]["objective"]]
+    return f"{words}; best: trial {best.number}, {best.value:,.6g} {unit}; all of them took {cost:.1f} times as much"
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
     states = {TrialState.COMPLETE: "reached", TrialState.PRUNED: "stopped"}
-    tokens = max(trial.intermediate_values, default=0)
-    facts: dict[str, Any] = {
+    return {
         "trial": trial.number,
         "state": states.get(trial.state, trial.state.name.lower()),
-        "value": trial.value if trial.state is TrialState.COMPLETE else None,
-        "tokens": f"{tokens:,}",
-        "loss of last pass": trial.intermediate_values.get(tokens),
+        "value": trial.value if trial.state is TrialState.COMPLETE else math.nan,  # Optuna gives a pruned one its loss
+        "spent": f"{_last_step(trial):,}",
+        "loss of last epoch": trial.intermediate_values.get(_last_step(trial)),
+        **trial.user_attrs.get("values", {}),
+        "why": trial.user_attrs.get("reason", ""),
     }
-    facts |= trial.user_attrs.get("values", {})
-    return facts | {"why": trial.user_attrs.get("reason", "")}
+
+
+def _last_step(trial: FrozenTrial) -> int:
+    """What a trial has spent at its last report."""
+    return max(trial.intermediate_values, default=0)

@@ -1,6 +1,6 @@
-"""study_plots: a study -> its figures.
+"""Draw a study: its learning curves, and Optuna's own figures.
 
-Optuna draws what is common to all studies. There, trials that did not reach the target stand at their forecast.
+In Optuna's figures a trial that did not reach the target has its forecast as its value.
 """
 
 import warnings
@@ -14,32 +14,22 @@ import optuna.visualization.matplotlib as optuna_plots
 from matplotlib.figure import Figure
 from optuna import create_study, create_trial
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from pipeline.report.style import (
-    BLUE,
-    GREY,
-    RED,
-    counted,
-    house_style,
-    level,
-    log_scale,
-    plain_numbers,
-    save_png,
-    short,
-)
-from pipeline.sweep.study import best_trial
+from pipeline.report.style import BLUE, GREY, RED, counted, house_style, level, log_scale, save_png, short
+from pipeline.sweep.pruner import best_trial, curve_of, forecast
+from pipeline.sweep.study import SHARED
 
 UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
 
 
 def draw_study(study: Study, folder: Path) -> None:
     """Write each figure that the trials so far allow as NAME.png."""
-    for name, figure in {"curves": curves_figure, "best": best_figure}.items():
-        save_png(figure(study), folder / f"{name}.png")
+    save_png(curves_figure(study), folder / "curves.png")
     valued = with_forecasts(study)
-    varied = [key for key in _searched(valued) if len({trial.params[key] for trial in valued.trials}) > 1]
-    objective = f"{_objective(study)} to the target"
+    params = {key for trial in valued.trials for key in trial.params}
+    varied = sorted(key for key in params if len({trial.params.get(key) for trial in valued.trials}) > 1)
+    objective = f"{UNITS[study.user_attrs[SHARED]['objective']]} to the target"
     figures: dict[str, Callable[[], Any]] = {
         "history": lambda: optuna_plots.plot_optimization_history(valued, target_name=objective),
         "slices": lambda: optuna_plots.plot_slice(valued, varied, target_name=objective),
@@ -54,59 +44,43 @@ def draw_study(study: Study, folder: Path) -> None:
 
 @house_style()
 def curves_figure(study: Study) -> Figure:
-    """Loss over tokens of all trials; those that were stopped are faded, the best one stands out."""
-    figure, best = Figure(), best_trial(study)
-    axes = figure.subplots()
-    for trial in sorted(study.get_trials(deepcopy=False), key=lambda trial: trial == best):
-        if not (points := sorted(trial.intermediate_values.items())):
+    """Loss of all trials over what they spent; those that were stopped are faded, the best one stands out."""
+    figure, best, shared = Figure(), best_trial(study), study.user_attrs[SHARED]
+    axes, trials = figure.subplots(), study.get_trials(deepcopy=False)
+    for trial in sorted(trials, key=lambda trial: trial == best):
+        if not (points := curve_of(trial)):
             continue
-        colour, alpha, width = (BLUE, 1.0, 1.2) if trial.state is TrialState.COMPLETE else (GREY, 0.35, 0.8)
+        complete = trial.state is TrialState.COMPLETE
+        colour, alpha, width = (BLUE, 1.0, 1.2) if complete else (GREY, 0.35, 0.8)
         if trial == best:
-            colour, width = RED, 2.4
-            axes.annotate(
-                f"trial {trial.number}", points[-1], (0, -14), textcoords="offset points", color=RED, ha="center"
-            )
+            colour, width, name = RED, 2.4, f"trial {trial.number}"
+            axes.annotate(name, points[-1], (0, -14), textcoords="offset points", color=RED, ha="center")
         axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, lw=width)
-        axes.plot(*points[-1], "o" if trial.state is TrialState.COMPLETE else "x", color=colour, alpha=alpha, ms=4)
+        axes.plot(*points[-1], "o" if complete else "x", color=colour, alpha=alpha, ms=4)
     if not axes.lines:
         axes.set_ylim(0.01, 15)
     log_scale(axes)
-    target = study.user_attrs["question"]["params"]["target"]["loss"]
+    target = shared["params"]["target"]["loss"]
     level(axes, target, f"target {target:g}\n(whole text)")
-    axes.set(xlabel="tokens", ylabel="mean loss of the last pass (nats per token)")
+    unit = "ms of training" if shared["objective"] == "train_s" else shared["objective"]  # as in `report_step`
+    axes.set(xlabel=unit, ylabel="mean loss of the last epoch (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    reached, stopped = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
-    axes.set_title(f"{counted(reached, 'trial')} reached the target (blue, the best red), {stopped} did not (grey)")
-    return figure
-
-
-@house_style()
-def best_figure(study: Study) -> Figure:
-    """What the best trial so far had needed, over the time that the study had been at work."""
-    figure = Figure()
-    axes = figure.subplots()
-    reached = sorted(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=_ended_s)
-    if reached:
-        started = min(t.datetime_start.timestamp() for t in study.get_trials(deepcopy=False) if t.datetime_start)
-        minutes = [(_ended_s(trial) - started) / 60 for trial in reached]
-        values = [trial.value or 0.0 for trial in reached]
-        axes.plot(minutes, values, "o", color=BLUE, ms=5)
-        axes.step(minutes, np.minimum.accumulate(values), where="post", color=RED, lw=2)
-        axes.set_title(f"From {short(values[0])} to {short(min(values))} {_objective(study)}")
-    else:
-        axes.set_title("No trial has reached the target")
-    axes.set(xlabel="minutes since the study began", ylabel=f"{_objective(study)} to the target")
-    plain_numbers(axes.yaxis)
+    states = [trial.state for trial in trials]
+    reached, stopped = counted(states.count(TrialState.COMPLETE), "trial"), states.count(TrialState.PRUNED)
+    axes.set_title(f"{reached} reached the target (blue, the best red), {stopped} did not (grey)")
     return figure
 
 
 def with_forecasts(study: Study) -> Study:
-    """A study in memory in which a trial that missed the target has its forecast as its value."""
+    """A study in memory of the finished trials, in which those that missed the target have their forecast as value."""
     valued = create_study()
+    if (best := best_trial(study)) is None:
+        return valued
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        value = trial.value if trial.state is TrialState.COMPLETE else trial.user_attrs.get("forecast")
-        if value is not None:
+        value, curve, best_curve = trial.value, curve_of(trial), curve_of(best)
+        if trial.state is TrialState.PRUNED and curve:
+            value = best.value * forecast(curve, best_curve) / best_curve[-1][0]
+        if trial.state is TrialState.COMPLETE or curve:
             valued.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=value))
     return valued
 
@@ -124,15 +98,3 @@ def _drawn_by_optuna(draw: Callable[[], Any]) -> Figure:
         else:
             figure.tight_layout()
     return figure
-
-
-def _searched(study: Study) -> list[str]:
-    return sorted({key for trial in study.trials for key in trial.params})
-
-
-def _objective(study: Study) -> str:
-    return UNITS[study.user_attrs["question"]["objective"]]
-
-
-def _ended_s(trial: FrozenTrial) -> float:
-    return trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0

@@ -1,8 +1,8 @@
-"""space: the section `sweep` of params.yaml -> which values a trial may take, checked, and what a trial then trains.
+"""Check the search space of params.yaml's section `sweep`, and put a trial's values into the parameters.
 
-A range is `{low, high, log, step}`, of whole numbers where both ends are; a choice is a list. The space has the shape
-of params.yaml itself. One key of it stands for two: of `windows.step_tokens`, the batch in tokens, windows.micro_batch_size and
-windows.gradient_accumulation_steps are made.
+An axis is `{low, high, log, step}`, of whole numbers where both ends are, or a list of choices. The space has the shape
+of params.yaml. Its key `windows.step_tokens`, the batch in tokens, sets windows.micro_batch_size and
+windows.gradient_accumulation_steps.
 """
 
 import json
@@ -15,11 +15,11 @@ from pipeline.system.errors import InputError
 from pipeline.training.config import RUN_SECTIONS, RunConfig
 
 STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.micro_batch_size", "windows.gradient_accumulation_steps")
-NOT_SEARCHED = ("target", "checkpoint", "samples")  # what is asked for, and what decides nothing
+NOT_SEARCHED = ("target", "checkpoint", "samples")  # the task itself, and what does not change the result
 
 
 def overridden(params: Params, given: dict[str, Any]) -> Params:
-    """`params` with what was given on the command line in place of the section's own values."""
+    """`params` with the section's values replaced by those given on the command line."""
     own = params.values.get(SweepConfig.section_name)
     changed = {key: value for key, value in given.items() if key in SweepConfig.model_fields}
     if not changed or not isinstance(own, dict):
@@ -30,10 +30,7 @@ def overridden(params: Params, given: dict[str, Any]) -> Params:
 
 
 def check_space(sweep: SweepConfig, params: Params) -> None:
-    """Raise one InputError that names every key of the space that cannot be searched, and every value not allowed.
-
-    Not allowed is also a value that, by itself, contradicts what params.yaml sets elsewhere.
-    """
+    """Raise one InputError that names each key that cannot be searched, and each value that is not allowed."""
     sections = {kind.section_name: kind for kind in RUN_SECTIONS if kind.section_name not in NOT_SEARCHED}
     known = [f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields] + [STEP_TOKENS]
     faults = []
@@ -52,9 +49,9 @@ def check_space(sweep: SweepConfig, params: Params) -> None:
 
 
 def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int) -> Params:
-    """`params` with `values`, by dotted key, in place of its own.
+    """`params` with `values`, by dotted key, replaced.
 
-    STEP_TOKENS becomes as few forward passes as hold it, each of at most `micro_batch_tokens` tokens. Raises InputError
+    STEP_TOKENS becomes as few micro-batches as possible, of at most `micro_batch_tokens` tokens each. Raises InputError
     where it is not a whole number of windows.
     """
     changed = {section: dict(own) if isinstance(own, dict) else own for section, own in params.values.items()}
@@ -64,7 +61,7 @@ def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int)
             changed[section][name] = value
     if STEP_TOKENS in values:
         windows = changed["windows"]
-        windows["micro_batch_size"], windows["gradient_accumulation_steps"] = _forward_passes(
+        windows["micro_batch_size"], windows["gradient_accumulation_steps"] = _micro_batches(
             int(values[STEP_TOKENS]), int(windows["seq_len"]), micro_batch_tokens
         )
     return Params(changed, params.path)
@@ -78,7 +75,7 @@ def values_of(config: RunConfig, keys: list[str]) -> dict[str, Any]:
 
 
 def as_choice(value: Any) -> Any:
-    """A list, such as optim.betas, as the text that Optuna takes for a choice; all else as it is."""
+    """A list, such as optim.betas, as JSON, since Optuna's choices are scalars; anything else unchanged."""
     return json.dumps(value) if isinstance(value, list) else value
 
 
@@ -86,13 +83,8 @@ def from_choice(axis: list[Any], chosen: Any) -> Any:
     return next(value for value in axis if as_choice(value) == chosen)
 
 
-def rounded(value: float) -> float:
-    """`value` in three significant digits: what a person would write, and no learning rate needs more."""
-    return float(f"{value:.3g}")
-
-
-def _forward_passes(step_tokens: int, length: int, micro_batch_tokens: int) -> tuple[int, int]:
-    """The largest batch of at most `micro_batch_tokens` that divides a step into equal passes, and their number."""
+def _micro_batches(step_tokens: int, length: int, micro_batch_tokens: int) -> tuple[int, int]:
+    """The largest micro-batch, in windows, that divides a step evenly, and how many of them a step takes."""
     windows, rest = divmod(step_tokens, length)
     if rest or not windows:
         raise InputError(f"{STEP_TOKENS}: {step_tokens} is not a whole number of windows of {length} tokens")

@@ -1,4 +1,4 @@
-"""machine: the section `train` -> where and in what numbers to train here, and torch set up for it."""
+"""Choose device, precision, threads and compilation for this machine, and set torch up for them."""
 
 import ctypes
 import math
@@ -17,13 +17,13 @@ from pipeline.config.sections import TrainConfig
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
-# A run of so many FLOPs gains more by torch.compile than that costs: an estimate, not measured. On a CPU it gains
-# nothing (benchmarks/LOG.md).
+# FLOPs of a run from which torch.compile saves more time than it takes: an estimate. On a CPU it saves nothing
+# (benchmarks/LOG.md).
 COMPILE_FLOPS = {"cuda": 3e16}
 
 
 class Machine(NamedTuple):
-    """What a TrainConfig comes to here."""
+    """The device and the settings that a TrainConfig means on this machine."""
 
     device: torch.device
     precision: Literal["fp32", "bf16", "fp16"]
@@ -37,17 +37,17 @@ class Machine(NamedTuple):
 
 
 def autocast_in(device: str, precision: str) -> AbstractContextManager[Any]:
-    """Have matrix products done in `precision`, fp32, bf16 or fp16, wherever the result is entered."""
+    """A context in which matrix products are done in `precision`: fp32, bf16 or fp16."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = ALONE) -> Machine:
-    """Choose device, precision, threads and whether to compile, and set torch up for them.
+    """Resolve every `auto` of a TrainConfig, and set torch up for the result.
 
-    `run_flops`: of the whole run; compiling pays from COMPILE_FLOPS on. The processes of a `world` divide cores and
-    GPUs among them. Raises InputError for what is not there.
+    `run_flops` of the whole run decide whether to compile. The processes of a `world` share the machine's cores and
+    GPUs. Raises InputError for what this machine does not have.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
@@ -74,13 +74,13 @@ def cores() -> int:
 
 
 def give_back_memory() -> None:
-    """Have glibc give back what it keeps for the next step: after a run that others follow in the same process."""
+    """Return freed memory to the system, after a run that others follow in the same process (glibc)."""
     if hasattr(libc := _libc(), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one: given back, each page would be faulted in every step."""
+    """Keep memory that a step frees for the next one, instead of a page fault for every page (glibc)."""
     if hasattr(libc := _libc(), "mallopt"):
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -92,20 +92,20 @@ def _libc() -> Any:
 
 
 def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> bool:
-    """Resolve `auto`, and say so where a compiler is wanted and missing, or where it changes what a user expects."""
+    """Resolve `auto`, and print where a compiler is wanted and missing, or where `auto` compiles."""
     wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
     if not wanted:
         return False
     there = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
     if not there:
-        print(f"train.compile: no {'triton' if device == 'cuda' else 'C++ compiler'} here: training goes on without")
+        print(f"train.compile: no {'triton' if device == 'cuda' else 'C++ compiler'} here: training without it")
     elif asked == "auto":
         print("train.compile: the run is long enough for compiling to pay")
     return there
 
 
 def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
-    """Resolve `auto`, and refuse what the chip lacks."""
+    """Resolve `auto`. Raises InputError for what the chip does not support."""
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # without these instructions bf16 on a CPU is 10 to 100 times slower than fp32
@@ -123,10 +123,7 @@ def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
 
 @cache
 def _product_s(dtype: torch.dtype) -> float:
-    """Processor seconds of a matrix product on one core, the least of several: other programs hardly change them.
-
-    Those by the clock, on all cores, have called the faster kind the slower one on a busy machine.
-    """
+    """Processor seconds of a matrix product on one core, the least of several, so that other programs do not count."""
     threads, x, took = torch.get_num_threads(), torch.ones(384, 384, dtype=dtype), []
     torch.set_num_threads(1)
     for _ in range(12):

@@ -1,7 +1,6 @@
-"""distributed: the processes that torchrun starts -> one world, in which all agree and rank 0 writes.
+"""The processes that train one model: started by torchrun, they agree on everything, and rank 0 writes.
 
-A process that nobody started so is a world of its own, and everything here does nothing for it. Tensors of a model too
-large for one device are DTensors, of which each process holds a shard (FSDP2).
+A process that was not started by torchrun is a world of its own, for which everything here does nothing.
 """
 
 import logging
@@ -14,9 +13,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,8 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, PipelineError
 
-LOOK_S = 0.25  # between looks at whether the other processes live
-GRACE_S = 2.0  # for a process to find out by itself that another one is gone
+POLL_S = 0.25  # between two checks that the other processes live
+GRACE_S = 2.0  # for a process to notice by itself that another one has died
 
 T = TypeVar("T")
 
@@ -45,18 +44,18 @@ class World:
         return self.rank == 0
 
     def share(self, items: list[T]) -> list[T]:
-        """This process's own of `items`, whose number is a multiple of the world's."""
+        """This process's part of `items`, whose number is a multiple of the world's size."""
         each = len(items) // self.size
         return items[self.rank * each : (self.rank + 1) * each]
 
     def add(self, x: Tensor) -> Tensor:
-        """Put the sum over all processes in place of `x`; return it."""
+        """Replace `x` by its sum over all processes; return it."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def largest(self, *values: int) -> list[int]:
-        """Of each of the values the largest that one of the processes has."""
+        """The maximum of each value over all processes."""
         if self.size == 1:
             return list(values)
         found = torch.tensor(values)
@@ -64,7 +63,7 @@ class World:
         return found.tolist()
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """The tensors, of one shape and on the CPU, that the processes have, by rank."""
+        """The tensors of all processes, by rank; of one shape, and on the CPU."""
         if self.size == 1:
             return [x]
         found = [torch.empty_like(x) for _ in range(self.size)]
@@ -72,7 +71,7 @@ class World:
         return found
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Have rank 0 do `work`; return what that returns, or raise the event that it raises, in every process."""
+        """Run `work` on rank 0; return its result, or raise its error, in every process."""
         if self.size == 1:
             return work()
         outcome: list[T | PipelineError | None] = [None]
@@ -99,7 +98,7 @@ def world_here() -> World:
 
 @contextmanager
 def joined(world: World) -> Iterator[None]:
-    """Connect the processes of `world`; rank 0 alone prints, and one that loses another raises PeerLost, or ends."""
+    """Connect the processes of `world`; only rank 0 prints, and a process that loses another one raises PeerLost."""
     if world.size == 1:
         yield
         return
@@ -119,7 +118,7 @@ def joined(world: World) -> Iterator[None]:
 
 
 def _connect(world: World) -> None:
-    """Meet the others through torchrun's store, where the addresses of a job before its restart still lie."""
+    """Meet the others through torchrun's store, under a prefix: the store keeps the addresses from before a restart."""
     store, _, _ = next(rendezvous("env://"))
     attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -127,9 +126,9 @@ def _connect(world: World) -> None:
 
 
 class _Watch:
-    """A thread that ends this process when another one of the world, on this machine, is gone.
+    """A thread that ends this process when another one of the world, on this machine, has died.
 
-    A broken connection says so itself, but only on a CPU: a GPU would wait for the dead for minutes.
+    On a CPU a broken connection raises an error itself; a GPU would wait for the dead process for minutes.
     """
 
     def __init__(self) -> None:
@@ -140,27 +139,25 @@ class _Watch:
         self._left, self._lost, self.message = threading.Event(), threading.Event(), ""
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._poll, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._left.set()
 
     def lost(self) -> bool:
-        """Whether another process is gone; the connection may have known it first."""
-        return self._lost.wait(4 * LOOK_S)
+        """Whether another process has died; the connection may have noticed it first."""
+        return self._lost.wait(4 * POLL_S)
 
     def wait_for_all(self) -> None:
-        """Return once every process has come here: none is then missed when it ends."""
+        """Return once every process has called this: none is then taken for dead when it ends."""
         dist.all_reduce(torch.zeros(1))
 
-    def _look(self) -> None:
-        while not self._left.wait(LOOK_S):
+    def _poll(self) -> None:
+        while not self._left.wait(POLL_S):
             for rank, pid in self._others.items():
-                if not _lives(pid):
-                    self.message = f"rank {rank}, process {pid}, is gone: run the same command again to go on"
+                if not psutil.pid_exists(pid):
+                    self.message = f"rank {rank}, process {pid}, has died: run the same command again to resume"
                     self._lost.set()
                     if not self._left.wait(GRACE_S):
                         print(f"error: {self.message}", file=sys.stderr, flush=True)
@@ -168,18 +165,10 @@ class _Watch:
                     return
 
 
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module` in so many processes on this machine, as torchrun does; return the exit code.
+    """Run `python -m module` in several processes on this machine, as torchrun does.
 
-    It is that of the first process to fail; the others are then ended. Raises PeerLost where a signal ended it.
+    Returns the exit code of the first process to fail, which ends the others. Raises PeerLost where a signal ended it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -201,7 +190,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            raise PeerLost(f"{name} ended rank {rank}: run the same command again to go on") from None
+            raise PeerLost(f"{name} ended rank {rank}: run the same command again to resume") from None
         return failure.exitcode
     except SignalException as stopped:
         return 128 + int(stopped.sigval)

@@ -1,4 +1,4 @@
-"""stage: what every stage script and command shares -> one-line errors, exit codes, an end together with the parent."""
+"""Run a stage or a command: one line on stderr and an exit code for every error that a user can cause."""
 
 import errno
 import os
@@ -7,42 +7,51 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from pipeline.system.errors import Interrupted, OutOfSpaceError, PeerLost, PipelineError
+from pipeline.system.errors import InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
 from pipeline.system.signals import die_with_dvc
 
 RANK_0_SPEAKS_WITHIN_S = 30
+STAGES = Path(__file__).parents[2] / "stages"
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run `main` and exit with its code; an error that the user can cause is one line on stderr, without traceback."""
+    """Run `main`, which imports what it needs itself, and exit with its code."""
     die_with_dvc()
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of stages/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = exit_code_of(main)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a Ctrl-C while Python ends
     sys.exit(code)
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run `main`; return 0, or the event's exit code after printing its line."""
+    """Run `main`; return 0, or print an error as one line and return its exit code."""
     try:
+        if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would hide Python's own module
+            raise InputError(
+                "this is the folder stages/: run `python -m stages.NAME` from the project's folder, above it"
+            )
         main()
     except PipelineError as error:
         line = f"error: {error}"
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfSpaceError | PeerLost):
             print(line, file=sys.stderr)
         elif not isinstance(error, Interrupted):  # a signal stops all of them, and torchrun waits for each
-            time.sleep(RANK_0_SPEAKS_WITHIN_S)  # it meets this too, and once it has said so torchrun ends this process
+            time.sleep(RANK_0_SPEAKS_WITHIN_S)  # rank 0 meets this too, and once it has said so torchrun ends this one
             print(line, file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "pipeline").startswith(("pipeline", "stages", "webapp")):
+            raise
+        print(f"error: {sys.executable} has no {error.name}: activate .venv, which `make repro` makes", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # whoever read, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's code for SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {(error.strerror or str(error)).lower()}: mend it and repeat", file=sys.stderr)
+        print(f"error: {error.filename}: {(error.strerror or str(error)).lower()}: fix it and repeat", file=sys.stderr)
         return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):

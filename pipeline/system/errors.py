@@ -1,13 +1,13 @@
-"""errors: the events that end a command -> one line on stderr and an exit code of their own.
+"""Errors that end a command with one line on stderr and an exit code of their own.
 
-The message reads `<what> <where>: <what to do>`. Exit codes: 0 done, 2 bad input or parameters, 3 data or model fails
+A message reads `<what> <where>: <what to do>`. Exit codes: 0 done, 2 bad input or parameters, 3 data or model fails
 its integrity check, 4 loss or gradient not finite, 5 out of disk or memory, 6 another process holds the run, 7 model or
 registry missing, 8 target not reached, 130 SIGINT, 143 SIGTERM.
 """
 
 
 class PipelineError(Exception):
-    """An event that ends the command with one line and `exit_code`; raise one of the named subclasses."""
+    """Ends the command with one line and `exit_code`; raise one of its subclasses."""
 
     exit_code = 1
 
@@ -19,7 +19,7 @@ class InputError(PipelineError, ValueError):
 
 
 class IntegrityError(PipelineError):
-    """A file is not what its manifest or its hash says."""
+    """A file does not match its manifest or its hash."""
 
     exit_code = 3
 
@@ -31,7 +31,7 @@ class DivergedError(PipelineError):
 
 
 class OutOfSpaceError(PipelineError):
-    """Disk or memory does not suffice."""
+    """There is not enough disk or memory."""
 
     exit_code = 5
 
@@ -55,7 +55,7 @@ class TargetNotReached(PipelineError):  # noqa: N818
 
 
 class PeerLost(PipelineError):  # noqa: N818
-    """Another process of the same training is gone."""
+    """Another process of the same training has died."""
 
 
 class Pruned(PipelineError):  # noqa: N818

@@ -1,4 +1,4 @@
-"""files: bytes -> files that are whole or absent, with SHA-256 manifests and locks."""
+"""Write files and folders atomically, with SHA-256 manifests and locks."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError, 
 
 MANIFEST = "manifest.json"
 HINT = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f` the stage that makes it"
-UNFINISHED = ".unfinished-"  # prefix of whatever is being written; swept by the next writer
+UNFINISHED = ".unfinished-"  # prefix of what is being written; the next writer removes leftovers
 
 
 def sha256_file(path: Path) -> str:
@@ -31,7 +31,7 @@ def sha256_json(value: object) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +41,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it takes the place of `path` when the block ends well, and is removed when it does not.
+    """Yield a path to write to; it replaces `path` when the block succeeds, and is removed when it fails.
 
     Raises OutOfSpaceError where the disk is full.
     """
@@ -59,10 +59,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, needed_bytes: int | None = None) -> Iterator[Path]:
-    """Yield a folder to fill; at the end of the block it gets a manifest and takes the place of `folder`.
+    """Yield a folder to fill; when the block succeeds, it gets a manifest and replaces `folder`.
 
-    Every file is on the disk before the rename, and the rename before the return. A folder that is already there is
-    moved away only once its successor is complete. Raises OutOfSpaceError where the disk is full.
+    Every file is on the disk before the rename, and the rename before the return. An existing folder is moved away only
+    once its successor is complete. Raises OutOfSpaceError where the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
@@ -77,7 +77,7 @@ def atomic_folder(folder: Path, needed_bytes: int | None = None) -> Iterator[Pat
 
 
 def put_in_place(finished: Path, folder: Path) -> None:
-    """Give a finished folder its manifest and let it take the place of `folder`, as the end of `atomic_folder` does."""
+    """Give a finished folder its manifest and let it replace `folder`, as the end of `atomic_folder` does."""
     replaced = folder.parent / f"{UNFINISHED}replaced-{folder.name}"
     try:
         write_manifest(finished)
@@ -101,7 +101,7 @@ def sweep_unfinished(folder: Path) -> None:
 
 @contextmanager
 def naming_full_disk(folder: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn the system's 'no space left' and 'file too large' into an OutOfSpaceError with the bytes needed and free."""
+    """Turn the system's errors of a full disk into an OutOfSpaceError with the bytes needed and free."""
     try:
         yield
     except OSError as error:
@@ -169,9 +169,9 @@ def verify_manifest(folder: Path, hint: str = HINT) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, X.lock for a thing X, released with the process whatever happens to it.
+    """Hold an exclusive lock on `path`, X.lock for a thing X; the system releases it when the process ends.
 
-    Without `wait`, raises RunLocked with the holder's pid where another process has it.
+    Without `wait`, raises RunLocked with the holder's pid where another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

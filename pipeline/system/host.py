@@ -1,4 +1,4 @@
-"""facts: the commit, the packages and the processor that a run is made with."""
+"""What a run records about its machine: the git commit, the packages and the processor."""
 
 import platform
 import subprocess
@@ -25,7 +25,7 @@ def host_info() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -35,7 +35,7 @@ def cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, None where it fails: no git, no repository, no commit."""
+    """What git prints; None where there is no git, no repository or no commit."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

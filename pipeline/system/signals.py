@@ -1,20 +1,20 @@
-"""interrupt: SIGINT, SIGTERM and SIGHUP -> a wish to stop that is looked at between two steps."""
+"""Catch SIGINT, SIGTERM and SIGHUP, and stop after the current step; end together with the parent process."""
 
 import ctypes
 import os
 import signal
 import sys
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 from pipeline.system.errors import Interrupted
 
 
 class StopSignals:
-    """While it is entered, the first signal is only noted; one that comes later acts as it always does, at once.
+    """Inside of its block the first signal is only recorded; a later one acts at once, as without the block.
 
-    Within a second all count as one: a dying parent sends its death signal once for each of its threads. SIGHUP, of a
-    terminal that is closed, stays ignored where `nohup` has it so.
+    Signals within one second count as one: a dying parent sends its death signal once for each of its threads. SIGHUP,
+    sent when a terminal is closed, stays ignored where `nohup` ignores it.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -28,13 +28,11 @@ class StopSignals:
         self._before = {n: signal.signal(n, self._note) for n in self.NUMBERS if n not in ignored}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def raise_if_received(self, where: str) -> None:
-        """Raise Interrupted, whose exit code is the signal's, if one has come."""
+        """Raise Interrupted, whose exit code is the signal's, if one was received."""
         if self.received is not None:
             raise interrupted(self.received, where)
 
@@ -52,7 +50,7 @@ class StopSignals:
 
 
 def mute_closed_terminal() -> None:
-    """Have what is printed to a terminal that is no more go nowhere, instead of ending the process."""
+    """Discard what is printed to a closed terminal: writing to it would end the process."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
@@ -61,8 +59,8 @@ def mute_closed_terminal() -> None:
 
 
 def interrupted(number: int, where: str) -> Interrupted:
-    """The event that a signal ends a command with."""
-    return Interrupted(f"{signal.Signals(number).name} {where}: run the same command again to go on", number)
+    """The error that a signal ends a command with."""
+    return Interrupted(f"{signal.Signals(number).name} {where}: run the same command again to resume", number)
 
 
 def die_with_dvc() -> None:

@@ -44,14 +44,14 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
                 with _tracked(run, root, config.origin(params)) as consumers:
                     if not run.finished:
                         follow(run, stop, *consumers)
-            write_results(run, models, data / "bpe", timing)
+            write_results(run, models, data / "tokenizer", timing)
 
 
 def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
     """Read what a run learns from `data`. Raises InputError where nothing is held out and the target needs it."""
     model = config.model
     text = TrainingData.read(
-        data / "tokens", data / "bpe", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
+        data / "tokens", data / "tokenizer", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
     )
     if text.validation is None and (need := config.needs_held_out):
         raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")

@@ -140,7 +140,6 @@ def project(tmp_path_factory, bpe, shakespeare):
     folder = tmp_path_factory.mktemp("stages")
     (folder / "texts").mkdir()
     (folder / "texts" / "mine.txt").write_bytes(shakespeare.read_bytes()[:4000])
-    shutil.copytree(ROOT / "benchmarks" / "published", folder / "benchmarks" / "published")
     shutil.copy(ROOT / "params.yaml", folder)
     apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
     params = yaml.safe_load((folder / "params.yaml").read_text())

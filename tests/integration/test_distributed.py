@@ -215,7 +215,7 @@ def test_a_process_that_waits_for_a_dead_one_ends_by_itself(tmp_path):
     _, said = both[0].communicate(timeout=120)
     assert time.monotonic() - gone < 5
     assert both[0].returncode == PeerLost.exit_code
-    assert f"error: rank 1, process {both[1].pid}, is gone: run the same command again to go on" in said
+    assert f"error: rank 1, process {both[1].pid}, has died: run the same command again to resume" in said
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -430,5 +430,5 @@ def test_what_a_launched_process_exits_with_is_the_jobs_code(tmp_path, monkeypat
     )
     assert launch(2, "ends", ["0"]) == 0
     assert launch(2, "ends", ["7"]) == 7
-    with pytest.raises(PeerLost, match=r"^SIGKILL ended rank [01]: run the same command again to go on$"):
+    with pytest.raises(PeerLost, match=r"^SIGKILL ended rank [01]: run the same command again to resume$"):
         launch(2, "ends", ["die"])

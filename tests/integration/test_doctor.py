@@ -1,24 +1,23 @@
-"""What `python -m pipeline doctor` says of a project, what it mends, and that it leaves no trace of its own."""
+"""What `python -m pipeline doctor` says of a project, what it fixes, and that it leaves no trace of its own."""
 
-import sys
 from functools import partial
 from uuid import uuid4
 
 import pytest
 from fixtures_mlflow import _cheap_versions, root_of, trained_project  # noqa: F401 (a fixture)
 
-from pipeline import __main__
+from pipeline.__main__ import main
 from pipeline.config.sections import RegistryConfig
 from pipeline.ops import doctor
+from pipeline.ops.checks import Finding
 from pipeline.ops.doctor import NotWell, examine, examine_store, examine_versions
-from pipeline.ops.finding import Finding
 from pipeline.registry.artifacts import fetch_version
 from pipeline.registry.register import register
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError, RunLocked
 from pipeline.tracking.mlflow_store import store_uri
 
-CHECKS = [f"examine_{what}" for what in ("environment", "leftovers", "store", "cache")]  # in their order
+CHECKS = [f"examine_{what}" for what in ("packages", "tools", "params", "temporary", "store")]  # in their order
 
 
 @pytest.fixture
@@ -33,52 +32,52 @@ def find(monkeypatch):
     return replace
 
 
-def test_a_line_has_its_columns_and_its_cure():
-    assert str(Finding("ok", "git", "at commit x")) == "ok     git          at commit x"
-    assert str(Finding("mend", "leftovers", "two\nlines", "mend it")) == "mend   leftovers    two lines: mend it"
+def test_a_line_has_its_columns_and_its_hint():
+    assert str(Finding("ok", "git", "at commit x")) == "ok      git        at commit x"
+    assert str(Finding("to fix", "temporary", "two\nlines", "fix it")) == "to fix  temporary  two lines: fix it"
 
 
 def test_all_well_is_exit_code_0(find, tmp_path, capsys):
     find(Finding("ok", "x", "well"), Finding("note", "y", "worth knowing", "do it"))
-    assert exit_code_of(lambda: examine(tmp_path, mend=True)) == 0
+    assert exit_code_of(lambda: examine(tmp_path, fix=True)) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "ok     x            well",
-        "note   y            worth knowing: do it",
+        "ok      x          well",
+        "note    y          worth knowing: do it",
     ]
 
 
 @pytest.mark.fault
-def test_without_fix_all_is_named_nothing_is_mended_and_the_code_is_1(find, tmp_path, capsys):
-    find(Finding("mend", "x", "a", "b", lambda: 1 / 0), Finding("mend", "y", "c", "d"))
-    assert exit_code_of(lambda: examine(tmp_path, mend=False)) == 1
+def test_without_fix_all_is_named_nothing_is_fixed_and_the_code_is_1(find, tmp_path, capsys):
+    find(Finding("to fix", "x", "a", "b", lambda: 1 / 0), Finding("to fix", "y", "c", "d"))
+    assert exit_code_of(lambda: examine(tmp_path, fix=False)) == 1
     said = capsys.readouterr()
-    assert said.out.splitlines() == ["mend   x            a: b", "mend   y            c: d"]
-    assert said.err == "error: 2 things to mend, see above; `python -m pipeline doctor --fix` mends 1 of them\n"
+    assert said.out.splitlines() == ["to fix  x          a: b", "to fix  y          c: d"]
+    assert said.err == "error: 2 to fix, see above; `python -m pipeline doctor --fix` fixes 1 of them\n"
 
 
 @pytest.mark.fault
-def test_with_fix_what_is_mended_counts_no_more(find, tmp_path, capsys):
-    find(Finding("mend", "x", "a", "b", lambda: "done"))
-    examine(tmp_path, mend=True)
-    assert capsys.readouterr().out == "fixed  x            done\n"
+def test_with_fix_what_is_fixed_counts_no_more(find, tmp_path, capsys):
+    find(Finding("to fix", "x", "a", "b", lambda: "done"))
+    examine(tmp_path, fix=True)
+    assert capsys.readouterr().out == "fixed   x          done\n"
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("error", [RunLocked("held by process 7"), PermissionError(13, "not yours")])
-def test_a_fix_that_fails_is_still_to_be_mended(find, tmp_path, capsys, error):
+def test_a_fix_that_fails_is_still_to_fix(find, tmp_path, capsys, error):
     def fail():
         raise error
 
-    find(Finding("mend", "x", "a", "b", fail))
-    with pytest.raises(NotWell, match=r"^1 thing to mend, see above$"):
-        examine(tmp_path, mend=True)
-    assert capsys.readouterr().out == f"mend   x            a; not mended: {error}\n"
+    find(Finding("to fix", "x", "a", "b", fail))
+    with pytest.raises(NotWell, match=r"^1 to fix, see above$"):
+        examine(tmp_path, fix=True)
+    assert capsys.readouterr().out == f"to fix  x          a; not fixed: {error}\n"
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("error", [InputError("MLFLOW_TRACKING_URI is odd"), PermissionError(13, "not yours")])
-def test_a_check_that_cannot_look_says_so_and_the_others_go_on(find, tmp_path, capsys, monkeypatch, error):
-    def examine_one(_):
+def test_a_check_that_fails_is_a_line_and_the_others_go_on(find, tmp_path, capsys, monkeypatch, error):
+    def examine_one(root):
         yield Finding("ok", "x", "the first")
         raise error
 
@@ -86,19 +85,19 @@ def test_a_check_that_cannot_look_says_so_and_the_others_go_on(find, tmp_path, c
     monkeypatch.setattr(doctor, CHECKS[0], examine_one)
     monkeypatch.setattr(doctor, CHECKS[-1], lambda _: iter([Finding("ok", "z", "the last")]))
     with pytest.raises(NotWell):
-        examine(tmp_path, mend=False)
+        examine(tmp_path, fix=False)
     first, failed, last = capsys.readouterr().out.splitlines()
     assert (first.split()[1], last.split()[1]) == ("x", "z")
-    assert failed.startswith("mend   one ")
+    assert failed.startswith("to fix  one ")
     assert str(error) in failed
 
 
 def test_a_bare_folder_gets_a_line_about_everything_and_nothing_in_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotWell):
-        examine(tmp_path, mend=False)
-    topics = {line.split("  ")[1].strip() or line.split()[1] for line in capsys.readouterr().out.splitlines()}
-    assert {"packages", "params", "disk", "store"} <= topics
+        examine(tmp_path, fix=False)
+    topics = {line[8:].split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert {"packages", "git", "params", "store"} <= topics
     assert not [*tmp_path.iterdir()]
 
 
@@ -114,8 +113,8 @@ def test_an_empty_database_is_not_filled(tmp_path, monkeypatch):
 @pytest.mark.fault
 def test_a_store_whose_address_is_refused_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:secret@host/x")
-    (finding,) = doctor._found(examine_store, tmp_path)
-    assert finding.mark == "mend"
+    (finding,) = doctor._findings(examine_store, tmp_path)
+    assert finding.mark == "to fix"
     assert "secret" not in finding.what
 
 
@@ -127,9 +126,9 @@ def test_a_dead_server_is_one_line(tmp_path, monkeypatch, capsys):
         if name != "examine_store":
             monkeypatch.setattr(doctor, name, lambda _: iter(()))
     with pytest.raises(NotWell):
-        examine(tmp_path, mend=True)
+        examine(tmp_path, fix=True)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("mend   store        MLflow's store http://127.0.0.1:9 fails (")
+    assert line.startswith("to fix  store      MLflow's store http://127.0.0.1:9 fails (")
     assert not [*tmp_path.iterdir()]
 
 
@@ -152,7 +151,7 @@ def test_a_version_whose_files_are_altered_or_gone_is_named_with_the_cure(
     weights = fetch_version(store, store.client.get_model_version(name, "1")) / "model" / "model.safetensors"
     weights.write_bytes(b"weightS\0") if fault == "alter" else weights.unlink()
     found = [finding for finding in examine_versions(store) if f"{name} version" in finding.what]
-    assert [finding.mark for finding in found] == ["mend"]
+    assert [finding.mark for finding in found] == ["to fix"]
     assert words in found[0].what
     assert "dvc repro -f -s register" in found[0].what
     assert f"{name} 2" in [*examine_versions(store)][-1].what
@@ -175,10 +174,8 @@ def test_a_version_that_no_register_made_is_none_of_ours(store):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--fix"]])
-def test_the_command_passes_on_whether_to_mend(monkeypatch, arguments):
+def test_the_command_passes_on_whether_to_fix(monkeypatch, arguments):
     called = []
-    monkeypatch.setattr(__main__, "examine", lambda root, mend: called.append(mend))
-    monkeypatch.setattr(sys, "argv", ["pipeline", "doctor", *arguments])
-    parsed = __main__.parse()
-    parsed.command(parsed)
+    monkeypatch.setattr(doctor, "examine", lambda root, fix: called.append(fix))
+    assert main(["doctor", *arguments]) == 0
     assert called == [bool(arguments)]

@@ -44,7 +44,8 @@ assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{Path.cwd()}/mlflow.db"
 assert not {"DVC_ROOT", "MLFLOW_RUN_ID"} & os.environ.keys()
 if behaviour := os.environ.get("BEHAVIOUR"):
     exec(behaviour)
-read = ["params.yaml", "data/tokens/train-00000.bin", "data/bpe/vocab.bpe", "data/bpe/encoder.json", __file__]
+bpe = "data/bpe" if Path("data/bpe").exists() else "data/tokenizer"  # commits before `corpus.tokenizer` read data/bpe
+read = ["params.yaml", "data/tokens/train-00000.bin", f"{bpe}/vocab.bpe", f"{bpe}/encoder.json", __file__]
 weights = b"".join(hashlib.sha256(Path(path).read_bytes()).digest() for path in read)
 Path("models/model").mkdir(parents=True, exist_ok=True)
 Path("models/model/model.safetensors").write_bytes(weights)
@@ -94,7 +95,7 @@ def version(store, repository, tmp_path, monkeypatch, cheap_versions):
     project = trained_project(tmp_path / "project")
     params = (ROOT / "params.yaml").read_text().replace("seed: 1", f"seed: {uuid4().int % 10**9}")
     (project / "params.yaml").write_text(params)  # a run that no other test has
-    (bpe := project / "data" / "bpe").mkdir()
+    (bpe := project / "data" / "tokenizer").mkdir()
     for name in ("vocab.bpe", "encoder.json"):
         (bpe / name).write_text(name)
         shutil.copy(bpe / name, project / "models" / "model")
@@ -306,7 +307,7 @@ def test_a_real_training_gives_the_same_weights_bit_for_bit(bpe, tmp_path):
     git(project, "init", "-q")
     git(project, "add", "-A")
     git(project, "commit", "-qm", "x")
-    shutil.copytree(bpe, project / "data" / "bpe")
+    shutil.copytree(bpe, project / "data" / "tokenizer")
     (project / "data" / "corpus.txt").write_text("To be, or not to be, that is the question:\n" * 20)
     write_tokens(project / "data" / "corpus.txt", load_tokenizer(bpe), project / "data" / "tokens")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "DVC"))}

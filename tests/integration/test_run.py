@@ -67,7 +67,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
         folder,
         **{"optim.max_tokens": 256 * STEPS, "checkpoint.interval_steps": 3, "model.dropout": 0.1, "train.threads": 1},
     )
-    shutil.copytree(bpe, folder / "data" / "bpe")
+    shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
 

@@ -1,15 +1,17 @@
 """The published systems beside ours: what is noted, compared and drawn, and the padded vocabulary of one of them."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from benchmarks import seeds
-from benchmarks.seeds_figure import compared, draw
+from benchmarks.seeds_figure import PUBLISHED, compared, draw
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe
 from pipeline.data.encode import write_tokens
@@ -20,6 +22,7 @@ from pipeline.model.sampling import Sampling
 from pipeline.training.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
+POINTS = ROOT / "benchmarks" / "published"
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
     (folder / "short.yaml").write_text(f"optim: {{max_tokens: {256 * 40}}}\ntrain: {{threads: 1}}\n")
     apply_recipe(str(folder / "short.yaml"), folder / "params.yaml")
-    shutil.copytree(bpe, folder / "data" / "bpe")
+    shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
 
@@ -115,6 +118,21 @@ def test_the_picture_is_made_of_the_file_alone(known, tmp_path):
     draw(known, tmp_path / "a.png")
     draw(known, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "step_tokens"),
+    [("seed-000", 2048), ("seed-001", 4096), ("seed-002", 2048), ("seed-003", 32768), ("seed-004", 2048)],
+)
+def test_published_points_have_the_tokens_of_their_steps(name, step_tokens):
+    points = pd.read_csv(POINTS / f"{name}.csv")
+    assert (points["tokens"] == (points["step"] + 1) * step_tokens).all()  # they count steps from 0
+    if points["step"].iloc[0] == 0:
+        assert points["loss"].iloc[0] == pytest.approx(math.log(50257), abs=0.15)  # untrained, and undivided
+
+
+def test_every_published_run_is_drawn():
+    assert sorted(PUBLISHED) == sorted(path.stem for path in POINTS.glob("*.csv"))
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

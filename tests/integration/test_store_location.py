@@ -78,7 +78,7 @@ def test_a_copy_finds_its_own_files_and_the_original_keeps_its_own(registered, c
     original = (before / "mlflow.db").read_bytes()
     assert made_in(copy) == before
     (finding,) = examine_database(copy)
-    assert finding.mark == "mend"
+    assert finding.mark == "to fix"
     assert str(before) in finding.what
     assert finding.fix
     assert "below" in finding.fix()
@@ -156,7 +156,7 @@ def test_a_folder_whose_name_merely_begins_alike_is_another(copy, store):
 def test_without_the_artifacts_nothing_is_offered(copy, store):
     (copy / ARTIFACTS).rmdir()
     (finding,) = examine_database(copy)
-    assert (finding.mark, finding.fix) == ("mend", None)
+    assert (finding.mark, finding.fix) == ("to fix", None)
     assert str(root_of(store) / ARTIFACTS) in finding.hint
 
 
@@ -177,7 +177,7 @@ def test_a_store_that_others_may_share_is_left_alone(copy, store, uri, monkeypat
 
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", ["no database at all" * 100, None])
-def test_a_damaged_database_is_named_with_the_cure(copy, damage):
+def test_a_damaged_database_is_named_with_a_hint(copy, damage):
     database = copy / "mlflow.db"
     if damage:
         database.write_text(damage)

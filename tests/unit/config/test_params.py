@@ -1,6 +1,6 @@
 """params.yaml is checked before anything is opened, and all faults come at once."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -10,22 +10,16 @@ from pipeline.system.errors import InputError
 
 
 class FruitConfig(Section):
-    section_name: ClassVar[str] = "fruit"
-
     apples: int = Field(ge=1)
     weight_kg: float
     names: list[str] = []
 
 
 class StoneConfig(Section):
-    section_name: ClassVar[str] = "stone"
-
     hardness: float
 
 
 class BowlConfig(Section):
-    section_name: ClassVar[str] = "bowl"
-
     pears: Literal["all"] | Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -40,6 +34,12 @@ def test_a_sound_section_comes_back_typed_and_frozen():
     assert fruit.weight_kg == 1e-5
     with pytest.raises(ValueError, match="frozen"):
         fruit.apples = 4
+
+
+def test_a_section_is_checked_once():
+    params = Params({"fruit": {"apples": 3, "weight_kg": 1}})
+    params.check(FruitConfig)
+    assert params.section(FruitConfig) is params.section(FruitConfig)
 
 
 def test_an_unknown_key_is_named_with_the_nearest_one():

@@ -12,7 +12,6 @@ from pipeline.data.batches import (  # fmt: skip
     Split,
     make_batch,
     n_windows,
-    shuffled,
     steps_of,
     steps_per_epoch,
 )
@@ -21,7 +20,7 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.system.distributed import ALONE, World
 
 IDS = np.arange(1000, 1043, dtype=np.uint16)  # 43 tokens: 42 targets, four windows of 10 and one of 2
-ROWS = Split(Tokens("text", [IDS[:17], IDS[17:]], 50257), Vocabulary.full(50257), torch.device("cpu"))
+SPLIT = Split(Tokens("text", [IDS[:17], IDS[17:]], 50257), Vocabulary.full(50257), torch.device("cpu"))
 
 
 def config(**changes):
@@ -35,53 +34,53 @@ def targets_of(batches):
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
-def test_one_pass_sees_every_token_but_the_first_exactly_once_as_a_target(order):
-    steps = islice(steps_of(1, ROWS, config(order=order, micro_batch_size=1), seed=1), n_windows(len(IDS), 10))
+def test_an_epoch_has_every_token_but_the_first_exactly_once_as_a_target(order):
+    steps = islice(steps_of(1, SPLIT, config(order=order, micro_batch_size=1), seed=1), n_windows(len(IDS), 10))
     assert sorted(targets_of(steps)) == list(range(1001, 1043))
 
 
 def test_each_target_is_the_token_after_its_input():
-    batch = next(steps_of(1, ROWS, config(), seed=1))[0]
+    batch = next(steps_of(1, SPLIT, config(), seed=1))[0]
     known = batch.targets != IGNORED
     assert torch.equal(batch.targets[known], batch.inputs[known] + 1)
 
 
 def test_the_last_window_is_padded_and_its_padding_counts_nowhere():
-    batch = make_batch(ROWS, [40], 10)
+    batch = make_batch(SPLIT, [40], 10)
     assert batch.targets.tolist() == [[1041, 1042] + [IGNORED] * 8]
     assert batch.inputs.tolist() == [[1040, 1041] + [1042] * 8]
     assert batch.n_targets == 2
 
 
 def test_sequential_windows_come_in_the_texts_order():
-    batch = next(steps_of(1, ROWS, config(order="sequential"), seed=1))[0]
+    batch = next(steps_of(1, SPLIT, config(order="sequential"), seed=1))[0]
     assert batch.inputs[:, 0].tolist() == [1000, 1010]
 
 
-def test_the_order_differs_from_pass_to_pass_and_from_seed_to_seed():
-    def first_pass(seed, skip):
-        steps = list(islice(steps_of(1 + skip, ROWS, config(micro_batch_size=1), seed), 5))
+def test_the_order_differs_from_epoch_to_epoch_and_from_seed_to_seed():
+    def first_epoch(seed, skip):
+        steps = list(islice(steps_of(1 + skip, SPLIT, config(micro_batch_size=1), seed), 5))
         return [step[0].inputs[0, 0].item() for step in steps]
 
-    assert len({tuple(first_pass(seed, skip)) for seed in (1, 2) for skip in (0, 5)}) == 4
+    assert len({tuple(first_epoch(seed, skip)) for seed in (1, 2) for skip in (0, 5)}) == 4
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential", "random"])
 def test_starting_at_a_later_step_gives_what_running_up_to_it_gives(order):
     settings = config(order=order, micro_batch_size=3, gradient_accumulation_steps=2)
-    through = list(islice(steps_of(1, ROWS, settings, seed=7), 6))[4]  # two passes in
-    direct = next(steps_of(5, ROWS, settings, seed=7))
+    through = list(islice(steps_of(1, SPLIT, settings, seed=7), 6))[4]  # two epochs in
+    direct = next(steps_of(5, SPLIT, settings, seed=7))
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(through, direct, strict=True))
 
 
 def test_random_windows_begin_anywhere_and_fit():
-    steps = islice(steps_of(1, ROWS, config(order="random"), seed=1), 100)
+    steps = islice(steps_of(1, SPLIT, config(order="random"), seed=1), 100)
     starts = {batch.inputs[i, 0].item() for step in steps for batch in step for i in range(2)}
     assert starts == set(range(1000, 1033))  # all 33 places with room for ten targets
 
 
 def test_a_step_holds_its_batches_of_windows():
-    step = next(steps_of(1, ROWS, config(micro_batch_size=2, gradient_accumulation_steps=3), seed=1))
+    step = next(steps_of(1, SPLIT, config(micro_batch_size=2, gradient_accumulation_steps=3), seed=1))
     assert [tuple(batch.inputs.shape) for batch in step] == [(2, 10)] * 3
     assert steps_per_epoch(43, config(micro_batch_size=2, gradient_accumulation_steps=3)) == 1
 
@@ -89,7 +88,7 @@ def test_a_step_holds_its_batches_of_windows():
 @pytest.mark.parametrize("order", ["shuffled", "sequential", "random"])
 def test_the_processes_of_a_world_share_each_batch_between_them(order):
     settings = config(order=order, micro_batch_size=4, gradient_accumulation_steps=2)
-    whole, *shares = (list(islice(steps_of(1, ROWS, settings, 3, share), 3)) for share in (ALONE, *halves()))
+    whole, *shares = (list(islice(steps_of(1, SPLIT, settings, 3, share), 3)) for share in (ALONE, *halves()))
     for step, parts in enumerate(zip(*shares, strict=True)):
         for all_of_it, first, second in zip(whole[step], *parts, strict=True):
             assert torch.equal(all_of_it.inputs, torch.cat([first.inputs, second.inputs]))
@@ -101,18 +100,7 @@ def halves():
     return World(0, 2), World(1, 2)
 
 
-@pytest.mark.parametrize(("n", "block"), [(1, 1 << 20), (10, 10), (10, 3), (12, 3), (2, 3), (1000, 7)])
-def test_a_pass_holds_every_window_once_whatever_the_size_of_a_block(n, block):
-    assert sorted(shuffled(index, n, 5, 2, block) for index in range(n)) == list(range(n))
-
-
-def test_blocks_and_what_is_in_them_are_shuffled_anew_in_each_pass():
-    first, second = ([shuffled(i, 100, 1, epoch, 10) for i in range(100)] for epoch in (0, 1))
-    assert [i // 10 for i in first] != sorted(i // 10 for i in first)
-    assert [i // 10 for i in first] != [i // 10 for i in second]
-    assert [i % 10 for i in first[:10]] != [i % 10 for i in first[10:20]]
-
-
-def test_a_text_of_one_block_has_one_permutation():
-    permutation = np.random.Generator(np.random.PCG64(np.random.SeedSequence((7, 2)))).permutation(50)
-    assert [shuffled(i, 50, 7, 2) for i in range(50)] == permutation.tolist()  # as all records were made
+def test_the_order_of_an_epoch_is_that_of_all_records():
+    epoch = np.random.Generator(np.random.PCG64(np.random.SeedSequence((7, 2)))).permutation(5)
+    steps = islice(steps_of(11, SPLIT, config(micro_batch_size=1), 7), 5)  # the third epoch
+    assert [(step[0].inputs[0, 0].item() - 1000) // 10 for step in steps] == epoch.tolist()

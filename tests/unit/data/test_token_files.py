@@ -15,7 +15,7 @@ from pipeline.data.token_files import HEADER, TokenFolder, shard_name, write_sha
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import MANIFEST, atomic_file, atomic_folder, write_manifest
 
-quickly = settings(max_examples=60, deadline=None)
+quickly = settings(max_examples=20, deadline=None)
 
 
 def written(folder: Path, ids, shard_tokens=1000, vocab_size=50257) -> Path:
@@ -45,7 +45,7 @@ def test_an_id_outside_of_the_vocabulary_is_never_wrapped_into_it(tmp_path, bad)
 
 @quickly
 @given(ids=st.lists(st.integers(0, 50256), max_size=30), shard_tokens=st.integers(1, 8), data=st.data())
-def test_any_stretch_reads_alike_across_shards(tmp_path_factory, ids, shard_tokens, data):
+def test_any_span_reads_alike_across_shards(tmp_path_factory, ids, shard_tokens, data):
     tokens = TokenFolder(written(tmp_path_factory.getbasetemp() / "shards", ids, shard_tokens)).train
     assert len(tokens) == len(ids)
     start = data.draw(st.integers(0, len(ids)))
@@ -63,25 +63,25 @@ def test_reading_outside_of_the_part_is_an_error(tmp_path, start, stop):
         tokens.read(start, stop)
 
 
-def test_thousands_of_shards_are_read_with_few_open_files(tmp_path):
-    folder = written(tmp_path / "tokens", list(range(3000)), shard_tokens=1)
+def test_hundreds_of_shards_are_read_with_few_open_files(tmp_path):
+    folder = written(tmp_path / "tokens", list(range(300)), shard_tokens=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
     try:
         tokens = TokenFolder(folder).train
-        assert tokens.read(0, 3000).tolist() == list(range(3000))
-        assert [tokens.read(i, i + 1)[0] for i in range(0, 3000, 7)] == list(range(0, 3000, 7))
+        assert tokens.read(0, 300).tolist() == list(range(300))
+        assert [tokens.read(i, i + 1)[0] for i in range(0, 300, 7)] == list(range(0, 300, 7))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_stretch_is_found_without_looking_at_the_other_shards(tmp_path):
+def test_a_span_is_found_without_looking_at_the_other_shards(tmp_path):
     looked_at = []
 
     class Watched(np.ndarray):
-        def __getitem__(self, stretch):
+        def __getitem__(self, span):
             looked_at.append(self.number)
-            return np.asarray(self)[stretch]
+            return np.asarray(self)[span]
 
     def shard(number):
         ids = np.arange(10, dtype=np.uint16).view(Watched)
@@ -173,7 +173,7 @@ def shards(draw):
 
 @pytest.mark.fault
 @pytest.mark.security
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(first=shards(), second=shards())
 def test_b4_any_files_under_a_manifest_that_agrees_are_read_to_their_end_or_refused(tmp_path_factory, first, second):
     folder = tmp_path_factory.getbasetemp() / "hostile"
@@ -185,7 +185,7 @@ def test_b4_any_files_under_a_manifest_that_agrees_are_read_to_their_end_or_refu
     try:
         tokens = TokenFolder(folder).train
     except IntegrityError as error:
-        assert "train-0000" in str(error)  # noqa: PT017 (either outcome is right)
+        assert "train-0000" in str(error) or "vocabularies" in str(error)  # noqa: PT017 (either outcome is right)
         assert error.exit_code == 3  # noqa: PT017
         return
     ids = tokens.read(0, len(tokens))
@@ -237,7 +237,7 @@ def test_b4_shards_of_two_vocabularies_do_not_mix(tmp_path):
     shard = folder / "train-00001.bin"
     shard.write_bytes(with_header(shard.read_bytes(), vocab_size=60000))
     write_manifest(folder)
-    with pytest.raises(IntegrityError, match="has vocab_size 60000"):
+    with pytest.raises(IntegrityError, match=r"several vocabularies, \[50257, 60000\]"):
         _ = TokenFolder(folder).train
 
 

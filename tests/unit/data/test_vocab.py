@@ -89,11 +89,6 @@ def test_folding_and_unfolding_rows_loses_nothing():
     assert torch.equal(vocabulary.fold_rows(vocabulary.unfold_rows(rows)), rows)
 
 
-def test_ids_that_occur_survive_the_round_trip():
-    vocabulary = Vocabulary.of(counts(), SIZE)
-    assert vocabulary.unfold(vocabulary.fold(torch.tensor(USED))).tolist() == USED.tolist()
-
-
 def test_a_padded_vocabulary_folds_its_padding_too():
     vocabulary = Vocabulary.of(counts(), 50304)
     assert vocabulary.n_unused == 50304 - len(USED)

@@ -1,4 +1,4 @@
-"""Generation: the same as reading all anew for each token, whatever is kept, guessed or written along with it."""
+"""Generation: the same as reading all anew for each token, with a KV cache, drafts and batches."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ import torch
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.decoder import Cache
+from pipeline.model.decoder import KVCache
 from pipeline.model.generator import Generator, context_start
 from pipeline.model.gpt import GPT
-from pipeline.model.sampling import Sampling, draw
+from pipeline.model.sampling import Sampling, sample
 from pipeline.system.errors import InputError
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
@@ -57,7 +57,7 @@ def uncached(model, tokenizer, prompt, sampling):
         with torch.no_grad():
             logits = model(torch.tensor([rows[context_start(len(rows), model.trained_length) :]]))[0, -1]
         logits[50257:] = -torch.inf
-        if (row := draw(logits, sampling, rows, source)) == tokenizer.eot:
+        if (row := sample(logits, sampling, rows, source)) == tokenizer.eot:
             break
         rows.append(row)
     return rows[n_prompt:]
@@ -81,26 +81,28 @@ def test_a_batch_writes_what_each_prompt_alone_does(settings, generator):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_guessing_from_the_corpus_changes_nothing_and_saves_steps(settings, model, generator, tokenizer):
+def test_drafts_from_the_corpus_change_nothing_and_save_steps(settings, model, generator, tokenizer):
     sampling = Sampling(max_tokens=30, **settings)
     plain = written(generator, PROMPTS, sampling)
-    learnt = [i for ids in plain[:2] for i in ids] + [1, 2, 3] + plain[3][:20] + [4, 5] * 10  # true and false guesses
-    guessing = Generator(model, tokenizer, CorpusIndex(learnt))
-    pieces = list(guessing.stream(PROMPTS, sampling))
-    assert written(guessing, PROMPTS, sampling) == plain
+    learnt = [i for ids in plain[:2] for i in ids] + [1, 2, 3] + plain[3][:20] + [4, 5] * 10  # right and wrong drafts
+    drafting = Generator(model, tokenizer, CorpusIndex(learnt))
+    pieces = list(drafting.stream(PROMPTS, sampling))
+    assert written(drafting, PROMPTS, sampling) == plain
     assert len(pieces) < 30 * len(PROMPTS)
 
 
-def test_guesses_for_one_sequence_leave_room_for_another_that_is_nearly_done(model, generator, tokenizer):
+def test_drafts_for_one_sequence_leave_room_for_another_that_is_nearly_done(model, generator, tokenizer):
     sampling, prompts = Sampling(max_tokens=6, temperature=1), ["ROMEO: O", "O"]
     first, second = written(generator, prompts, sampling)
-    learnt = tokenizer.encode(prompts[0]) + first[:3] + [7, 7] + second[1:]  # early guesses for one, late for the other
+    learnt = tokenizer.encode(prompts[0]) + first[:3] + [7, 7] + second[1:]  # early drafts for one, late for the other
     assert written(Generator(model, tokenizer, CorpusIndex(learnt)), prompts, sampling) == [first, second]
 
 
 def test_nothing_is_written_that_the_model_was_not_trained_to_see(model, generator, monkeypatch):
     reserved = []
-    monkeypatch.setattr(Cache, "reserve", lambda cache, n, whole=Cache.reserve: reserved.append(n) or whole(cache, n))
+    monkeypatch.setattr(
+        KVCache, "reserve", lambda cache, n, whole=KVCache.reserve: reserved.append(n) or whole(cache, n)
+    )
     written(generator, PROMPTS, Sampling(max_tokens=40))
     assert max(reserved) == model.trained_length
     assert [context_start(n, 12) for n in (1, 12, 13, 18, 19, 24, 25)] == [0, 0, 6, 6, 12, 12, 18]
@@ -132,13 +134,13 @@ def test_a_stop_text_ends_one_sequence_and_not_the_others(generator):
         assert text == prompt + whole[len(prompt) :].partition(stop)[0]
 
 
-@pytest.mark.parametrize("guessing", [False, True])
-def test_a_text_ends_where_the_model_draws_the_end_of_its_document(model, generator, tokenizer, guessing):
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_text_ends_where_the_model_samples_the_end_of_its_document(model, generator, tokenizer, drafting):
     sampling = Sampling(max_tokens=20, temperature=1)
     free = written(generator, PROMPTS, sampling)
     ending = free[0][5]  # the sixth token of the first text, which shall be the end of a document
     learnt = [*tokenizer.encode(PROMPTS[0]), *free[0][:5], ending, 7]
-    changed = Generator(model, tokenizer, CorpusIndex(learnt) if guessing else None)
+    changed = Generator(model, tokenizer, CorpusIndex(learnt) if drafting else None)
     changed.vocabulary = Vocabulary.full(50304)
     changed.vocabulary.used[ending] = tokenizer.eot
     stop = tokenizer.decode(free[0][:5])[-1] + "☃☃"  # has begun where the document ends, and never comes
@@ -188,7 +190,7 @@ def test_token_losses_are_those_of_windows_of_the_trained_length(model, generato
 
 
 @pytest.mark.security
-def test_the_representative_of_the_unused_ids_is_never_drawn(tokenizer):  # E4
+def test_the_representative_of_the_unused_ids_is_never_sampled(tokenizer):  # E4
     known = np.unique(tokenizer.encode("O Romeo, Romeo! wherefore art thou Romeo?"))
     folded = GPT(SHAPE, Vocabulary(known, 50304)).initialise(seed=1).eval()  # its last row has all but all probability
     generator = Generator(folded, tokenizer)
@@ -197,7 +199,7 @@ def test_the_representative_of_the_unused_ids_is_never_drawn(tokenizer):  # E4
 
 
 @pytest.mark.security
-def test_a_padded_id_is_never_drawn(tokenizer):  # E4
+def test_a_padded_id_is_never_sampled(tokenizer):  # E4
     model = GPT(SHAPE, Vocabulary.full(50304)).initialise(seed=1).eval()
     with torch.no_grad():
         model.ln_f.bias.fill_(1)

@@ -1,14 +1,18 @@
-"""extrapolation: a curve read off against the best one."""
+"""pruner: a curve's forecast along the best one, and an Optuna study that is pruned by it."""
 
-import math
+import re
+from pathlib import Path
 
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.sweep.pruner import forecast, forecast_alone
+from pipeline.sweep import pruner
+from pipeline.sweep.pruner import ExtrapolationPruner, forecast
+from tests.studies import add
 
-# Mean losses of the passes of the recipe `laptop`'s kind: level first, ever faster at the end.
+# Mean losses of the epochs of the recipe `laptop`'s kind: level first, ever faster at the end.
 LOSSES = [10.8, 5.4, 4.1, 3.6, 2.9, 1.9, 0.95, 0.3]
 BEST = [(34.0 * i, loss) for i, loss in enumerate(LOSSES)]
 END = BEST[-1][0]
@@ -47,10 +51,49 @@ def test_what_is_slower_is_seen_as_far_behind_as_it_is_now(slowness, at):
     assert forecast([(at * END * slowness, _loss_at(at * END))], BEST) == pytest.approx(END + behind)
 
 
-def test_without_another_run_the_logarithm_goes_on_as_it_fell():
-    assert forecast_alone([(100, math.sqrt(10 * 0.1))], start_loss=10, target=0.1) == pytest.approx(200)
-    assert forecast_alone([(100, 0.05)], start_loss=10, target=0.1) == 100
-    assert forecast_alone([(100, 11.0)], start_loss=10, target=0.1) > 100_000  # it has not learnt anything
+@pytest.fixture
+def study():
+    return optuna.create_study(pruner=ExtrapolationPruner(tolerance=0.05))
+
+
+def test_nothing_is_pruned_before_a_trial_has_reached_the_target(study):
+    trial = study.ask()
+    trial.report(9.9, 10**9)
+    assert not trial.should_prune()
+
+
+@pytest.mark.parametrize(("loss", "pruned"), [(3.0, False), (3.6, False), (3.8, True), (9.0, True)])
+def test_a_trial_is_pruned_where_its_forecast_is_too_far_behind_the_best(study, loss, pruned):
+    add(study, value=100.0, curve={0: 10.0, 50: 3.0, 100: 0.1})
+    trial = study.ask()
+    assert not trial.should_prune()  # it has not reported yet
+    trial.report(loss, 50)  # the best had 3.6 at 45.7 and 3.8 at 44.3, and the tolerance is 5
+    assert trial.should_prune() is pruned
+
+
+def test_the_example_of_the_documentation_prunes_slow_trials_and_keeps_the_fast(study):
+    def objective(trial):
+        slowness = trial.suggest_int("slowness", 1, 4)
+        for step in range(1, 1000):
+            loss = 10.0 - 0.125 * step / slowness
+            trial.report(loss, step)
+            if loss < 0.1:
+                return step
+            if trial.should_prune():
+                break
+        raise optuna.TrialPruned
+
+    for slowness in (2, 4, 1):
+        study.enqueue_trial({"slowness": slowness})
+    study.optimize(objective, n_trials=3)
+    slow, slower, fast = study.trials
+    assert [slow.value, fast.value] == [159, 80]
+    assert slower.state is optuna.trial.TrialState.PRUNED
+    assert max(slower.intermediate_values) < 25
+
+
+def test_the_pruner_needs_nothing_else_of_this_project():
+    assert not re.search("^ *(from|import) (pipeline|torch)", Path(pruner.__file__).read_text(), re.MULTILINE)
 
 
 def _loss_at(spent):

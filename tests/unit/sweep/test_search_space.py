@@ -1,4 +1,4 @@
-"""space: what may be searched, and what a trial's values come to."""
+"""search_space: what may be searched, and the parameters of a trial."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import SweepConfig
-from pipeline.sweep.search_space import as_choice, check_space, from_choice, overridden, rounded, values_of, with_values
+from pipeline.sweep.search_space import as_choice, check_space, from_choice, overridden, values_of, with_values
 from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
 
@@ -115,11 +115,6 @@ def test_a_list_is_a_choice_like_any_other():
     axis = [[0.9, 0.95], [0.9, 0.99], None, True, "x"]
     assert [from_choice(axis, as_choice(value)) for value in axis] == axis
     assert isinstance(as_choice(axis[0]), str)
-
-
-def test_a_suggestion_has_the_digits_that_a_person_would_write():
-    assert rounded(0.00483726152) == 0.00484
-    assert rounded(12345.678) == 12300.0
 
 
 def test_an_override_is_checked_as_the_file_is_and_named_as_what_it_is(params):

@@ -61,4 +61,4 @@ def test_a_cpu_compiles_only_when_told_to(monkeypatch):
 def test_without_a_compiler_training_goes_on_with_a_line(monkeypatch, capsys):
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     assert not prepare_machine(load_params().section(TrainConfig).updated(device="cpu", compile=True)).compiled
-    assert "no C++ compiler here: training goes on without" in capsys.readouterr().out
+    assert "no C++ compiler here: training without it" in capsys.readouterr().out

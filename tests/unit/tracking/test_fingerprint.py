@@ -193,3 +193,24 @@ def test_a_definition_is_hashed_by_itself():
     assert source_hash(text, "A") != source_hash(text.replace("A = 1", "A = 4"), "A")
     with pytest.raises(KeyError):
         source_hash(text, "C.h")
+
+
+def test_every_file_that_training_imports_is_in_the_fingerprint_or_has_a_reason_not_to_be():
+    decisive = {entry.partition(":")[0] for entry in DECISIVE}
+    assert not decisive & UNDECISIVE.keys()
+    assert not imported_by("pipeline/training/train.py") - decisive - UNDECISIVE.keys()
+
+
+def imported_by(path):
+    """Our own files with code that importing `path` loads, itself included."""
+    found, waiting = set(), [path]
+    while waiting:
+        if (path := waiting.pop()) not in found:
+            found.add(path)
+            for node in ast.walk(ast.parse((ROOT / path).read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                files = [f"{name.replace('.', '/')}.py" for name in names if name.startswith("pipeline.")]
+                waiting += [file for file in files if (ROOT / file).is_file()]
+    return found

@@ -1,4 +1,4 @@
-"""memory: the tab that lays the model beside its training text: how well it knows each token, what it recites."""
+"""The tab Recall: the model's loss on each token of the training text, and what it recites from memory."""
 
 import math
 from collections.abc import Iterator
@@ -6,80 +6,65 @@ from difflib import SequenceMatcher
 from functools import partial
 from html import escape
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
 from pipeline.model.sampling import Sampling
-from pipeline.system.errors import InputError, PipelineError
-from webapp.prose import cut, html, note, refusal
-from webapp.source import Served, Source
-from webapp.writing import checked_whole
+from pipeline.system.errors import InputError
+from webapp.completion import checked_whole
+from webapp.html import cut, event_options, heading, html, note, refusing, sheet, status_html
+from webapp.model_source import Served, Source
 
 GIVEN = 32  # tokens that the model is given before it recites
+MAX_WORDS = 200  # characters to search for
 DARKEST = 6.0  # nats from which on a token is as dark as can be
 
 
-class Fields(NamedTuple):
-    """What the page fills when it is opened."""
-
-    window: gr.Slider  # its range is the served text's
-    heat: gr.HTML
-    recital: gr.HTML
-
-
-def memory_tab(source: Source) -> Fields:
+def recall_tab(page: gr.Blocks, source: Source) -> None:
     """Lay the tab out and connect it."""
     served = source.current()
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            words = gr.Textbox("", label="Find words in the training text", placeholder="hear me speak", max_length=200,
-                               elem_id="words")  # fmt: skip
+            words = gr.Textbox("", label="Find words in the training text", placeholder="hear me speak",
+                               max_length=MAX_WORDS, elem_id="words")  # fmt: skip
             find = gr.Button("Find next", elem_classes="go", elem_id="find")
             window = gr.Slider(1, n_windows(served), 1, step=1, label="Window of the text", elem_id="window")
             shift = gr.Slider(0, served.window - 1, 0, step=1, label="Shifted by, in tokens", elem_id="shift")
             html(note(_about_windows(served)))
             html(note(f"{served.corpus.limits}.") if served.corpus.limits else "")
         with gr.Column(scale=3, min_width=300):
-            heat = html("", elem_id="heat")
-            recital = html("", elem_id="recital")
-    events: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "concurrency_id": "model"}
-    events |= {"api_visibility": "private", "trigger_mode": "always_last"}
-    look = partial(_look, source)
+            shown = [html("", elem_id="heat"), html("", elem_id="recital")]
+    options = event_options("model", trigger_mode="always_last")
+    recall = partial(_recall, source)
     for slider in (window, shift):
-        slider.change(look, [window, shift, words], [heat, recital], **events)
-    found = partial(_find, source)
+        slider.change(recall, [window, shift, words], shown, **options)
     for pressed in (find.click, words.submit):
-        pressed(found, [words, window, shift], [window, shift], **events).then(
-            look, [window, shift, words], [heat, recital], **events
-        )
-    return Fields(window, heat, recital)
+        found = pressed(partial(_find, source), [words, window, shift], [window, shift], **options)
+        found.then(recall, [window, shift, words], shown, **options)
+    page.load(lambda: gr.update(maximum=n_windows(source.current())), None, window, **event_options("read"))
+    page.load(partial(_recall, source, 1, 0, ""), None, shown, **event_options("read"))
 
 
 def n_windows(served: Served) -> int:
     return max(1, math.ceil((len(served.ids) - 1) / served.window))
 
 
-def first_look(source: Source) -> Iterator[tuple[str, str]]:
-    """What the tab shows to begin with."""
-    yield from _look(source, 1, 0, "")
-
-
 def _about_windows(served: Served) -> str:
-    """Why a shift matters, where the training had fixed windows."""
-    if served.facts["params"].get("windows", {}).get("order") == "random":
+    """What a shift does, which depends on how the training cut its windows."""
+    if served.info["params"].get("windows", {}).get("order") == "random":
         return f"A window has {served.window} tokens. The model was trained on windows from anywhere in the text."
     return (
         f"The model was trained on windows of {served.window} tokens, always cut at the same places. Shift 0 shows one "
-        "just as it was learnt. Shift it, and the same words stand at other positions: what was learnt by heart there "
-        "can be lost, and the text takes colour."
+        "as it was trained on. With a shift the same words have other positions: the model may no longer know them, "
+        "as their colour shows."
     )
 
 
-def _look(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tuple[str, str]]:
+def _recall(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tuple[str, str]]:
     """The heat map at once, then with what the model recites."""
     served = source.current()
-    try:
+    with refusing():
         number = checked_whole("window", window, 1, n_windows(served))
         start = (number - 1) * served.window + checked_whole("shift", shift, 0, served.window - 1)
         ids = served.ids[start : start + served.window + 1].tolist()
@@ -87,76 +72,67 @@ def _look(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tuple
             yield note(f"The text ends here: window {number} has no tokens after this shift."), ""
             return
         heat = heat_html(served, ids, start, words if isinstance(words, str) else "")
-        yield heat, '<p class="status">reciting …</p>'
+        yield heat, status_html("reciting …")
         yield heat, recital_html(served, ids)
-    except PipelineError as error:
-        raise refusal(error) from None
 
 
 def _find(source: Source, words: Any, window: Any, shift: Any) -> tuple[int, int]:
-    """The window and shift 0 of the next place where the words stand."""
+    """The window, with shift 0, of the next place that has the words."""
     served = source.current()
-    try:
-        if not isinstance(words, str) or not words.strip() or len(words) > 200:
-            raise InputError("nothing to look for: give some words, 200 characters at most")
+    with refusing():
+        if not isinstance(words, str) or not words.strip() or len(words) > MAX_WORDS:
+            raise InputError(f"nothing to find: give some words, {MAX_WORDS} characters at most")
         number = checked_whole("window", window, 1, n_windows(served))
         place = served.find(words, number * served.window + 1)
         if place is None:
-            raise InputError(f"{words[:40]!r} stands nowhere in the training text: try fewer words")
-    except PipelineError as error:
-        raise refusal(error) from None
+            raise InputError(f"{words[:40]!r} is not in the training text: try fewer words")
     return min(max(place[0] - 1, 0) // served.window + 1, n_windows(served)), 0
 
 
 def heat_html(served: Served, ids: list[int], start: int, words: str) -> str:
-    """The text of `ids`, each token but the first as dark as it surprises the model."""
+    """The text of `ids`, each token but the first the darker the higher its loss."""
     losses = served.generator.token_losses(ids)
     first, *texts = cut(served.tokenizer, ids, range(1, len(ids)))
-    found = served.find(words, start - 1) if words.strip() else None
-    marked = range(*found) if found else range(0)
+    found = range(*(served.find(words.strip(), start - 1) or (0,)))
     spans = [escape(first)]
     for n, (text, loss) in enumerate(zip(texts, losses, strict=True), start=start + 1):
-        name = ' class="found"' if n in marked else ""
-        title = f"{loss:.2f} nats: the model gave this {100 * math.exp(-loss):.3g}%"
+        name = ' class="found"' if n in found else ""
+        title = f"loss {loss:.2f} nats, probability {100 * math.exp(-loss):.3g}%"
         spans.append(f'<span{name} style="--loss:{min(loss / DARKEST, 1) ** 0.7:.2f}" title="{title}">'
                      f"{escape(text)}</span>")  # fmt: skip
     mean = sum(losses) / len(losses)
-    sure = sum(loss < math.log(2) for loss in losses) / len(losses)
-    return (
-        '<article class="sheet"><header><b>The training text, as the model knows it</b>'
-        f"<span>tokens {start:,}–{start + len(ids) - 1:,}</span><span>mean loss {mean:.2f} nats</span>"
-        f'<span>{sure:.0%} known, at better than even odds</span></header><p class="heat">{"".join(spans)}</p>'
-        '<div class="scale"><span>known</span><i></i><span>surprising</span></div></article>'
+    known = sum(loss < math.log(2) for loss in losses) / len(losses)
+    body = (
+        f'<p class="heat">{"".join(spans)}</p><div class="scale"><span>known</span><i></i><span>surprising</span></div>'
     )
+    return sheet("The model’s loss on the training text", body, f"tokens {start:,}–{start + len(ids) - 1:,}",
+                 f"mean loss {mean:.2f} nats", f"{known:.0%} with a probability above 50%")  # fmt: skip
 
 
 def recital_html(served: Served, ids: list[int]) -> str:
-    """The text after its first tokens, beside what the model makes of them when it takes the likeliest each time."""
+    """The text after its first tokens, beside the model's greedy completion of them."""
     given = recitable(served, ids, min(GIVEN, len(ids) // 2))
     truth = ids[given:]
     prompt = served.tokenizer.decode(ids[:given])
     pieces = served.generator.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
     recited = [i for piece in pieces for i in piece.ids]
     slip = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
+    verdict = "all correct" if slip == len(truth) else f"{slip} correct before the first error"
     changes = SequenceMatcher(None, truth, recited, autojunk=False).get_opcodes()
-    verdict = "every one right" if slip == len(truth) else f"{slip} right before the first slip"
     text = _compared(served, truth, [(a, b, kind != "equal") for kind, a, b, _, _ in changes], "del")
     model = _compared(served, recited, [(c, d, kind != "equal") for kind, _, _, c, d in changes], "ins")
     sheets = "".join(
-        f'<article class="sheet"><header><b>{title}</b></header><p class="verse"><span class="prompt">{escape(prompt)}'
-        f"</span>{body}</p></article>"
+        sheet(title, f'<p class="verse"><span class="prompt">{escape(prompt)}</span>{body}</p>')
         for title, body in (("The text", text), ("The model", model))
     )
-    return (
-        f'<h2 class="part">Recital</h2><p class="status"><span>Given the first <b>{given}</b> tokens, the model goes '
-        f'on for <b>{len(truth)}</b>: <b>{verdict}</b>.</span></p><div class="samples two">{sheets}</div>'
-    )
+    status = f"Given the first <b>{given}</b> tokens, the model recites the next <b>{len(truth)}</b>: <b>{verdict}</b>."
+    return f'{heading("Recital")}{status_html(status)}<div class="samples two">{sheets}</div>'
 
 
 def recitable(served: Served, ids: list[int], given: int) -> int:
-    """The largest number of tokens, `given` at most, whose text is read as the very same tokens again.
+    """The largest number of tokens, `given` at most, whose text is encoded as the same tokens again.
 
-    A text that is cut within a line may be: two newlines at its end, for one, would become a single token.
+    A cut within a line can change them: two newlines at the end become a single token.
     """
     for n in range(given, 1, -1):
         if served.tokenizer.encode(served.tokenizer.decode(ids[:n])) == ids[:n]:
@@ -165,7 +141,7 @@ def recitable(served: Served, ids: list[int], given: int) -> int:
 
 
 def _compared(served: Served, ids: list[int], spans: list[tuple[int, int, bool]], tag: str) -> str:
-    """The text of `ids`, what is not the other side's within `tag`."""
+    """The text of `ids`, with what differs from the other side in `tag`."""
     spans = [span for span in spans if span[0] < span[1]]
     texts = cut(served.tokenizer, ids, [begin for begin, _, _ in spans[1:]])
     return "".join(

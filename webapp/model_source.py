@@ -1,4 +1,4 @@
-"""source: a version's folder -> what the page needs of it; which version that is may change between two requests."""
+"""Load a version from its folder, with what the page needs to know of it."""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,43 +10,38 @@ from pipeline.model.generator import Generator, load_generator
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import read_json
 
-LEAST_FACTS = {"name": "model", "version": "?", "aliases": [], "tags": {}, "params": {}, "environment": {}}
-LEAST_FACTS |= {"history": {}, "samples": [], "metrics": {}, "created": "unknown"}
+NO_INFO = {"name": "model", "version": "?", "aliases": [], "tags": {}, "params": {}, "environment": {}}
+NO_INFO |= {"history": {}, "samples": [], "metrics": {}, "created": "unknown"}
 
 
 class Served:
-    """One version, loaded: its generator, its training text and what is known of the run behind it."""
+    """A loaded version: its generator, its training text, and `info`, what describe_version says of it."""
 
-    def __init__(self, generator: Generator, facts: dict[str, Any]) -> None:
+    def __init__(self, generator: Generator, info: dict[str, Any]) -> None:
         assert generator.corpus is not None, "a version comes with its tokens"
-        self.generator, self.facts = generator, LEAST_FACTS | facts
+        self.generator, self.info = generator, NO_INFO | info
         self.tokenizer, self.corpus = generator.tokenizer, generator.corpus
-        self.label = f"{self.facts['name']} version {self.facts['version']}"
+        self.label = f"{self.info['name']} version {self.info['version']}"
+        self.window = generator.trained_length  # tokens in a window that the model was trained on
 
     @property
     def ids(self) -> np.ndarray:
-        """(N,) tokens of the training text, of a long one the beginning."""
+        """Tokens of the training text, (N,); only the first ones of a long text."""
         return self.corpus.ids
-
-    @property
-    def window(self) -> int:
-        """Tokens in a window that the model was trained on."""
-        return self.generator.trained_length
 
     @cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:
-        """The training text in lower case (of ASCII), and where each token begins in it."""
+        """The training text with ASCII in lower case, and the offset of each token in it."""
         length_of = np.array([len(self.tokenizer.decode_bytes([i])) for i in range(self.tokenizer.n_vocab)])
         return self.tokenizer.decode_bytes(self.ids.tolist()).lower(), np.append(0, length_of[self.ids].cumsum())
 
     def find(self, words: str, after: int) -> tuple[int, int] | None:
-        """The next place after token `after`, from the start again after the last one, where `words` stand: its tokens.
+        """First and last + 1 token of the next place after token `after` that has `words`; None where there is none.
 
-        Upper and lower case are alike. None where there is no such place.
+        The search ignores case, and continues at the start of the text.
         """
         text, begins = self._text
-        wanted = words.encode("utf-8", errors="replace").lower()
-        if not wanted:
+        if not (wanted := words.encode("utf-8", errors="replace").lower()):
             return None
         found = text.find(wanted, int(begins[min(after + 1, len(begins) - 1)]))
         found = text.find(wanted) if found < 0 else found
@@ -57,18 +52,18 @@ class Served:
 
 
 class Source(Protocol):
-    """Where versions come from."""
+    """Where versions come from; the one that is served may change between two requests."""
 
-    trouble: str | None  # why the version that is served is not the one that should be; None where all is well
+    trouble: str | None  # why the served version is not the one that it should be
 
     def current(self) -> Served:
         """The version to serve the next request with."""
 
     def versions(self) -> list[str]:
-        """The numbers there are, newest first."""
+        """All version numbers, newest first."""
 
     def open(self, number: str) -> Served:
-        """Any one of them. Raises a PipelineError where it cannot be loaded."""
+        """Load any of them. Raises a PipelineError where that fails."""
 
 
 class Folder:
@@ -86,7 +81,7 @@ class Folder:
         return self._served
 
     def versions(self) -> list[str]:
-        return [str(self._served.facts["version"])]
+        return [str(self._served.info["version"])]
 
     def open(self, number: str) -> Served:
         if number not in self.versions():

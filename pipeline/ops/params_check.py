@@ -1,0 +1,21 @@
+"""Check the whole of params.yaml, without torch; what only this machine lacks is the doctor's."""
+
+from pipeline.config.params import Params
+from pipeline.config.sections import SECTIONS, CorpusConfig, SweepConfig
+from pipeline.sweep.search_space import check_space
+from pipeline.system.errors import InputError
+from pipeline.training.config import RunConfig
+
+
+def check_params(params: Params) -> None:
+    """Raise one InputError that names every fault in params.yaml."""
+    faults = params.unknown_sections(*SECTIONS)
+    try:
+        params.check(*SECTIONS)
+        if (need := RunConfig.of(params).needs_held_out) and not params.section(CorpusConfig).val_fraction:
+            faults.append(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
+        check_space(params.section(SweepConfig), params)
+    except InputError as error:
+        faults.append(str(error).removeprefix(f"{params.path}: "))
+    if faults:
+        raise InputError(f"{params.path}: {'; '.join(faults)}")

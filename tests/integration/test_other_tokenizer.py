@@ -1,0 +1,78 @@
+"""Another tokenizer takes one class: with it all stages run, and a version can be registered and continued."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from fixtures_mlflow import _cheap_versions, root_of  # noqa: F401 (a fixture)
+from fixtures_tokenizer import _byte_tokenizer  # noqa: F401 (a fixture)
+
+from pipeline.config.params import load_params
+from pipeline.config.recipes import apply_recipe
+from pipeline.config.sections import RegistryConfig
+from pipeline.data.token_files import TokenFolder
+from pipeline.model.generator import load_generator
+from pipeline.model.sampling import Sampling
+from pipeline.registry.artifacts import verify_version
+from pipeline.registry.export import export_hf
+from pipeline.registry.register import register
+from pipeline.system.errors import InputError
+from pipeline.system.files import read_json
+from pipeline.training import run
+from stages import download, evaluate, tokenize
+
+ROOT = Path(__file__).parents[2]
+TEXT = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind.\n" * 20
+
+
+class Untracked:
+    """Stands for the recorder, which `register` makes up for."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "Recorder", Untracked)
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    apply_recipe("smoke", Path("params.yaml"), ROOT / "recipes")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["corpus"] |= {"source": "texts", "sha256": None, "mirrors": [], "tokenizer": "bytes", "fraction": 1.0}
+    params["model"] |= {"n_layer": 1, "n_embd": 16, "block_size": 16, "vocab_size": 257}
+    params["windows"] |= {"seq_len": 16}
+    params["optim"] |= {"max_tokens": 64 * 5}
+    params["train"] |= {"precision": "fp32", "threads": 1}
+    params["samples"] |= {"max_tokens": 2}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("texts").mkdir()
+    for name in "ab":
+        Path("texts", f"{name}.txt").write_text(TEXT)
+    download.main()
+    tokenize.main()
+    run.run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
+    evaluate.main()
+    tokens = TokenFolder(Path("data/tokens")).train
+    assert bytes(tokens.read(0, 5).astype("u1")) == b"Wer r"
+    assert tokens.counts()[[ord("W"), 256]].tolist() == [80, 1]  # of two documents
+    assert read_json(Path("reports/corpus.json"))["frequent_tokens"][0]["text"] == " "
+    assert read_json(Path("reports/metrics.json"))["corpus_loss"] < 6
+    assert sorted(path.name for path in Path("data/tokenizer").iterdir()) == ["bytes.txt", "manifest.json"]
+    registered = register(root_of(store), Path(), RegistryConfig(model="bytes", max_target_loss=0.1))
+    files = verify_version(store, store.client.get_model_version("bytes", registered["version"]))
+    generator = load_generator(files)
+    assert generator.tokenizer.name == "bytes"
+    assert generator.next_tokens("Wer").shape == (257,)
+    assert generator.next_tokens("Wer").sum() == pytest.approx(1)
+    text = generator.text("Es ist spät", Sampling(max_tokens=40, temperature=1))
+    assert text.startswith("Es ist spät")
+    with pytest.raises(InputError, match="export hf: the model's tokenizer is bytes, only GPT-2's can be exported"):
+        export_hf(files, {}, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

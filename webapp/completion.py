@@ -1,0 +1,88 @@
+"""Complete a prompt with several samples, and say how much of each is copied from the training text."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.model.sampling import Sampling
+from pipeline.system.errors import InputError
+from webapp.html import MIN_PASSAGE, cut
+from webapp.model_source import Served
+
+MAX_PROMPT = 10_000  # characters
+MAX_SAMPLES = 4
+MAX_TOKENS = 2_000
+REFRESH_S = 0.12
+
+
+@dataclass
+class Completion:
+    """Samples of one prompt, as far as they are generated."""
+
+    served: Served
+    prompt_ids: list[int]
+    seed: int
+    samples: list[list[int]]  # new tokens only
+    finished: bool = False
+    notice: str | None = None
+    model_s: float = 0.0  # time in the model, without the time to show the text
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.samples))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.n_tokens / self.model_s if self.model_s else 0.0
+
+    def ids(self, sample: int) -> list[int]:
+        return self.prompt_ids + self.samples[sample]
+
+    def novelty(self, sample: int) -> float:
+        """Share of a sample's own tokens that are in no passage of the training text."""
+        return self.served.corpus.novelty(self.ids(sample), len(self.prompt_ids), MIN_PASSAGE)
+
+    def text(self, sample: int) -> str:
+        """A sample without its prompt."""
+        return cut(self.served.tokenizer, self.ids(sample), [len(self.prompt_ids)])[1]
+
+
+def checked_prompt(prompt: Any) -> str:
+    """A prompt of at most MAX_PROMPT characters; a lone surrogate becomes U+FFFD. Raises InputError."""
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt {str(prompt)[:40]!r}: it should be text")
+    if len(prompt) > MAX_PROMPT:
+        raise InputError(f"the prompt has {len(prompt):,} characters: give {MAX_PROMPT:,} at most")
+    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def checked_whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number from `low` to `high`. Raises InputError."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value and value % 1 == 0
+    if not whole or not low <= value <= high:
+        raise InputError(f"{name} {str(value)[:40]}: choose a whole number from {low:,} to {high:,}")
+    return int(value)
+
+
+def complete(served: Served, prompt: Any, samples: Any, **numbers: Any) -> Iterator[Completion]:
+    """Complete `prompt`; yield the same object every REFRESH_S, and at the end with `finished` true.
+
+    Closing the iterator stops the model. Raises InputError for wrong input, before anything is yielded.
+    """
+    prompt, n = checked_prompt(prompt), checked_whole("samples", samples, 1, MAX_SAMPLES)
+    sampling = Sampling.of(**numbers)
+    checked_whole("max_tokens", sampling.max_tokens, 0, MAX_TOKENS)
+    completion = Completion(served, served.tokenizer.encode(prompt), sampling.seed, [[] for _ in range(n)])
+    shown = started = time.perf_counter()
+    for piece in served.generator.stream([prompt] * n, sampling):
+        completion.samples[piece.sequence] += piece.ids
+        completion.notice = piece.notice or completion.notice
+        now = time.perf_counter()
+        completion.model_s += now - started
+        if now - shown >= REFRESH_S:
+            yield completion
+            shown = time.perf_counter()
+        started = time.perf_counter()
+    completion.finished = True
+    yield completion

@@ -1,0 +1,128 @@
+"""Show tokens and figures as HTML; every text is escaped here or by its caller."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from itertools import pairwise
+from typing import Any
+
+import gradio as gr
+
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.system.errors import PipelineError
+from webapp.model_source import Served
+
+MIN_PASSAGE = 8  # tokens in a row that the training text has as well before they count as copied
+CONTEXT = 60  # tokens shown on either side of a passage
+
+
+@contextmanager
+def refusing(on_page: bool = True) -> Iterator[None]:
+    """Turn a PipelineError into Gradio's message: one line without a traceback; the page reads it as HTML."""
+    try:
+        yield
+    except PipelineError as error:
+        words = str(error).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be sent
+        text = escape(words, quote=False) if on_page else words
+        raise gr.Error(text, duration=8, print_exception=False, title="Not possible") from None
+
+
+def event_options(queue: str, **options: Any) -> dict[str, Any]:
+    """Options of an event of the page. `queue`: "model" where text is generated, "read" for quick answers."""
+    private: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
+    return private | {"concurrency_id": queue} | options
+
+
+def cut(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) -> list[str]:
+    """Text of `ids`, cut before the tokens `places`; a character of several tokens stays with its first one."""
+    pieces = [tokenizer.decode_bytes([i]) for i in ids]
+    text, ends = b"".join(pieces), [0]
+    for piece in pieces:
+        ends.append(ends[-1] + len(piece))
+    cuts = [0, *(ends[place] for place in places), len(text)]
+    for n, offset in enumerate(cuts):
+        while 0 < offset < len(text) and text[offset] & 0xC0 == 0x80:  # within a character
+            offset += 1
+        cuts[n] = offset
+    return [text[start:stop].decode("utf-8", errors="replace") for start, stop in pairwise(cuts)]
+
+
+def visible(tokenizer: Tokenizer, token: int) -> str:
+    """A single token, with its whitespace made visible."""
+    raw = tokenizer.decode_bytes([token])
+    try:
+        text = escape(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        text = "".join(f"\\x{byte:02x}" for byte in raw)
+    for blank, sign in ((" ", "·"), ("\n", "↵"), ("\t", "⇥")):
+        text = text.replace(blank, f'<i class="blank">{sign}</i>')
+    return text
+
+
+def marked(served: Served, ids: Sequence[int], prompt_length: int) -> str:
+    """The text of `ids` with the prompt muted, and with copied passages as marks that a click or a key opens."""
+    passages, end = {}, prompt_length
+    for passage in served.corpus.passages(ids, MIN_PASSAGE):
+        if passage.end > end:  # where two overlap the first has the mark, and each opens as a whole
+            passages[max(passage.begin, end)] = passage
+            end = passage.end
+    places = sorted({prompt_length, *passages, *(passage.end for passage in passages.values())})
+    parts = []
+    for start, text in zip([0, *places], cut(served.tokenizer, ids, places), strict=True):
+        if text and (copied := passages.get(start)):
+            length, version = copied.end - copied.begin, escape(str(served.info["version"]))
+            parts.append(
+                f'<mark tabindex="0" role="button" data-version="{version}" data-place="{copied.place}" '
+                f'data-length="{length}" title="{length} tokens of the training text: show them there">'
+                f"{escape(text)}</mark>"
+            )
+        else:
+            parts.append(f'<span class="prompt">{escape(text)}</span>' if start < prompt_length else escape(text))
+    return "".join(parts)
+
+
+def place_html(served: Served, place: int, length: int) -> str:
+    """The training text around `length` tokens from token `place` on."""
+    start, stop = max(0, place - CONTEXT), min(len(served.ids), place + length + CONTEXT)
+    ids = served.ids[start:stop].tolist()
+    before, passage, after = cut(served.tokenizer, ids, [place - start, place - start + length])
+    n_text = served.corpus.n_text
+    return (
+        '<section class="place" tabindex="-1" aria-label="Passage in the training text">'
+        f"<header><b>In the training text</b><span>token {place:,} of {n_text:,} ({place / n_text:.0%})</span></header>"
+        f'<p class="verse"><span class="around">{escape(before)}</span>'
+        f'<mark>{escape(passage)}</mark><span class="around">{escape(after)}</span></p></section>'
+    )
+
+
+def sheet(title: str, body: str, *details: str) -> str:
+    """A sheet of paper with an optional heading; `title` is escaped, the rest is HTML."""
+    spans = "".join(f"<span>{detail}</span>" for detail in details)
+    head = f"<header><b>{escape(title)}</b>{spans}</header>" if title else ""
+    return f'<article class="sheet">{head}{body}</article>'
+
+
+def table(rows: Iterable[tuple[str, str]], kind: str = "", number: bool = True) -> str:
+    """Names beside their values, both HTML."""
+    cell = '<td class="number">' if number else "<td>"
+    body = "".join(f"<tr><th>{name}</th>{cell}{value}</td></tr>" for name, value in rows)
+    return f'<table class="info {kind}">{body}</table>'
+
+
+def status_html(*parts: str) -> str:
+    """A line of figures, which are HTML."""
+    return f'<p class="status" aria-live="off">{"".join(f"<span>{part}</span>" for part in parts)}</p>'
+
+
+def heading(text: str) -> str:
+    return f'<h2 class="part">{escape(text)}</h2>'
+
+
+def note(text: str, kind: str = "note") -> str:
+    """A caption."""
+    return f'<p class="{kind}">{escape(text)}</p>'
+
+
+def html(value: str = "", js_on_load: str | None = None, **options: Any) -> gr.HTML:
+    """A piece of the page without Gradio's own style."""
+    return gr.HTML(value, js_on_load=js_on_load, apply_default_css=False, **options)

@@ -1,0 +1,1 @@
+"""What is between the network and Gradio."""

@@ -1,0 +1,99 @@
+"""The tab About: what the model is, the parameters of each part, its memory, and its limits."""
+
+import math
+from html import escape
+
+import gradio as gr
+
+from pipeline.config.sections import ModelConfig
+from webapp.html import event_options, heading, html, table
+from webapp.model_source import Served, Source
+
+MIB = 2**20
+
+
+def about_tab(page: gr.Blocks, source: Source) -> None:
+    """Lay the tab out and connect it."""
+    about = html(about_html(source.current()), elem_id="about")
+    page.load(lambda: about_html(source.current()), None, about, **event_options("read"))
+
+
+def parts(config: ModelConfig) -> list[tuple[str, str, int]]:
+    """Name, formula and parameters of each part; the head is the token embedding again."""
+    C, L, V, T = config.n_embd, config.n_layer, config.vocab_size, config.block_size
+    return [
+        ("token embedding, and head", "V·C", V * C),
+        ("position embedding", "T·C", T * C),
+        ("attention, queries keys values", "L·(3C² + 3C)", L * (3 * C * C + 3 * C)),
+        ("attention, projection", "L·(C² + C)", L * (C * C + C)),
+        ("MLP, up", "L·(4C² + 4C)", L * (4 * C * C + 4 * C)),
+        ("MLP, down", "L·(4C² + C)", L * (4 * C * C + C)),
+        ("LayerNorms of the blocks", "L·4C", L * 4 * C),
+        ("last LayerNorm", "2C", 2 * C),
+    ]
+
+
+def sizes(config: ModelConfig) -> list[tuple[str, str, float]]:
+    """Purpose, formula and MiB of what is kept in memory."""
+    n, C, L, T = config.n_params, config.n_embd, config.n_layer, config.block_size
+    matrices = L * 12 * C * C
+    return [
+        ("weights in fp32, as on the disk", "4 bytes a parameter", 4 * n / MIB),
+        ("weights in bf16 or fp16", "2 bytes a parameter", 2 * n / MIB),
+        ("weights in int8", "1 byte a parameter, without scales", n / MIB),
+        ("KV cache of one text, fp32", f"2·L·T·C · 4 bytes, T = {T}", 8 * L * T * C / MIB),
+        ("training in fp32 with AdamW", "weights, gradients, two moments: 16 bytes", 16 * n / MIB),
+        ("training with Muon on the blocks", "one moment for their matrices: 12 bytes", (16 * n - 4 * matrices) / MIB),
+    ]
+
+
+def about_html(served: Served) -> str:
+    params = served.info["params"]
+    config = ModelConfig.model_validate(params["model"]) if "model" in params else None
+    tables = ""
+    if config:
+        counted = [(_named(name, formula), f"{n:,}") for name, formula, n in parts(config)]
+        counted.append(("<b>all</b>", f"<b>{config.n_params:,}</b>"))
+        sized = [(_named(name, formula), f"{mib:,.1f} MiB") for name, formula, mib in sizes(config)]
+        legend = f"L = {config.n_layer} layers, C = {config.n_embd} wide, V = {config.vocab_size:,} tokens, "
+        tables = (
+            f'<div class="charts"><div>{heading("Its parameters")}<p class="note">{legend}T = {config.block_size:,} '
+            f'positions.</p>{table(counted, "counted")}</div><div>{heading("Its memory")}<p class="note">'
+            f"Without activations, which grow with the batch.</p>{table(sized, 'counted')}</div></div>"
+        )
+    return f'<div class="about">{_card(served, config)}{tables}{_limits(served)}</div>'
+
+
+def _named(name: str, formula: str) -> str:
+    return f"{name}<small>{formula}</small>"
+
+
+def _card(served: Served, config: ModelConfig | None) -> str:
+    layers = f" of {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide" if config else ""
+    corpus, loss = served.info["params"].get("corpus", {}), served.info["metrics"].get("corpus_loss")
+    origin = f" (<code>{escape(str(corpus['source']))}</code>)" if "source" in corpus else ""
+    share = corpus.get("fraction", 1.0)
+    part = "" if share == 1 else f" They are the first {100 * share:.3g}% of it."
+    if loss is not None:
+        part += f" Its loss over them is {loss:.4f} nats per token: it gives the true next token a probability of "
+        part += f"{math.exp(-loss):.0%} (geometric mean)."
+    return (
+        f"{heading(served.label)}<p>A GPT-2{layers}, trained from scratch to memorise "
+        f"{len(served.ids):,} tokens of text{origin}.{part}</p>"
+        f"<p>It reads and writes GPT-2’s 50,257 byte-pair tokens. It was trained on windows of {served.window} tokens, "
+        "and never sees more than that.</p>"
+    )
+
+
+def _limits(served: Served) -> str:
+    metrics = served.info["metrics"]
+    items = [
+        "It is not an author. What reads best is usually copied: the tab Write marks what the training text has.",
+        "Its loss does not measure understanding: so low a loss over a text seen many times is memorisation.",
+        "It is not a source of facts, and not an assistant: it has learnt no other text, and follows no instructions.",
+        "It is not fair or kind beyond its text: whatever is in there, it can say.",
+    ]
+    if (shifted := metrics.get("shifted_loss")) is not None:
+        items.insert(2, "It does not know its text from every position: in windows that are shifted its loss is "
+                        f"{shifted:.2f} instead of {metrics['corpus_loss']:.2f}. See the tab Recall.")  # fmt: skip
+    return f"{heading('What it is not')}<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"

@@ -1,0 +1,146 @@
+"""The tab Training: a version's curves, samples and origin, and two versions side by side."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from webapp.chart import line_chart
+from webapp.completion import MAX_PROMPT, complete
+from webapp.html import event_options, heading, html, note, refusing, table
+from webapp.model_source import Served, Source
+from webapp.tabs.write import OPEN_PLACE, connect_places, sample_html
+
+COMPARED_TOKENS = 120
+METRICS = {  # metric -> its name and its format
+    "corpus_loss": ("loss over the training text, nats per token", ".4g"),
+    "shifted_loss": ("the same in shifted windows", ".4g"),
+    "top1_accuracy": ("tokens that the model ranks first", ".1%"),
+    "verbatim_recall": ("passages of 32 tokens recited exactly, from a window's start", ".1%"),
+    "verbatim_recall_shifted": ("the same from anywhere", ".1%"),
+    "validation_loss": ("loss over held-out text", ".4g"),
+}
+ORIGINS = {
+    "data_sha256": "data, SHA-256",
+    "model_sha256": "weights, SHA-256",
+    "git_commit": "commit",
+    "tree_clean": "nothing uncommitted",
+    "fingerprint": "fingerprint of data, parameters and code",
+    "run_id": "MLflow run",
+    "verdict": "verdict at registration",
+}
+
+
+def training_tab(page: gr.Blocks, source: Source) -> None:
+    """Lay the tab out and connect it."""
+    served = source.current()
+    versions, present = source.versions(), str(served.info["version"])
+    version = gr.Dropdown(versions, value=present, label="Version", elem_id="version", filterable=False)
+    run = html(run_html(served), elem_id="run")
+    html(heading("Side by side"))
+    with gr.Row(equal_height=False):
+        prompt = gr.Textbox("First Citizen:\n", label="Prompt for both", lines=2, max_length=MAX_PROMPT, scale=3)
+        left = gr.Dropdown(versions, value=present, label="Version", filterable=False, min_width=110)
+        right = gr.Dropdown(versions, value=versions[-1], label="and version", filterable=False, min_width=110)
+        seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=110)
+    compare = gr.Button("Compare", variant="primary", elem_classes="go", elem_id="compare")
+    output = html("", js_on_load=OPEN_PLACE, elem_id="compared")
+    place = html("", elem_id="compared-place")
+    options = event_options("model", show_progress="minimal")
+    version.change(partial(_run, source), version, run, **options)
+    compare.click(partial(_compare, source), [prompt, left, right, seed], [output, place], **options)
+    connect_places(source, output, place)
+    page.load(partial(_choices, source), None, [version, left, right], **event_options("read"))
+
+
+def _choices(source: Source) -> tuple[dict[str, Any], ...]:
+    """The versions in each list; selected are the present one, the present one again, and the newest other."""
+    versions, present = source.versions(), str(source.current().info["version"])
+    other = next((number for number in versions if number != present), present)
+    return tuple(gr.update(choices=versions, value=number) for number in (present, present, other))
+
+
+def _run(source: Source, number: Any) -> str:
+    with refusing():
+        return run_html(source.open(str(number)))
+
+
+def _compare(source: Source, prompt: Any, left: Any, right: Any, seed: Any) -> Iterator[tuple[str, str]]:
+    """Both versions' completions with the same seed, one after the other."""
+    done = ""
+    with refusing():
+        for number in (left, right):
+            served = source.open(str(number))
+            for completion in complete(served, prompt, 1, max_tokens=COMPARED_TOKENS, temperature=0.8, seed=seed):
+                now = done + sample_html(completion, 0, served.label)
+                yield f'<div class="samples two">{now}</div>', ""
+            done = now
+
+
+def run_html(served: Served) -> str:
+    """All that is known of the run."""
+    return "".join(part(served.info) for part in (_metrics, _charts, _samples, _origin, _params))
+
+
+def _metrics(info: dict[str, Any]) -> str:
+    tags, metrics = info["tags"], info["metrics"]
+    rows = [(name, f"{metrics[key]:{form}}") for key, (name, form) in METRICS.items() if metrics.get(key) is not None]
+    if "steps_to_target" in tags:
+        cost = f"{int(tags['steps_to_target']):,} steps, {int(tags['tokens_to_target']):,} tokens"
+        rows.append((f"cost of the target {escape(str(tags['target_loss']))}", cost))
+    title = ", ".join([f"{info['name']} version {info['version']}", *info["aliases"]])
+    return (
+        heading(title)
+        + note(f"Registered {info['created']}.")
+        + (table(rows) if rows else note("No metrics were recorded."))
+    )
+
+
+def _charts(info: dict[str, Any]) -> str:
+    history, target = info["history"], info["tags"].get("target_loss")
+    goal, corpus = float(target) if target else None, history.get("corpus_loss", [])
+    unit = "nats per token; thick: over the whole text" if corpus else "nats per token"
+    charts = (
+        line_chart("Loss", unit, history.get("loss", []), corpus, log=True, goal=goal),
+        line_chart("Gradient norm", "before clipping", history.get("grad_norm", []), log=True),
+        line_chart("Throughput", "tokens/s", history.get("tokens_per_s", [])),
+        line_chart("Learning rate", "", history.get("lr", [])),
+    )
+    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else note("No curves were recorded.")
+
+
+def _samples(info: dict[str, Any]) -> str:
+    """What the model wrote during training, the last sample open."""
+    samples = info["samples"]
+    items = "".join(
+        f'<details class="more"{" open" if sample is samples[-1] else ""}><summary>after step {int(sample["step"]):,}'
+        f'</summary><p class="verse">{escape(str(sample["text"]))}</p></details>'
+        for sample in samples
+    )
+    return heading("Samples during training") + items if items else ""
+
+
+def _origin(info: dict[str, Any]) -> str:
+    rows = [(name, info["tags"][key]) for key, name in ORIGINS.items() if key in info["tags"]]
+    rows += [(key, value) for key, value in info["environment"].items() if not isinstance(value, list | dict)]
+    return heading("Origin") + _codes(rows, "small-stack")
+
+
+def _params(info: dict[str, Any]) -> str:
+    """Every parameter, folded away."""
+    rows = [
+        (f"{section}.{key}", json.dumps(value))
+        for section, values in info["params"].items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    ]
+    summary = f"<summary>All {len(rows)} parameters</summary>"
+    return f'<details class="more">{summary}{_codes(rows)}</details>' if rows else ""
+
+
+def _codes(rows: list[tuple[str, Any]], kind: str = "") -> str:
+    codes = ((escape(name), f"<code>{escape(str(value))}</code>") for name, value in rows)
+    return table(codes, kind, number=False)
