@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.system.files import locked
-from pipeline.training.checkpoint import IDENTITY
+from pipeline.tracking.fingerprint import IDENTITY
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_what_is_not_there_is_named_in_a_line(command, arguments):
 @pytest.mark.parametrize("package", ["pipeline", "stages", "webapp"])
 def test_nothing_happens_at_import(package):
     """No module calls something for its effect, or decides something, when it is imported."""
-    for path in (ROOT / package).rglob("*.py"):
+    for path in {*(ROOT / package).rglob("*.py")} - {ROOT / "pipeline/registry/pyfunc.py"}:  # which MLflow runs
         for statement in ast.parse(path.read_text()).body:
             acts = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
             assert not acts, f"{path}: {ast.unparse(statement)}"

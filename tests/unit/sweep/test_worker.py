@@ -10,6 +10,7 @@ from pipeline.config.sections import TargetConfig
 from pipeline.sweep.pruner import curve_of
 from pipeline.sweep.worker import TrialReporter, ended_with, requeue_interrupted
 from pipeline.system.errors import Pruned
+from pipeline.tracking.journal import StepRecord
 from tests.studies import add, new_study, sweep_config
 
 BEST = {0: 10.0, 400: 3.0, 800: 0.1}  # tokens and losses of a run that reached the target at 800
@@ -23,20 +24,19 @@ class Run:
             loss=0.1, rule="corpus", average_steps=100, eval_interval=None, early_stopping_patience=None
         )
         self.config, self.steps_per_epoch = Namespace(target=target), 10
-        self.rows, self.journal = [], Namespace(times=[])
+        self.records = []
         for _ in range(steps):
             self.add(5.0)
         self.trial = study.ask()
         self.reporter = TrialReporter(self.trial, self, sweep)
 
     def add(self, loss, **extra):
-        step = len(self.rows) + 1
-        self.rows.append({"step": step, "tokens": 10 * step, "loss": loss, **extra})
-        self.journal.times.append({"train_s": 0.5 * step})
+        step = len(self.records) + 1
+        self.records.append(StepRecord(step, 10 * step, loss, grad_norm=1.0, lr=0.1, train_s=0.5 * step, **extra))
 
     def step(self, loss, **extra):
         self.add(loss, **extra)
-        self.reporter.after_step(self.rows[-1], self.journal.times[-1])
+        self.reporter.after_step(self.records[-1])
 
     @property
     def reported(self):

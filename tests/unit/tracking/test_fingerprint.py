@@ -24,6 +24,7 @@ UNDECISIVE = {
     "pipeline/data/tokenizer.py": "decodes samples; the tokens themselves are in the fingerprint",
     "pipeline/model/weights.py": "saves and loads: a finished run writes its model again",
     "pipeline/model/generator.py": "samples",
+    "pipeline/model/prompt_lookup.py": "samples",
     "pipeline/model/decoder.py": "samples",
     "pipeline/model/sampling.py": "samples",
     "pipeline/system/errors.py": "events, which end a run without changing it",
