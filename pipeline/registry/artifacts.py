@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders, followed by the pid of the process that made them
-REQUIREMENTS = ("mlflow", "numpy", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch", "tqdm")  # of pyfunc.py
+REQUIREMENTS = "mlflow numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # of pyfunc.py
 FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
 LISTING = "files.json"  # hashes of a version's other files: code, MLmodel, params.yaml and so on
 LISTING_TAG = "files_sha256"  # hash of the listing; the first versions lack it, and these files are not verified
