@@ -131,8 +131,6 @@ def export(arguments: argparse.Namespace) -> None:
 
     if arguments.kind not in exports.EXPORTS:
         raise InputError(f"export {arguments.kind}: unknown, choose one of {', '.join(exports.EXPORTS)}")
-    if arguments.kind not in exports.EXPORTS:
-        raise InputError(f"export {arguments.kind}: unknown, choose one of {', '.join(exports.EXPORTS)}")
     exports.refuse_filled(arguments.folder)
     store, name = _open_registry()
     version = catalog.find_version(store, name, arguments.version)

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders, followed by the pid of the process that made them
-REQUIREMENTS = ("mlflow", "numpy", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch", "tqdm")  # of pyfunc.py
+REQUIREMENTS = "mlflow numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # of pyfunc.py
 FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
 LISTING = "files.json"  # hashes of a version's other files: code, MLmodel, params.yaml and so on
 LISTING_TAG = "files_sha256"  # hash of the listing; the first versions lack it, and these files are not verified
+LOGGED_MODEL = "gpt2"  # name in MLflow of what holds the files
 ADDED_BY_USE = "registered_model_meta"  # written into a version's folder by MLflow when it loads it
 
 
@@ -169,9 +170,9 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
     run_id, client = run.info.run_id, store.client
     in_use = {version.tags.get("model_id") for version in client.search_model_versions(f"run_id = '{run_id}'")}
     for model in client.search_logged_models([store.experiment_id], f"source_run_id = '{run_id}'"):
-        if model.model_id not in in_use:
+        if model.name == LOGGED_MODEL and model.model_id not in in_use:
             client.delete_logged_model(model.model_id)
-    model_id = client.create_logged_model(store.experiment_id, "gpt2", run_id, params=run.data.params).model_id
+    model_id = client.create_logged_model(store.experiment_id, LOGGED_MODEL, run_id, params=run.data.params).model_id
     with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder:
         whole = Path(folder) / "files"
         _save_files(whole, project, run_id, model_id)

@@ -30,7 +30,7 @@ from pipeline.system.files import UNFINISHED, fsync, naming_full_disk, write_jso
 from pipeline.system.host import SOURCE_ROOT
 
 PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
-APP_REQUIREMENTS = ("gradio", "numpy", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch", "tqdm")  # in a Space
+APP_REQUIREMENTS = "gradio numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # in a Space
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's own layers have their weights transposed, (in, out)
 LOCAL_STUDIES = "sqlite:///optuna.db"

@@ -1,4 +1,4 @@
-"""serving: a registered version's files -> the texts that `mlflow models serve` answers with.
+"""Answer for a registered version in `mlflow models serve` and `mlflow.pyfunc.load_model`.
 
 MLflow keeps a copy of this file with the version and runs it where the version is loaded, so that nothing is pickled.
 """

@@ -1,7 +1,6 @@
 """Write the READMEs of an exported version: the card of its Transformers folder and that of its Space."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
@@ -66,16 +65,6 @@ def _rules(metrics: dict[str, float]) -> list[tuple[str, float | None, float | N
             metrics.get(f"to_target.{name}.steps"),
             metrics.get(f"to_target.{name}.tokens"),
         )
-        for name, rule in _described_rules().items()
+        for name, rule in RULES.items()
         if not rule.needs_held_out or metrics.get("validation_loss") is not None
     ]
-
-
-def _described_rules() -> dict[str, Any]:
-    """RULES, and as long as these are names alone, what they mean."""
-    if isinstance(RULES, dict):
-        return RULES
-    words = {"batch": "one minibatch below the target", "corpus": "one pass over the whole training text"}
-    return {
-        name: SimpleNamespace(description=words.get(name, name), needs_held_out=name == "validation") for name in RULES
-    }

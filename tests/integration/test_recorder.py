@@ -15,8 +15,7 @@ from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import OWNER_PID, TRACKERS, record
 from pipeline.training import train as tracked
 from tests.integration.test_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
-
-pytestmark = pytest.mark.fault
+from tests.waiting import wait_until
 
 
 @dataclass
@@ -145,8 +144,10 @@ def test_another_tracker_gets_every_record_though_it_fails_for_a_while_and_mlflo
     (folder / "samples").mkdir()
     (folder / "samples" / "step-000010.txt").write_text("ROMEO:")
     with recording(root_of(store), folder, identity):
+        assert wait_until(lambda: failed, 60)
         append_steps(journal := Journal(folder), 12, 120)
         journal.close()
+        assert wait_until(lambda: made[0].got, 60)
     (toy,) = made
     lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert [record["step"] for record in toy.got] == list(range(1, 121))

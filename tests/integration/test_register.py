@@ -139,6 +139,8 @@ def test_killed_anywhere_a_repetition_makes_no_duplicate(
     assert done["aliases"] == ["candidate", "champion"]
     assert len(all_versions(store, config)) == 1
     run = store.client.get_run(done["run_id"])
+    models = store.client.search_logged_models([store.experiment_id], f"source_run_id = '{done['run_id']}'")
+    assert [model.status for model in models] == ["READY"]  # none is left half-filled
     assert len({output.model_id for output in run.outputs.model_outputs}) == 1
     assert len(store.client.search_runs([store.experiment_id], f"tags.fingerprint = '{done['fingerprint']}'")) == 1
 

@@ -92,7 +92,7 @@ def test_a_copy_finds_its_own_files_and_the_original_keeps_its_own(registered, c
     assert version.source.startswith(str(artifacts))
     assert identity_of(store, version)["fingerprint"] == version.tags["fingerprint"]  # what --retrain begins with
     shutil.rmtree(artifacts)  # so it was read from here
-    with pytest.raises(Exception, match="restores it"):
+    with pytest.raises(Exception, match="registers it again"):
         verify(store, version)
     assert (before / "mlflow.db").read_bytes() == original
 
