@@ -47,7 +47,7 @@ class TrainState:
     Every process of `world` has all of it, or, where the model is sharded, a part.
     """
 
-    SCALARS: ClassVar = {"step": int, "tokens": int, "loss_scale": float, "good_steps": int}
+    SCALARS: ClassVar = ("step", "tokens", "loss_scale", "good_steps")
 
     model: GPT
     optimizers: list[Optimizer]
