@@ -137,7 +137,7 @@ def _is_message(node: Any) -> bool:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one phrase each, such as `optim.lr 0.001 -> 0.002`."""
-    old, new = _flat(before), _flat(now)
+    old, new = flatten(before), flatten(now)
     return [
         f"{key.removeprefix('params.').removeprefix('environment.')} {old.get(key)} -> {new.get(key)}"
         if not key.startswith("sources.")
@@ -165,7 +165,8 @@ def _environment(machine: "Machine") -> dict[str, str | int]:
     }
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings under dotted keys."""
     if not isinstance(value, Mapping):
         return {prefix: value}
-    return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".strip(".")).items()}
+    return {key: leaf for name in value for key, leaf in flatten(value[name], f"{prefix}.{name}".strip(".")).items()}

@@ -28,17 +28,12 @@ RESUMES = "resumes"  # a line with the step for each time that the run was resum
 
 @contextmanager
 def open_run(
-    config: RunConfig,
-    machine: Machine,
-    text: TrainingData,
-    home: Path,
-    models: Path | None = None,
-    elastic: bool = False,
+    config: RunConfig, machine: Machine, text: TrainingData, home: Path, elastic: bool = False
 ) -> Iterator["Run"]:
     """Hold the folder in `home` of the run that these make, and yield the run, resumed from its newest checkpoint.
 
-    Raises OutOfSpaceError where a step would not fit into memory, or what the run saves, there and in `models`, on the
-    disk; RunLocked where another process trains the same run.
+    Raises OutOfSpaceError where a step would not fit into memory, or what the run saves on the disk; RunLocked where
+    another process trains the same run.
     """
     check_fits(config, text.vocabulary, machine)
     identity = identify(text.sha256, config.decisive, machine)
@@ -52,7 +47,7 @@ def open_run(
         run = Run(config, machine, text, folder, *machine.world.on_main(claim))
         stack.callback(run.close)
         if not run.finished:
-            machine.world.on_main(lambda: check_disk(config, text.vocabulary, machine, folder, models))
+            machine.world.on_main(lambda: check_disk(config, text.vocabulary, machine, folder))
         yield run
 
 
