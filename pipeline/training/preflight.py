@@ -69,13 +69,13 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
 
 
 def check_disk(config: RunConfig, vocabulary: Vocabulary, machine: Machine, checkpoints: Path) -> None:
-    """Raise OutOfSpaceError where the disk lacks room for what the run may hold at once, less what it holds already.
+    """Raise OutOfSpaceError where the disk lacks room for as many checkpoints as are held at once, less those there.
 
-    That is its `checkpoints`, and then the new model beside all but one of them.
+    The model is not counted: it is written when one checkpoint fewer is there, and again by the same command.
     """
-    checkpoint, model = saved_bytes(config, vocabulary, machine.world.size)
+    checkpoint, _ = saved_bytes(config, vocabulary, machine.world.size)
     held = sum(path.stat().st_size for path in checkpoints.glob("*/*.safetensors"))  # unfinished ones too: they go
-    needed = (CHECKPOINTS - 1) * checkpoint + max(checkpoint, model) - held
+    needed = CHECKPOINTS * checkpoint - held
     place = next(path for path in checkpoints.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(place).free):
         raise OutOfSpaceError(

@@ -160,7 +160,7 @@ def test_each_process_has_random_numbers_of_its_own_to_save():
 def checkpoints(tmp_path, monkeypatch):
     """A folder of checkpoints to be, and room on its disk, which a test may change."""
     folder = Namespace(path=tmp_path / "checkpoints" / "run", room=0)
-    folder.checkpoint, folder.model = saved_bytes(settings()[0], VOCABULARY)
+    folder.checkpoint, _ = saved_bytes(settings()[0], VOCABULARY)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda place: Namespace(free=folder.room))
     return folder
 
@@ -177,12 +177,8 @@ def require_exactly(needed, checkpoints):
     assert error.value.exit_code == 5
 
 
-def test_a_disk_needs_room_for_four_checkpoints_or_for_three_and_the_model(checkpoints, monkeypatch):  # A7
-    small, large = sorted((checkpoints.checkpoint, checkpoints.model))
-    monkeypatch.setattr(memory, "saved_bytes", lambda *_: (large, small))
-    require_exactly(4 * large, checkpoints)
-    monkeypatch.setattr(memory, "saved_bytes", lambda *_: (small, large))
-    require_exactly(3 * small + large, checkpoints)
+def test_a_disk_needs_room_for_four_checkpoints(checkpoints):  # A7
+    require_exactly(4 * checkpoints.checkpoint, checkpoints)
 
 
 def test_what_the_run_holds_already_needs_no_room_again(checkpoints):  # A7
@@ -191,9 +187,8 @@ def test_what_the_run_holds_already_needs_no_room_again(checkpoints):  # A7
         (checkpoints.path / name).mkdir(parents=True)
         with (checkpoints.path / name / "weights.safetensors").open("wb") as file:
             held += file.truncate(checkpoints.checkpoint - 5)
-    most = 3 * checkpoints.checkpoint + max(checkpoints.checkpoint, checkpoints.model)
-    require_exactly(most - held, checkpoints)
+    require_exactly(4 * checkpoints.checkpoint - held, checkpoints)
     (checkpoints.path / "step-00000021").mkdir()
-    (checkpoints.path / "step-00000021" / "weights.safetensors").open("wb").truncate(most)
+    (checkpoints.path / "step-00000021" / "weights.safetensors").open("wb").truncate(checkpoints.checkpoint + 15)
     checkpoints.room = 0
     check_disk(*settings(), checkpoints.path)
