@@ -156,11 +156,10 @@ def run_with(store: Store, fingerprint: str, rows: list[Row]) -> str | None:
 
 
 def _attach(store: Store, run_id: str, project: Path, last: Row) -> None:
-    """Log what is new in metrics.json and timing.json, at the step `last`, and all reports as artifacts."""
+    """Log the numbers in metrics.json and timing.json, at the step `last`, and all reports as artifacts."""
     from mlflow.entities import Metric
 
     reports = project / "reports"
-    known = store.client.get_run(run_id).data.metrics
     found: dict[str, Any] = {}
     for name in ("metrics", "timing"):
         if (path := reports / f"{name}.json").is_file():
@@ -168,7 +167,7 @@ def _attach(store: Store, run_id: str, project: Path, last: Row) -> None:
     metrics = [
         Metric(key, float(value), int(last["logged_ms"]), int(last["step"]))
         for key, value in found.items()
-        if type(value) in (int, float) and known.get(key) != value
+        if type(value) in (int, float)
     ]
     store.client.log_batch(run_id, metrics=metrics)
     for path in [project / "params.yaml", *sorted(reports.glob("*.json")), *sorted(reports.glob("figures/*.png"))]:
