@@ -39,7 +39,6 @@ DECISIVE = (
     "pipeline/system/device.py:prepare_machine",  # deterministic kernels
     "pipeline/system/distributed.py:World",  # which windows a process gets, and the sums over processes
     "pipeline/training/consumers.py:evaluate",
-    "pipeline/training/gradients.py",
     "pipeline/training/loop.py",
     "pipeline/training/muon.py",
     "pipeline/training/optim.py",

@@ -10,7 +10,7 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
-from pipeline.training.gradients import finish_gradients
+from pipeline.training.loop import finish_gradients
 from pipeline.training.muon import POLYNOMIALS, Muon, orthogonalise
 from pipeline.training.optim import SCHEDULES, Schedule, build_optimizers, lr_factor, set_lr
 
