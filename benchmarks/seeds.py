@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def whole_run(recipe: str, seed: int) -> None:
     with StopSignals() as stop, open_run(config, machine, text, folder / "checkpoints") as run:
         if not run.finished:
             progress = Progress(run.state.step, run.state.tokens, run.max_steps, config.target.loss)
-            with progress:
+            with closing(progress):
                 follow(run, stop, progress.show)
         write_results(run, models, folder / "data" / "tokenizer", timing)
     steps, times = read_steps(models / STEPS), read_steps(models / TIMES)

@@ -108,9 +108,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(ge=0)  # on matrices and embeddings
     max_grad_norm: float | None = Field(gt=0)  # L2 norm; null: no clipping
     max_tokens: int = Field(ge=1, le=10**15)  # length of the run and of the schedule
-    schedule: Literal["constant", "linear", "cosine", "onecycle", "wsd"]
+    schedule: str  # one of SCHEDULES in training/optim.py
     warmup: int | float = Field(ge=0)
-    decay: int | float = Field(ge=0)  # of wsd, at the run's end
+    decay: int | float = Field(ge=0)  # at the run's end, of a schedule with a plateau
     initial_lr: float = Field(ge=0, le=1)  # share of the peak at which the warm-up starts
     min_lr_ratio: float = Field(ge=0, le=1)  # share of the peak at which the schedule ends
 
@@ -128,30 +128,9 @@ class OptimConfig(Section):
             raise ValueError("should be a whole number of steps or a share below 1")
         return value
 
-    @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        shares = [value for value in (self.warmup, self._decay) if isinstance(value, float)]
-        if sum(shares) > 1:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are longer than the run")
-        return self
-
-    @property
-    def _decay(self) -> int | float:
-        return self.decay if self.schedule == "wsd" else 0
-
     def max_steps(self, windows: WindowsConfig) -> int:
         """Steps that it takes to see `max_tokens`, rounded up."""
         return math.ceil(self.max_tokens / windows.step_tokens)
-
-    def check_length(self, windows: WindowsConfig) -> list[str]:
-        """Name the contradiction, if there is one, between the run's length and its phases."""
-        total = self.max_steps(windows)
-        if windows.step_tokens > self.max_tokens:
-            return [f"optim.max_tokens {self.max_tokens} is less than one step of {windows.step_tokens} tokens"]
-        phases = steps_in(self.warmup, total) + steps_in(self._decay, total)
-        if phases <= total:
-            return []
-        return [f"optim: warmup {self.warmup} and decay {self._decay} take {phases} steps, the run has {total}"]
 
 
 def steps_in(length: int | float, total: int) -> int:

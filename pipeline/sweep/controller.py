@@ -1,6 +1,5 @@
 """Run a study's workers, show its trials, and write its best settings into params.yaml."""
 
-import json
 import math
 import os
 import subprocess
@@ -41,14 +40,13 @@ from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
 from pipeline.system.device import cores
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
-from pipeline.system.host import SOURCE_ROOT
+from pipeline.system.host import start_module
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import naming_dead_store, open_store, project_root
 from pipeline.training.config import RunConfig
 
 DASHBOARD_PORT = 8080
 POLL_S = 0.2
-Process = subprocess.Popen[str]
 
 
 def run_sweep(params: Params, sweep: SweepConfig) -> None:
@@ -146,7 +144,7 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
     The trial of a worker that dies is re-queued at once, and the worker is replaced.
     """
     deadline = time.monotonic() + (sweep.budget_s or float("inf"))
-    workers = {config.number: _start(config) for config in configs}
+    workers = {config.number: start_module(worker.__name__, line=config._asdict()) for config in configs}
     deaths, stopping = 0, False
     while workers:
         time.sleep(POLL_S)
@@ -167,7 +165,7 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
             if not workers and not stopping:
                 _wait_for_others(study, sweep, stop, deadline)
             if not stopping and deaths <= MAX_RETRIES * sweep.workers and has_work(study, sweep):
-                workers[number] = _start(configs[number])
+                workers[number] = start_module(worker.__name__, line=configs[number]._asdict())
 
 
 def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadline: float) -> None:
@@ -178,21 +176,6 @@ def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadli
             break
         time.sleep(POLL_S)
         fail_stale_trials(study)
-
-
-def _start(config: WorkerConfig) -> Process:
-    path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-m", worker.__name__],
-        stdin=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-        process_group=0,  # Ctrl-C is for the sweep, which then stops them
-        text=True,
-    )
-    assert process.stdin is not None, "a pipe, as asked for"
-    process.stdin.write(json.dumps(config._asdict()) + "\n")
-    process.stdin.close()
-    return process
 
 
 def _require_best(study: Study) -> FrozenTrial:

@@ -1,5 +1,7 @@
-"""What a run records about its machine: the git commit, the packages and the processor."""
+"""What a run records about its machine, and child processes that run this code."""
 
+import json
+import os
 import platform
 import subprocess
 import sys
@@ -8,6 +10,21 @@ from pathlib import Path
 from typing import Any
 
 SOURCE_ROOT = Path(__file__).parents[2]  # the folder that holds pipeline/, stages/ and webapp/
+
+
+def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "subprocess.Popen[str]":
+    """Start `python -m module` of this code, and write `line` to its standard input as JSON.
+
+    It has a process group of its own: Ctrl-C is for this process alone, which then tells the other one.
+    """
+    path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0, text=True, **options)
+    assert process.stdin is not None, "a pipe, as asked for"
+    process.stdin.write(json.dumps(line) + "\n")
+    process.stdin.flush()
+    return process
 
 
 def git_info() -> dict[str, str]:

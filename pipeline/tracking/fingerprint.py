@@ -39,7 +39,6 @@ DECISIVE = (
     "pipeline/system/device.py:prepare_machine",  # deterministic kernels
     "pipeline/system/distributed.py:World",  # which windows a process gets, and the sums over processes
     "pipeline/training/consumers.py:evaluate",
-    "pipeline/training/gradients.py",
     "pipeline/training/loop.py",
     "pipeline/training/muon.py",
     "pipeline/training/optim.py",
@@ -137,7 +136,7 @@ def _is_message(node: Any) -> bool:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one phrase each, such as `optim.lr 0.001 -> 0.002`."""
-    old, new = _flat(before), _flat(now)
+    old, new = flatten(before), flatten(now)
     return [
         f"{key.removeprefix('params.').removeprefix('environment.')} {old.get(key)} -> {new.get(key)}"
         if not key.startswith("sources.")
@@ -165,7 +164,8 @@ def _environment(machine: "Machine") -> dict[str, str | int]:
     }
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings under dotted keys."""
     if not isinstance(value, Mapping):
         return {prefix: value}
-    return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".strip(".")).items()}
+    return {key: leaf for name in value for key, leaf in flatten(value[name], f"{prefix}.{name}".strip(".")).items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import fsync, read_json
 from pipeline.system.host import git_info
+from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.journal import STEPS, TIMES
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
 
@@ -92,11 +93,7 @@ def describe_inputs(store: Store, run_id: str, identity: dict[str, Any]) -> None
     """Log parameters and data lineage; again is harmless."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    params = [
-        Param(f"{section}.{key}", str(value))
-        for section, values in identity["params"].items()
-        for key, value in values.items()
-    ]
+    params = [Param(key, str(value)) for key, value in flatten(identity["params"]).items()]
     store.client.log_batch(run_id, params=params)  # at most 100 at once
     digest = identity["data_sha256"][:36]  # MLflow's limit
     dataset = Dataset("tokens", digest, "local", json.dumps({"uri": "data/tokens"}))
@@ -112,11 +109,6 @@ def runs_of(store: Store, fingerprint: str) -> list["Run"]:
     """Runs with this fingerprint, the finished ones first, then the newest."""
     found = store.client.search_runs([store.experiment_id], f"tags.fingerprint = '{fingerprint}'")
     return sorted(found, key=lambda run: (run.info.status != "FINISHED", -run.info.start_time))
-
-
-def find_run(store: Store, fingerprint: str) -> "Run | None":
-    """The run behind a model: the newest finished one of this fingerprint, else the newest."""
-    return next(iter(runs_of(store, fingerprint)), None)
 
 
 def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
@@ -141,7 +133,7 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
     """Where the run behind a model is and what came out. Raises ModelMissing where the store holds none."""
     with naming_dead_store(root):
         store = open_store(root)
-        run = find_run(store, fingerprint)
+        run = next(iter(runs_of(store, fingerprint)), None)
         if run is None:
             raise ModelMissing(f"no run {fingerprint} in {store.uri}: `dvc repro -f -s register` rebuilds it")
         server = store.uri if store.uri.startswith("http") else "http://127.0.0.1:5000"  # where `mlflow ui` listens
@@ -164,30 +156,21 @@ def run_with(store: Store, fingerprint: str, rows: list[Row]) -> str | None:
 
 
 def _attach(store: Store, run_id: str, project: Path, last: Row) -> None:
-    """Log what is new in metrics.json and timing.json, at the step `last`, and all reports as artifacts."""
+    """Log the numbers in metrics.json and timing.json, at the step `last`, and all reports as artifacts."""
     from mlflow.entities import Metric
 
     reports = project / "reports"
-    known = store.client.get_run(run_id).data.metrics
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for name in ("metrics", "timing"):
         if (path := reports / f"{name}.json").is_file():
-            found |= _numbers(read_json(path), f"{name}/")
-    changed = {key: value for key, value in found.items() if known.get(key) != value}
-    metrics = [Metric(key, value, int(last["logged_ms"]), int(last["step"])) for key, value in changed.items()]
+            found |= {f"{name}/{key}": value for key, value in flatten(read_json(path)).items()}
+    metrics = [
+        Metric(key, float(value), int(last["logged_ms"]), int(last["step"]))
+        for key, value in found.items()
+        if type(value) in (int, float)
+    ]
     store.client.log_batch(run_id, metrics=metrics)
     for path in [project / "params.yaml", *sorted(reports.glob("*.json")), *sorted(reports.glob("figures/*.png"))]:
         if path.is_file() and path.name != "registered.json":
             folder = path.parent.relative_to(project).as_posix()
             store.client.log_artifact(run_id, str(path), None if folder == "." else folder)
-
-
-def _numbers(values: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers among nested `values`, named metrics/to_target.corpus.steps."""
-    found: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{key}"] = float(value)
-    return found

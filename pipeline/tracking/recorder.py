@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self, TextIO
 
 from pipeline.system.errors import Interrupted, PeerLost, Pruned
 from pipeline.system.files import locked, write_text
-from pipeline.system.host import SOURCE_ROOT
+from pipeline.system.host import start_module
 from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Row
 from pipeline.tracking.mlflow_store import first_line, require_usable
 from pipeline.tracking.mlflow_tracker import MlflowTracker
@@ -74,21 +74,12 @@ class Recorder:
         self._start = {"identity": identity, "tags": tags}
 
     def __enter__(self) -> Self:
-        path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.tracking.recorder", *self._arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-            process_group=0,  # Ctrl-C is for training alone; in a session of its own a low priority counts for nothing
-            text=True,
+        self._process = start_module(  # in a session of its own a low priority would count for nothing
+            "pipeline.tracking.recorder", *self._arguments, line=self._start, stdout=subprocess.DEVNULL
         )
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # training comes first, from the first import on
         write_text(self._run_folder / OWNER_PID, str(self._process.pid))
-        assert self._process.stdin is not None, "a pipe, as asked for"
-        self._process.stdin.write(json.dumps(self._start) + "\n")
-        self._process.stdin.flush()
         return self
 
     def __exit__(

@@ -11,10 +11,11 @@ from pipeline.config.sections import (
     TargetConfig,
     TrainConfig,
     WindowsConfig,
+    steps_in,
 )
 from pipeline.system.errors import InputError
 from pipeline.system.files import sha256_json
-from pipeline.training.optim import OPTIMIZERS
+from pipeline.training.optim import OPTIMIZERS, SCHEDULES
 from pipeline.training.target import RULES
 
 
@@ -42,9 +43,10 @@ class RunConfig:
     def contradictions(self) -> list[str]:
         """What is wrong between sections that are each right."""
         batch, processes = self.windows.micro_batch_size, self.train.processes
-        faults = self.optim.check_length(self.windows)
+        faults = self._length_faults()
         for key, name, known in (
             ("optim.name", self.optim.name, list(OPTIMIZERS)),
+            ("optim.schedule", self.optim.schedule, list(SCHEDULES)),
             ("target.rule", self.target.rule, list(RULES)),
         ):
             if name not in known:
@@ -60,6 +62,17 @@ class RunConfig:
         if batch % processes:
             faults.append(f"train.processes {processes} do not divide windows.micro_batch_size {batch} evenly")
         return faults
+
+    def _length_faults(self) -> list[str]:
+        optim, tokens, total = self.optim, self.windows.step_tokens, self.optim.max_steps(self.windows)
+        if tokens > optim.max_tokens:
+            return [f"optim.max_tokens {optim.max_tokens} is less than one step of {tokens} tokens"]
+        schedule = SCHEDULES.get(optim.schedule)
+        decay = optim.decay if schedule and schedule.has_plateau else 0
+        phases = steps_in(optim.warmup, total) + steps_in(decay, total)
+        if phases <= total:
+            return []
+        return [f"optim: warmup {optim.warmup} and decay {decay} take {phases} steps, the run has {total}"]
 
     @property
     def needs_held_out(self) -> str | None:

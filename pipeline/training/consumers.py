@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 from pipeline.data.batches import Split
 from pipeline.model.evaluate import corpus_loss
@@ -16,11 +15,6 @@ from pipeline.training.run import Run
 from pipeline.training.target import best_step, evaluation_is_due, needs_corpus_loss
 
 Consumer = Callable[[StepRecord], None]  # is called after each step; what it raises ends the run there
-
-
-def consumers_of(run: Run, stop: StopSignals, *others: Consumer) -> list[Consumer]:
-    """The consumers of evaluated records in their order; a signal stops the run after the last one."""
-    return [run.log, partial(sample, run), *others, Checkpoints(run, stop).save]
 
 
 def evaluate(run: Run, record: StepRecord) -> None:

@@ -19,13 +19,12 @@ from torch.optim import Optimizer
 from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.fsdp import assign, full_tensor, like, shard
+from pipeline.model.fsdp import assign, full_tensor, is_shard, last_row, like, local, shard
 from pipeline.model.gpt import GPT
 from pipeline.system.device import Machine
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import DivergedError
 from pipeline.tracking.journal import StepRecord
-from pipeline.training.gradients import finish_gradients
 from pipeline.training.optim import build_optimizers, lr_factor, set_lr
 
 
@@ -47,7 +46,7 @@ class TrainState:
     Every process of `world` has all of it, or, where the model is sharded, a part.
     """
 
-    SCALARS: ClassVar = {"step": int, "tokens": int, "loss_scale": float, "good_steps": int}
+    SCALARS: ClassVar = ("step", "tokens", "loss_scale", "good_steps")
 
     model: GPT
     optimizers: list[Optimizer]
@@ -206,6 +205,33 @@ def _gradients(state: TrainState, batches: list[Batch], clip: float | None, mach
     state.world.add(loss)
     loss_now, norm_now = torch.stack([loss, grad_norm]).tolist()  # the one time in a step that a GPU is waited for
     return loss_now, norm_now
+
+
+@torch.no_grad()
+def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, world: World = ALONE) -> Tensor:
+    """Undo the loss scale, turn the folded row's gradient into one unused id's, clip; return the norm of all, 0-D.
+
+    The norm is L2 over all parameters of the full model, before clipping: the folded row counts once for each id. Of
+    sharded gradients each process of `world` holds a part, and all get the norm of the whole.
+    """
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if loss_scale != 1:
+        torch._foreach_div_(gradients, loss_scale)
+    table = model.wte.weight.grad
+    unused = last_row(table) if (U := model.vocabulary.n_unused) else None  # type: ignore[arg-type]
+    if unused is not None:
+        unused /= U
+    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    if unused is not None:
+        squares += (U - 1) * unused.square().sum()
+    if is_shard(table):  # type: ignore[arg-type]
+        world.add(squares)
+    norm = squares.sqrt()
+    if clip is not None:
+        factor = (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        if norm.device.type != "cpu" or factor < 1:  # a GPU would have to be waited for
+            torch._foreach_mul_(gradients, factor)
+    return norm
 
 
 def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""The optimisers by name, and the learning rate of each step."""
+"""The optimisers and the schedules of the learning rate, by name."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -91,24 +91,32 @@ def set_lr(optimizers: list["Optimizer"], factor: float) -> None:
             group["lr"] = group["peak_lr"] * factor
 
 
-def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """Factor on the peak learning rate at `step`, counted from 1, of `total`.
+class Schedule(NamedTuple):
+    """An entry of SCHEDULES; `fall` and `rise` take the share of the phase that is over, and return that of the way."""
 
-    onecycle: both flanks are cosines (Smith 2018); wsd: warm-up, stable, linear decay (Hu et al. 2024).
-    """
-    warmup = steps_in(config.warmup, total)
+    fall: Callable[[float], float]  # from the peak to `optim.min_lr_ratio`
+    rise: Callable[[float], float] = lambda share: share  # from `optim.initial_lr` to the peak, in `optim.warmup`
+    has_plateau: bool = False  # the fall takes `optim.decay` at the run's end, not all after the warm-up
+
+
+def _cosine(share: float) -> float:
+    return (1 - math.cos(math.pi * share)) / 2
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(fall=lambda share: 0.0),
+    "linear": Schedule(fall=lambda share: share),
+    "cosine": Schedule(fall=_cosine),
+    "onecycle": Schedule(fall=_cosine, rise=_cosine),  # Smith 2018
+    "wsd": Schedule(fall=lambda share: share, has_plateau=True),  # warm-up, stable, decay (Hu et al. 2024)
+}
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """Factor on the peak learning rate at `step`, counted from 1, of `total`."""
+    schedule, warmup = SCHEDULES[config.schedule], steps_in(config.warmup, total)
     if step <= warmup:
-        rise = step / warmup
-        if config.schedule == "onecycle":
-            rise = (1 - math.cos(math.pi * rise)) / 2
-        return config.initial_lr + (1 - config.initial_lr) * rise
-    fall_steps = steps_in(config.decay, total) if config.schedule == "wsd" else total - warmup
+        return config.initial_lr + (1 - config.initial_lr) * schedule.rise(step / warmup)
+    fall_steps = steps_in(config.decay, total) if schedule.has_plateau else total - warmup
     behind = max(0.0, (step - 1 - (total - fall_steps)) / max(1, fall_steps))  # share of the fall, in [0, 1)
-    match config.schedule:
-        case "constant":
-            fall = 0.0
-        case "linear" | "wsd":
-            fall = behind
-        case "cosine" | "onecycle":
-            fall = (1 - math.cos(math.pi * behind)) / 2
-    return 1 - (1 - config.min_lr_ratio) * fall
+    return 1 - (1 - config.min_lr_ratio) * schedule.fall(behind)

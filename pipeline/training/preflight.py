@@ -68,24 +68,20 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
     return held + max(step, evaluation)
 
 
-def check_disk(
-    config: RunConfig, vocabulary: Vocabulary, machine: Machine, checkpoints: Path, models: Path | None
-) -> None:
-    """Raise OutOfSpaceError where a disk lacks room for what the run may hold at once, less what it holds already.
+def check_disk(config: RunConfig, vocabulary: Vocabulary, machine: Machine, checkpoints: Path) -> None:
+    """Raise OutOfSpaceError where the disk lacks room for as many checkpoints as are held at once, less those there.
 
-    That is its `checkpoints`, and then the new model beside the one in `models`, if it is to write one.
+    The model is not counted: it is written when one checkpoint fewer is there, and again by the same command.
     """
-    checkpoint, model = saved_bytes(config, vocabulary, machine.world.size)
+    checkpoint, _ = saved_bytes(config, vocabulary, machine.world.size)
     held = sum(path.stat().st_size for path in checkpoints.glob("*/*.safetensors"))  # unfinished ones too: they go
-    saving, ending = CHECKPOINTS * checkpoint - held, (CHECKPOINTS - 1) * checkpoint - held + model
-    here = nearest_existing(checkpoints)
-    if models is None:
-        _require_free(saving, here)
-    elif (there := nearest_existing(models)).stat().st_dev == here.stat().st_dev:
-        _require_free(max(saving, ending), here)
-    else:
-        _require_free(saving, here)
-        _require_free(model, there)
+    needed = CHECKPOINTS * checkpoint - held
+    place = next(path for path in checkpoints.absolute().parents if path.exists())
+    if needed > (free := shutil.disk_usage(place).free):
+        raise OutOfSpaceError(
+            f"the run may need {needed:,} bytes of disk in {place}, {free:,} bytes are free: make room there "
+            "(`python -m pipeline clean` removes old checkpoints) and run the same command again"
+        )
 
 
 def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -> tuple[int, int]:
@@ -112,20 +108,6 @@ def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     slots = state_slots(build_optimizers(model, optim, torch.float32), optim)
     return weights, [4 * math.prod(shape) for _, _, shape in slots]
-
-
-def nearest_existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _require_free(needed: int, place: Path) -> None:
-    if needed > (free := shutil.disk_usage(place).free):
-        raise OutOfSpaceError(
-            f"the run may need {needed:,} bytes of disk in {place}, {free:,} bytes are free: make room there "
-            "(`python -m pipeline clean` removes old checkpoints) and run the same command again"
-        )
 
 
 def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:

@@ -2,8 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
@@ -19,16 +17,9 @@ class Progress:
     def __init__(self, step: int, tokens: int, max_steps: int, target_loss: float) -> None:
         self.max_steps, self.target_loss = max_steps, target_loss
         self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty())
-        self._line_due = 0.0
-        self._tokens = tokens
-        self._tokens_per_s = 0.0
+        self._tokens, self._tokens_per_s, self._line_due = tokens, 0.0, 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._bar.close()
         mute_closed_terminal()  # what else the run has to say must not end it
 

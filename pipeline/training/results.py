@@ -55,11 +55,11 @@ def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens
 def summary(results: dict[str, Any], records: Sequence[StepRecord], target: TargetConfig) -> str:
     """The results in a line, and why the run ended where that is not plain."""
     cost = results["to_target"][results["rule"]]
-    found = f"{results['rule']} rule, target {results['target_loss']:g}, corpus loss {results['corpus_loss']:.4f}"
-    if cost:
-        words = f"target reached after {cost['steps']} steps, {cost['tokens']:,} tokens ({found})"
-    else:
-        words = f"target not reached in {results['steps']} steps, {results['tokens']:,} tokens ({found})"
+    spent, found = cost or results, "reached after" if cost else "not reached in"
+    words = (
+        f"target {found} {spent['steps']} steps, {spent['tokens']:,} tokens ({results['rule']} rule, "
+        f"target {results['target_loss']:g}, corpus loss {results['corpus_loss']:.4f})"
+    )
     if is_out_of_patience(records, target):
         words += f"\nthe last {target.early_stopping_patience} evaluations found no lower validation loss"
     return words

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -18,7 +17,7 @@ from pipeline.tracking.fingerprint import IDENTITY, Identity, differences, ident
 from pipeline.tracking.journal import STEPS, Journal, StepRecord
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import RECORDER_LOCK
-from pipeline.training.checkpoint import Saved, Tensors, is_intact, load_checkpoint, newest_valid, require_state
+from pipeline.training.checkpoint import Saved, load_checkpoint, newest_valid
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import TrainState, fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits
@@ -29,17 +28,12 @@ RESUMES = "resumes"  # a line with the step for each time that the run was resum
 
 @contextmanager
 def open_run(
-    config: RunConfig,
-    machine: Machine,
-    text: TrainingData,
-    home: Path,
-    models: Path | None = None,
-    elastic: bool = False,
+    config: RunConfig, machine: Machine, text: TrainingData, home: Path, elastic: bool = False
 ) -> Iterator["Run"]:
     """Hold the folder in `home` of the run that these make, and yield the run, resumed from its newest checkpoint.
 
-    Raises OutOfSpaceError where a step would not fit into memory, or what the run saves, there and in `models`, on the
-    disk; RunLocked where another process trains the same run.
+    Raises OutOfSpaceError where a step would not fit into memory, or what the run saves on the disk; RunLocked where
+    another process trains the same run.
     """
     check_fits(config, text.vocabulary, machine)
     identity = identify(text.sha256, config.decisive, machine)
@@ -53,7 +47,7 @@ def open_run(
         run = Run(config, machine, text, folder, *machine.world.on_main(claim))
         stack.callback(run.close)
         if not run.finished:
-            machine.world.on_main(lambda: check_disk(config, text.vocabulary, machine, folder, models))
+            machine.world.on_main(lambda: check_disk(config, text.vocabulary, machine, folder))
         yield run
 
 
@@ -173,38 +167,21 @@ class Run:
         def find() -> list[StepRecord]:
             nonlocal loaded
             assert self.journal, "this is rank 0"
-            loaded = self._newest(self.journal)
+            records = self.journal.records
+            loaded = newest_valid(self.folder, best_step(records, self.config.target))
             step = loaded[1]["step"] if loaded else 0
+            if len(records) < step:
+                raise IntegrityError(
+                    f"{self.folder / STEPS} has {len(records)} records, the checkpoint is of step {step}: "
+                    f"`python -m pipeline clean {self.folder.name}`"
+                )
             if changed:
                 self._change_environment(self.journal, step, changed)
-            return self.journal.records[:step]
+            return records[:step]
 
         self.records = self.world.on_main(find)
         if self.records:
             self.state.restore(*(loaded or load_checkpoint(self.folder, len(self.records))))
-
-    def _newest(self, journal: Journal) -> Saved | None:
-        """Load the newest checkpoint that can take the place of the state; None where there is none.
-
-        The checkpoint of the best step is needed at the end: where it is lost, resume from before it. Raises
-        IntegrityError where none is intact, or the journal does not reach up to it.
-        """
-
-        def require(checkpoint: Path, tensors: Tensors, scalars: Any) -> None:
-            require_state(checkpoint, tensors, scalars, self.state, self.config.optim)
-
-        def newest(up_to: int | None = None) -> Saved | None:
-            return newest_valid(self.folder, up_to, require)
-
-        loaded, best = newest(), best_step(journal.records, self.config.target)
-        if loaded and best and best <= loaded[1]["step"] and not is_intact(self.folder, best):
-            loaded = newest(best - 1)
-        if loaded and len(journal.records) < (step := loaded[1]["step"]):
-            raise IntegrityError(
-                f"{self.folder / STEPS} has {len(journal.records)} records, the checkpoint is of step {step}: "
-                f"`python -m pipeline clean {self.folder.name}`"
-            )
-        return loaded
 
     def _change_environment(self, journal: Journal, step: int, changed: list[str]) -> None:
         """Note that the run is resumed after `step` in another environment.

@@ -1,7 +1,8 @@
 """Train one run with all that consumes its records, until its target is met or its budget is spent."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline.config.params import Params
@@ -13,7 +14,7 @@ from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import project_root
 from pipeline.tracking.recorder import OWNER_PID, Recorder
 from pipeline.training.config import RunConfig
-from pipeline.training.consumers import Consumer, consumers_of, evaluate
+from pipeline.training.consumers import Checkpoints, Consumer, evaluate, sample
 from pipeline.training.progress import Progress
 from pipeline.training.results import write_results
 from pipeline.training.run import Run, open_run
@@ -35,7 +36,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
         machine = prepare_machine(config.train, config.flops, world)
         text = read_data(config, machine, data)
         root = project_root()
-        with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", models, elastic) as run:
+        with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", elastic) as run:
             if run.finished:
                 print(f"the run is finished, at step {run.state.step}: nothing to train")
             elif run.state.step == 0 and world.is_main:
@@ -61,7 +62,7 @@ def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
 def follow(run: Run, stop: StopSignals, *others: Consumer) -> None:
     """Take the run's steps until it is finished; each is evaluated where that is due, and given to all consumers."""
     run.note_resume()
-    consumers = consumers_of(run, stop, *others)
+    consumers: list[Consumer] = [run.log, partial(sample, run), *others, Checkpoints(run, stop).save]
     for record in run.steps():
         evaluate(run, record)
         for consume in consumers:
@@ -77,5 +78,5 @@ def _tracked(run: Run, root: Path, tags: dict[str, str]) -> Iterator[list[Consum
         yield []
         return
     progress = Progress(run.state.step, run.state.tokens, run.max_steps, run.config.target.loss)
-    with Recorder(root, run.folder, dict(run.identity), tags), progress:
+    with Recorder(root, run.folder, dict(run.identity), tags), closing(progress):
         yield [progress.show]

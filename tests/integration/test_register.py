@@ -22,7 +22,7 @@ from pipeline.registry.register import register
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import read_json, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
-from pipeline.tracking.mlflow_runs import find_run
+from pipeline.tracking.mlflow_runs import runs_of
 from pipeline.tracking.mlflow_store import Store
 
 
@@ -90,7 +90,7 @@ def test_the_first_model_that_reached_the_target_is_candidate_and_champion(store
     assert (done["champion"], done["aliases"]) == (True, ["candidate", "champion"])
     identity = read_json(project / "models" / "run.json")
     tags = all_versions(store, config)[0].tags
-    assert find_run(store, identity["fingerprint"]).info.run_id == done["run_id"] == tags["run_id"]
+    assert runs_of(store, identity["fingerprint"])[0].info.run_id == done["run_id"] == tags["run_id"]
     assert tags["fingerprint"] == identity["fingerprint"]
     assert tags["data_sha256"] == identity["data_sha256"]
     assert (tags["corpus_loss"], tags["target_loss"], tags["train_tokens"]) == ("0.09", "0.1", "64")

@@ -61,7 +61,12 @@ def supervised(monkeypatch, sweep, study, *works):
     """What the sweep started: workers that do these works, one after the other."""
     waiting, started = list(works), []
     configs = [WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="")]
-    monkeypatch.setattr(controller, "_start", lambda _: started.append(Ended(waiting.pop(0), study)) or started[-1])
+
+    def start(*_, **__):
+        started.append(Ended(waiting.pop(0), study))
+        return started[-1]
+
+    monkeypatch.setattr(controller, "start_module", start)
     controller._supervise(study, sweep, configs, StopSignals())
     assert not waiting
     return started

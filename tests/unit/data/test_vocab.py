@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
-from pipeline.training.gradients import finish_gradients
+from pipeline.training.loop import finish_gradients
 
 SIZE, USED = 50257, np.array([3, 5, 50, 500, 50256])
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=SIZE, dropout=0.0, fold_vocab=True)

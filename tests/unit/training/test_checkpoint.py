@@ -11,31 +11,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-from pipeline.config.params import load_params
 from pipeline.config.sections import ModelConfig
-from pipeline.data.batches import Split, steps_of
-from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import weights
+from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model, save_model
 from pipeline.system import files
-from pipeline.system.device import Machine
 from pipeline.system.errors import IntegrityError, OutOfSpaceError
-from pipeline.system.files import write_manifest
+from pipeline.system.files import verify_manifest, write_manifest
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import (
     checkpoint_steps,
-    is_intact,
     keep_newest,
     load_checkpoint,
     newest_valid,
-    require_state,
     save_checkpoint,
 )
-from pipeline.training.config import RunConfig
-from pipeline.training.loop import fresh_state, train_steps
 
 pytestmark = pytest.mark.fault
 
@@ -102,6 +94,14 @@ def in_a_child(work, *deadly, **named):
         os._exit(code)
 
 
+def is_intact(folder):
+    try:
+        verify_manifest(folder)
+    except IntegrityError:
+        return False
+    return True
+
+
 def damage_newest(folder):
     path = folder / "step-00000002" / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\7")
@@ -117,7 +117,7 @@ def test_a_process_that_dies_at_any_call_of_a_save_leaves_a_loadable_checkpoint(
             save(folder, 2)
             damage_newest(folder)
         code = in_a_child(lambda: save(folder, 2), i, half=half)
-        renamed = (folder / "step-00000002").is_dir() and is_intact(folder, 2)
+        renamed = (folder / "step-00000002").is_dir() and is_intact(folder / "step-00000002")
         loaded = newest_valid(folder)
         assert not list(folder.glob(".*")), "leftovers are swept"
         assert loaded[1]["step"] == (2 if renamed else 1)
@@ -193,6 +193,14 @@ def test_where_none_is_intact_it_is_an_error_that_says_what_to_do(three):  # A5
     assert error.value.exit_code == 3
 
 
+def test_a_checkpoint_after_the_best_step_needs_that_one_too(three, capsys):
+    (three / "step-00000002" / "weights.safetensors").unlink()
+    assert newest_valid(three, best=3)[1]["step"] == newest_valid(three)[1]["step"] == 3
+    assert not capsys.readouterr().err
+    assert newest_valid(three, best=2)[1]["step"] == 1
+    assert "step-00000002" in capsys.readouterr().err
+
+
 def test_a_folder_that_a_user_keeps_beside_them_is_no_checkpoint(three):
     shutil.copytree(three / "step-00000001", three / "step-00000009.mine")
     assert checkpoint_steps(three) == [3, 2, 1]
@@ -215,7 +223,7 @@ def test_a_full_disk_names_the_bytes_and_leaves_the_last_checkpoint(tmp_path):  
     assert newest_valid(tmp_path)[1]["step"] == 1
 
 
-# A hostile folder: whoever can write the files can write their manifest
+# A hostile model: whoever can write the files can write their manifest
 
 
 CONFIG = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=50257, dropout=0.0, fold_vocab=True)
@@ -223,103 +231,8 @@ VOCABULARY = Vocabulary.of(np.arange(50257) < 5, 50257)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run's state after two steps, and a folder with both of their checkpoints."""
-    run = RunConfig.of(load_params(Path(__file__).parents[3] / "params.yaml"))
-    windows, machine = run.windows.updated(seq_len=4, micro_batch_size=2), Machine(torch.device("cpu"), "fp32", 1)
-    text = Split(Tokens("text", [np.arange(20, dtype=np.uint16) % 5], 50257), VOCABULARY, machine.device)
-    state = fresh_state(CONFIG, VOCABULARY, run.optim, run.train, machine)
-    folder = tmp_path_factory.mktemp("trained")
-    for record in train_steps(state, steps_of(1, text, windows, 1), 2, run.optim, machine):
-        save_checkpoint(folder, record.step, state.tensors(), state.scalars())
-    return state, folder, run.optim
-
-
-NAMES = ["weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
-SCALARS = st.dictionaries(
-    st.sampled_from(["step", "tokens", "loss_scale", "good_steps", "x"]),
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers(), max_size=2),
-).map(json.dumps).map(str.encode)  # fmt: skip
-HUGE_HEADERS = st.integers(0, 2**64 - 1).map(lambda n: n.to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[9')
-
-
-@st.composite
-def other_tensors(draw, folder):
-    """The tensors of a file, of which one has another name, shape or type, is lacking or stands beside a new one."""
-    name = draw(st.sampled_from(NAMES[:3]))
-    tensors = load_file(folder / "step-00000002" / name)
-    key = draw(st.sampled_from(sorted(tensors)))
-    one = tensors[key]
-    other = draw(st.sampled_from([
-        one.to(torch.float64), one.to(torch.bool), one.new_empty(0), one[None], torch.zeros(7), torch.zeros(()).byte()
-    ]))  # fmt: skip
-    act = draw(st.sampled_from(["rename", "replace", "remove", "add"]))
-    if act in ("rename", "remove"):
-        del tensors[key]
-    if act in ("rename", "add"):
-        key = draw(st.text(max_size=8).filter(lambda text: text.isprintable() and text not in tensors))
-        other = one if act == "rename" else other
-    if act != "remove":
-        tensors[key] = other.clone()  # a file holds no tensor twice
-    return name, tensors
-
-
-def newest(trained, folder):
-    state, _, optim = trained
-    return newest_valid(folder, require=lambda *read: require_state(*read, state, optim))
-
-
-@pytest.mark.security
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), agrees=st.booleans())
-def test_any_content_of_a_checkpoint_is_refused_by_name_and_passed_over(trained, tmp_path, capsys, data, agrees):  # A5
-    shutil.rmtree(folder := tmp_path / "run", ignore_errors=True)
-    shutil.copytree(trained[1], folder)
-    path = folder / "step-00000002" / data.draw(st.sampled_from(NAMES))
-    if data.draw(st.booleans()):
-        name, tensors = data.draw(other_tensors(trained[1]))
-        path = path.with_name(name)
-        save_file(tensors, path)
-        if name == "rng.safetensors" and "cpu-0" in tensors and tensors["cpu-0"].shape == (5056,):
-            return  # beside this process's numbers there may be others, of more processes
-    else:
-        path.write_bytes(data.draw(st.binary(max_size=40) | SCALARS | HUGE_HEADERS))
-    if agrees:
-        write_manifest_anew(path.parent)
-    tensors, scalars = newest(trained, folder)
-    warned = capsys.readouterr().err
-    assert scalars["step"] == 1
-    assert path.name in warned
-    assert "falling back to the checkpoint before" in warned
-    trained[0].restore(tensors, scalars)
-
-
-def test_what_was_saved_is_never_refused(trained):
-    assert newest(trained, trained[1])[1]["step"] == 2
-
-
-@pytest.mark.security
-@pytest.mark.parametrize("scalars", [
-    {"step": 1}, {"tokens": "16"}, {"loss_scale": 0.0}, {"loss_scale": float("nan")}, {"good_steps": True}, {"x": 1}
-])  # fmt: skip
-def test_a_state_of_another_step_or_type_is_passed_over(trained, tmp_path, capsys, scalars):  # A5
-    shutil.copytree(trained[1], folder := tmp_path / "run")
-    path = folder / "step-00000002" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | scalars))
-    write_manifest_anew(path.parent)
-    assert newest(trained, folder)[1]["step"] == 1
-    assert "state.json is not the state after that step" in capsys.readouterr().err
-
-
-@pytest.mark.security
-@pytest.mark.parametrize("change", [lambda one: one[None], lambda one: one[:-1], lambda one: one.to(torch.float32)])
-def test_a_state_of_random_numbers_that_no_generator_has_is_passed_over(trained, tmp_path, capsys, change):  # A5
-    shutil.copytree(trained[1], folder := tmp_path / "run")
-    path = folder / "step-00000002" / "rng.safetensors"
-    save_file({"cpu-0": change(load_file(path)["cpu-0"]).contiguous()}, path)
-    write_manifest_anew(path.parent)
-    assert newest(trained, folder)[1]["step"] == 1
-    assert "rng.safetensors holds no state of random numbers" in capsys.readouterr().err
+def model():
+    return GPT(CONFIG, VOCABULARY).initialise(seed=1)
 
 
 def write_manifest_anew(folder):
@@ -342,8 +255,8 @@ def write_manifest_anew(folder):
         ("model.safetensors", ""),
     ],
 )  # fmt: skip
-def test_a_model_that_is_none_is_refused_by_name_before_it_is_made(trained, tmp_path, bpe, name, content):
-    save_model(folder := tmp_path / "model", trained[0].model, bpe)
+def test_a_model_that_is_none_is_refused_by_name_before_it_is_made(model, tmp_path, bpe, name, content):
+    save_model(folder := tmp_path / "model", model, bpe)
     load_model(folder)
     (folder / name).write_text(content)
     write_manifest_anew(folder)
@@ -352,8 +265,8 @@ def test_a_model_that_is_none_is_refused_by_name_before_it_is_made(trained, tmp_
 
 
 @pytest.mark.security
-def test_a_text_with_ids_that_the_model_does_not_know_is_refused(trained, tmp_path, bpe):
-    save_model(folder := tmp_path / "model", trained[0].model, bpe)
+def test_a_text_with_ids_that_the_model_does_not_know_is_refused(model, tmp_path, bpe):
+    save_model(folder := tmp_path / "model", model, bpe)
     counts = np.ones(60000, np.int64)
     with pytest.raises(IntegrityError, match="has 50257 ids, the text has ids beyond them"):
         load_model(folder, counts)
@@ -373,7 +286,9 @@ def test_a_process_that_dies_at_any_call_of_a_removal_leaves_whole_checkpoints(t
         code = in_a_child(lambda: keep_newest(folder, 2, also=None), i, REMOVALS)
         left = checkpoint_steps(folder)
         assert left[:2] == [4, 3]
-        assert all(is_intact(folder, step) for step in left), "what is half removed does not bear the name of one"
+        assert all(is_intact(folder / f"step-{step:08d}") for step in left), (
+            "what is half removed does not bear the name of one"
+        )
         assert newest_valid(folder)[1]["step"] == 4
         assert not list(folder.glob(".*")), "leftovers are swept"
         if code == 0:

@@ -156,48 +156,29 @@ def test_each_process_has_random_numbers_of_its_own_to_save():
     assert four - alone >= 3 * torch.get_rng_state().numel()
 
 
-ELSEWHERE = Path("/proc/models")  # of another file system
-
-
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    """A folder of checkpoints to be, and room on its disk and on another one, which a test may change."""
-    room = {True: 10**12, False: 10**12}
-
-    def usage(place):
-        return Namespace(free=room[tmp_path.is_relative_to(place) or place.is_relative_to(tmp_path)])
-
-    monkeypatch.setattr(memory.shutil, "disk_usage", usage)
-    folder = Namespace(path=tmp_path / "checkpoints" / "run", models=tmp_path / "models", room=room)
-    folder.checkpoint, folder.model = saved_bytes(settings()[0], VOCABULARY)
+    """A folder of checkpoints to be, and room on its disk, which a test may change."""
+    folder = Namespace(path=tmp_path / "checkpoints" / "run", room=0)
+    folder.checkpoint, _ = saved_bytes(settings()[0], VOCABULARY)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda place: Namespace(free=folder.room))
     return folder
 
 
-def require_exactly(needed, checkpoints, models, here=True):
+def require_exactly(needed, checkpoints):
     """Fail unless so many bytes of room are just enough for a run."""
-    checkpoints.room[here] = needed
-    check_disk(*settings(), checkpoints.path, models)
-    checkpoints.room[here] = needed - 1
-    place = "/proc" if not here else str(checkpoints.path.parents[1])
+    checkpoints.room = needed
+    check_disk(*settings(), checkpoints.path)
+    checkpoints.room = needed - 1
+    place = checkpoints.path.parents[1]
     said = f"the run may need {needed:,} bytes of disk in {place}.*, {needed - 1:,} bytes are free: make room there"
     with pytest.raises(OutOfSpaceError, match=said) as error:
-        check_disk(*settings(), checkpoints.path, models)
+        check_disk(*settings(), checkpoints.path)
     assert error.value.exit_code == 5
 
 
-def test_a_disk_needs_room_for_four_checkpoints_or_for_three_and_the_model(checkpoints, monkeypatch):  # A7
-    small, large = sorted((checkpoints.checkpoint, checkpoints.model))
-    monkeypatch.setattr(memory, "saved_bytes", lambda *_: (large, small))
-    require_exactly(4 * large, checkpoints, checkpoints.models)
-    monkeypatch.setattr(memory, "saved_bytes", lambda *_: (small, large))
-    require_exactly(3 * small + large, checkpoints, checkpoints.models)
-    require_exactly(4 * small, checkpoints, None)  # a trial leaves no model
-
-
-def test_two_disks_are_each_asked_for_their_part(checkpoints):  # A7
-    require_exactly(4 * checkpoints.checkpoint, checkpoints, ELSEWHERE)
-    checkpoints.room[True] = 10**12
-    require_exactly(checkpoints.model, checkpoints, ELSEWHERE, here=False)
+def test_a_disk_needs_room_for_four_checkpoints(checkpoints):  # A7
+    require_exactly(4 * checkpoints.checkpoint, checkpoints)
 
 
 def test_what_the_run_holds_already_needs_no_room_again(checkpoints):  # A7
@@ -206,8 +187,8 @@ def test_what_the_run_holds_already_needs_no_room_again(checkpoints):  # A7
         (checkpoints.path / name).mkdir(parents=True)
         with (checkpoints.path / name / "weights.safetensors").open("wb") as file:
             held += file.truncate(checkpoints.checkpoint - 5)
-    require_exactly(4 * checkpoints.checkpoint - held, checkpoints, None)
+    require_exactly(4 * checkpoints.checkpoint - held, checkpoints)
     (checkpoints.path / "step-00000021").mkdir()
     (checkpoints.path / "step-00000021" / "weights.safetensors").open("wb").truncate(checkpoints.checkpoint + 15)
-    checkpoints.room[True] = 0
-    check_disk(*settings(), checkpoints.path, None)
+    checkpoints.room = 0
+    check_disk(*settings(), checkpoints.path)

@@ -1,5 +1,7 @@
 """Progress: plain lines, now and then, where there is no terminal."""
 
+from contextlib import closing
+
 from pipeline.tracking.journal import StepRecord
 from pipeline.training.progress import Progress
 
@@ -9,7 +11,7 @@ def record(step, **losses):
 
 
 def test_lines_are_printed_first_and_at_evaluations_but_not_at_every_step(capsys):
-    with Progress(0, 0, 10, 0.1) as progress:
+    with closing(Progress(0, 0, 10, 0.1)) as progress:
         for step in range(1, 11):
             progress.show(record(step, corpus_loss=0.5 if step % 5 == 0 else None))
     lines = capsys.readouterr().out.splitlines()
@@ -21,6 +23,6 @@ def test_lines_are_printed_first_and_at_evaluations_but_not_at_every_step(capsys
 
 
 def test_a_resumed_run_counts_only_its_new_tokens(capsys):
-    with Progress(8, 800, 10, 0.1) as progress:
+    with closing(Progress(8, 800, 10, 0.1)) as progress:
         progress.show(record(9))
     assert "200 tokens/s" in capsys.readouterr().out
