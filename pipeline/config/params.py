@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from pipeline.system.errors import InputError
 
@@ -22,6 +22,18 @@ class Section(BaseModel):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.section_name = cls.__name__.removesuffix("Config").lower()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number belongs, and a number where true or false does; pydantic takes both."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        kinds = get_args(kind) or (kind,)
+        if isinstance(value, bool) and {int, float} & {*kinds} and bool not in kinds:
+            raise ValueError("should be a number")
+        if kinds == (bool,) and not isinstance(value, bool):
+            raise ValueError("should be true or false")
+        return value
 
     def updated(self, **changes: Any) -> Self:
         """A checked copy with `changes` applied."""

@@ -132,7 +132,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} not found: run `dvc repro`, which makes it") from None
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is not JSON ({error}): make it again with `dvc repro -f`") from None
+        raise IntegrityError(f"{path} is not JSON ({error}): `dvc repro` makes it again") from None
 
 
 def write_manifest(folder: Path) -> None:

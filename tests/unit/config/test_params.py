@@ -1,12 +1,16 @@
 """params.yaml is checked before anything is opened, and all faults come at once."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
 from pipeline.config.params import Params, Section, load_params
+from pipeline.config.sections import SECTIONS
 from pipeline.system.errors import InputError
+
+ROOT = Path(__file__).parents[3]
 
 
 class FruitConfig(Section):
@@ -101,3 +105,19 @@ def test_an_alias_which_a_few_lines_would_multiply_to_gigabytes_is_refused(tmp_p
     path.write_text("fruit:\n  names: &few [a, a]\n  more: [*few, *few]\n")
     with pytest.raises(InputError, match=r"params\.yaml is not YAML: \*few: write it out .*line 3"):
         load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("model", "n_layer", True, "model.n_layer: should be a number"),
+        ("train", "seed", False, "train.seed: should be a number"),
+        ("target", "eval_interval", True, "target.eval_interval: should be a number"),
+        ("model", "fold_vocab", 1, "model.fold_vocab: should be true or false"),
+    ],
+)
+def test_true_is_no_number_and_a_number_is_not_true(section, key, value, words):
+    given = load_params(ROOT / "params.yaml").values
+    params = Params({**given, section: {**given[section], key: value}})
+    with pytest.raises(InputError, match=words):
+        params.check(*SECTIONS)
