@@ -1,7 +1,6 @@
 """Store a run and its model's files as one registered version, fetch them, and verify every byte."""
 
 import atexit
-import os
 import re
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders, followed by the pid of the process that made them
+TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders
 REQUIREMENTS = "mlflow numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # of pyfunc.py
 FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
 LISTING = "files.json"  # hashes of a version's other files: code, MLmodel, params.yaml and so on
@@ -101,18 +100,13 @@ def verify_version(store: Store, version: "ModelVersion") -> Path:
     return folder
 
 
-def temporary_prefix() -> str:
-    """Prefix of a large temporary folder, by which one whose process was killed is recognised."""
-    return f"{TEMPORARY}{os.getpid()}-"
-
-
 def _fetch(store: Store, version: "ModelVersion", place: str = "") -> Path:
     """What is at `place` in a version's folder, as `fetch_version` gives it."""
     from mlflow.artifacts import download_artifacts
 
     uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
     if not _is_local(uri):
-        copy = tempfile.mkdtemp(prefix=temporary_prefix())
+        copy = tempfile.mkdtemp(prefix=TEMPORARY)
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
     path = f"{uri}/{place}".rstrip("/")
     return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
@@ -173,7 +167,7 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
         if model.name == LOGGED_MODEL and model.model_id not in in_use:
             client.delete_logged_model(model.model_id)
     model_id = client.create_logged_model(store.experiment_id, LOGGED_MODEL, run_id, params=run.data.params).model_id
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         whole = Path(folder) / "files"
         _save_files(whole, project, run_id, model_id)
         sha256 = _write_listing(whole)

@@ -23,7 +23,7 @@ from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import tokenizer_in
 from pipeline.model.weights import WEIGHTS
-from pipeline.registry.artifacts import label_of, temporary_prefix
+from pipeline.registry.artifacts import TEMPORARY, label_of
 from pipeline.registry.catalog import identity_of, open_version
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, Interrupted
@@ -50,7 +50,7 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     recorded = identity_of(store, version)
     if changes := recorded.get("inexact"):
         raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder, StopSignals() as stop:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project")
         with _code_of(version, files, repository, Path(folder) / "code") as code:
             _train(code, project, stop)
