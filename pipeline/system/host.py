@@ -12,8 +12,8 @@ SOURCE_ROOT = Path(__file__).parents[2]  # the folder that holds pipeline/, stag
 
 def git_info() -> dict[str, str]:
     """Commit of the working directory, and whether anything but DVC's own outputs differs from it."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
     clean = "unknown" if commit is None or changes is None else str(not changes).lower()
     return {"git_commit": commit or "unknown", "tree_clean": clean}
 
@@ -34,10 +34,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _git(*arguments: str) -> str | None:
-    """What git prints; None where there is no git, no repository or no commit."""
+def git(*arguments: str, folder: Path = Path()) -> str | None:
+    """What git prints in `folder`, without running the repository's hooks; None where it fails or is missing."""
+    command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
