@@ -96,12 +96,17 @@ def verify_version(store: Store, version: "ModelVersion") -> Path:
         if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
             for cache in whole.rglob("__pycache__"):
                 shutil.rmtree(cache)
-        _verify_listing(whole, hint)
+        expected = read_json(whole / LISTING)
+        if not isinstance(expected, dict):
+            raise IntegrityError(f"{whole / LISTING} is no listing: {hint}")
+        if surplus := set(_listing(whole)) - expected.keys():
+            raise IntegrityError(f"{whole / min(surplus)} is not one of its files: {hint}")
+        for name, sha256 in expected.items():
+            _verify_hash(whole / name, sha256, hint)
     return folder
 
 
 def _fetch(store: Store, version: "ModelVersion", place: str = "") -> Path:
-    """What is at `place` in a version's folder, as `fetch_version` gives it."""
     from mlflow.artifacts import download_artifacts
 
     uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
@@ -117,7 +122,7 @@ def _is_local(uri: str) -> bool:
 
 
 def _listing(whole: Path) -> list[str]:
-    """Names of a version's files but for those in the manifests of model and tokens, and those that MLflow adds."""
+    """Names of the files that neither a manifest lists nor MLflow adds."""
     elsewhere = {whole / "artifacts" / name for name in FOLDER_TAGS}
     files = (path for path in whole.rglob("*") if path.is_file() and not elsewhere & {*path.parents})
     return sorted({path.relative_to(whole).as_posix() for path in files} - {LISTING, ADDED_BY_USE})
@@ -129,18 +134,6 @@ def _write_listing(whole: Path) -> str:
     return sha256_file(whole / LISTING)
 
 
-def _verify_listing(whole: Path, hint: str) -> None:
-    """Raise IntegrityError, naming the file, unless a version's folder holds what its listing says, and no more."""
-    expected = read_json(whole / LISTING)
-    if not isinstance(expected, dict):
-        raise IntegrityError(f"{whole / LISTING} is no listing: {hint}")
-    for name in _listing(whole):
-        if name not in expected:
-            raise IntegrityError(f"{whole / name} is not one of its files: {hint}")
-    for name, sha256 in expected.items():
-        _verify_hash(whole / name, sha256, hint)
-
-
 def _verify_hash(path: Path, expected: str, hint: str) -> None:
     if not path.is_file():
         raise IntegrityError(f"{path} is missing: {hint}")
@@ -149,7 +142,6 @@ def _verify_hash(path: Path, expected: str, hint: str) -> None:
 
 
 def _is_whole(store: Store, version: "ModelVersion") -> bool:
-    """Whether the version's files are there and unaltered."""
     with suppress(IntegrityError, ModelMissing, *store_errors()):
         verify_version(store, version)
         return True
