@@ -189,7 +189,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` names; return its exit code."""
 
     def command() -> None:
         arguments = parse(argv)
@@ -199,7 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
-    """Give a command's parser its arguments."""
     match command:
         case "recipe":
             add("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
@@ -247,7 +245,6 @@ def _yaml(text: str) -> Any:
 
 
 def _open_registry() -> tuple[Any, str]:
-    """Open MLflow's store; return it with the name of the model in params.yaml."""
     from pipeline.config import params, sections
     from pipeline.registry.catalog import open_registry
     from pipeline.tracking.mlflow_store import project_root

@@ -102,7 +102,6 @@ EXPORTS: dict[str, Export] = {"hf": export_hf, "space": export_space}
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -125,7 +124,6 @@ def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
 
 
 def hf_config(model: GPT, tokenizer: Tokenizer, n_positions: int) -> dict[str, Any]:
-    """What Transformers calls the model's shape."""
     config = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],

@@ -75,7 +75,6 @@ def _fingerprint_here(files: Path) -> str | None:
 
 
 def _set_up(files: Path, project: Path) -> Path:
-    """Write what the stage `train` reads."""
     shutil.copytree(files / "tokens", project / "data" / "tokens")
     for folder in ("tokenizer", "bpe"):  # commits before `corpus.tokenizer` read data/bpe
         (project / "data" / folder).mkdir()

@@ -20,7 +20,6 @@ UNFINISHED = ".unfinished-"  # prefix of what is being written; the next writer 
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

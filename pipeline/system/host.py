@@ -19,13 +19,11 @@ def git_info() -> dict[str, str]:
 
 
 def host_info() -> dict[str, Any]:
-    """Python, platform, processor and the installed packages."""
     packages = sorted(f"{package.name}=={package.version}" for package in metadata.distributions())
     return {"python": sys.version, "platform": platform.platform(), "cpu": cpu_name(), "packages": packages}
 
 
 def cpu_name() -> str:
-    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
