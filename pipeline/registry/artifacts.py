@@ -62,13 +62,20 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
     return version
 
 
-def fetch_version(store: Store, version: "ModelVersion", name: str = "") -> Path:
-    """What a version holds, model/, tokens/ and params.yaml, or the one that `name` says; nothing is verified or run.
+def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts") -> Path:
+    """What is at `place` in a version's folder, in which artifacts/ has model/, tokens/ and params.yaml.
 
-    It is the store's own where that is local, else a copy that is removed when this process ends. Raises one of
-    `store_errors()` where it is missing.
+    Nothing is verified. It is the store's own where that is local, else a copy that is removed when this process ends.
+    Raises one of `store_errors()` where it is missing.
     """
-    return _fetch(store, version, f"artifacts/{name}")
+    from mlflow.artifacts import download_artifacts
+
+    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
+    if not _is_local(uri):
+        copy = tempfile.mkdtemp(prefix=TEMPORARY)
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    path = f"{uri}/{place}".rstrip("/")
+    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
 
 
 def verify_version(store: Store, version: "ModelVersion") -> Path:
@@ -82,7 +89,7 @@ def verify_version(store: Store, version: "ModelVersion") -> Path:
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
             raise IntegrityError(f"{label} has no hash as its tag {tag}, so that no `register` made it: use another")
-    whole = _fetch(store, version)
+    whole = fetch_version(store, version, "")
     folder = whole / "artifacts"
     for name, tag in FOLDER_TAGS.items():
         if not (folder / name).is_dir():
@@ -104,17 +111,6 @@ def verify_version(store: Store, version: "ModelVersion") -> Path:
         for name, sha256 in expected.items():
             _verify_hash(whole / name, sha256, hint)
     return folder
-
-
-def _fetch(store: Store, version: "ModelVersion", place: str = "") -> Path:
-    from mlflow.artifacts import download_artifacts
-
-    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
-    if not _is_local(uri):
-        copy = tempfile.mkdtemp(prefix=TEMPORARY)
-        atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    path = f"{uri}/{place}".rstrip("/")
-    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
 
 
 def _is_local(uri: str) -> bool:

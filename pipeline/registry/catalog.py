@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"  # aliases
 TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # of every version that `register` made
 TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # of those that reached the target
-NUMBERS: dict[str, tuple[type[int | float], str]] = {  # tag that is a column of the table -> its type and format
-    "corpus_loss": (float, ".4f"),
-    "target_loss": (float, "g"),
-    "steps_to_target": (int, ","),
-    "tokens_to_target": (int, ","),
-    "train_tokens": (int, ","),
+NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the table -> its tag, with type and format
+    "corpus loss": ("corpus_loss", float, ".4f"),
+    "target": ("target_loss", float, "g"),
+    "steps to target": ("steps_to_target", int, ","),
+    "tokens to target": ("tokens_to_target", int, ","),
+    "train tokens": ("train_tokens", int, ","),
 }
 HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "corpus_loss")
 MAX_POINTS = 2_000  # of a curve; no screen shows more
@@ -83,9 +83,8 @@ def print_versions(store: Store, name: str) -> None:
     if not rows:
         raise ModelMissing(f"{name} has no version yet: `dvc repro` makes one")
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
-    numbers = {_title(tag) for tag in NUMBERS}  # aligned to the right
     for row in [{title: title for title in widths}, *rows]:
-        cells = (f"{row[title]:{'>' if title in numbers else '<'}{width}}" for title, width in widths.items())
+        cells = (f"{row[title]:{'>' if title in NUMBERS else '<'}{width}}" for title, width in widths.items())
         print(printable("  ".join(cells).rstrip()))
 
 
@@ -126,7 +125,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
     with naming_failure(store, label):
         run = store.client.get_run(version.run_id)
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
-        path, samples = fetch_version(store, version, "params.yaml"), _samples(store, version.run_id)
+        path, samples = fetch_version(store, version, "artifacts/params.yaml"), _samples(store, version.run_id)
     try:
         params = load_params(path).values
     except InputError as error:
@@ -173,9 +172,9 @@ def registered_model(store: Store, name: str) -> "RegisteredModel":
     return store.client.get_registered_model(name)
 
 
-def printable(line: str) -> str:
-    """A line with tags in it, whoever wrote them, without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+def printable(text: str, also: str = "") -> str:
+    """The text without what a terminal would obey, whoever wrote it; `also` names characters that stay."""
+    return "".join(char if char.isprintable() or char in also else "�" for char in text)
 
 
 @contextmanager
@@ -206,15 +205,11 @@ def _row(version: "ModelVersion") -> dict[str, str]:
     return {
         "version": str(version.version),
         "aliases": ", ".join(sorted(version.aliases)) or "-",
-        **{_title(tag): _formatted(tags.get(tag, "-"), *form) for tag, form in NUMBERS.items()},
+        **{title: _formatted(tags.get(tag, "-"), kind, form) for title, (tag, kind, form) in NUMBERS.items()},
         "data": tags.get("data_sha256", "-")[:8],
         "commit": tags.get("git_commit", "-")[:8],
         "created": _day(version),
     }
-
-
-def _title(tag: str) -> str:
-    return "target" if tag == "target_loss" else tag.replace("_", " ")
 
 
 def _formatted(text: str, kind: Callable[[str], int | float], form: str) -> str:

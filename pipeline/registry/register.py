@@ -119,7 +119,7 @@ def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], fl
         raise IntegrityError(f"champion {number} has no tag {min(missing)}, so that no `register` made it")
 
     def candidate_loss() -> float:
-        tokens = fetch_version(store, version, "tokens")
+        tokens = fetch_version(store, version, "artifacts/tokens")
         if sha256_file(tokens / MANIFEST) != tags["data_sha256"]:
             raise IntegrityError(f"{tokens} is not the text of champion {number}")
         return loss_on(tokens)
