@@ -32,21 +32,17 @@ TOOLS = {  # that are started by name -> what to do where one cannot be
 
 
 class Finding(NamedTuple):
-    """`ok`; `note`: worth knowing; `to fix`: an error."""
+    """`ok`; `note`: worth knowing; `to fix`: an error, which has become `fixed`."""
 
-    mark: Literal["ok", "note", "to fix"]
+    mark: Literal["ok", "note", "to fix", "fixed"]
     topic: str
     what: str
     hint: str | None = None  # what the user can do
     fix: Callable[[], str] | None = None  # does it, and returns a line that says what it did
 
     def __str__(self) -> str:
-        return line(self.mark, self.topic, self.what if self.hint is None else f"{self.what}: {self.hint}")
-
-
-def line(mark: str, topic: str, text: str) -> str:
-    """One line of the report, its columns aligned."""
-    return f"{mark:<6}  {topic:<9}  {' '.join(text.split())}"
+        text = self.what if self.hint is None else f"{self.what}: {self.hint}"
+        return f"{self.mark:<6}  {self.topic:<9}  {' '.join(text.split())}"
 
 
 def examine_packages(root: Path) -> Iterator[Finding]:

@@ -92,20 +92,20 @@ def _code_of(version: "ModelVersion", files: Path, repository: Path, folder: Pat
     """
     commit, fingerprint = version.tags.get("git_commit", "unknown"), version.tags["fingerprint"]
     named = re.fullmatch("[0-9a-f]{40,64}", commit)
-    is_here = named and git("cat-file", "-e", f"{commit}^{{commit}}", folder=repository) is not None
+    is_here = named and git("worktree", "add", "--detach", str(folder), commit, folder=repository) is not None
     changed = "" if version.tags.get("tree_clean") == "true" else ", with changes that were not committed"
-    if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
-        print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
-        yield SOURCE_ROOT
-        return
-    if not is_here or git("worktree", "add", "--detach", str(folder), commit, folder=repository) is None:
-        raise InputError(
-            f"{label_of(version)} cannot be trained again: commit {commit} cannot be checked out in {repository}, and "
-            f"the present code has another fingerprint than {fingerprint}: bring back the code that trained it"
-        )
     try:
-        print(f"training with the code of commit {commit}; the version was trained with it{changed}", flush=True)
-        yield folder
+        if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
+            print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
+            yield SOURCE_ROOT
+        elif is_here:
+            print(f"training with the code of commit {commit}; the version was trained with it{changed}", flush=True)
+            yield folder
+        else:
+            raise InputError(
+                f"{label_of(version)} cannot be trained again: commit {commit} cannot be checked out in {repository}, "
+                f"and the present code has another fingerprint than {fingerprint}: bring back the code that trained it"
+            )
     finally:
         git("worktree", "remove", "--force", str(folder), folder=repository)
 
