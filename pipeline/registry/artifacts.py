@@ -4,7 +4,8 @@ import atexit
 import re
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
-from pipeline.tracking.mlflow_store import Store, store_errors
+from pipeline.tracking.mlflow_store import Store, first_line, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -51,7 +52,7 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
         tags |= _store_files(store, project, run)
         source = client.get_logged_model(tags["model_id"]).artifact_location
         version = client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=tags["model_id"])
-        verify_version(store, client.get_model_version(name, version.version))
+        open_version(store, client.get_model_version(name, version.version))
     for key, value in tags.items():
         if version.tags.get(key) != value:
             client.set_model_version_tag(name, version.version, key, value)
@@ -78,38 +79,49 @@ def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts
     return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
 
 
-def verify_version(store: Store, version: "ModelVersion") -> Path:
-    """Fetch a version's model/, tokens/ and params.yaml; every byte, also of the code, is what was registered.
+@contextmanager
+def naming_failure(store: Store, what: str) -> Iterator[None]:
+    """Turn the store's errors into a ModelMissing of one line about `what`, which was being read or changed."""
+    try:
+        yield
+    except store_errors() as error:
+        raise ModelMissing(
+            f"could not read {what} from MLflow's store {store.uri} ({first_line(error)}): repair the store, "
+            "or `dvc repro -f -s register`, where the model was made, registers it again"
+        ) from error
 
-    Nothing is run. Raises ModelMissing where files are gone, IntegrityError where they are altered, or where no
-    `register` made the version; one of `store_errors()` where the store does not answer.
+
+def open_version(store: Store, version: "ModelVersion") -> Path:
+    """The version's folder with model/, tokens/ and params.yaml; every byte, also of the code, is what was registered.
+
+    Nothing is run. Raises ModelMissing where files are gone or the store does not answer, IntegrityError, with both
+    hashes, where they are altered, or where no `register` made the version.
     """
     label = label_of(version)
     hint = f"{label} cannot be used; `dvc repro -f -s register`, where its model is, registers it again"
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
             raise IntegrityError(f"{label} has no hash as its tag {tag}, so that no `register` made it: use another")
-    whole = fetch_version(store, version, "")
-    folder = whole / "artifacts"
-    for name, tag in FOLDER_TAGS.items():
-        if not (folder / name).is_dir():
-            raise ModelMissing(f"{folder / name} is missing: {hint}")
-        _verify_hash(folder / name / MANIFEST, version.tags[tag], hint)
-        verify_manifest(folder / name, hint)
-    if link := next((path for path in whole.rglob("*") if path.is_symlink()), None):
-        raise IntegrityError(f"{link} is a link, and may lead anywhere: {hint}")
-    if LISTING_TAG in version.tags:
-        _verify_hash(whole / LISTING, version.tags[LISTING_TAG], hint)
-        if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
-            for cache in whole.rglob("__pycache__"):
-                shutil.rmtree(cache)
-        expected = read_json(whole / LISTING)
-        if not isinstance(expected, dict):
-            raise IntegrityError(f"{whole / LISTING} is no listing: {hint}")
-        if surplus := set(_listing(whole)) - expected.keys():
-            raise IntegrityError(f"{whole / min(surplus)} is not one of its files: {hint}")
-        for name, sha256 in expected.items():
-            _verify_hash(whole / name, sha256, hint)
+    with naming_failure(store, label):
+        whole = fetch_version(store, version, "")
+        folder = whole / "artifacts"
+        for name, tag in FOLDER_TAGS.items():
+            if not (folder / name).is_dir():
+                raise ModelMissing(f"{folder / name} is missing: {hint}")
+            _verify_hash(folder / name / MANIFEST, version.tags[tag], hint)
+            verify_manifest(folder / name, hint)
+        if link := next((path for path in whole.rglob("*") if path.is_symlink()), None):
+            raise IntegrityError(f"{link} is a link, and may lead anywhere: {hint}")
+        if LISTING_TAG in version.tags:
+            _verify_hash(whole / LISTING, version.tags[LISTING_TAG], hint)
+            if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
+                for cache in whole.rglob("__pycache__"):
+                    shutil.rmtree(cache)
+            expected = read_json(whole / LISTING)
+            if surplus := set(_listing(whole)) - expected.keys():
+                raise IntegrityError(f"{whole / min(surplus)} is not one of its files: {hint}")
+            for name, sha256 in expected.items():
+                _verify_hash(whole / name, sha256, hint)
     return folder
 
 
@@ -138,8 +150,8 @@ def _verify_hash(path: Path, expected: str, hint: str) -> None:
 
 
 def _is_whole(store: Store, version: "ModelVersion") -> bool:
-    with suppress(IntegrityError, ModelMissing, *store_errors()):
-        verify_version(store, version)
+    with suppress(IntegrityError, ModelMissing):
+        open_version(store, version)
         return True
     return False
 

@@ -5,17 +5,16 @@ fails, a ModelMissing of one line is raised.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import load_params
-from pipeline.registry.artifacts import LISTING_TAG, fetch_version, label_of, verify_version
+from pipeline.registry.artifacts import LISTING_TAG, fetch_version, label_of, naming_failure, open_version
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import read_json
-from pipeline.tracking.mlflow_store import Store, first_line, naming_dead_store, open_store, store_errors, store_uri
+from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -66,15 +65,6 @@ def list_versions(store: Store, name: str) -> list["ModelVersion"]:
         registered_model(store, name)
         numbers = _numbers(store, name)
         return [store.client.get_model_version(name, number) for number in numbers]  # what a search finds lacks aliases
-
-
-def open_version(store: Store, version: "ModelVersion") -> Path:
-    """The version's folder with model/, tokens/ and params.yaml, every byte verified.
-
-    Raises ModelMissing where files are gone, IntegrityError, with both hashes, where they are not what was registered.
-    """
-    with naming_failure(store, label_of(version)):
-        return verify_version(store, version)
 
 
 def print_versions(store: Store, name: str) -> None:
@@ -175,18 +165,6 @@ def registered_model(store: Store, name: str) -> "RegisteredModel":
 def printable(text: str, also: str = "") -> str:
     """The text without what a terminal would obey, whoever wrote it; `also` names characters that stay."""
     return "".join(char if char.isprintable() or char in also else "�" for char in text)
-
-
-@contextmanager
-def naming_failure(store: Store, what: str) -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing of one line about `what`, which was being read or changed."""
-    try:
-        yield
-    except store_errors() as error:
-        raise ModelMissing(
-            f"could not read {what} from MLflow's store {store.uri} ({first_line(error)}): repair the store, "
-            "or `dvc repro -f -s register`, where the model was made, registers it again"
-        ) from error
 
 
 def _samples(store: Store, run_id: str) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import tokenizer_in
 from pipeline.model.weights import WEIGHTS
-from pipeline.registry.artifacts import TEMPORARY, label_of
-from pipeline.registry.catalog import identity_of, open_version
+from pipeline.registry.artifacts import TEMPORARY, label_of, open_version
+from pipeline.registry.catalog import identity_of
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, Interrupted
 from pipeline.system.files import locked, read_json, sha256_file

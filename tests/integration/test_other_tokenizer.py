@@ -14,12 +14,12 @@ from pipeline.config.sections import RegistryConfig
 from pipeline.data.token_files import TokenFolder
 from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
-from pipeline.registry.artifacts import verify_version
+from pipeline.registry.artifacts import open_version
 from pipeline.registry.export import export_hf
 from pipeline.registry.register import register
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
-from pipeline.training import run
+from pipeline.training import train
 from stages import download, evaluate, tokenize
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ class Untracked:
 
 def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "Recorder", Untracked)
+    monkeypatch.setattr(train, "Recorder", Untracked)
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     apply_recipe("smoke", Path("params.yaml"), ROOT / "recipes")
     params = yaml.safe_load(Path("params.yaml").read_text())
@@ -57,7 +57,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
         Path("texts", f"{name}.txt").write_text(TEXT)
     download.main()
     tokenize.main()
-    run.run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
+    train.run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
     evaluate.main()
     tokens = TokenFolder(Path("data/tokens")).train
     assert bytes(tokens.read(0, 5).astype("u1")) == b"Wer r"
@@ -66,7 +66,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
     assert read_json(Path("reports/metrics.json"))["corpus_loss"] < 6
     assert sorted(path.name for path in Path("data/tokenizer").iterdir()) == ["bytes.txt", "manifest.json"]
     registered = register(root_of(store), Path(), RegistryConfig(model="bytes", max_target_loss=0.1))
-    files = verify_version(store, store.client.get_model_version("bytes", registered["version"]))
+    files = open_version(store, store.client.get_model_version("bytes", registered["version"]))
     generator = load_generator(files)
     assert generator.tokenizer.name == "bytes"
     assert generator.next_tokens("Wer").shape == (257,)

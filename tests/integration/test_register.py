@@ -17,7 +17,7 @@ from pipeline.model.generator import load_generator
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
-from pipeline.registry.artifacts import fetch_version, verify_version
+from pipeline.registry.artifacts import fetch_version, open_version
 from pipeline.registry.register import register
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import read_json, verify_manifest, write_json
@@ -178,7 +178,7 @@ def test_dying_at_any_call_that_changes_the_store_the_champion_loads_and_the_rep
             except Killed:
                 pass
         for number in aliases(store, config).values():
-            verify_version(store, store.client.get_model_version(config.model, number))
+            open_version(store, store.client.get_model_version(config.model, number))
         done = register(root_of(store), rival, config)
         assert aliases(store, config) == {"champion": "2", "candidate": "2"}
         assert len(all_versions(store, config)) == 2
@@ -199,7 +199,7 @@ def test_a_champion_whose_files_are_lost_or_altered_is_registered_again_and_foll
     left = [path.read_bytes() for path in folder.glob("*")]
     assert register_it(project)["version"] == "2"
     assert aliases(store, config) == {"champion": "2", "candidate": "2"}
-    verify_version(store, store.client.get_model_version(config.model, "2"))
+    open_version(store, store.client.get_model_version(config.model, "2"))
     assert [path.read_bytes() for path in folder.glob("*")] == left  # nothing is written over
     assert register_it(project)["version"] == "2"
 
