@@ -113,11 +113,11 @@ def generate(arguments: argparse.Namespace) -> None:
     from pipeline.model.generator import load_generator
     from pipeline.model.sampling import Sampling
     from pipeline.ops.chat import converse, show
-    from pipeline.registry import catalog
+    from pipeline.registry import artifacts, catalog
 
     values = {name: getattr(arguments, name) for name in Sampling.model_fields if hasattr(arguments, name)}
     sampling, (store, name) = Sampling.of(**values), _open_registry()
-    generator = load_generator(catalog.open_version(store, catalog.find_version(store, name, arguments.version)))
+    generator = load_generator(artifacts.open_version(store, catalog.find_version(store, name, arguments.version)))
     if arguments.prompt is None:
         converse(generator, sampling)
     else:
@@ -126,7 +126,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a registered version as a folder for Transformers (hf), or as a Hugging Face Space with the app (space)."""
-    from pipeline.registry import catalog
+    from pipeline.registry import artifacts, catalog
     from pipeline.registry import export as exports
 
     if arguments.kind not in exports.EXPORTS:
@@ -134,8 +134,8 @@ def export(arguments: argparse.Namespace) -> None:
     exports.refuse_filled(arguments.folder)
     store, name = _open_registry()
     version = catalog.find_version(store, name, arguments.version)
-    artifacts, info = catalog.open_version(store, version), catalog.describe_version(store, version)
-    size_mb = exports.export_version(arguments.kind, artifacts, info, arguments.folder) / 1e6
+    files, info = artifacts.open_version(store, version), catalog.describe_version(store, version)
+    size_mb = exports.export_version(arguments.kind, files, info, arguments.folder) / 1e6
     print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; its README.md says how to use it")
 
 
@@ -189,7 +189,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` names; return its exit code."""
 
     def command() -> None:
         arguments = parse(argv)
@@ -199,7 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
-    """Give a command's parser its arguments."""
     match command:
         case "recipe":
             add("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
@@ -247,7 +245,6 @@ def _yaml(text: str) -> Any:
 
 
 def _open_registry() -> tuple[Any, str]:
-    """Open MLflow's store; return it with the name of the model in params.yaml."""
     from pipeline.config import params, sections
     from pipeline.registry.catalog import open_registry
     from pipeline.tracking.mlflow_store import project_root

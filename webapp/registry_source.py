@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.model.generator import load_generator
-from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry, open_version
+from pipeline.registry.artifacts import open_version
+from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry
 from pipeline.system.errors import InputError, PipelineError
 from webapp.model_source import Served
 

@@ -119,7 +119,6 @@ def _end_of(node: yaml.Node) -> int:
 
 
 def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> str:
-    """Replace the values that differ; return the changes."""
     # repr tells 1, a step, from 1.0, a share, and from true
     changed = {key: leaf for key, leaf in leaves.items() if repr(leaf.value) != repr(present[key].value)}
     text = path.read_text(encoding="utf-8")

@@ -24,7 +24,6 @@ WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<member
 
 
 def _known(source: str) -> str:
-    """Return `source`. Raises ValueError unless it is of one of the three kinds."""
     local = is_local(source) and ".." not in PurePosixPath(source).parts
     if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
         raise ValueError(
@@ -34,7 +33,6 @@ def _known(source: str) -> str:
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a text of the user's own."""
     return PurePosixPath(source).parts[:1] == (TEXTS,)
 
 
@@ -92,7 +90,6 @@ class WindowsConfig(Section):
 
     @property
     def step_tokens(self) -> int:
-        """Targets in a step of whole windows."""
         return self.seq_len * self.micro_batch_size * self.gradient_accumulation_steps
 
 
@@ -221,7 +218,6 @@ class Range(BaseModel):
 
     @property
     def whole(self) -> bool:
-        """Whether it is one of whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
 
 
@@ -290,20 +286,7 @@ class SweepConfig(Section):
 
     @property
     def axes(self) -> dict[str, Range | list[Any]]:
-        """What is searched, by dotted key."""
         return {f"{section}.{key}": axis for section, keys in self.space.items() for key, axis in keys.items()}
 
 
-SECTIONS: tuple[type[Section], ...] = (
-    CorpusConfig,
-    ModelConfig,
-    WindowsConfig,
-    OptimConfig,
-    TrainConfig,
-    TargetConfig,
-    CheckpointConfig,
-    SamplesConfig,
-    EvaluateConfig,
-    RegistryConfig,
-    SweepConfig,
-)
+SECTIONS: tuple[type[Section], ...] = tuple(Section.__subclasses__())  # those of this module

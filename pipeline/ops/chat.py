@@ -5,6 +5,7 @@ import time
 
 from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
+from pipeline.registry.catalog import printable
 from pipeline.system.errors import InputError
 
 
@@ -12,7 +13,7 @@ def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
     """Print the prompt and its continuation, piece by piece; notices and the speed go to stderr."""
     started, n_tokens, shown = time.perf_counter(), 0, prompt
     for piece in generator.stream([prompt], sampling):
-        print(shown + _printable(piece.text), end="", flush=True)
+        print(shown + printable(piece.text, also="\n\t"), end="", flush=True)
         n_tokens, shown = n_tokens + len(piece.ids), ""
         if piece.notice:
             print(f"\n[{piece.notice}]", file=sys.stderr)
@@ -36,8 +37,3 @@ def converse(generator: Generator, sampling: Sampling) -> None:
             print()
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """The text without what a terminal would take for a command."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

@@ -1,4 +1,4 @@
-"""Check the installed packages, this machine, git, DVC, params.yaml, the disk, and what killed commands left."""
+"""Check the installed packages, this machine, git, DVC, params.yaml and the disk."""
 
 import contextlib
 import io
@@ -6,14 +6,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import psutil
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -21,7 +19,6 @@ from packaging.specifiers import SpecifierSet
 from pipeline.config.params import load_params
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops.params_check import check_params
-from pipeline.registry.artifacts import TEMPORARY
 from pipeline.system.device import cores, prepare_machine
 from pipeline.system.host import git_info
 from pipeline.training.config import RunConfig
@@ -35,21 +32,17 @@ TOOLS = {  # that are started by name -> what to do where one cannot be
 
 
 class Finding(NamedTuple):
-    """`ok`; `note`: worth knowing; `to fix`: an error."""
+    """`ok`; `note`: worth knowing; `to fix`: an error, which has become `fixed`."""
 
-    mark: Literal["ok", "note", "to fix"]
+    mark: Literal["ok", "note", "to fix", "fixed"]
     topic: str
     what: str
     hint: str | None = None  # what the user can do
     fix: Callable[[], str] | None = None  # does it, and returns a line that says what it did
 
     def __str__(self) -> str:
-        return line(self.mark, self.topic, self.what if self.hint is None else f"{self.what}: {self.hint}")
-
-
-def line(mark: str, topic: str, text: str) -> str:
-    """One line of the report, its columns aligned."""
-    return f"{mark:<6}  {topic:<9}  {' '.join(text.split())}"
+        text = self.what if self.hint is None else f"{self.what}: {self.hint}"
+        return f"{self.mark:<6}  {self.topic:<9}  {' '.join(text.split())}"
 
 
 def examine_packages(root: Path) -> Iterator[Finding]:
@@ -117,19 +110,3 @@ def examine_params(root: Path) -> Iterator[Finding]:
         yield Finding("to fix", "disk", what, "make room; `python -m pipeline clean` removes checkpoints")
     else:
         yield Finding("ok", "disk", what)
-
-
-def examine_temporary(root: Path) -> Iterator[Finding]:
-    """Copies of versions, gigabytes each, that killed commands left in the system's temporary folder."""
-    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")):
-        pid = folder.name.removeprefix(TEMPORARY).partition("-")[0]
-        if folder.stat().st_uid != os.getuid() or not pid.isdecimal() or psutil.pid_exists(int(pid)):
-            continue
-
-        def remove(folder: Path = folder) -> str:
-            for code in folder.glob("*/.git"):  # a worktree of `models verify --retrain`
-                subprocess.run(["git", "-C", root, "worktree", "remove", "--force", code.parent], capture_output=True)
-            shutil.rmtree(folder)
-            return f"removed {folder}"
-
-        yield Finding("to fix", "temporary", f"{folder} was left by a killed process", f"`rm -r {folder}`", remove)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.ops.checks import Finding, examine_packages, examine_params, examine_temporary, examine_tools, line
+from pipeline.ops.checks import Finding, examine_packages, examine_params, examine_tools
 from pipeline.ops.stale_runs import examine_journals, examine_running
 from pipeline.ops.store_location import examine_database, flaw_of
 from pipeline.registry.artifacts import FOLDER_TAGS
@@ -23,11 +23,11 @@ def examine(root: Path, fix: bool) -> None:
     Raises NotWell where something is left to fix.
     """
     n_left = n_fixable = 0
-    for check in (examine_packages, examine_tools, examine_params, examine_temporary, examine_store):
+    for check in (examine_packages, examine_tools, examine_params, examine_store):
         for finding in _findings(check, root):
-            outcome = _fixed(finding, finding.fix) if fix and finding.fix else str(finding)
+            outcome = _fixed(finding, finding.fix) if fix and finding.fix else finding
             print(outcome, flush=True)
-            if outcome.startswith("to fix"):
+            if outcome.mark == "to fix":
                 n_left, n_fixable = n_left + 1, n_fixable + (finding.fix is not None and not fix)
     if n_left:
         offer = f"; `python -m pipeline doctor --fix` fixes {n_fixable} of them" if n_fixable else ""
@@ -80,10 +80,9 @@ def _findings(check: Callable[[Path], Iterator[Finding]], root: Path) -> Iterato
         yield Finding("to fix", check.__name__.removeprefix("examine_"), str(error))
 
 
-def _fixed(finding: Finding, fix: Callable[[], str]) -> str:
-    """The line about an error that was fixed, or could not be."""
+def _fixed(finding: Finding, fix: Callable[[], str]) -> Finding:
     errors: tuple[type[Exception], ...] = (PipelineError, *mlflow_store.store_errors())
     try:
-        return line("fixed", finding.topic, fix())
+        return Finding("fixed", finding.topic, fix())
     except errors as error:
-        return line("to fix", finding.topic, f"{finding.what}; not fixed: {mlflow_store.first_line(error)}")
+        return Finding("to fix", finding.topic, f"{finding.what}; not fixed: {mlflow_store.first_line(error)}")

@@ -79,19 +79,13 @@ def examine_journals(store: Store, root: Path) -> Iterator[Finding]:
 
 
 def run_holder(folder: Path) -> str | None:
-    """The process that trains the run of a folder, or sends its records; None: no process."""
-    return lock_holder(folder.with_suffix(".lock")) or lock_holder(folder / RECORDER_LOCK)
-
-
-def lock_holder(lock: Path) -> str | None:
-    """The process that holds a lock file; None: no process. Nothing is created or changed."""
-    try:
+    """The process that trains the run of a folder, or sends its records; None: no process. Nothing is changed."""
+    for lock in _locks(folder):
         with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        return f"process {lock.read_text(encoding='utf-8').strip() or 'unknown'}"
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f"process {file.read().strip() or 'unknown'}"
     return None
 
 
@@ -99,10 +93,13 @@ def lock_holder(lock: Path) -> str | None:
 def holding(folder: Path) -> Iterator[None]:
     """Hold a run's locks, those that exist. Raises RunLocked where a process has one."""
     with ExitStack() as stack:
-        for lock in (folder.with_suffix(".lock"), folder / RECORDER_LOCK):
-            if lock.is_file():
-                stack.enter_context(locked(lock))
+        for lock in _locks(folder):
+            stack.enter_context(locked(lock))
         yield
+
+
+def _locks(folder: Path) -> list[Path]:
+    return [lock for lock in (folder.with_suffix(".lock"), folder / RECORDER_LOCK) if lock.is_file()]
 
 
 def _folder_of(run: "Run", root: Path) -> Path | None:

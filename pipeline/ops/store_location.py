@@ -48,8 +48,7 @@ def relocate(database: Path, before: Path, root: Path) -> str:
 
     Raises RunLocked where a training, a registration or another program that writes has the store.
     """
-    home = root / "checkpoints"
-    locks = [*home.glob("*.lock"), *home.glob("*/*.lock"), *home.glob("*/*/*.lock")]
+    locks = (root / "checkpoints").rglob("*.lock")
     with ExitStack() as stack:
         for lock in (root / "mlruns" / ".lock", root / "mlruns" / ".register.lock", *locks):
             if lock.is_file():

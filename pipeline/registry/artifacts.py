@@ -1,11 +1,11 @@
 """Store a run and its model's files as one registered version, fetch them, and verify every byte."""
 
 import atexit
-import os
 import re
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
-from pipeline.tracking.mlflow_store import Store, store_errors
+from pipeline.tracking.mlflow_store import Store, first_line, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders, followed by the pid of the process that made them
+TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders
 REQUIREMENTS = "mlflow numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # of pyfunc.py
 FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
 LISTING = "files.json"  # hashes of a version's other files: code, MLmodel, params.yaml and so on
@@ -52,7 +52,7 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
         tags |= _store_files(store, project, run)
         source = client.get_logged_model(tags["model_id"]).artifact_location
         version = client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=tags["model_id"])
-        verify_version(store, client.get_model_version(name, version.version))
+        open_version(store, client.get_model_version(name, version.version))
     for key, value in tags.items():
         if version.tags.get(key) != value:
             client.set_model_version_tag(name, version.version, key, value)
@@ -63,59 +63,66 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
     return version
 
 
-def fetch_version(store: Store, version: "ModelVersion", name: str = "") -> Path:
-    """What a version holds, model/, tokens/ and params.yaml, or the one that `name` says; nothing is verified or run.
+def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts") -> Path:
+    """What is at `place` in a version's folder, in which artifacts/ has model/, tokens/ and params.yaml.
 
-    It is the store's own where that is local, else a copy that is removed when this process ends. Raises one of
-    `store_errors()` where it is missing.
+    Nothing is verified. It is the store's own where that is local, else a copy that is removed when this process ends.
+    Raises one of `store_errors()` where it is missing.
     """
-    return _fetch(store, version, f"artifacts/{name}")
+    from mlflow.artifacts import download_artifacts
+
+    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
+    if not _is_local(uri):
+        copy = tempfile.mkdtemp(prefix=TEMPORARY)
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    path = f"{uri}/{place}".rstrip("/")
+    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
 
 
-def verify_version(store: Store, version: "ModelVersion") -> Path:
-    """Fetch a version's model/, tokens/ and params.yaml; every byte, also of the code, is what was registered.
+@contextmanager
+def naming_failure(store: Store, what: str) -> Iterator[None]:
+    """Turn the store's errors into a ModelMissing of one line about `what`, which was being read or changed."""
+    try:
+        yield
+    except store_errors() as error:
+        raise ModelMissing(
+            f"could not read {what} from MLflow's store {store.uri} ({first_line(error)}): repair the store, "
+            "or `dvc repro -f -s register`, where the model was made, registers it again"
+        ) from error
 
-    Nothing is run. Raises ModelMissing where files are gone, IntegrityError where they are altered, or where no
-    `register` made the version; one of `store_errors()` where the store does not answer.
+
+def open_version(store: Store, version: "ModelVersion") -> Path:
+    """The version's folder with model/, tokens/ and params.yaml; every byte, also of the code, is what was registered.
+
+    Nothing is run. Raises ModelMissing where files are gone or the store does not answer, IntegrityError, with both
+    hashes, where they are altered, or where no `register` made the version.
     """
     label = label_of(version)
     hint = f"{label} cannot be used; `dvc repro -f -s register`, where its model is, registers it again"
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
             raise IntegrityError(f"{label} has no hash as its tag {tag}, so that no `register` made it: use another")
-    whole = _fetch(store, version)
-    folder = whole / "artifacts"
-    for name, tag in FOLDER_TAGS.items():
-        if not (folder / name).is_dir():
-            raise ModelMissing(f"{folder / name} is missing: {hint}")
-        _verify_hash(folder / name / MANIFEST, version.tags[tag], hint)
-        verify_manifest(folder / name, hint)
-    if link := next((path for path in whole.rglob("*") if path.is_symlink()), None):
-        raise IntegrityError(f"{link} is a link, and may lead anywhere: {hint}")
-    if LISTING_TAG in version.tags:
-        _verify_hash(whole / LISTING, version.tags[LISTING_TAG], hint)
-        if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
-            for cache in whole.rglob("__pycache__"):
-                shutil.rmtree(cache)
-        _verify_listing(whole, hint)
+    with naming_failure(store, label):
+        whole = fetch_version(store, version, "")
+        folder = whole / "artifacts"
+        for name, tag in FOLDER_TAGS.items():
+            if not (folder / name).is_dir():
+                raise ModelMissing(f"{folder / name} is missing: {hint}")
+            _verify_hash(folder / name / MANIFEST, version.tags[tag], hint)
+            verify_manifest(folder / name, hint)
+        if link := next((path for path in whole.rglob("*") if path.is_symlink()), None):
+            raise IntegrityError(f"{link} is a link, and may lead anywhere: {hint}")
+        if LISTING_TAG in version.tags:
+            _verify_hash(whole / LISTING, version.tags[LISTING_TAG], hint)
+            if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
+                for cache in whole.rglob("__pycache__"):
+                    shutil.rmtree(cache)
+            expected = read_json(whole / LISTING)
+            if surplus := set(_listing(whole)) - expected.keys():
+                raise IntegrityError(f"{whole / min(surplus)} is not one of its files: {hint}")
+            for name, sha256 in expected.items():
+                _verify_hash(whole / name, sha256, hint)
     return folder
-
-
-def temporary_prefix() -> str:
-    """Prefix of a large temporary folder, by which one whose process was killed is recognised."""
-    return f"{TEMPORARY}{os.getpid()}-"
-
-
-def _fetch(store: Store, version: "ModelVersion", place: str = "") -> Path:
-    """What is at `place` in a version's folder, as `fetch_version` gives it."""
-    from mlflow.artifacts import download_artifacts
-
-    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
-    if not _is_local(uri):
-        copy = tempfile.mkdtemp(prefix=temporary_prefix())
-        atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    path = f"{uri}/{place}".rstrip("/")
-    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
 
 
 def _is_local(uri: str) -> bool:
@@ -123,7 +130,7 @@ def _is_local(uri: str) -> bool:
 
 
 def _listing(whole: Path) -> list[str]:
-    """Names of a version's files but for those in the manifests of model and tokens, and those that MLflow adds."""
+    """Names of the files that neither a manifest lists nor MLflow adds."""
     elsewhere = {whole / "artifacts" / name for name in FOLDER_TAGS}
     files = (path for path in whole.rglob("*") if path.is_file() and not elsewhere & {*path.parents})
     return sorted({path.relative_to(whole).as_posix() for path in files} - {LISTING, ADDED_BY_USE})
@@ -135,18 +142,6 @@ def _write_listing(whole: Path) -> str:
     return sha256_file(whole / LISTING)
 
 
-def _verify_listing(whole: Path, hint: str) -> None:
-    """Raise IntegrityError, naming the file, unless a version's folder holds what its listing says, and no more."""
-    expected = read_json(whole / LISTING)
-    if not isinstance(expected, dict):
-        raise IntegrityError(f"{whole / LISTING} is no listing: {hint}")
-    for name in _listing(whole):
-        if name not in expected:
-            raise IntegrityError(f"{whole / name} is not one of its files: {hint}")
-    for name, sha256 in expected.items():
-        _verify_hash(whole / name, sha256, hint)
-
-
 def _verify_hash(path: Path, expected: str, hint: str) -> None:
     if not path.is_file():
         raise IntegrityError(f"{path} is missing: {hint}")
@@ -155,9 +150,8 @@ def _verify_hash(path: Path, expected: str, hint: str) -> None:
 
 
 def _is_whole(store: Store, version: "ModelVersion") -> bool:
-    """Whether the version's files are there and unaltered."""
-    with suppress(IntegrityError, ModelMissing, *store_errors()):
-        verify_version(store, version)
+    with suppress(IntegrityError, ModelMissing):
+        open_version(store, version)
         return True
     return False
 
@@ -173,7 +167,7 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
         if model.name == LOGGED_MODEL and model.model_id not in in_use:
             client.delete_logged_model(model.model_id)
     model_id = client.create_logged_model(store.experiment_id, LOGGED_MODEL, run_id, params=run.data.params).model_id
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         whole = Path(folder) / "files"
         _save_files(whole, project, run_id, model_id)
         sha256 = _write_listing(whole)

@@ -5,17 +5,16 @@ fails, a ModelMissing of one line is raised.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import load_params
-from pipeline.registry.artifacts import LISTING_TAG, fetch_version, label_of, verify_version
+from pipeline.registry.artifacts import LISTING_TAG, fetch_version, label_of, naming_failure, open_version
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import read_json
-from pipeline.tracking.mlflow_store import Store, first_line, naming_dead_store, open_store, store_errors, store_uri
+from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"  # aliases
 TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # of every version that `register` made
 TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # of those that reached the target
-NUMBERS: dict[str, tuple[type[int | float], str]] = {  # tag that is a column of the table -> its type and format
-    "corpus_loss": (float, ".4f"),
-    "target_loss": (float, "g"),
-    "steps_to_target": (int, ","),
-    "tokens_to_target": (int, ","),
-    "train_tokens": (int, ","),
+NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the table -> its tag, with type and format
+    "corpus loss": ("corpus_loss", float, ".4f"),
+    "target": ("target_loss", float, "g"),
+    "steps to target": ("steps_to_target", int, ","),
+    "tokens to target": ("tokens_to_target", int, ","),
+    "train tokens": ("train_tokens", int, ","),
 }
 HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "corpus_loss")
 MAX_POINTS = 2_000  # of a curve; no screen shows more
@@ -68,24 +67,14 @@ def list_versions(store: Store, name: str) -> list["ModelVersion"]:
         return [store.client.get_model_version(name, number) for number in numbers]  # what a search finds lacks aliases
 
 
-def open_version(store: Store, version: "ModelVersion") -> Path:
-    """The version's folder with model/, tokens/ and params.yaml, every byte verified.
-
-    Raises ModelMissing where files are gone, IntegrityError, with both hashes, where they are not what was registered.
-    """
-    with naming_failure(store, label_of(version)):
-        return verify_version(store, version)
-
-
 def print_versions(store: Store, name: str) -> None:
     """Print a table of the versions, the newest first."""
     rows = [_row(version) for version in list_versions(store, name)]
     if not rows:
         raise ModelMissing(f"{name} has no version yet: `dvc repro` makes one")
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
-    numbers = {_title(tag) for tag in NUMBERS}  # aligned to the right
     for row in [{title: title for title in widths}, *rows]:
-        cells = (f"{row[title]:{'>' if title in numbers else '<'}{width}}" for title, width in widths.items())
+        cells = (f"{row[title]:{'>' if title in NUMBERS else '<'}{width}}" for title, width in widths.items())
         print(printable("  ".join(cells).rstrip()))
 
 
@@ -126,7 +115,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
     with naming_failure(store, label):
         run = store.client.get_run(version.run_id)
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
-        path, samples = fetch_version(store, version, "params.yaml"), _samples(store, version.run_id)
+        path, samples = fetch_version(store, version, "artifacts/params.yaml"), _samples(store, version.run_id)
     try:
         params = load_params(path).values
     except InputError as error:
@@ -173,21 +162,9 @@ def registered_model(store: Store, name: str) -> "RegisteredModel":
     return store.client.get_registered_model(name)
 
 
-def printable(line: str) -> str:
-    """A line with tags in it, whoever wrote them, without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
-
-
-@contextmanager
-def naming_failure(store: Store, what: str) -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing of one line about `what`, which was being read or changed."""
-    try:
-        yield
-    except store_errors() as error:
-        raise ModelMissing(
-            f"could not read {what} from MLflow's store {store.uri} ({first_line(error)}): repair the store, "
-            "or `dvc repro -f -s register`, where the model was made, registers it again"
-        ) from error
+def printable(text: str, also: str = "") -> str:
+    """The text without what a terminal would obey, whoever wrote it; `also` names characters that stay."""
+    return "".join(char if char.isprintable() or char in also else "�" for char in text)
 
 
 def _samples(store: Store, run_id: str) -> list[dict[str, Any]]:
@@ -206,15 +183,11 @@ def _row(version: "ModelVersion") -> dict[str, str]:
     return {
         "version": str(version.version),
         "aliases": ", ".join(sorted(version.aliases)) or "-",
-        **{_title(tag): _formatted(tags.get(tag, "-"), *form) for tag, form in NUMBERS.items()},
+        **{title: _formatted(tags.get(tag, "-"), kind, form) for title, (tag, kind, form) in NUMBERS.items()},
         "data": tags.get("data_sha256", "-")[:8],
         "commit": tags.get("git_commit", "-")[:8],
         "created": _day(version),
     }
-
-
-def _title(tag: str) -> str:
-    return "target" if tag == "target_loss" else tag.replace("_", " ")
 
 
 def _formatted(text: str, kind: Callable[[str], int | float], form: str) -> str:

@@ -4,11 +4,9 @@ An export takes the version's folder, as `open_version` verified it, its version
 and a new folder to fill. A further one is a function with an entry in EXPORTS.
 """
 
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from pipeline.report.cards import CURVE, model_card, space_card
 from pipeline.report.figures import curve_figure
 from pipeline.report.style import save_png
 from pipeline.system.errors import InputError
-from pipeline.system.files import UNFINISHED, fsync, naming_full_disk, write_json, write_manifest, write_text
+from pipeline.system.files import atomic_folder, write_json, write_manifest, write_text
 from pipeline.system.host import SOURCE_ROOT
 
 PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
@@ -40,10 +38,12 @@ PROMPT_TOKENS = 16  # of the text's beginning, in the card's example
 def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Path) -> int:
     """Write the export `kind` of EXPORTS to `folder`; return its size in bytes.
 
-    Raises InputError where `folder` exists and is not empty.
+    Raises InputError where `folder` exists and is not empty, OutOfSpaceError where the disk is full.
     """
-    with new_folder(folder) as unfinished:
+    refuse_filled(folder := folder.resolve())
+    with atomic_folder(folder, manifest=False) as unfinished:
         EXPORTS[kind](artifacts, info, unfinished)
+        refuse_filled(folder)  # by somebody meanwhile
     return folder_bytes(folder)
 
 
@@ -102,7 +102,6 @@ EXPORTS: dict[str, Export] = {"hf": export_hf, "space": export_space}
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -110,28 +109,6 @@ def refuse_filled(folder: Path) -> None:
     """Raise InputError where `folder` is there and not empty: what a user made is never overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already: name a new folder, or an empty one")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill; it becomes `folder` when the block ends well, and is removed when it does not.
-
-    Raises InputError where `folder` is there and not empty, OutOfSpaceError where the disk is full.
-    """
-    refuse_filled(folder := folder.resolve())
-    unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with naming_full_disk(folder.parent):
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
-            unfinished.mkdir()
-            yield unfinished
-            for path in (*unfinished.rglob("*"), unfinished):
-                fsync(path)
-            os.rename(unfinished, folder)  # which fails where somebody filled it meanwhile
-            fsync(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
@@ -147,7 +124,6 @@ def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
 
 
 def hf_config(model: GPT, tokenizer: Tokenizer, n_positions: int) -> dict[str, Any]:
-    """What Transformers calls the model's shape."""
     config = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],

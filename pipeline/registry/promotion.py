@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.config.params import load_params
 from pipeline.config.sections import TrainConfig
 from pipeline.data.token_files import TokenFolder
-from pipeline.registry.artifacts import label_of
-from pipeline.registry.catalog import (
-    CHAMPION,
-    find_version,
-    naming_failure,
-    open_version,
-    printable,
-    registered_model,
-)
+from pipeline.registry.artifacts import label_of, naming_failure, open_version
+from pipeline.registry.catalog import CHAMPION, find_version, printable, registered_model
 from pipeline.system.errors import ModelMissing
 from pipeline.tracking.mlflow_store import Store
 

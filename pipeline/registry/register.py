@@ -1,6 +1,7 @@
 """Register a trained model as one version with its aliases, and judge it for champion."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 IS_CHAMPION = "is the champion"
+FORGED: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
 LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
 
 
@@ -90,15 +92,6 @@ def _judge(
     number = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
     if number is not None and str(number) == str(version.version):
         return Verdict(True, IS_CHAMPION)
-    failures: tuple[type[Exception], ...] = (
-        IntegrityError,
-        ModelMissing,
-        LookupError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        *store_errors(),
-    )
     try:
         results = record["results"]
         step = results["model_step"]
@@ -113,25 +106,20 @@ def _judge(
             data_sha256=version.tags["data_sha256"],
             rolled_back=ROLLED_BACK in version.tags,
         )
-        champion = (
-            None
-            if number is None
-            else _champion(store, config.model, str(number), lambda tokens: loss_on(project, tokens))
-        )
+        champion = None if number is None else _champion(store, config.model, str(number), partial(loss_on, project))
         return judge(candidate, champion, config.max_target_loss)
-    except failures as error:
+    except FORGED + store_errors() as error:
         return Verdict(False, f"could not be judged: {type(error).__name__}: {first_line(error)}")
 
 
 def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], float]) -> Champion:
-    """What the champion's tags say. Raises IntegrityError where one is missing."""
     version = store.client.get_model_version(name, number)
     tags = version.tags
     if missing := {"train_tokens", "data_sha256", "corpus_loss"} - tags.keys():
         raise IntegrityError(f"champion {number} has no tag {min(missing)}, so that no `register` made it")
 
     def candidate_loss() -> float:
-        tokens = fetch_version(store, version, "tokens")
+        tokens = fetch_version(store, version, "artifacts/tokens")
         if sha256_file(tokens / MANIFEST) != tags["data_sha256"]:
             raise IntegrityError(f"{tokens} is not the text of champion {number}")
         return loss_on(tokens)
@@ -142,7 +130,6 @@ def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], fl
 def _version_tags(
     project: Path, run: "Run", record: dict[str, Any], metrics: dict[str, Any] | None, n_tokens: int
 ) -> dict[str, str]:
-    """What a version says about where it comes from and what it reached."""
     keys = ("fingerprint", "data_sha256", "git_commit", "tree_clean")
     tags = {key: run.data.tags.get(key, "unknown") for key in keys}
     tags |= {"run_id": run.info.run_id, "train_tokens": str(n_tokens)}

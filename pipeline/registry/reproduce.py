@@ -13,22 +13,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import tokenizer_in
 from pipeline.model.weights import WEIGHTS
-from pipeline.registry.artifacts import label_of, temporary_prefix
-from pipeline.registry.catalog import identity_of, open_version
+from pipeline.registry.artifacts import TEMPORARY, label_of, open_version
+from pipeline.registry.catalog import identity_of
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, Interrupted
 from pipeline.system.files import locked, read_json, sha256_file
-from pipeline.system.host import SOURCE_ROOT
+from pipeline.system.host import SOURCE_ROOT, git
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import differences, identify
 from pipeline.tracking.mlflow_store import Store
@@ -50,7 +48,7 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     recorded = identity_of(store, version)
     if changes := recorded.get("inexact"):
         raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix()) as folder, StopSignals() as stop:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project")
         with _code_of(version, files, repository, Path(folder) / "code") as code:
             _train(code, project, stop)
@@ -68,7 +66,7 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
 
 
 def _fingerprint_here(files: Path) -> str | None:
-    """The fingerprint of a version's parameters under the present code; None where the code does not know them."""
+    """None where the present code does not know the version's parameters."""
     try:
         config = RunConfig.of(load_params(files / "params.yaml"))
     except InputError:
@@ -77,7 +75,6 @@ def _fingerprint_here(files: Path) -> str | None:
 
 
 def _set_up(files: Path, project: Path) -> Path:
-    """Write what the stage `train` reads."""
     shutil.copytree(files / "tokens", project / "data" / "tokens")
     for folder in ("tokenizer", "bpe"):  # commits before `corpus.tokenizer` read data/bpe
         (project / "data" / folder).mkdir()
@@ -95,22 +92,22 @@ def _code_of(version: "ModelVersion", files: Path, repository: Path, folder: Pat
     """
     commit, fingerprint = version.tags.get("git_commit", "unknown"), version.tags["fingerprint"]
     named = re.fullmatch("[0-9a-f]{40,64}", commit)
-    is_here = named and git_output(repository, "cat-file", "-e", f"{commit}^{{commit}}") is not None
+    is_here = named and git("worktree", "add", "--detach", str(folder), commit, folder=repository) is not None
     changed = "" if version.tags.get("tree_clean") == "true" else ", with changes that were not committed"
-    if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
-        print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
-        yield SOURCE_ROOT
-        return
-    if not is_here or git_output(repository, "worktree", "add", "--detach", str(folder), commit) is None:
-        raise InputError(
-            f"{label_of(version)} cannot be trained again: commit {commit} cannot be checked out in {repository}, and "
-            f"the present code has another fingerprint than {fingerprint}: bring back the code that trained it"
-        )
     try:
-        print(f"training with the code of commit {commit}; the version was trained with it{changed}", flush=True)
-        yield folder
+        if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
+            print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
+            yield SOURCE_ROOT
+        elif is_here:
+            print(f"training with the code of commit {commit}; the version was trained with it{changed}", flush=True)
+            yield folder
+        else:
+            raise InputError(
+                f"{label_of(version)} cannot be trained again: commit {commit} cannot be checked out in {repository}, "
+                f"and the present code has another fingerprint than {fingerprint}: bring back the code that trained it"
+            )
     finally:
-        git_output(repository, "worktree", "remove", "--force", str(folder))
+        git("worktree", "remove", "--force", str(folder), folder=repository)
 
 
 def _train(code: Path, project: Path, stop: StopSignals) -> None:
@@ -128,13 +125,8 @@ def _train(code: Path, project: Path, stop: StopSignals) -> None:
         while process.poll() is None and stop.received is None:
             time.sleep(0.1)
     finally:
-        if process.poll() is None:  # nothing of it stays, so there is nothing to save
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            for member in family:
-                with suppress(psutil.NoSuchProcess):
-                    member.kill()
-            process.wait()
+        process.terminate()
+        process.wait()
         for lock in project.glob(f"checkpoints/*/{RECORDER_LOCK}"):
             with locked(lock, wait=True):  # a recorder that still sends
                 pass
@@ -145,13 +137,3 @@ def _train(code: Path, project: Path, stop: StopSignals) -> None:
         raise Interrupted(f"signal {-process.returncode} ended the training: repeat it", -process.returncode)
     if process.returncode:
         sys.exit(process.returncode)
-
-
-def git_output(repository: Path, *arguments: str) -> bytes | None:
-    """What git prints, None where it fails; a repository's hooks are not run."""
-    command = ["git", "-C", str(repository), "-c", "core.hooksPath=/dev/null", *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except OSError:  # no git
-        return None
-    return done.stdout if done.returncode == 0 else None

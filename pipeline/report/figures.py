@@ -159,6 +159,5 @@ FIGURES: dict[str, Callable[[RunReport], Figure]] = {
 
 
 def write_figures(report: RunReport, folder: Path) -> None:
-    """Write each figure as NAME.png."""
     for name, figure in FIGURES.items():
         style.save_png(figure(report), folder / f"{name}.png")

@@ -102,7 +102,10 @@ def joined(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    _connect(world)
+    store, _, _ = next(rendezvous("env://"))  # torchrun's, which keeps the addresses from before a restart
+    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=world.rank, world_size=world.size)
     with _Watch() as watch, redirect_stdout(sys.stdout if world.is_main else None):
         try:
             yield
@@ -110,19 +113,11 @@ def joined(world: World) -> Iterator[None]:
             watch.wait_for_all()
             raise
         except RuntimeError:
-            if watch.lost():
+            if watch.lost.wait(4 * POLL_S):  # the connection may have noticed it first
                 raise PeerLost(watch.message) from None
             raise
         watch.wait_for_all()
     dist.destroy_process_group()
-
-
-def _connect(world: World) -> None:
-    """Meet the others through torchrun's store, under a prefix: the store keeps the addresses from before a restart."""
-    store, _, _ = next(rendezvous("env://"))
-    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=world.rank, world_size=world.size)
 
 
 class _Watch:
@@ -136,7 +131,7 @@ class _Watch:
         everyone: list[tuple[str, int]] = [me] * dist.get_world_size()
         dist.all_gather_object(everyone, me)
         self._others = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == me[0] and pid != me[1]}
-        self._left, self._lost, self.message = threading.Event(), threading.Event(), ""
+        self._left, self.lost, self.message = threading.Event(), threading.Event(), ""
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._poll, daemon=True).start()
@@ -144,10 +139,6 @@ class _Watch:
 
     def __exit__(self, *error: object) -> None:
         self._left.set()
-
-    def lost(self) -> bool:
-        """Whether another process has died; the connection may have noticed it first."""
-        return self._lost.wait(4 * POLL_S)
 
     def wait_for_all(self) -> None:
         """Return once every process has called this: none is then taken for dead when it ends."""
@@ -158,7 +149,7 @@ class _Watch:
             for rank, pid in self._others.items():
                 if not psutil.pid_exists(pid):
                     self.message = f"rank {rank}, process {pid}, has died: run the same command again to resume"
-                    self._lost.set()
+                    self.lost.set()
                     if not self._left.wait(GRACE_S):
                         print(f"error: {self.message}", file=sys.stderr, flush=True)
                         os._exit(PeerLost.exit_code)

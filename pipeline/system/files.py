@@ -20,7 +20,6 @@ UNFINISHED = ".unfinished-"  # prefix of what is being written; the next writer 
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -58,11 +57,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path, needed_bytes: int | None = None) -> Iterator[Path]:
-    """Yield a folder to fill; when the block succeeds, it gets a manifest and replaces `folder`.
+def atomic_folder(folder: Path, needed_bytes: int | None = None, manifest: bool = True) -> Iterator[Path]:
+    """Yield a folder to fill; when the block succeeds, it replaces `folder`.
 
-    Every file is on the disk before the rename, and the rename before the return. An existing folder is moved away only
-    once its successor is complete. Raises OutOfSpaceError where the disk is full.
+    With `manifest` it gets one, which a folder of folders cannot have. Every file is on the disk before the rename, and
+    the rename before the return. An existing folder is moved away only once its successor is complete. Raises
+    OutOfSpaceError where the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
@@ -71,19 +71,19 @@ def atomic_folder(folder: Path, needed_bytes: int | None = None) -> Iterator[Pat
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             yield unfinished
-            put_in_place(unfinished, folder)
+            put_in_place(unfinished, folder, manifest)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def put_in_place(finished: Path, folder: Path) -> None:
-    """Give a finished folder its manifest and let it replace `folder`, as the end of `atomic_folder` does."""
+def put_in_place(finished: Path, folder: Path, manifest: bool = True) -> None:
+    """Let a finished folder replace `folder`, as the end of `atomic_folder` does."""
     replaced = folder.parent / f"{UNFINISHED}replaced-{folder.name}"
     try:
-        write_manifest(finished)
-        for name in sorted(os.listdir(finished)):
-            fsync(finished / name)
-        fsync(finished)
+        if manifest:
+            write_manifest(finished)
+        for path in (*sorted(finished.rglob("*")), finished):
+            fsync(path)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(folder, replaced)

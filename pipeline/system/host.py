@@ -29,20 +29,18 @@ def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "su
 
 def git_info() -> dict[str, str]:
     """Commit of the working directory, and whether anything but DVC's own outputs differs from it."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
     clean = "unknown" if commit is None or changes is None else str(not changes).lower()
     return {"git_commit": commit or "unknown", "tree_clean": clean}
 
 
 def host_info() -> dict[str, Any]:
-    """Python, platform, processor and the installed packages."""
     packages = sorted(f"{package.name}=={package.version}" for package in metadata.distributions())
     return {"python": sys.version, "platform": platform.platform(), "cpu": cpu_name(), "packages": packages}
 
 
 def cpu_name() -> str:
-    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -51,10 +49,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _git(*arguments: str) -> str | None:
-    """What git prints; None where there is no git, no repository or no commit."""
+def git(*arguments: str, folder: Path = Path()) -> str | None:
+    """What git prints in `folder`, without running the repository's hooks; None where it fails or is missing."""
+    command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

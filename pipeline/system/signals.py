@@ -59,7 +59,6 @@ def mute_closed_terminal() -> None:
 
 
 def interrupted(number: int, where: str) -> Interrupted:
-    """The error that a signal ends a command with."""
     return Interrupted(f"{signal.Signals(number).name} {where}: run the same command again to resume", number)
 
 

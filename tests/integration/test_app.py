@@ -214,7 +214,8 @@ def test_a_real_registry_is_served_its_champion_moves_and_an_altered_one_is_not_
     assert "Gradient norm" in run_html(registry.current())
     assert "What it is not" in about_html(registry.current())
     add(0.07)
-    weights = fetch_version(store, store.client.get_model_version(config.model, "3"), "model") / "model.safetensors"
+    folder = fetch_version(store, store.client.get_model_version(config.model, "3"), "artifacts/model")
+    weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     registry._due = 0.0
     assert becomes(registry, lambda: "version 3" in (registry.trouble or ""))

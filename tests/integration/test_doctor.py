@@ -17,7 +17,7 @@ from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError, RunLocked
 from pipeline.tracking.mlflow_store import store_uri
 
-CHECKS = [f"examine_{what}" for what in ("packages", "tools", "params", "temporary", "store")]  # in their order
+CHECKS = [f"examine_{what}" for what in ("packages", "tools", "params", "store")]  # in their order
 
 
 @pytest.fixture

@@ -33,11 +33,11 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import load_generator
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model, save_model
-from pipeline.registry import export as exports
-from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, EXPORTS, export_version, new_folder
+from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, EXPORTS, export_version
 from pipeline.registry.register import register
 from pipeline.report import cards
 from pipeline.report.cards import TINY_SHAKESPEARE
+from pipeline.system import files
 from pipeline.system.errors import InputError, ModelMissing, OutOfSpaceError
 from pipeline.system.files import read_json, verify_manifest, write_json, write_manifest
 from pipeline.system.host import SOURCE_ROOT
@@ -241,12 +241,19 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(version, tmp_path,
     assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["my own"]
 
 
-def test_an_empty_folder_is_taken_also_behind_a_link(tmp_path):
+def test_an_empty_folder_is_taken_also_behind_a_link(version, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
-    with new_folder(tmp_path / "link") as unfinished:
-        (unfinished / "a").touch()
-    assert (tmp_path / "empty" / "a").is_file()
+    export_version("hf", version, facts_of(), tmp_path / "link")
+    assert (tmp_path / "empty" / "README.md").is_file()
+
+
+@pytest.mark.fault
+def test_a_folder_that_somebody_fills_meanwhile_is_left_alone(version, tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPORTS, "slow", lambda *_: write_json(tmp_path / "mine" / "notes.json", "my own"))
+    with pytest.raises(InputError, match="is there already"):
+        export_version("slow", version, facts_of(), tmp_path / "mine")
+    assert read_json(tmp_path / "mine" / "notes.json") == "my own"
 
 
 @pytest.mark.fault
@@ -255,7 +262,7 @@ def test_an_export_that_fails_leaves_nothing_behind(version, tmp_path, monkeypat
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(exports, "fsync", full)  # the last thing before the folder gets its name
+    monkeypatch.setattr(files, "put_in_place", full)  # which gives the folder its name
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OutOfSpaceError, match="disk full"):
         export_version(kind, version, facts_of(), tmp_path / "out")
@@ -263,12 +270,11 @@ def test_an_export_that_fails_leaves_nothing_behind(version, tmp_path, monkeypat
 
 
 @pytest.mark.fault
-def test_what_a_killed_export_left_is_in_no_later_one(tmp_path):
+def test_what_a_killed_export_left_is_in_no_later_one(version, tmp_path):
     (tmp_path / ".unfinished-out").mkdir()
     (tmp_path / ".unfinished-out" / "half").touch()
-    with new_folder(tmp_path / "out") as unfinished:
-        (unfinished / "whole").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+    export_version("hf", version, facts_of(), tmp_path / "out")
+    assert not [*tmp_path.rglob("half")]
 
 
 def test_every_file_of_a_model_folder_is_in_its_manifest(version, tmp_path):

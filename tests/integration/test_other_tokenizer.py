@@ -14,7 +14,7 @@ from pipeline.config.sections import RegistryConfig
 from pipeline.data.token_files import TokenFolder
 from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
-from pipeline.registry.artifacts import verify_version
+from pipeline.registry.artifacts import open_version
 from pipeline.registry.export import export_hf
 from pipeline.registry.register import register
 from pipeline.system.errors import InputError
@@ -66,7 +66,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
     assert read_json(Path("reports/metrics.json"))["corpus_loss"] < 6
     assert sorted(path.name for path in Path("data/tokenizer").iterdir()) == ["bytes.txt", "manifest.json"]
     registered = register(root_of(store), Path(), RegistryConfig(model="bytes", max_target_loss=0.1))
-    files = verify_version(store, store.client.get_model_version("bytes", registered["version"]))
+    files = open_version(store, store.client.get_model_version("bytes", registered["version"]))
     generator = load_generator(files)
     assert generator.tokenizer.name == "bytes"
     assert generator.next_tokens("Wer").shape == (257,)

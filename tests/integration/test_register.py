@@ -17,7 +17,7 @@ from pipeline.model.generator import load_generator
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
-from pipeline.registry.artifacts import fetch_version, verify_version
+from pipeline.registry.artifacts import fetch_version, open_version
 from pipeline.registry.register import register
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import read_json, verify_manifest, write_json
@@ -62,7 +62,9 @@ def test_the_registered_model_continues_prompts_and_holds_no_pickle(store, confi
     shape = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=False)
     save_model(project / "models" / "model", GPT(shape, Vocabulary.full(50257)), bpe)
     done = register(root_of(store), project, config)
-    files = fetch_version(store, store.client.get_model_version(config.model, done["version"]), "model").parent.parent
+    files = fetch_version(
+        store, store.client.get_model_version(config.model, done["version"]), "artifacts/model"
+    ).parent.parent
     names = [path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file()]
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".pyc"))]
     assert {"artifacts/params.yaml", "artifacts/tokens/train-00000.bin", "code/pipeline/model/gpt.py"} <= set(names)
@@ -134,7 +136,7 @@ def test_killed_anywhere_a_repetition_makes_no_duplicate(
             register_it(project)
     for alias in aliases(store, config) if store.client.search_registered_models(f"name = '{config.model}'") else ():
         version = store.client.get_model_version_by_alias(config.model, alias)
-        verify_manifest(fetch_version(store, version, "model"))  # what an alias names is whole
+        verify_manifest(fetch_version(store, version, "artifacts/model"))  # what an alias names is whole
     done = register_it(project)
     assert done["aliases"] == ["candidate", "champion"]
     assert len(all_versions(store, config)) == 1
@@ -176,7 +178,7 @@ def test_dying_at_any_call_that_changes_the_store_the_champion_loads_and_the_rep
             except Killed:
                 pass
         for number in aliases(store, config).values():
-            verify_version(store, store.client.get_model_version(config.model, number))
+            open_version(store, store.client.get_model_version(config.model, number))
         done = register(root_of(store), rival, config)
         assert aliases(store, config) == {"champion": "2", "candidate": "2"}
         assert len(all_versions(store, config)) == 2
@@ -193,11 +195,11 @@ def test_a_champion_whose_files_are_lost_or_altered_is_registered_again_and_foll
 ):
     project = trained_project(tmp_path / "project")
     register_it(project)
-    spoil(folder := fetch_version(store, all_versions(store, config)[0], "model"))
+    spoil(folder := fetch_version(store, all_versions(store, config)[0], "artifacts/model"))
     left = [path.read_bytes() for path in folder.glob("*")]
     assert register_it(project)["version"] == "2"
     assert aliases(store, config) == {"champion": "2", "candidate": "2"}
-    verify_version(store, store.client.get_model_version(config.model, "2"))
+    open_version(store, store.client.get_model_version(config.model, "2"))
     assert [path.read_bytes() for path in folder.glob("*")] == left  # nothing is written over
     assert register_it(project)["version"] == "2"
 

@@ -268,10 +268,12 @@ def test_a_signal_takes_the_training_and_its_recorder_along(
     number, store, version, repository, temporary, tmp_path, monkeypatch, interruptible
 ):
     """The recorder is in a process group of its own, as the real one is, and would make its folder anew."""
-    loop = "for _ in range(100_000):\n time.sleep(0.01)\n os.makedirs(place, exist_ok=True)"
-    recorder = f"import os, time\nplace = os.path.abspath('checkpoints/x')\n{loop}"
+    loop = "while os.getppid() == parent:\n time.sleep(0.01)\ntime.sleep(1)\nos.makedirs('sent')"
+    hold = "os.makedirs('checkpoints/x')\nlock = open('checkpoints/x/recorder.lock', 'a')"
+    begin = f"import fcntl, os, time\nparent = os.getppid()\n{hold}\nfcntl.flock(lock, fcntl.LOCK_EX)"
+    recorder = f"{begin}\n{loop}"
     start = f"import subprocess; beside = subprocess.Popen([sys.executable, '-c', {recorder!r}], process_group=0)"
-    wait = "while not os.path.isdir('checkpoints/x'):\n time.sleep(0.01)"
+    wait = "while not os.path.exists('checkpoints/x/recorder.lock'):\n time.sleep(0.01)"
     note = f"Path({str(tmp_path / 'pid')!r}).write_text(str(beside.pid)); Path({str(tmp_path / 'begun')!r}).touch()"
     monkeypatch.setenv("BEHAVIOUR", f"{start}\n{wait}\n{note}\ntime.sleep(999)")
 

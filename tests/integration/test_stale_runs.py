@@ -15,7 +15,7 @@ from fixtures_mlflow import (
     root_of,
 )
 
-from pipeline.ops.stale_runs import examine_journals, examine_running, lock_holder, run_holder
+from pipeline.ops.stale_runs import examine_journals, examine_running, run_holder
 from pipeline.sweep.mlflow_run import open_study_run
 from pipeline.system.errors import Interrupted, RunLocked
 from pipeline.system.files import locked, write_json, write_text
@@ -308,7 +308,6 @@ def test_looking_changes_nothing(store, root, run_folder):
 
 
 def test_who_holds_a_lock_is_told_without_making_or_changing_one(tmp_path):
-    assert lock_holder(tmp_path / "x.lock") is None
     assert run_holder(tmp_path / "x") is None
     assert not [*tmp_path.glob("x*")]
     with locked(tmp_path / "x.lock"):

@@ -2,17 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.ops import checks
-from pipeline.ops.checks import cpu_quota, examine_packages, examine_params, examine_temporary, examine_tools
-from pipeline.registry.artifacts import TEMPORARY, temporary_prefix
+from pipeline.ops.checks import cpu_quota, examine_packages, examine_params, examine_tools
 from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -142,47 +138,3 @@ def test_a_disk_that_lacks_what_the_run_takes_is_named_with_both_figures(project
         (disk,) = [finding for finding in examine_params(root) if finding.topic == "disk"]
         assert disk.mark == mark
         assert f"{free / 1e9:,.1f} GB free" in disk.what
-
-
-@pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """A temporary folder of the system's that nobody else uses."""
-    (folder := tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-@pytest.fixture
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait(60)
-    return process.pid
-
-
-@pytest.mark.fault
-def test_a_killed_processs_temporary_folder_goes_and_a_living_ones_and_strangers_stay(tmp_path, temporary, dead_pid):
-    for name in ("code", f"{TEMPORARY}{dead_pid}-abc", "someone-elses"):
-        (temporary / name / "model").mkdir(parents=True)
-    own = Path(tempfile.mkdtemp(prefix=temporary_prefix()))
-    (finding,) = examine_temporary(tmp_path)
-    assert finding.what == f"{temporary / f'{TEMPORARY}{dead_pid}-abc'} was left by a killed process"
-    finding.fix()
-    assert sorted(path.name for path in temporary.iterdir()) == sorted(["code", "someone-elses", own.name])
-    assert not list(examine_temporary(tmp_path))
-
-
-@pytest.mark.fault
-def test_the_worktree_of_a_killed_comparison_goes_too_and_a_users_own_stays(
-    tmp_path, temporary, dead_pid, monkeypatch, commit_all
-):
-    (root := tmp_path / "project").mkdir()
-    (root / "file").write_text("x")
-    commit_all(root)
-    for tree in (temporary / f"{TEMPORARY}{dead_pid}-abc" / "code", tmp_path / "mine"):
-        subprocess.run(["git", "-C", root, "worktree", "add", "--detach", tree], check=True, capture_output=True)
-    (tmp_path / "mine").rename(tmp_path / "on a disk that is not there now")  # git would prune it
-    (finding,) = examine_temporary(root)
-    finding.fix()
-    listing = subprocess.check_output(["git", "-C", root, "worktree", "list", "--porcelain"], text=True)
-    assert TEMPORARY not in listing
-    assert str(tmp_path / "mine") in listing
