@@ -141,7 +141,7 @@ def test_a_missing_bpe_file_is_named_with_the_command_that_fetches_it(bpe, tmp_p
 def test_a_tokenizer_is_found_by_its_files(bpe, byte_tokenizer, tmp_path):
     fetch_tokenizer("bytes", tmp_path / "tokenizer")
     assert [load_tokenizer(folder).name for folder in (bpe, tmp_path / "tokenizer")] == ["gpt2", "bytes"]
-    with pytest.raises(InputError, match=r"corpus.tokenizer: unknown tokenizer byte \(did you mean bytes\?\)"):
+    with pytest.raises(InputError, match=r"corpus.tokenizer: unknown tokenizer 'byte' \(did you mean bytes\?\)"):
         fetch_tokenizer("byte", tmp_path / "tokenizer")
     with pytest.raises(InputError, match="holds no tokenizer: run `dvc repro download`"):
         load_tokenizer(tmp_path)
