@@ -37,16 +37,14 @@ class KVCache:
         room = self.keys[0].shape[2]
         if n > room:
             new = min(-(-n // GROWTH) * GROWTH, self.limit) - room
-            self._replace(lambda x: F.pad(x, (0, 0, 0, new)))
+            for layers in (self.keys, self.values):
+                layers[:] = [F.pad(x, (0, 0, 0, new)) for x in layers]
 
     def select(self, sequences: list[int]) -> None:
         """Keep these sequences alone, in this order."""
         which = torch.tensor(sequences, device=self.keys[0].device)
-        self._replace(lambda x: x.index_select(0, which))
-
-    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         for layers in (self.keys, self.values):
-            layers[:] = map(change, layers)
+            layers[:] = [x.index_select(0, which) for x in layers]
 
 
 class Layer(NamedTuple):
