@@ -7,7 +7,6 @@ shard is a header and then its ids as little-endian uint16.
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def write_shard(path: Path, batches: Iterable[npt.ArrayLike], vocab_size: int) -
         file.write(HEADER.pack(MAGIC, FORMAT, UINT16, vocab_size, length))
 
 
-class Shard:
+class ShardFile:
     """The ids of one token file, read when they are asked for."""
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +70,7 @@ class Shard:
 class Tokens:
     """The ids of one part, read-only and on disk until they are read."""
 
-    def __init__(self, name: str, shards: Sequence[Ids | Shard], vocab_size: int) -> None:
+    def __init__(self, name: str, shards: Sequence[Ids | ShardFile], vocab_size: int) -> None:
         self.name, self.vocab_size, self._shards = name, vocab_size, shards
         self._starts = [0, *accumulate(map(len, shards))]
 
@@ -105,7 +104,7 @@ class Tokens:
 
 
 class TokenFolder:
-    """The token files of a text: its parts, each opened when it is asked for, and the hash of all of them."""
+    """The token files of a text: `train`, `val` (held out, maybe nothing) and the hash of all of them."""
 
     def __init__(self, folder: Path) -> None:
         """Raises InputError where there is no such folder, IntegrityError where a file is not as its manifest says."""
@@ -113,22 +112,12 @@ class TokenFolder:
             raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
         verify_manifest(folder)
         self.folder, self.sha256 = folder, data_sha256(folder)
+        self.train, self.val = (_open(folder, part) for part in ("train", "val"))
 
-    @cached_property
-    def train(self) -> Tokens:
-        """What is trained on. Raises IntegrityError unless the headers are sound."""
-        return self._open("train")
 
-    @cached_property
-    def val(self) -> Tokens:
-        """What is held out for validation, maybe nothing. Raises IntegrityError unless the headers are sound."""
-        return self._open("val")
-
-    def _open(self, part: str) -> Tokens:
-        shards = [Shard(path) for path in sorted(self.folder.glob(f"{part}-*.bin"))]
-        if not shards:
-            raise IntegrityError(f"{self.folder} has no part {part}: {HINT}")
-        return Tokens(f"{self.folder}/{part}", shards, max(shard.vocab_size for shard in shards))
+def _open(folder: Path, part: str) -> Tokens:
+    shards = [ShardFile(path) for path in sorted(folder.glob(f"{part}-*.bin"))]
+    return Tokens(f"{folder}/{part}", shards, max((shard.vocab_size for shard in shards), default=0))
 
 
 def data_sha256(folder: Path) -> str:

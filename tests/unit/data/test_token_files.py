@@ -118,7 +118,7 @@ def test_b4_any_flipped_bit_is_found(tmp_path_factory, bit):
     altered[bit // 8] ^= 1 << bit % 8
     shard.write_bytes(altered)
     with pytest.raises(IntegrityError, match=r"train-00000.bin is altered") as caught:
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     assert caught.value.exit_code == 3
 
 
@@ -148,10 +148,10 @@ def test_b4_a_wrong_file_is_found_even_where_its_manifest_agrees(tmp_path, chang
     shard = folder / "train-00000.bin"
     shard.write_bytes(change(shard.read_bytes()))
     with pytest.raises(IntegrityError, match=r"train-00000.bin"):
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     write_manifest(folder)
     with pytest.raises(IntegrityError, match=f"train-00000.bin .*{message}") as caught:
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     assert caught.value.exit_code == 3
 
 
@@ -208,12 +208,7 @@ def test_b4_a_missing_file_is_found(tmp_path, missing):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / missing).unlink()
     with pytest.raises(IntegrityError, match=f"{missing} is missing"):
-        _ = TokenFolder(folder).train
-
-
-def test_a_part_without_a_shard_is_named(tmp_path):
-    with pytest.raises(IntegrityError, match="tokens has no part val"):
-        _ = TokenFolder(written(tmp_path / "tokens", [1])).val
+        TokenFolder(folder)
 
 
 @pytest.mark.fault
@@ -221,7 +216,7 @@ def test_b4_a_surplus_shard_is_found(tmp_path):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / "train-00003.bin").write_bytes((folder / "train-00002.bin").read_bytes())
     with pytest.raises(IntegrityError, match=r"train-00003.bin is not in its manifest") as caught:
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     assert caught.value.exit_code == 3
 
 
@@ -233,12 +228,12 @@ def test_b4_one_altered_or_shortened_shard_among_many_is_named(tmp_path, index):
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + b"\1")
     with pytest.raises(IntegrityError, match=f"{shard.name} is altered .*dvc repro -f"):
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     shard.write_bytes(data[:-2])
     with pytest.raises(IntegrityError, match=f"{shard.name} has {len(data) - 2} bytes, expected {len(data)}"):
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(InputError, match="tokens not found: run `dvc repro tokenize`"):
-        _ = TokenFolder(tmp_path / "tokens").train
+        TokenFolder(tmp_path / "tokens")
