@@ -16,8 +16,6 @@ from pipeline.data.corpus import REFETCH, fetch
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_folder, sha256_file
 
-CUT_BYTES = 8  # longest match of `Tokenizer.cut`, with what it looks ahead to
-
 
 class Tokenizer(Protocol):
     """What the pipeline needs of a tokenizer. To add one, write such a class and enter it in TOKENIZERS.
