@@ -19,7 +19,7 @@ from pipeline.registry.export import export_hf
 from pipeline.registry.register import register
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
-from pipeline.training import run
+from pipeline.training import train
 from stages import download, evaluate, tokenize
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ class Untracked:
 
 def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "Recorder", Untracked)
+    monkeypatch.setattr(train, "Recorder", Untracked)
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     apply_recipe("smoke", Path("params.yaml"), ROOT / "recipes")
     params = yaml.safe_load(Path("params.yaml").read_text())
@@ -57,7 +57,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
         Path("texts", f"{name}.txt").write_text(TEXT)
     download.main()
     tokenize.main()
-    run.run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
+    train.run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
     evaluate.main()
     tokens = TokenFolder(Path("data/tokens")).train
     assert bytes(tokens.read(0, 5).astype("u1")) == b"Wer r"
