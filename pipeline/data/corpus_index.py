@@ -6,7 +6,6 @@ and a search is a bisection. Source: Manber and Myers 1993 (prefix doubling).
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -106,9 +105,11 @@ class CorpusIndex:
 
     def _interval(self, ids: Sequence[int]) -> tuple[int, int]:
         """Range of `_places` at which `ids` occurs."""
-        pattern, text = _as_bytes(ids), self._bytes
-        width = len(pattern)
-        key: Callable[[int], bytes] = partial(_slice, text, width)
+        pattern = _as_bytes(ids)
+
+        def key(place: int) -> bytes:
+            return self._bytes[2 * place : 2 * place + len(pattern)]
+
         low = bisect_left(self._places, pattern, key=key)
         return low, bisect_right(self._places, pattern, lo=low, key=key)
 
@@ -126,10 +127,6 @@ def suffix_array(ids: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
         width *= 2
         if n == 0 or rank[order[-1]] == n:
             return order
-
-
-def _slice(text: bytes, width: int, place: int) -> bytes:
-    return text[2 * place : 2 * place + width]
 
 
 def _as_bytes(ids: npt.ArrayLike) -> bytes:

@@ -4,19 +4,21 @@ The corpus is cut where the tokenizer allows it, so that spans encoded alone giv
 pure function of the corpus: any process, on any machine that shares the disk, writes the same bytes.
 """
 
+import mmap
 import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from re import Pattern
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from pipeline.data.token_files import FORMAT, Ids, shard_name, write_shard
-from pipeline.data.tokenizer import CUT_BYTES, Tokenizer
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.system.errors import InputError
 from pipeline.system.files import (
     UNFINISHED,
@@ -32,7 +34,6 @@ from pipeline.system.files import (
 
 SHARD_BYTES = 1 << 26  # of text
 BLOCK_BYTES = 1 << 20  # of text encoded at once, which keeps the memory small
-SEARCHED_BYTES = 1 << 12  # for a place to cut, at once
 
 
 class Shard(NamedTuple):
@@ -72,14 +73,13 @@ def write_tokens(
     (place / "tokens").mkdir(parents=True, exist_ok=True)
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     first, of = task or Task()
-    with corpus.open("rb") as file:
-        shards = _plan(file, corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
-        size_bytes = sum(shard.stop - shard.start for shard in shards)
-        with tqdm(total=size_bytes, desc=f"{folder}", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal
-            for shard in shards:
-                with locked(place / f"{shard.name}.lock", wait=True):
-                    _encode_shard(file, shard, tokenizer, place, workers)
-                bar.update(shard.stop - shard.start)
+    shards = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
+    size_bytes = sum(shard.stop - shard.start for shard in shards)
+    with tqdm(total=size_bytes, desc=f"{folder}", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal
+        for shard in shards:
+            with locked(place / f"{shard.name}.lock", wait=True):
+                _encode_shard(corpus, shard, tokenizer, place, workers)
+            bar.update(shard.stop - shard.start)
     if task:
         return place
     with naming_full_disk(folder.parent):
@@ -89,72 +89,63 @@ def write_tokens(
     return folder
 
 
-def _plan(
-    file: BinaryIO, corpus: Path, cut: Pattern[bytes], fraction: float, val_fraction: float, shard_bytes: int
-) -> list[Shard]:
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        yield text
+
+
+def _plan(corpus: Path, cut: Pattern[bytes], fraction: float, val_fraction: float, shard_bytes: int) -> list[Shard]:
     """Which spans of the corpus become shards. Raises InputError where nothing is left for `train`."""
-    stop = _line_end(file, corpus.stat().st_size, fraction)
-    split = _line_end(file, stop, 1 - val_fraction)
-    if split == 0:
-        raise InputError(f"no whole line of {corpus} is left to train on: raise corpus.fraction or lower val_fraction")
-    return [
-        Shard(shard_name(part, index), *span)
-        for part, start, end in (("train", 0, split), ("val", split, stop))
-        for index, span in enumerate(spans(file, start, end, shard_bytes, cut))
-    ]
+    with _mapped(corpus) as text:
+        stop = _line_end(text, len(text), fraction)
+        split = _line_end(text, stop, 1 - val_fraction)
+        if split == 0:
+            raise InputError(
+                f"no whole line of {corpus} is left to train on: raise corpus.fraction or lower val_fraction"
+            )
+        return [
+            Shard(shard_name(part, index), *span)
+            for part, start, end in (("train", 0, split), ("val", split, stop))
+            for index, span in enumerate(spans(text, start, end, shard_bytes, cut))
+        ]
 
 
-def spans(file: BinaryIO, start: int, stop: int, size: int, cut: Pattern[bytes]) -> Iterator[tuple[int, int]]:
+def _line_end(text: mmap.mmap, stop: int, share: float) -> int:
+    """The last offset within the first `share` of `stop` bytes at which a line or a document ends; `stop` for 1."""
+    if share == 1:
+        return stop
+    limit = int(stop * share)
+    line_end = text.rfind(b"\n", 0, limit) + 1
+    return max(line_end, text.rfind(b"\0", line_end, limit) + 1)
+
+
+def spans(text: mmap.mmap | bytes, start: int, stop: int, size: int, cut: Pattern[bytes]) -> Iterator[tuple[int, int]]:
     """Cut the text between two offsets at matches of `cut`, about every `size` bytes; yield one span at least."""
     while True:
-        end = _next_cut(file, start + size, stop, cut)
+        found = cut.search(text, start + size, stop)
+        end = found.start() if found else stop
         yield start, end
         if end == stop:
             return
         start = end
 
 
-def _next_cut(file: BinaryIO, at: int, stop: int, cut: Pattern[bytes]) -> int:
-    """The first offset from `at` on where the text may be cut; `stop` where there is none."""
-    for begin in range(at, stop, SEARCHED_BYTES):
-        file.seek(begin)
-        found = cut.search(file.read(min(SEARCHED_BYTES + CUT_BYTES, stop - begin)))
-        if found and found.start() < SEARCHED_BYTES:
-            return begin + found.start()
-    return stop
-
-
-def _encode_shard(file: BinaryIO, shard: Shard, tokenizer: Tokenizer, place: Path, workers: int) -> None:
+def _encode_shard(corpus: Path, shard: Shard, tokenizer: Tokenizer, place: Path, workers: int) -> None:
     """Write a shard, then a note with its hash; a shard that is as its note says is left as it is."""
     path, note = place / "tokens" / shard.name, place / f"{shard.name}.json"
     if path.is_file() and note.is_file() and read_json(note) == sha256_file(path):
         return
 
-    def batches(pool: ThreadPoolExecutor) -> Iterator[Ids]:
+    def batches(text: mmap.mmap, pool: ThreadPoolExecutor) -> Iterator[Ids]:
         """Ids in the order of the text, while a few blocks ahead are being encoded."""
         ahead: deque[Future[Ids]] = deque()
-        for start, stop in spans(file, shard.start, shard.stop, BLOCK_BYTES, tokenizer.cut):
-            file.seek(start)
-            ahead.append(pool.submit(tokenizer.encode_documents, file.read(stop - start)))
+        for start, stop in spans(text, shard.start, shard.stop, BLOCK_BYTES, tokenizer.cut):
+            ahead.append(pool.submit(tokenizer.encode_documents, text[start:stop]))
             if len(ahead) > 2 * workers:
                 yield ahead.popleft().result()
         yield from (each.result() for each in ahead)
 
-    with atomic_file(path) as unfinished, ThreadPoolExecutor(workers) as pool:
-        write_shard(unfinished, batches(pool), tokenizer.n_vocab)
+    with atomic_file(path) as unfinished, _mapped(corpus) as text, ThreadPoolExecutor(workers) as pool:
+        write_shard(unfinished, batches(text, pool), tokenizer.n_vocab)
     write_json(note, sha256_file(path))
-
-
-def _line_end(file: BinaryIO, stop: int, share: float) -> int:
-    """The last offset within the first `share` of `stop` bytes at which a line or a document ends; `stop` for 1."""
-    if share == 1:
-        return stop
-    limit = int(stop * share)
-    while limit > 0:
-        start = max(limit - BLOCK_BYTES, 0)
-        file.seek(start)
-        chunk = file.read(limit - start)
-        if (found := max(chunk.rfind(b"\n"), chunk.rfind(b"\0"))) >= 0:
-            return start + found + 1
-        limit = start
-    return 0

@@ -5,7 +5,7 @@ the token after each (n-1)-gram costs (sum over (n-1)-grams - sum over n-grams) 
 of the tokens of a window telescopes, the difference between first tokens and whole windows is that of all targets.
 """
 
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,31 +18,32 @@ FREQUENT = 20
 CONTEXTS = range(5)  # tokens before the next
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens in a window
 
+BASE = 0x9E3779B97F4A7C15  # of the rolling hash; odd, so that it has an inverse modulo 2**64
+
 Integers = npt.NDArray[np.int64]
 
 
-class NGrams(NamedTuple):
-    """The places at which n-grams that occur more than once start, with a number for each distinct one."""
+class NGrams:
+    """Find the equal n-grams of a text, of any n, by rolling hashes of 64 bits (Karp and Rabin 1987)."""
 
-    places: Integers
-    labels: Integers
+    def __init__(self, ids: Integers) -> None:
+        codes = np.random.default_rng(1).integers(2**64, size=2**16, dtype=np.uint64)  # of the ids
+        powers = np.cumprod(np.full(len(ids), BASE, np.uint64))
+        self._inverses = np.cumprod(np.full(len(ids), pow(BASE, -1, 2**64), np.uint64))
+        self._sums = np.insert(np.cumsum(codes[ids] * powers), 0, 0)  # (N + 1,), modulo 2**64
 
-    def extend(self, following: Integers) -> Self:
-        """The longer n-grams that `following`, numbers of what comes after each, makes of these."""
-        keys = self.labels * (following.max(initial=0) + 1) + following
-        _, labels, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        return self._replace(labels=labels).at(counts[labels] > 1)
+    def c_log_c(self, n: int, n_places: int, stride: int = 1) -> float:
+        """c log c over the groups of equal n-grams that start at one of the first `n_places`, or every few of them."""
+        starts = slice(0, n_places, stride)
+        hashes = (self._sums[n:][starts] - self._sums[starts]) * self._inverses[starts]
+        _, counts = np.unique(hashes, return_counts=True)
+        return float(counts @ np.log(counts))
 
-    def double(self, length: int, size: int) -> Self:
-        """The n-grams of twice this `length` in a text of `size` tokens."""
-        labels = np.full(size + length, -1)
-        labels[self.places] = self.labels
-        following = labels[self.places + length]
-        repeated = following >= 0  # a whole with a unique half is unique
-        return self.at(repeated).extend(following[repeated])
-
-    def at(self, chosen: npt.NDArray[np.bool_]) -> Self:
-        return self._replace(places=self.places[chosen], labels=self.labels[chosen])
+    def mean_cost(self, context: int, whole: int, n_places: int, stride: int = 1) -> float:
+        """Nats per token that it costs to continue n-grams of `context` tokens to `whole` tokens."""
+        n_targets = len(range(0, n_places, stride)) * (whole - context)
+        total = self.c_log_c(context, n_places, stride) - self.c_log_c(whole, n_places, stride)
+        return round(total / max(n_targets, 1), 4)
 
 
 def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -81,13 +82,8 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
 
 def next_token_entropy(ids: Integers) -> dict[str, float]:
     """Nats that the next token costs who knows the k tokens before it, for each k."""
-    entropy = {}
-    grams = _empty_grams(len(ids))
-    for k in CONTEXTS:
-        context = grams.at(grams.places < len(ids) - k)
-        grams = context.extend(ids[context.places + k])
-        entropy[str(k)] = _nats(context.labels, grams.labels, len(ids) - k)
-    return entropy
+    grams = NGrams(ids)
+    return {str(k): grams.mean_cost(k, k + 1, max(len(ids) - k, 0)) for k in CONTEXTS}
 
 
 def irreducible_loss(ids: Integers) -> dict[str, dict[str, float]]:
@@ -95,33 +91,11 @@ def irreducible_loss(ids: Integers) -> dict[str, dict[str, float]]:
 
     The best guess knows a target's place in the window, and what the window shows before it, but not where it is.
     """
-    losses: dict[str, dict[str, float]] = {"fixed": {}, "shifted": {}}
-    grams, length = _empty_grams(len(ids)).extend(ids), 1
-    while length < min(max(LENGTHS) + 1, len(ids)):
-        if length in LENGTHS:
-            inputs = grams.at(grams.places < len(ids) - length)
-            windows = inputs.extend(ids[inputs.places + length])  # with the last target
-            for kind, stride in (("fixed", length), ("shifted", 1)):
-                first = ids[: len(ids) - length : stride]
-                whole = windows.at(windows.places % stride == 0)
-                losses[kind][str(length)] = _nats(first, whole.labels, len(first) * length)
-        grams, length = grams.double(length, len(ids)), 2 * length
-    return losses
-
-
-def _empty_grams(size: int) -> NGrams:
-    return NGrams(np.arange(size), np.zeros(size, np.int64))
-
-
-def _nats(contexts: Integers, wholes: Integers, targets: int) -> float:
-    """Mean cost of the targets that make wholes of contexts."""
-    return round((_c_log_c(contexts) - _c_log_c(wholes)) / max(targets, 1), 4)
-
-
-def _c_log_c(labels: Integers) -> float:
-    counts = np.bincount(labels)
-    counts = counts[counts > 0]
-    return float(counts @ np.log(counts))
+    grams, lengths = NGrams(ids), [length for length in LENGTHS if length < len(ids)]
+    return {
+        "fixed": {str(T): grams.mean_cost(1, T + 1, len(ids) - T, stride=T) for T in lengths},
+        "shifted": {str(T): grams.mean_cost(1, T + 1, len(ids) - T) for T in lengths},
+    }
 
 
 def _characters(piece: bytes) -> int:

@@ -16,8 +16,6 @@ from pipeline.data.corpus import REFETCH, fetch
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_folder, sha256_file
 
-CUT_BYTES = 8  # longest match of `Tokenizer.cut`, with what it looks ahead to
-
 
 class Tokenizer(Protocol):
     """What the pipeline needs of a tokenizer. To add one, write such a class and enter it in TOKENIZERS.
@@ -158,10 +156,15 @@ class GPT2Tokenizer(Tokenizer):
 TOKENIZERS: dict[str, type[Tokenizer]] = {"gpt2": GPT2Tokenizer}  # by corpus.tokenizer
 
 
+def require_known(name: str) -> None:
+    """Raise InputError unless TOKENIZERS has the tokenizer `name`."""
+    if name not in TOKENIZERS:
+        raise InputError(f"corpus.tokenizer: unknown tokenizer {name!r}{nearest(name, list(TOKENIZERS))}")
+
+
 def fetch_tokenizer(name: str, folder: Path) -> None:
     """Fetch the files of the tokenizer `name` of TOKENIZERS into `folder`. Raises InputError or IntegrityError."""
-    if name not in TOKENIZERS:
-        raise InputError(f"corpus.tokenizer: unknown tokenizer {name}{nearest(name, list(TOKENIZERS))}")
+    require_known(name)
     with atomic_folder(folder) as unfinished:
         TOKENIZERS[name].fetch(unfinished)
     print(f"{folder}: the tokenizer {name}")

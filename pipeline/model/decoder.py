@@ -6,7 +6,7 @@ autocast in training.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,27 +37,24 @@ class KVCache:
         room = self.keys[0].shape[2]
         if n > room:
             new = min(-(-n // GROWTH) * GROWTH, self.limit) - room
-            self._replace(lambda x: F.pad(x, (0, 0, 0, new)))
+            for layers in (self.keys, self.values):
+                layers[:] = [F.pad(x, (0, 0, 0, new)) for x in layers]
 
     def select(self, sequences: list[int]) -> None:
         """Keep these sequences alone, in this order."""
         which = torch.tensor(sequences, device=self.keys[0].device)
-        self._replace(lambda x: x.index_select(0, which))
-
-    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         for layers in (self.keys, self.values):
-            layers[:] = map(change, layers)
+            layers[:] = [x.index_select(0, which) for x in layers]
 
 
-class Layer(NamedTuple):
-    """What a block is made of."""
+class Layer:
+    """A block with its weights packed."""
 
-    ln_1: nn.LayerNorm
-    c_attn: Linear
-    attn_proj: Linear
-    ln_2: nn.LayerNorm
-    c_fc: Linear  # with its gelu
-    mlp_proj: Linear
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(block, Block)
+        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        self.c_attn, self.attn_proj = _linear(block.attn.c_attn, dtype), _linear(block.attn.c_proj, dtype)
+        self.c_fc, self.mlp_proj = _linear(block.mlp.c_fc, dtype, gelu=True), _linear(block.mlp.c_proj, dtype)
 
 
 class Decoder:
@@ -69,8 +66,8 @@ class Decoder:
         self.dtype, self.trained_length, self.vocabulary = DTYPES[precision], model.trained_length, model.vocabulary
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), model.ln_f
-        self.head = _linear(self.wte, None, self.dtype)
-        self.layers = [self._layer(block) for block in model.h]
+        self.head = _linear(model.wte, self.dtype)
+        self.layers = [Layer(block, self.dtype) for block in model.h]
         n_rows, n_unused = self.vocabulary.n_rows, self.vocabulary.n_unused
         self.n_sampled = n_rows - 1 if n_unused else n_vocab or n_rows  # compact ids that may be sampled
 
@@ -150,31 +147,20 @@ class Decoder:
             x = x + layer.mlp_proj(layer.c_fc(_norm(x, layer.ln_2).to(self.dtype)))
         return _norm(x, self.ln_f)
 
-    def _layer(self, block: nn.Module) -> Layer:
-        assert isinstance(block, Block)
-        c_attn, attn_proj, c_fc, mlp_proj = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-        return Layer(
-            block.ln_1,
-            _linear(c_attn.weight, c_attn.bias, self.dtype),
-            _linear(attn_proj.weight, attn_proj.bias, self.dtype),
-            block.ln_2,
-            _linear(c_fc.weight, c_fc.bias, self.dtype, gelu=True),
-            _linear(mlp_proj.weight, mlp_proj.bias, self.dtype),
-        )
-
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """The layer without what torch does to call a module, which is a good part of so short a step."""
     return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False) -> Linear:
-    """x -> x @ weight.T + bias in `dtype`, and GPT-2's gelu of that.
+def _linear(module: nn.Linear | nn.Embedding, dtype: torch.dtype, gelu: bool = False) -> Linear:
+    """x -> x @ weight.T + bias in `dtype`, and GPT-2's gelu of that; an embedding has no bias.
 
     With few positions a product takes as long as its weights take to arrive. In bf16 on a CPU oneDNN reads them up to
     twice as fast in a layout of its own, which torch.compile uses as well.
     """
-    weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+    weight = module.weight.detach().to(dtype)
+    bias = module.bias.detach().to(dtype) if isinstance(module, nn.Linear) else None
     if weight.device.type == "cpu" and dtype == torch.bfloat16:
         packed, then = torch.ops.mkldnn._reorder_linear_weight(weight), "gelu" if gelu else "none"
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "tanh" if gelu else "")

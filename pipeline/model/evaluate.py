@@ -5,14 +5,12 @@ the stage `evaluate` give the same number.
 """
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.config.sections import EvaluateConfig, TrainConfig
 from pipeline.data.batches import IGNORED, Split, make_batch, n_windows
@@ -48,6 +46,7 @@ def evaluate_model(
         aligned: verbatim_recall(model, split, recall_starts(split.size, model, config, aligned), autocast)
         for aligned in (True, False)
     }
+    position_loss, top1_accuracy = by_position(model, split, T, autocast)
     results = run["results"]
     metrics = {
         "corpus_loss": loss,
@@ -55,7 +54,7 @@ def evaluate_model(
         "shifted_loss": sum(by_shift.values()) / len(by_shift),
         "shifted_loss_by_offset": by_shift,
         "validation_loss": corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None,
-        "top1_accuracy": top1_accuracy(model, split, T, autocast),
+        "top1_accuracy": top1_accuracy,
         "verbatim_recall": recall[True],
         "verbatim_recall_shifted": recall[False],
         "recall_tokens": recall_context(model),
@@ -64,7 +63,7 @@ def evaluate_model(
         "target_loss": results["target_loss"],
         "to_target": results["to_target"],
     }
-    return metrics, position_loss(model, split, T, autocast)
+    return metrics, position_loss
 
 
 def machine_of(run: dict[str, Any]) -> Machine:
@@ -95,25 +94,18 @@ def corpus_loss(
 
 
 @torch.inference_mode()
-def position_loss(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]) -> list[float]:
-    """Mean loss at each of the `length` positions of the fixed windows."""
-    total, n = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
-    for inputs, targets in _windows(split, length):
+def by_position(
+    model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]
+) -> tuple[list[float], float]:
+    """Mean loss at each of the `length` positions of the fixed windows, and the share of tokens ranked first."""
+    total, n, hits = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64), 0
+    for starts in _starts(split, length):
+        inputs, targets, _ = make_batch(split, starts, length)
         with autocast:
             total += model.token_losses(inputs, targets).double().sum(dim=0).cpu()
-        n += (targets != IGNORED).sum(dim=0).cpu()
-    return (total / n.clamp(min=1)).tolist()
-
-
-@torch.inference_mode()
-def top1_accuracy(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]) -> float:
-    """Share of the text's tokens that the model finds likeliest."""
-    hits, n = 0, 0
-    for inputs, targets in _windows(split, length):
-        with autocast:
             hits += int((model(inputs).argmax(dim=2) == targets).sum())
-        n += int((targets != IGNORED).sum())
-    return hits / n
+        n += (targets != IGNORED).sum(dim=0).cpu()
+    return (total / n.clamp(min=1)).tolist(), hits / int(n.sum())
 
 
 @torch.inference_mode()
@@ -145,13 +137,6 @@ def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bo
     candidates = np.arange(0, room + 1, model.trained_length if aligned else 1)
     rng = np.random.Generator(np.random.PCG64(config.seed))
     return sorted(rng.choice(candidates, min(config.recall_places, len(candidates)), replace=False).tolist())
-
-
-def _windows(split: Split, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The text's fixed windows in order: inputs and targets, (B, T)."""
-    for starts in _starts(split, length):
-        inputs, targets, _ = make_batch(split, starts, length)
-        yield inputs, targets
 
 
 def _starts(split: Split, length: int, shift: int = 0) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Sample the next token from logits. Importing this module does not import torch."""
 
 from collections.abc import Sequence
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,7 +33,7 @@ class Sampling(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            faults = (f"{fault['loc'][0]} {_brief(fault['input'])}: {fault['msg'].lower()}" for fault in error.errors())
+            faults = (f"{fault['loc'][0]} {brief(fault['input'])}: {fault['msg'].lower()}" for fault in error.errors())
             raise InputError("; ".join(faults)) from None
 
 
@@ -59,8 +60,3 @@ def sample(logits: "Tensor", sampling: Sampling, seen: Sequence[int], generator:
         enough = descending.cumsum(dim=0) - descending >= sampling.top_p  # the set is complete without it
         probabilities[order[enough]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

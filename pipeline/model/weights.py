@@ -18,13 +18,7 @@ from pipeline.data.tokenizer import tokenizer_in
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import IntegrityError, ModelMissing
-from pipeline.system.files import (
-    HINT,
-    atomic_folder,
-    read_json,
-    verify_manifest,
-    write_json,
-)
+from pipeline.system.files import HINT, atomic_folder, read_json, verify_manifest, write_json
 
 WEIGHTS = "model.safetensors"
 

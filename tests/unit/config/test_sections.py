@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import SECTIONS
+from pipeline.data.tokenizer import TOKENIZERS
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
 from pipeline.training.config import RUN_SECTIONS, RunConfig
@@ -48,6 +49,12 @@ def test_all_faults_of_the_whole_file_are_named_at_once(values):
 def test_a_rule_that_has_nothing_to_go_by_is_named(values):
     values["target"]["rule"] = "validation"
     assert "set corpus.val_fraction above 0" in require_a_line(check_params, Params(values))
+
+
+def test_an_unknown_tokenizer_is_refused_with_the_known_ones(values):
+    values["corpus"]["tokenizer"] = "bert\n"
+    said = require_a_line(check_params, Params(values))
+    assert said == f"params.yaml: corpus.tokenizer: unknown tokenizer 'bert\\n' (known: {', '.join(TOKENIZERS)})"
 
 
 LEAVES = st.one_of(

@@ -118,7 +118,7 @@ def test_b4_any_flipped_bit_is_found(tmp_path_factory, bit):
     altered[bit // 8] ^= 1 << bit % 8
     shard.write_bytes(altered)
     with pytest.raises(IntegrityError, match=r"train-00000.bin is altered") as caught:
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     assert caught.value.exit_code == 3
 
 
@@ -128,18 +128,16 @@ def with_header(shard: bytes, **changes: int | bytes) -> bytes:
 
 
 WRONG_FILES = {
-    "odd length": (lambda shard: shard + b"\0", "has 65 bytes, 20 tokens take 64"),
-    "truncated": (lambda shard: shard[:-2], "has 62 bytes, 20 tokens take 64"),
+    "odd length": (lambda shard: shard + b"\0", "has 65 bytes, but should hold 20 tokens"),
+    "truncated": (lambda shard: shard[:-2], "has 62 bytes, but should hold 20 tokens"),
     "truncated in the header": (lambda shard: shard[:10], "is no token file"),
     "empty": (lambda shard: b"", "is no token file"),
-    "longer than it says": (lambda shard: with_header(shard, length=19), "19 tokens take 62"),
+    "longer than it says": (lambda shard: with_header(shard, length=19), "should hold 19 tokens"),
     "other magic": (lambda shard: with_header(shard, magic=b"SOMETEXT"), "is no token file"),
-    "other format": (lambda shard: with_header(shard, version=2), "has format 2"),
-    "other dtype": (lambda shard: with_header(shard, dtype=32), "dtype 32"),
-    "id too large": (lambda shard: shard[:-2] + struct.pack("<H", 50257), "holds the id 50257"),
-    "a vocabulary that fills the memory": (lambda shard: with_header(shard, vocab_size=2**32 - 1), "65536 ids fit 16"),
+    "other format": (lambda shard: with_header(shard, version=2), "is no token file of format 1"),
+    "other dtype": (lambda shard: with_header(shard, dtype=32), "is no token file"),
+    "a vocabulary that fills the memory": (lambda shard: with_header(shard, vocab_size=2**32 - 1), "is no token file"),
     "a length that fills the memory": (lambda shard: with_header(shard, length=2**64 - 1), "has 64 bytes"),
-    "smaller vocabulary": (lambda shard: with_header(shard, vocab_size=19), "holds the id 19"),
 }
 
 
@@ -150,11 +148,22 @@ def test_b4_a_wrong_file_is_found_even_where_its_manifest_agrees(tmp_path, chang
     shard = folder / "train-00000.bin"
     shard.write_bytes(change(shard.read_bytes()))
     with pytest.raises(IntegrityError, match=r"train-00000.bin"):
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     write_manifest(folder)
     with pytest.raises(IntegrityError, match=f"train-00000.bin .*{message}") as caught:
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("vocab_size", [0, 19])
+def test_b4_an_id_outside_of_the_vocabulary_is_not_counted(tmp_path, vocab_size):
+    folder = written(tmp_path / "tokens", list(range(20)))
+    shard = folder / "train-00000.bin"
+    shard.write_bytes(with_header(shard.read_bytes(), vocab_size=vocab_size))
+    write_manifest(folder)
+    with pytest.raises(IntegrityError, match=f"holds the id 19 of {vocab_size}"):
+        TokenFolder(folder).train.counts()
 
 
 WHOLE = HEADER.pack(b"GPT2TOKS", 1, 16, 50257, 4) + struct.pack("<4H", 1, 2, 3, 50256)
@@ -184,15 +193,13 @@ def test_b4_any_files_under_a_manifest_that_agrees_are_read_to_their_end_or_refu
     write_manifest(folder)
     try:
         tokens = TokenFolder(folder).train
+        counts = tokens.counts()
     except IntegrityError as error:
-        assert "train-0000" in str(error) or "vocabularies" in str(error)  # noqa: PT017 (either outcome is right)
+        assert "/train" in str(error)  # noqa: PT017 (either outcome is right)
         assert error.exit_code == 3  # noqa: PT017
         return
-    ids = tokens.read(0, len(tokens))
-    assert len(ids) == len(tokens)
-    assert tokens.vocab_size <= 65536
-    assert all(ids < tokens.vocab_size)
-    assert tokens.counts().sum() == len(tokens)
+    assert len(tokens.read(0, len(tokens))) == len(tokens) == counts.sum()
+    assert len(counts) == tokens.vocab_size <= 65536
 
 
 @pytest.mark.fault
@@ -201,11 +208,7 @@ def test_b4_a_missing_file_is_found(tmp_path, missing):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / missing).unlink()
     with pytest.raises(IntegrityError, match=f"{missing} is missing"):
-        _ = TokenFolder(folder).train
-    if missing != MANIFEST:
-        write_manifest(folder)
-        with pytest.raises(IntegrityError, match="lacks a shard of part train"):
-            _ = TokenFolder(folder).train
+        TokenFolder(folder)
 
 
 @pytest.mark.fault
@@ -213,7 +216,7 @@ def test_b4_a_surplus_shard_is_found(tmp_path):
     folder = written(tmp_path / "tokens", list(range(30)), shard_tokens=10)
     (folder / "train-00003.bin").write_bytes((folder / "train-00002.bin").read_bytes())
     with pytest.raises(IntegrityError, match=r"train-00003.bin is not in its manifest") as caught:
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     assert caught.value.exit_code == 3
 
 
@@ -225,22 +228,12 @@ def test_b4_one_altered_or_shortened_shard_among_many_is_named(tmp_path, index):
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + b"\1")
     with pytest.raises(IntegrityError, match=f"{shard.name} is altered .*dvc repro -f"):
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
     shard.write_bytes(data[:-2])
     with pytest.raises(IntegrityError, match=f"{shard.name} has {len(data) - 2} bytes, expected {len(data)}"):
-        _ = TokenFolder(folder).train
-
-
-@pytest.mark.fault
-def test_b4_shards_of_two_vocabularies_do_not_mix(tmp_path):
-    folder = written(tmp_path / "tokens", list(range(20)), shard_tokens=10)
-    shard = folder / "train-00001.bin"
-    shard.write_bytes(with_header(shard.read_bytes(), vocab_size=60000))
-    write_manifest(folder)
-    with pytest.raises(IntegrityError, match=r"several vocabularies, \[50257, 60000\]"):
-        _ = TokenFolder(folder).train
+        TokenFolder(folder)
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(InputError, match="tokens not found: run `dvc repro tokenize`"):
-        _ = TokenFolder(tmp_path / "tokens").train
+        TokenFolder(tmp_path / "tokens")

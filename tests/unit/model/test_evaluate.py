@@ -15,11 +15,10 @@ from pipeline.data.batches import Split, TrainingData, steps_of
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.evaluate import (
+    by_position,
     corpus_loss,
     evaluate_model,
-    position_loss,
     recall_starts,
-    top1_accuracy,
     verbatim_recall,
 )
 from pipeline.model.gpt import GPT
@@ -72,11 +71,9 @@ def test_a_shift_moves_the_windows(model):
 
 
 def test_the_losses_by_position_have_the_corpus_loss_as_their_mean(model):
-    by_position = position_loss(model, SPLIT, T, nullcontext())
+    losses, _ = by_position(model, SPLIT, T, nullcontext())
     counts = [13] * 7 + [12] * 9  # 12 windows of 16 targets and one of 7
-    assert np.average(by_position, weights=counts) == pytest.approx(
-        corpus_loss(model, SPLIT, T, nullcontext()), rel=1e-6
-    )
+    assert np.average(losses, weights=counts) == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()), rel=1e-6)
 
 
 def test_accuracy_counts_likeliest_tokens(model):
@@ -85,7 +82,7 @@ def test_accuracy_counts_likeliest_tokens(model):
             (model(IDS[None, i : min(i + T, 199)])[0].argmax(1) == IDS[i + 1 : i + T + 1]).sum().item()
             for i in range(0, 199, T)
         )
-    assert top1_accuracy(model, SPLIT, T, nullcontext()) == pytest.approx(hits / 199)
+    assert by_position(model, SPLIT, T, nullcontext())[1] == pytest.approx(hits / 199)
 
 
 def recited(model, given):
@@ -134,10 +131,10 @@ def trained(model, bpe, tmp_path):
 def test_a_model_is_evaluated_on_the_device_of_its_parameters_whatever_its_name(trained, model):
     folder, run = trained
     config = EvaluateConfig(recall_places=2, seed=1)
-    metrics, by_position = evaluate_model(folder / "model", folder / "tokens", run, config)
+    metrics, position_loss = evaluate_model(folder / "model", folder / "tokens", run, config)
     assert metrics["corpus_loss"] == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()))
     assert metrics["validation_loss"] > 0
-    assert len(by_position) == T
+    assert len(position_loss) == T
 
 
 def test_each_token_file_is_hashed_once_by_a_stage(trained, bpe, monkeypatch):
