@@ -117,7 +117,8 @@ def open_version(store: Store, version: "ModelVersion") -> Path:
             if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
                 for cache in whole.rglob("__pycache__"):
                     shutil.rmtree(cache)
-            expected = read_json(whole / LISTING)
+            if not isinstance(expected := read_json(whole / LISTING), dict):
+                raise IntegrityError(f"{whole / LISTING} is not a listing: {hint}")
             if surplus := set(_listing(whole)) - expected.keys():
                 raise IntegrityError(f"{whole / min(surplus)} is not one of its files: {hint}")
             for name, sha256 in expected.items():
