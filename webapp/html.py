@@ -102,10 +102,9 @@ def sheet(title: str, body: str, *details: str) -> str:
     return f'<article class="sheet">{head}{body}</article>'
 
 
-def table(rows: Iterable[tuple[str, str]], kind: str = "", number: bool = True) -> str:
+def table(rows: Iterable[tuple[str, str]], kind: str = "") -> str:
     """Names beside their values, both HTML."""
-    cell = '<td class="number">' if number else "<td>"
-    body = "".join(f"<tr><th>{name}</th>{cell}{value}</td></tr>" for name, value in rows)
+    body = "".join(f'<tr><th>{name}</th><td class="number">{value}</td></tr>' for name, value in rows)
     return f'<table class="info {kind}">{body}</table>'
 
 

@@ -215,7 +215,7 @@ def test_a_version_with_other_or_no_parameters_is_shown(served):
         old.info = served.info | {"params": params}
         assert f"windows of {WINDOW} tokens" in about_html(old)
         assert f"windows of {WINDOW} tokens" in _about_windows(old)
-        assert ("windows.length" in run_html(old)) == bool(params)
+        assert ("windows:\n  length:" in run_html(old)) == bool(params)
 
 
 def test_what_is_wrong_with_the_champion_is_on_the_page(source, served):
