@@ -77,7 +77,8 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
         "docs_url": None,
         "redoc_url": None,
     }
-    theme = gr.themes.Base(primary_hue="orange", neutral_hue="stone", radius_size="sm")
+    system, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no font is loaded
+    theme = gr.themes.Base(primary_hue="orange", neutral_hue="stone", radius_size="sm", font=system, font_mono=mono)
     theme.set(body_background_fill="#fbfaf8", body_background_fill_dark="#161412")
     page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not wait,
