@@ -61,13 +61,12 @@ def head_html(source: Source) -> str:
     )
 
 
-def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True,
-          tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:  # fmt: skip
+def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True) -> gr.Blocks:
     """Serve the page on `host` alone, without share link, uploads, files, proxy or analytics.
 
     `names`: further hosts that the page is reached by; request_filter.ANY for all.
     """
-    page = compose(source, tabs)
+    page = compose(source)
     app_options = {
         "middleware": [
             Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
