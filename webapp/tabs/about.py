@@ -13,7 +13,6 @@ MIB = 2**20
 
 
 def about_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
     about = html(about_html(source.current()), elem_id="about")
     page.load(lambda: about_html(source.current()), None, about, **event_options("read"))
 

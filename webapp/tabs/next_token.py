@@ -1,7 +1,6 @@
 """The tab Next token: the probabilities of the next token, beside what the training text has there."""
 
 import math
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -41,7 +40,6 @@ def expect(served: Served, prompt: Any, most: int = SHOWN) -> dict[str, Any]:
 
 
 def next_token_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(START, label="Text so far", lines=5, max_lines=14, max_length=MAX_PROMPT,
@@ -56,27 +54,21 @@ def next_token_tab(page: gr.Blocks, source: Source) -> None:
         with gr.Column(scale=3, min_width=300):
             shown = html(expected_html(source.current(), START), js_on_load=APPEND, elem_id="next")
 
-    def append(prompt: Any, event: gr.EventData) -> tuple[str, str]:  # Gradio finds the event by its hint
-        return _append(source, prompt, event)
+    def predict(prompt: Any) -> str:
+        with refusing():
+            return expected_html(source.current(), prompt)
 
-    predict = partial(_predict, source)
+    def append(prompt: Any, event: gr.EventData) -> tuple[str, str]:  # Gradio finds the event by its hint
+        """The prompt with the token that was pressed, and what may follow then."""
+        served, sent = source.current(), event._data if isinstance(event._data, dict) else {}
+        with refusing():
+            token = checked_whole("token", sent.get("token"), 0, served.tokenizer.n_vocab - 1)
+            longer = checked_prompt(prompt) + (_text(served, token) or "")
+            return longer, expected_html(served, longer)
+
     go.click(predict, prompt, shown, **event_options("read"))
     prompt.input(predict, prompt, shown, **event_options("read", trigger_mode="always_last"))
     shown.click(append, prompt, [prompt, shown], **event_options("read"))
-
-
-def _predict(source: Source, prompt: Any) -> str:
-    with refusing():
-        return expected_html(source.current(), prompt)
-
-
-def _append(source: Source, prompt: Any, event: gr.EventData) -> tuple[str, str]:
-    """The prompt with the token that was pressed, and what may follow then."""
-    served, sent = source.current(), event._data if isinstance(event._data, dict) else {}
-    with refusing():
-        token = checked_whole("token", sent.get("token"), 0, served.tokenizer.n_vocab - 1)
-        longer = checked_prompt(prompt) + (_text(served, token) or "")
-        return longer, expected_html(served, longer)
 
 
 def expected_html(served: Served, prompt: Any) -> str:

@@ -22,7 +22,6 @@ DARKEST = 6.0  # nats from which on a token is as dark as can be
 
 
 def recall_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
     served = source.current()
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):

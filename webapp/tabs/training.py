@@ -27,7 +27,6 @@ ORIGINS = ("data_sha256", "model_sha256", "git_commit", "tree_clean", "fingerpri
 
 
 def training_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
     version = gr.Dropdown(label="Version", elem_id="version", filterable=False)
     run = html(run_html(source.current()), elem_id="run")
     html(heading("Side by side"))
