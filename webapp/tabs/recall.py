@@ -51,12 +51,12 @@ def n_windows(served: Served) -> int:
 
 def _about_windows(served: Served) -> str:
     """What a shift does, which depends on how the training cut its windows."""
+    trained = f"The model was trained on windows of {served.window} tokens"
     if served.info["params"].get("windows", {}).get("order") == "random":
-        return f"A window has {served.window} tokens. The model was trained on windows from anywhere in the text."
+        return f"{trained} from anywhere in the text."
     return (
-        f"The model was trained on windows of {served.window} tokens, always cut at the same places. Shift 0 shows one "
-        "as it was trained on. With a shift the same words have other positions: the model may no longer know them, "
-        "as their colour shows."
+        f"{trained}, always cut at the same places. Shift 0 shows one as it was trained on. With a shift the same "
+        "words have other positions: the model may no longer know them, as their colour shows."
     )
 
 
