@@ -100,15 +100,14 @@ def _line(served: Served, one: dict[str, Any], times: int) -> str:
 def _context(served: Served, prompt: str, found: dict[str, Any]) -> str:
     """What the grey bars count."""
     if not found["context_times"]:
-        return note("The training text has nothing after the last token: there are no grey bars.", "note after")
+        return note("The training text has nothing after the last token: there are no grey bars.")
     n, ids = found["context_tokens"], served.tokenizer.encode(checked_prompt(prompt))
     words = served.tokenizer.decode(ids[-min(n, 12) :]).replace("\n", "↵ ")
     whole = "all of your text" if n == len(ids) else "no longer context occurs there"
     limits = f" {served.corpus.limits}." if served.corpus.limits else ""
     return note(
         f"Context: “{'… ' if n > 12 else ''}{words}”, {n:,} tokens ({whole}). Occurrences in the training text: "
-        f"{found['context_times']:,}.{limits}",
-        "note after",
+        f"{found['context_times']:,}.{limits}"
     )
 
 

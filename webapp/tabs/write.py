@@ -126,8 +126,7 @@ def _remarks(completion: Completion, trouble: str | None) -> str:
     words = note(trouble, "trouble") if trouble else ""
     words += note(
         f"Marked passages of {MIN_PASSAGE} tokens or more are in the training text word for word: press one to see "
-        "where. New means that the text does not have these words in this order, not that they are good.",
-        "note after",
+        "where. New means that the text does not have these words in this order, not that they are good."
     )
     if prompt and corpus.following(prompt)[0] < len(prompt):
         words += note("The training text does not have this prompt, so there is nothing to recite after it.")
