@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import RegistryConfig
 from pipeline.system.entrypoint import run_stage
 from pipeline.system.errors import InputError
 
@@ -50,6 +48,8 @@ def open_source(arguments: argparse.Namespace) -> "Source":
         from webapp.model_source import Folder
 
         return Folder(arguments.folder)
+    from pipeline.config.params import load_params
+    from pipeline.config.sections import RegistryConfig
     from pipeline.tracking.mlflow_store import project_root
     from webapp.registry_source import Registry
 

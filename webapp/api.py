@@ -49,19 +49,8 @@ def add_endpoints(source: Source) -> None:
         end of a document), its probability at temperature 1, and how often it follows in the training text after the
         longest end of the prompt that is there: `context_tokens` tokens, `context_times` times.
         """
-        served = source.current()
         with refusing(on_page=False):
-            found = expect(served, prompt, checked_whole("most", most, 1, 1000))
-        return {
-            "model": served.label,
-            "entropy_nats": found.entropy,
-            "tokens": [
-                {"id": one.token, "text": one.text, "probability": one.probability, "times_in_text": one.times}
-                for one in found.likely
-            ],
-            "context_tokens": len(found.context),
-            "context_times": found.times,
-        }
+            return expect(source.current(), prompt, checked_whole("most", most, 1, 1000))
 
     gr.api(generate, api_name="generate", concurrency_id="model")
     gr.api(next_token, api_name="next_token", concurrency_id="read")

@@ -87,25 +87,22 @@ def place_html(served: Served, place: int, length: int) -> str:
     ids = served.ids[start:stop].tolist()
     before, passage, after = cut(served.tokenizer, ids, [place - start, place - start + length])
     n_text = served.corpus.n_text
-    return (
-        '<section class="place" tabindex="-1" aria-label="Passage in the training text">'
-        f"<header><b>In the training text</b><span>token {place:,} of {n_text:,} ({place / n_text:.0%})</span></header>"
-        f'<p class="verse"><span class="around">{escape(before)}</span>'
-        f'<mark>{escape(passage)}</mark><span class="around">{escape(after)}</span></p></section>'
-    )
+    body = f'<span class="prompt">{escape(before)}</span><mark>{escape(passage)}</mark>'
+    body = f'<p class="verse">{body}<span class="prompt">{escape(after)}</span></p>'
+    where = f"token {place:,} of {n_text:,} ({place / n_text:.0%})"
+    return sheet("In the training text", body, where, kind="sheet place")
 
 
-def sheet(title: str, body: str, *details: str) -> str:
+def sheet(title: str, body: str, *details: str, kind: str = "sheet") -> str:
     """A sheet of paper with an optional heading; `title` is escaped, the rest is HTML."""
     spans = "".join(f"<span>{detail}</span>" for detail in details)
     head = f"<header><b>{escape(title)}</b>{spans}</header>" if title else ""
-    return f'<article class="sheet">{head}{body}</article>'
+    return f'<article class="{kind}">{head}{body}</article>'
 
 
-def table(rows: Iterable[tuple[str, str]], kind: str = "", number: bool = True) -> str:
+def table(rows: Iterable[tuple[str, str]], kind: str = "") -> str:
     """Names beside their values, both HTML."""
-    cell = '<td class="number">' if number else "<td>"
-    body = "".join(f"<tr><th>{name}</th>{cell}{value}</td></tr>" for name, value in rows)
+    body = "".join(f'<tr><th>{name}</th><td class="number">{value}</td></tr>' for name, value in rows)
     return f'<table class="info {kind}">{body}</table>'
 
 

@@ -10,16 +10,13 @@ from pipeline.model.generator import Generator, load_generator
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import read_json
 
-NO_INFO = {"name": "model", "version": "?", "aliases": [], "tags": {}, "params": {}, "environment": {}}
-NO_INFO |= {"history": {}, "samples": [], "metrics": {}, "created": "unknown"}
-
 
 class Served:
     """A loaded version: its generator, its training text, and `info`, what describe_version says of it."""
 
     def __init__(self, generator: Generator, info: dict[str, Any]) -> None:
         assert generator.corpus is not None, "a version comes with its tokens"
-        self.generator, self.info = generator, NO_INFO | info
+        self.generator, self.info = generator, info
         self.tokenizer, self.corpus = generator.tokenizer, generator.corpus
         self.label = f"{self.info['name']} version {self.info['version']}"
         self.window = generator.trained_length  # tokens in a window that the model was trained on

@@ -1,7 +1,6 @@
 () => {
-  const press = (id) => document.querySelector(`#${id}`)?.click();
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") press("stop");
+    if (event.key === "Escape") document.querySelector("#stop").click();
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       const panel = event.target.closest("[role=tabpanel]");
       const button = panel?.querySelector("button.go");

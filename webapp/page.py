@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import TypeAlias
 
 import gradio as gr
@@ -14,7 +15,6 @@ from webapp.api import add_endpoints
 from webapp.html import event_options, html
 from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter, bad_call, hostname
 from webapp.model_source import Source
-from webapp.style import read_asset, theme
 from webapp.tabs.about import about_tab
 from webapp.tabs.next_token import next_token_tab
 from webapp.tabs.recall import recall_tab
@@ -29,6 +29,7 @@ TABS: dict[str, Tab] = {
     "Training": training_tab,
     "About": about_tab,
 }
+STYLE, KEYS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 CONCURRENT = 2  # requests of a queue at the same time
 WAITING = 30  # requests that may wait; the next one is told that the queue is full
 
@@ -60,13 +61,12 @@ def head_html(source: Source) -> str:
     )
 
 
-def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True,
-          tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:  # fmt: skip
+def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True) -> gr.Blocks:
     """Serve the page on `host` alone, without share link, uploads, files, proxy or analytics.
 
     `names`: further hosts that the page is reached by; request_filter.ANY for all.
     """
-    page = compose(source, tabs)
+    page = compose(source)
     app_options = {
         "middleware": [
             Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
@@ -76,9 +76,12 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
         "docs_url": None,
         "redoc_url": None,
     }
+    system, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no font is loaded
+    theme = gr.themes.Base(primary_hue="orange", neutral_hue="stone", radius_size="sm", font=system, font_mono=mono)
+    theme.set(body_background_fill="#fbfaf8", body_background_fill_dark="#161412")
     page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not wait,
-        theme=theme(), css=read_asset("page.css"), js=read_asset("page.js"), footer_links=["api"], run_history=False,
+        theme=theme, css_paths=STYLE, js=KEYS.read_text(encoding="utf-8"), footer_links=["api"], run_history=False,
         ssr_mode=False, pwa=False, max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False,
         num_workers=0, root_path="", app_kwargs=app_options,
         state_session_capacity=50,  # each takes 50 KB, for values that nothing here reads

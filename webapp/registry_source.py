@@ -12,7 +12,7 @@ from pipeline.system.errors import InputError, PipelineError
 from webapp.model_source import Served
 
 CHECK_S = 3.0  # between two checks of the registry
-RETRY_S = 30.0  # after a failure; hashing a large model takes seconds
+RETRY_S = 30.0  # until the next one after a failure; hashing a large model takes seconds
 KEPT = 3  # versions in memory: the served one, and two side by side
 
 
@@ -27,7 +27,6 @@ class Registry:
         self._name, self._which = name, which
         self._checking = threading.Lock()
         self._load = lru_cache(KEPT)(self._load_version)
-        self._broken, self._retry = "", 0.0  # the number that could not be loaded, and when to try it again
         self.trouble: str | None = None
         self._store = open_registry(root)
         self._served = self._load(str(find_version(self._store, name, which).version))
@@ -41,18 +40,17 @@ class Registry:
 
     def _follow(self) -> None:
         """Serve the version that the registry names now."""
+        wait = CHECK_S
         try:
             version = find_version(self._store, self._name, self._which)
-            number, now = str(version.version), time.monotonic()
-            if number != self._broken or now >= self._retry:
-                self._broken, self._retry = number, now + RETRY_S
-                served = self._load(number)
-                served.info["aliases"] = sorted(version.aliases)
-                self._served, self._broken, self.trouble = served, "", None
+            served = self._load(str(version.version))
+            served.info["aliases"] = sorted(version.aliases)
+            self._served, self.trouble = served, None
         except PipelineError as error:
             self.trouble = f"{self._which} could not be loaded ({error}), so {self._served.label} stays"
+            wait = RETRY_S
         finally:
-            self._due = time.monotonic() + CHECK_S
+            self._due = time.monotonic() + wait
             self._checking.release()
 
     def versions(self) -> list[str]:

@@ -11,11 +11,12 @@ from ipaddress import ip_address
 from itertools import chain
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = "*"
@@ -39,44 +40,32 @@ HEADERS = {
 }
 
 
-class RequestFilter:
+class RequestFilter(BaseHTTPMiddleware):
     """ASGI middleware. `names`: hosts of this app, ANY for all; `any_address`: every IP address is one too.
 
     Nobody can rebind an address. Starlette's TrustedHostMiddleware knows neither this nor Origin.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str], any_address: bool) -> None:
-        self._app, self._names, self._any_address = app, {*map(hostname, names)} - {""}, any_address
+        super().__init__(app)
+        self._names, self._any_address = {*map(hostname, names)} - {""}, any_address
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
-        if scope["type"] == "websocket":
-            return await send({"type": "websocket.close"})
-        request, bodies = Request(scope, receive), []
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         try:
             self._check_names(request.headers)
-            if not (POSTED if request.method == "POST" else READ).fullmatch(scope["path"]):
+            if not (POSTED if request.method == "POST" else READ).fullmatch(request.scope["path"]):
                 raise HTTPException(404, "not found")
             if request.method == "POST":
-                check_type(request.headers.get("content-type", ""))
-                bodies.append(await request.body())
-                check_body(bodies[0])
+                if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                    raise HTTPException(415, "send application/json")  # a foreign page cannot without asking first
+                check_body(await request.body())
         except ClientDisconnect:
-            return None
+            return Response()  # which nobody reads
         except HTTPException as refusal:
-            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
-            return await answer(scope, receive, send)
-
-        async def receive_again() -> Message:
-            return {"type": "http.request", "body": bodies.pop()} if bodies else await receive()
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        return await self._app(scope, receive_again, send_with_headers)
+            return JSONResponse({"detail": refusal.detail}, refusal.status_code)
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
 
     def _check_names(self, headers: Headers) -> None:
         """Raises HTTPException where Host, the Host that a proxy was asked for, or Origin is not this app."""
@@ -88,12 +77,6 @@ class RequestFilter:
                 raise HTTPException(403, "the Host is not a name of this app: --allow-host gives it one")
         if any(hostname(origin) not in self._names | hosts for origin in headers.getlist("origin")):
             raise HTTPException(403, "the Origin is not this app: --allow-host gives it another name")
-
-
-def check_type(content_type: str) -> None:
-    """Raises HTTPException for types that a foreign page can send without asking first."""
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "send application/json")
 
 
 def check_body(raw: bytes) -> None:

@@ -13,7 +13,6 @@ MIB = 2**20
 
 
 def about_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
     about = html(about_html(source.current()), elem_id="about")
     page.load(lambda: about_html(source.current()), None, about, **event_options("read"))
 
@@ -52,9 +51,9 @@ def about_html(served: Served) -> str:
     config = ModelConfig.model_validate(params["model"]) if "model" in params else None
     tables = ""
     if config:
-        counted = [(_named(name, formula), f"{n:,}") for name, formula, n in parts(config)]
+        counted = [(f"{name}<small>{formula}</small>", f"{n:,}") for name, formula, n in parts(config)]
         counted.append(("<b>all</b>", f"<b>{config.n_params:,}</b>"))
-        sized = [(_named(name, formula), f"{mib:,.1f} MiB") for name, formula, mib in sizes(config)]
+        sized = [(f"{name}<small>{formula}</small>", f"{mib:,.1f} MiB") for name, formula, mib in sizes(config)]
         legend = f"L = {config.n_layer} layers, C = {config.n_embd} wide, V = {config.vocab_size:,} tokens, "
         tables = (
             f'<div class="charts"><div>{heading("Its parameters")}<p class="note">{legend}T = {config.block_size:,} '
@@ -62,10 +61,6 @@ def about_html(served: Served) -> str:
             f"Without activations, which grow with the batch.</p>{table(sized, 'counted')}</div></div>"
         )
     return f'<div class="about">{_card(served, config)}{tables}{_limits(served)}</div>'
-
-
-def _named(name: str, formula: str) -> str:
-    return f"{name}<small>{formula}</small>"
 
 
 def _card(served: Served, config: ModelConfig | None) -> str:

@@ -22,7 +22,6 @@ DARKEST = 6.0  # nats from which on a token is as dark as can be
 
 
 def recall_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
     served = source.current()
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
@@ -52,12 +51,12 @@ def n_windows(served: Served) -> int:
 
 def _about_windows(served: Served) -> str:
     """What a shift does, which depends on how the training cut its windows."""
+    trained = f"The model was trained on windows of {served.window} tokens"
     if served.info["params"].get("windows", {}).get("order") == "random":
-        return f"A window has {served.window} tokens. The model was trained on windows from anywhere in the text."
+        return f"{trained} from anywhere in the text."
     return (
-        f"The model was trained on windows of {served.window} tokens, always cut at the same places. Shift 0 shows one "
-        "as it was trained on. With a shift the same words have other positions: the model may no longer know them, "
-        "as their colour shows."
+        f"{trained}, always cut at the same places. Shift 0 shows one as it was trained on. With a shift the same "
+        "words have other positions: the model may no longer know them, as their colour shows."
     )
 
 
@@ -119,8 +118,8 @@ def recital_html(served: Served, ids: list[int]) -> str:
     slip = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
     verdict = "all correct" if slip == len(truth) else f"{slip} correct before the first error"
     changes = SequenceMatcher(None, truth, recited, autojunk=False).get_opcodes()
-    text = _compared(served, truth, [(a, b, kind != "equal") for kind, a, b, _, _ in changes], "del")
-    model = _compared(served, recited, [(c, d, kind != "equal") for kind, _, _, c, d in changes], "ins")
+    text = _compared(served, truth, [(kind, a, b) for kind, a, b, _, _ in changes], "del")
+    model = _compared(served, recited, [(kind, c, d) for kind, _, _, c, d in changes], "ins")
     sheets = "".join(
         sheet(title, f'<p class="verse"><span class="prompt">{escape(prompt)}</span>{body}</p>')
         for title, body in (("The text", text), ("The model", model))
@@ -140,11 +139,8 @@ def recitable(served: Served, ids: list[int], given: int) -> int:
     return 1
 
 
-def _compared(served: Served, ids: list[int], spans: list[tuple[int, int, bool]], tag: str) -> str:
+def _compared(served: Served, ids: list[int], changes: list[tuple[str, int, int]], tag: str) -> str:
     """The text of `ids`, with what differs from the other side in `tag`."""
-    spans = [span for span in spans if span[0] < span[1]]
-    texts = cut(served.tokenizer, ids, [begin for begin, _, _ in spans[1:]])
-    return "".join(
-        f"<{tag}>{escape(text)}</{tag}>" if differs else escape(text)
-        for text, (_, _, differs) in zip(texts, spans, strict=False)
-    )
+    texts = [escape(text) for text in cut(served.tokenizer, ids, range(1, len(ids)))]
+    parts = ((kind, "".join(texts[begin:end])) for kind, begin, end in changes)
+    return "".join(part if kind == "equal" or not part else f"<{tag}>{part}</{tag}>" for kind, part in parts)

@@ -1,12 +1,12 @@
 """The tab Training: a version's curves, samples and origin, and two versions side by side."""
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from html import escape
 from typing import Any
 
 import gradio as gr
+import yaml
 
 from webapp.chart import line_chart
 from webapp.completion import MAX_PROMPT, complete
@@ -23,28 +23,17 @@ METRICS = {  # metric -> its name and its format
     "verbatim_recall_shifted": ("the same from anywhere", ".1%"),
     "validation_loss": ("loss over held-out text", ".4g"),
 }
-ORIGINS = {
-    "data_sha256": "data, SHA-256",
-    "model_sha256": "weights, SHA-256",
-    "git_commit": "commit",
-    "tree_clean": "nothing uncommitted",
-    "fingerprint": "fingerprint of data, parameters and code",
-    "run_id": "MLflow run",
-    "verdict": "verdict at registration",
-}
+ORIGINS = ("data_sha256", "model_sha256", "git_commit", "tree_clean", "fingerprint", "run_id", "verdict")
 
 
 def training_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
-    served = source.current()
-    versions, present = source.versions(), str(served.info["version"])
-    version = gr.Dropdown(versions, value=present, label="Version", elem_id="version", filterable=False)
-    run = html(run_html(served), elem_id="run")
+    version = gr.Dropdown(label="Version", elem_id="version", filterable=False)
+    run = html(run_html(source.current()), elem_id="run")
     html(heading("Side by side"))
     with gr.Row(equal_height=False):
         prompt = gr.Textbox("First Citizen:\n", label="Prompt for both", lines=2, max_length=MAX_PROMPT, scale=3)
-        left = gr.Dropdown(versions, value=present, label="Version", filterable=False, min_width=110)
-        right = gr.Dropdown(versions, value=versions[-1], label="and version", filterable=False, min_width=110)
+        left = gr.Dropdown(label="Version", filterable=False, min_width=110)
+        right = gr.Dropdown(label="and version", filterable=False, min_width=110)
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=110)
     compare = gr.Button("Compare", variant="primary", elem_classes="go", elem_id="compare")
     output = html("", js_on_load=OPEN_PLACE, elem_id="compared")
@@ -124,23 +113,15 @@ def _samples(info: dict[str, Any]) -> str:
 
 
 def _origin(info: dict[str, Any]) -> str:
-    rows = [(name, info["tags"][key]) for key, name in ORIGINS.items() if key in info["tags"]]
-    rows += [(key, value) for key, value in info["environment"].items() if not isinstance(value, list | dict)]
-    return heading("Origin") + _codes(rows, "small-stack")
+    origin = {key: info["tags"][key] for key in ORIGINS if key in info["tags"]}
+    return heading("Origin") + _yaml(origin | info["environment"])
 
 
 def _params(info: dict[str, Any]) -> str:
-    """Every parameter, folded away."""
-    rows = [
-        (f"{section}.{key}", json.dumps(value))
-        for section, values in info["params"].items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    ]
-    summary = f"<summary>All {len(rows)} parameters</summary>"
-    return f'<details class="more">{summary}{_codes(rows)}</details>' if rows else ""
+    """params.yaml, folded away."""
+    params = info["params"]
+    return f'<details class="more"><summary>All parameters</summary>{_yaml(params)}</details>' if params else ""
 
 
-def _codes(rows: list[tuple[str, Any]], kind: str = "") -> str:
-    codes = ((escape(name), f"<code>{escape(str(value))}</code>") for name, value in rows)
-    return table(codes, kind, number=False)
+def _yaml(values: dict[str, Any]) -> str:
+    return f"<pre>{escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))}</pre>"

@@ -14,7 +14,6 @@ from webapp.model_source import Source
 
 EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
 NUMBERS = ("samples", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-EMPTY = '<p class="empty">The completion appears here.</p>'
 OPEN_PLACE = """
 const open = (event) => {
   const mark = event.target.closest("[data-place]");
@@ -32,7 +31,6 @@ SCROLL = "() => setTimeout(() => document.querySelector('#{} .place')?.scrollInt
 
 
 def write_tab(page: gr.Blocks, source: Source) -> None:
-    """Lay the tab out and connect it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(
@@ -55,7 +53,7 @@ def write_tab(page: gr.Blocks, source: Source) -> None:
             )
         with gr.Column(scale=3, min_width=300):
             status = html("", elem_id="status")
-            output = html(EMPTY, js_on_load=OPEN_PLACE, elem_id="written")
+            output = html(note("The completion appears here."), js_on_load=OPEN_PLACE, elem_id="written")
             place = html("", elem_id="place")
     shown = [status, output, place]
     started = go.click(partial(_written, source), [prompt, *numbers], shown, **event_options("model"))
@@ -67,7 +65,12 @@ def connect_places(source: Source, output: gr.HTML, place: gr.HTML) -> None:
     """Show in `place` the training text around a mark of `output` that is pressed."""
 
     def opened(event: gr.EventData) -> str:  # Gradio finds the event by its hint, not in a partial
-        return _place(source, event)
+        sent = event._data if isinstance(event._data, dict) else {}
+        with refusing():
+            served = source.open(str(sent.get("version")))  # the version that wrote it may not be the current one
+            begin = checked_whole("place", sent.get("place"), 0, len(served.ids) - 1)
+            length = checked_whole("length", sent.get("length"), 1, len(served.ids) - begin)
+            return place_html(served, begin, length)
 
     shown = output.click(opened, None, place, **event_options("read"))
     shown.then(None, None, None, js=SCROLL.format(place.elem_id))
@@ -92,16 +95,6 @@ def _written(source: Source, prompt: Any, *numbers: Any) -> Iterator[tuple[str, 
     with refusing():
         for completion in complete(source.current(), prompt, **dict(zip(NUMBERS, numbers, strict=True))):
             yield _status(completion), samples_html(completion, source.trouble), ""
-
-
-def _place(source: Source, event: gr.EventData) -> str:
-    """The training text around the passage that was pressed."""
-    sent = event._data if isinstance(event._data, dict) else {}
-    with refusing():
-        served = source.open(str(sent.get("version")))  # the version that wrote it may not be the current one
-        place = checked_whole("place", sent.get("place"), 0, len(served.ids) - 1)
-        length = checked_whole("length", sent.get("length"), 1, len(served.ids) - place)
-        return place_html(served, place, length)
 
 
 def _status(completion: Completion) -> str:
@@ -133,8 +126,7 @@ def _remarks(completion: Completion, trouble: str | None) -> str:
     words = note(trouble, "trouble") if trouble else ""
     words += note(
         f"Marked passages of {MIN_PASSAGE} tokens or more are in the training text word for word: press one to see "
-        "where. New means that the text does not have these words in this order, not that they are good.",
-        "note after",
+        "where. New means that the text does not have these words in this order, not that they are good."
     )
     if prompt and corpus.following(prompt)[0] < len(prompt):
         words += note("The training text does not have this prompt, so there is nothing to recite after it.")

@@ -21,7 +21,7 @@ from webapp.model_source import Served
 from webapp.page import TABS, compose, head_html
 from webapp.tabs import next_token
 from webapp.tabs.about import about_html, parts, sizes
-from webapp.tabs.next_token import Likely, expect, expected_html
+from webapp.tabs.next_token import expect, expected_html
 from webapp.tabs.recall import _about_windows, heat_html, n_windows, recitable, recital_html
 from webapp.tabs.training import run_html
 from webapp.tabs.write import samples_html
@@ -96,7 +96,8 @@ def test_what_is_not_searched_of_a_long_text_is_said_where_it_counts(served):
 
 def test_the_end_of_a_document_is_a_token_but_no_text_to_go_on_with(served):
     assert next_token._text(served, served.tokenizer.eot) is None
-    html = next_token._line(served, Likely(served.tokenizer.eot, None, 0.5, 0), 0)
+    end = {"id": served.tokenizer.eot, "text": None, "probability": 0.5, "times_in_text": 0}
+    html = next_token._line(served, end, 0)
     assert "&lt;|endoftext|&gt;" in html
     assert " disabled" in html
 
@@ -113,16 +114,16 @@ def test_every_text_is_escaped(served):
 
 def test_the_next_token_is_shown_beside_what_the_text_has(served):
     found = expect(served, "First Citizen:\nBefore we proceed any")
-    best = found.likely[0]
-    assert (best.text, best.times, found.times) == (" further", 1, 1)
-    assert best.probability > 0.9
-    assert 0 <= found.entropy < 0.6
-    probabilities = [likely.probability for likely in found.likely]
+    best = found["tokens"][0]
+    assert (best["text"], best["times_in_text"], found["context_times"]) == (" further", 1, 1)
+    assert best["probability"] > 0.9
+    assert 0 <= found["entropy_nats"] < 0.6
+    probabilities = [one["probability"] for one in found["tokens"]]
     assert probabilities == sorted(probabilities, reverse=True)
 
 
 def test_an_unknown_last_token_leaves_no_grey_bars(served):
-    assert expect(served, "zebra").times == 0
+    assert expect(served, "zebra")["context_times"] == 0
     assert "no grey bars" in expected_html(served, "zebra")
 
 
@@ -214,7 +215,7 @@ def test_a_version_with_other_or_no_parameters_is_shown(served):
         old.info = served.info | {"params": params}
         assert f"windows of {WINDOW} tokens" in about_html(old)
         assert f"windows of {WINDOW} tokens" in _about_windows(old)
-        assert ("windows.length" in run_html(old)) == bool(params)
+        assert ("windows:\n  length:" in run_html(old)) == bool(params)
 
 
 def test_what_is_wrong_with_the_champion_is_on_the_page(source, served):
