@@ -71,7 +71,7 @@ def main() -> None:
         socket.create_server((host, arguments.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         print(f"{source.current().label}: http://{address}:{arguments.port}", flush=True)
         if not IN_SPACE and host not in LOOPBACK:
-            print(f"warning: whoever reaches {host} can use the page: it has no login and no encryption, "
+            print(f"warning: everybody who reaches {host} can use the page: it has no login and no encryption, "
                   "see SECURITY.md", file=sys.stderr)  # fmt: skip
         serve(source, address, arguments.port, arguments.allow_host)
     except (OSError, OverflowError) as error:  # a port in use, or none; an address of another machine

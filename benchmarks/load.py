@@ -113,7 +113,7 @@ async def load(
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits) as http:
         alone = [await ask(http, question) for question in questions]
         if failed := [reply for reply in alone if reply.outcome != "served"]:
-            sys.exit(f"error: a question asked alone: {failed[0].error}: mend that first")
+            sys.exit(f"error: a question asked alone: {failed[0].error}: fix that first")
         before, begun = server.memory_info().rss, time.perf_counter()
         end = begun + arguments.seconds
         chances = [random.Random(f"{arguments.seed} {n}") for n in range(arguments.users)]  # noqa: S311 (no secret)

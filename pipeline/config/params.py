@@ -127,7 +127,7 @@ def _describe(kind: type[Section], faults: Sequence[Any], values: dict[str, Any]
 
 
 def _follow(location: tuple[Any, ...], values: Any) -> tuple[tuple[Any, ...], str]:
-    """Where a fault is, without the name of a union's member after a plain value, and what stands there, in words."""
+    """Where a fault is, without the name of a union's member after a plain value, and the value there, in words."""
     for depth, part in enumerate(location):
         if not isinstance(values, dict | list):
             return location[:depth], f", got {values!r}"

@@ -34,7 +34,7 @@ def zstd() -> Any:
 
 
 def find_files(source: str) -> list[Path]:
-    """The files that a path, a folder (with those below it) or a glob stands for, sorted by their paths.
+    """The files that a path, a folder (with those below it) or a glob names, sorted by their paths.
 
     Hidden files and the README.md of the topmost folder are left out. Raises InputError where nothing is left.
     """
@@ -44,7 +44,7 @@ def find_files(source: str) -> list[Path]:
     try:
         found = [*(path.rglob("*") if path.is_dir() else Path().glob(source))]
     except ValueError as error:
-        raise InputError(f"{source} is no glob ({error}): fix corpus.source") from None
+        raise InputError(f"{source} is not a glob ({error}): fix corpus.source") from None
     visible = (file for file in found if not any(part.startswith(".") for part in file.parts))
     files = sorted(file for file in visible if file.is_file() and file != Path(root, "README.md"))
     if not files:
@@ -118,7 +118,7 @@ def _record(line: str, where: str) -> bytes:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        raise InputError(f"{where} is no JSON: write one record a line") from None
+        raise InputError(f"{where} is not JSON: write one record a line") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} has no text: a record reads {{"text": "..."}}')

@@ -54,7 +54,7 @@ class ShardFile:
             header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
         *kind, self.vocab_size, length = HEADER.unpack(header)
         if kind != [MAGIC, FORMAT, UINT16] or self.vocab_size > MOST_IDS:
-            raise IntegrityError(f"{path} is no token file of format {FORMAT}: {HINT}")
+            raise IntegrityError(f"{path} is not a token file of format {FORMAT}: {HINT}")
         if (size := path.stat().st_size) != HEADER.size + 2 * length:
             raise IntegrityError(f"{path} has {size} bytes, but should hold {length} tokens: {HINT}")
         self._path, self._length = path, int(length)

@@ -1,7 +1,7 @@
 """Fold the ids that never occur into one row of the embedding: training that is exactly equal, and cheaper.
 
 Rows of the tied embedding whose ids never occur in the training text get their gradient through the softmax alone. If
-they start equal, they receive equal gradients and stay equal. So one representative row stands for all U of them: its
+they start equal, they receive equal gradients and stay equal. So one row represents all U of them: its
 logit gets a bias of ln U, which gives it the probability of all of them together; its gradient is divided by U, which
 is the gradient of each; and its squared norm counts U times when the gradient is clipped. In exact arithmetic this is
 full-vocabulary training; the one difference from stock GPT-2 is that the unused rows start equal.

@@ -14,7 +14,7 @@ LEAST_CONTEXT = 2  # tokens that the text must have in common with the sequence
 
 
 class PromptLookup:
-    """Drafts for one sequence: how the training text goes on after the longest suffix that it has in common."""
+    """Drafts for one sequence: how the training text continues after the longest suffix that it has in common."""
 
     def __init__(self, corpus: CorpusIndex | None) -> None:
         """No `corpus`: no drafts."""

@@ -101,7 +101,9 @@ def open_version(store: Store, version: "ModelVersion") -> Path:
     hint = f"{label} cannot be used; `dvc repro -f -s register`, where its model is, registers it again"
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
-            raise IntegrityError(f"{label} has no hash as its tag {tag}, so that no `register` made it: use another")
+            raise IntegrityError(
+                f"{label} has no hash as its tag {tag}, it was not made by `register`: use another version"
+            )
     with naming_failure(store, label):
         whole = fetch_version(store, version, "")
         folder = whole / "artifacts"

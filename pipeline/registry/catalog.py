@@ -106,7 +106,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
     """
     label = label_of(version)
     if not version.run_id:
-        raise ModelMissing(f"{label} has no run behind it, so that no `register` made it: use another version")
+        raise ModelMissing(f"{label} has no run behind it, it was not made by `register`: use another version")
     for tag, kind in TAG_KINDS.items():
         try:
             kind(version.tags[tag] if tag in version.tags or kind is not int else 0)
@@ -163,7 +163,7 @@ def registered_model(store: Store, name: str) -> "RegisteredModel":
 
 
 def printable(text: str, also: str = "") -> str:
-    """The text without what a terminal would obey, whoever wrote it; `also` names characters that stay."""
+    """The text without control characters, which a terminal would obey; `also` names characters that stay."""
     return "".join(char if char.isprintable() or char in also else "�" for char in text)
 
 

@@ -116,7 +116,7 @@ def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], fl
     version = store.client.get_model_version(name, number)
     tags = version.tags
     if missing := {"train_tokens", "data_sha256", "corpus_loss"} - tags.keys():
-        raise IntegrityError(f"champion {number} has no tag {min(missing)}, so that no `register` made it")
+        raise IntegrityError(f"champion {number} has no tag {min(missing)}, it was not made by `register`")
 
     def candidate_loss() -> float:
         tokens = fetch_version(store, version, "artifacts/tokens")

@@ -45,7 +45,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
             raise
         print(f"error: {sys.executable} has no {error.name}: activate .venv, which `make repro` makes", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read, such as head, has enough
+    except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's code for SIGPIPE
     except OSError as error:

@@ -19,7 +19,7 @@ from pipeline.system.files import locked
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BUSY_S = 2.0  # how long to wait for whoever is writing to a database
+BUSY_S = 2.0  # how long to wait for another writer of a database
 EXPERIMENT = "gpt2-to-target"  # of our own: `mlflow ui` may give the default one a place that clients cannot write to
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"

@@ -23,14 +23,14 @@ from pipeline.tracking.mlflow_store import first_line, require_usable
 from pipeline.tracking.mlflow_tracker import MlflowTracker
 
 LAST_CALL_S = 60.0  # how long the end of training waits for the trackers
-INTERRUPTED_S = 1.0  # and how long after a signal, when whoever sent it waits
+INTERRUPTED_S = 1.0  # and how long after a signal, when its sender waits
 RECORDER_LOCK = "recorder.lock"  # file in the run's folder; held while the run's records are being sent
 OWNER_PID = "recorder.pid"  # likewise; the process that has to send them, the last one started; gone once FINISHED
 KILLED = {"status": "KILLED", "ended": "killed"}
 
 
 class Tracker(Protocol):
-    """Where records go; made in the recorder's process, anew for each start of a run.
+    """Where records go; created in the recorder's process at each start of a run.
 
     A call that raises one of `errors()` is repeated at the next tick, so that a record may arrive twice, but in order.
     After another start all records of the run arrive again.

@@ -13,7 +13,7 @@ def read_run(models: Path) -> dict[str, Any]:
     """The record of the run behind `models`/model. Raises InputError where it is missing, IntegrityError if unfit."""
     run = read_json(path := models / "run.json")
     if not isinstance(run, dict) or not run.keys() >= RUN_KEYS:
-        raise IntegrityError(f"{path} is no record of a run: `dvc repro` puts the right one there")
+        raise IntegrityError(f"{path} is not the record of a run: `dvc repro` restores it")
     return run
 
 

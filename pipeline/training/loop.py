@@ -1,7 +1,7 @@
 """The training loop: a generator that takes optimiser steps and yields a record after each.
 
 It knows nothing of files, MLflow or Optuna. Evaluation, journal, samples, checkpoints, pruning and stopping at the
-target happen between two records, in whoever iterates; only training is on the loop's clock.
+target happen between two records, in the caller; only training is on the loop's clock.
 """
 
 import math

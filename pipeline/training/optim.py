@@ -68,7 +68,7 @@ def _adamw_over(parameters: "list[Tensor]", config: OptimConfig) -> "Optimizer":
 
 
 def build_optimizers(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
-    """The optimisers that `optim.name` stands for; each group carries its `peak_lr`."""
+    """The optimisers of `optim.name`; each group carries its `peak_lr`."""
     optimizers = OPTIMIZERS[config.name].build(model, config, precision)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -293,7 +293,7 @@ def test_figures_that_were_edited_or_are_missing_make_no_champion(  # C6
         (edited(RUN, fingerprint="another"), "is not about the run another"),
         (edited(RUN, results_to_target=None), r"run\.json is not the record of a run"),
         (edited(RUN, results={}), r"run\.json is not the record of a run"),
-        (lambda project: (project / RUN).write_text("[]"), r"run\.json is no record of a run"),
+        (lambda project: (project / RUN).write_text("[]"), r"run\.json is not the record of a run"),
         (
             lambda project: shutil.copytree(
                 trained_project(project / "other", salt=7) / "data", project / "data", dirs_exist_ok=True
@@ -318,7 +318,7 @@ def test_beside_a_champion_that_was_forged_the_gate_stays_shut_and_says_why(stor
     store.client.create_model_version(config.model, str(tmp_path), tags={"corpus_loss": "0.0"})
     store.client.set_registered_model_alias(config.model, "champion", "1")
     done = register_it(trained_project(tmp_path / "project"))
-    assert done["reason"].endswith("champion 1 has no tag data_sha256, so that no `register` made it")
+    assert done["reason"].endswith("champion 1 has no tag data_sha256, it was not made by `register`")
     assert aliases(store, config) == {"champion": "1", "candidate": "2"}
 
 

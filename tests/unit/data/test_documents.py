@@ -148,7 +148,7 @@ REFUSED = {
     "missing": ("texts/none.txt", None, r"texts/none.txt cannot be read \(No such file or directory\)"),
     "empty folder": ("texts/empty", ("empty/.keep", ""), "texts/empty is a folder without texts"),
     "no match": ("texts/*.gz", None, "texts/\\*.gz matches no file"),
-    "bad glob": ("texts/**x", None, "texts/\\*\\*x is no glob"),
+    "bad glob": ("texts/**x", None, "texts/\\*\\*x is not a glob"),
     "no text at all": ("texts/mix", ("mix/b.jsonl", records("")), "texts/mix holds no text"),
     "mixed encodings": ("texts/mix", ("mix/b.txt", "aé".encode("latin-1")), "texts/mix/b.txt is not UTF-8 at byte 1"),
     "encoding of JSONL": ("texts/mix", ("mix/b.jsonl", LINES.encode() + b'\xff'), "b.jsonl is not UTF-8 at byte 16"),

@@ -130,13 +130,13 @@ def with_header(shard: bytes, **changes: int | bytes) -> bytes:
 WRONG_FILES = {
     "odd length": (lambda shard: shard + b"\0", "has 65 bytes, but should hold 20 tokens"),
     "truncated": (lambda shard: shard[:-2], "has 62 bytes, but should hold 20 tokens"),
-    "truncated in the header": (lambda shard: shard[:10], "is no token file"),
-    "empty": (lambda shard: b"", "is no token file"),
+    "truncated in the header": (lambda shard: shard[:10], "is not a token file"),
+    "empty": (lambda shard: b"", "is not a token file"),
     "longer than it says": (lambda shard: with_header(shard, length=19), "should hold 19 tokens"),
-    "other magic": (lambda shard: with_header(shard, magic=b"SOMETEXT"), "is no token file"),
-    "other format": (lambda shard: with_header(shard, version=2), "is no token file of format 1"),
-    "other dtype": (lambda shard: with_header(shard, dtype=32), "is no token file"),
-    "a vocabulary that fills the memory": (lambda shard: with_header(shard, vocab_size=2**32 - 1), "is no token file"),
+    "other magic": (lambda shard: with_header(shard, magic=b"SOMETEXT"), "is not a token file"),
+    "other format": (lambda shard: with_header(shard, version=2), "is not a token file of format 1"),
+    "other dtype": (lambda shard: with_header(shard, dtype=32), "is not a token file"),
+    "a vocabulary that fills the memory": (lambda shard: with_header(shard, vocab_size=2**32 - 1), "is not a token file"),
     "a length that fills the memory": (lambda shard: with_header(shard, length=2**64 - 1), "has 64 bytes"),
 }
 

@@ -23,7 +23,7 @@ def test_what_was_written_is_read(tmp_path):
 @pytest.mark.parametrize("value", [[], {}, "run", None, dict.fromkeys(RUN_KEYS - {"params"}, "x")])
 def test_a_file_that_is_no_record_is_refused_in_a_line(tmp_path, value):
     write(tmp_path, "run.json", value)
-    with pytest.raises(IntegrityError, match=r"run\.json is no record of a run: `dvc repro`"):
+    with pytest.raises(IntegrityError, match=r"run\.json is not the record of a run: `dvc repro`"):
         read_run(tmp_path)
 
 
