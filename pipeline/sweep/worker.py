@@ -158,7 +158,7 @@ class TrialReporter:
 
     def _is_reached(self) -> bool:
         target = self.run.config.target
-        return RULES[target.rule].is_met(self.run.records[-target.average_steps :], target)
+        return RULES[target.rule].is_met(self.run.records, target)
 
     def _note(self, record: StepRecord) -> bool:
         """Add up what was spent; report it if that is due, and return whether it was."""

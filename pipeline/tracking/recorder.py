@@ -89,10 +89,13 @@ class Recorder:
             wait_s = INTERRUPTED_S if isinstance(error, Interrupted | PeerLost) else LAST_CALL_S
             self._process.communicate(json.dumps(ending(error)), timeout=wait_s)
         except subprocess.TimeoutExpired:
-            print("MLflow gets the rest of the run in the background", file=sys.stderr)
+            print("the rest of the run is sent in the background", file=sys.stderr)
         else:
             if self._process.returncode:
-                print("warning: MLflow lacks a part of the run: `dvc repro -f -s register` sends it", file=sys.stderr)
+                print(
+                    "warning: MLflow lacks a part of the run: `dvc repro -f -s register` sends it",
+                    file=sys.stderr,
+                )
 
 
 def ending(error: BaseException | None) -> dict[str, str]:

@@ -55,8 +55,9 @@ class RunConfig:
             faults.append(
                 f"windows.seq_len {self.windows.seq_len} is longer than model.block_size {self.model.block_size}"
             )
-        if self.train.shard and not getattr(OPTIMIZERS.get(self.optim.name), "shards", True):
-            faults.append(f"train.shard needs optim.name adamw: {self.optim.name} needs whole matrices")
+        sharding = [name for name, optimiser in OPTIMIZERS.items() if optimiser.shards]
+        if self.train.shard and self.optim.name in OPTIMIZERS and self.optim.name not in sharding:
+            faults.append(f"train.shard: {self.optim.name} does not work on shards, choose {', '.join(sharding)}")
         if self.train.shard and self.train.compile is True:
             faults.append("train.shard and train.compile exclude each other: set train.compile to auto")
         if batch % processes:

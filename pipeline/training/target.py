@@ -1,7 +1,7 @@
 """The target rules, and from a run's records: whether it is finished, when to evaluate it, which model is kept."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -14,7 +14,7 @@ Records = Sequence[StepRecord]  # of a run, up to some step
 class Rule(NamedTuple):
     """An entry of RULES."""
 
-    is_met: Callable[[Records, TargetConfig], bool]  # by the step of the last record
+    is_met: Callable[[Records, TargetConfig], bool]  # by the last of all records so far
     description: str  # for cards and the page
     needs_held_out: bool = False  # such a rule also keeps the model of the lowest validation loss
 
@@ -60,10 +60,28 @@ def is_finished(records: Records, max_steps: int, config: TargetConfig) -> bool:
 
 def first_met(records: Records, config: TargetConfig) -> dict[str, int | None]:
     """The first step at which each rule was met, None where it was not."""
-    ends = [(records[max(0, i - config.average_steps) : i], records[i - 1].step) for i in range(1, len(records) + 1)]
+    parts = [_UpTo(records, n) for n in range(1, len(records) + 1)]
     return {
-        name: next((step for last, step in ends if rule.is_met(last, config)), None) for name, rule in RULES.items()
+        name: next((part[-1].step for part in parts if rule.is_met(part, config)), None) for name, rule in RULES.items()
     }
+
+
+class _UpTo(Sequence[StepRecord]):
+    """The first `n` records, without copying them."""
+
+    def __init__(self, records: Records, n: int) -> None:
+        self.records, self.n = records, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    @overload
+    def __getitem__(self, index: int) -> StepRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StepRecord]: ...
+    def __getitem__(self, index: int | slice) -> StepRecord | list[StepRecord]:
+        found = range(self.n)[index]
+        return self.records[found] if isinstance(found, int) else [self.records[i] for i in found]
 
 
 def is_out_of_patience(records: Records, config: TargetConfig) -> bool:

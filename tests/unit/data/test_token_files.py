@@ -136,7 +136,10 @@ WRONG_FILES = {
     "other magic": (lambda shard: with_header(shard, magic=b"SOMETEXT"), "is not a token file"),
     "other format": (lambda shard: with_header(shard, version=2), "is not a token file of format 1"),
     "other dtype": (lambda shard: with_header(shard, dtype=32), "is not a token file"),
-    "a vocabulary that fills the memory": (lambda shard: with_header(shard, vocab_size=2**32 - 1), "is not a token file"),
+    "a vocabulary that fills the memory": (
+        lambda shard: with_header(shard, vocab_size=2**32 - 1),
+        "is not a token file",
+    ),
     "a length that fills the memory": (lambda shard: with_header(shard, length=2**64 - 1), "has 64 bytes"),
 }
 

@@ -170,3 +170,16 @@ def test_params_are_checked_without_torch_and_pandas():
     names = "pipeline.training.config, pipeline.tracking.fingerprint, pipeline.tracking.journal"
     program = f"import sys, {names}; sys.exit(bool({{'torch', 'pandas'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_a_rule_may_use_all_records_of_a_run(monkeypatch):
+    """A rule that needs two evaluations in a row below the target, which may be any number of steps apart."""
+
+    def twice(records, config):
+        losses = [record.corpus_loss for record in records if record.corpus_loss is not None]
+        return len(losses) > 1 and max(losses[-2:]) < config.loss
+
+    monkeypatch.setitem(RULES, "twice", Rule(twice, "two evaluations below the target"))
+    history = records([1.0] * 20)
+    history[4].corpus_loss, history[15].corpus_loss = 0.09, 0.08
+    assert first_met(history, TARGET.updated(average_steps=2))["twice"] == 16
