@@ -11,12 +11,11 @@ from ipaddress import ip_address
 from itertools import chain
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = "*"
@@ -40,32 +39,45 @@ HEADERS = {
 }
 
 
-class RequestFilter(BaseHTTPMiddleware):
+class RequestFilter:
     """ASGI middleware. `names`: hosts of this app, ANY for all; `any_address`: every IP address is one too.
 
     Nobody can rebind an address. Starlette's TrustedHostMiddleware knows neither this nor Origin.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str], any_address: bool) -> None:
-        super().__init__(app)
-        self._names, self._any_address = {*map(hostname, names)} - {""}, any_address
+        self._app, self._names, self._any_address = app, {*map(hostname, names)} - {""}, any_address
 
-    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close"})
+        request, bodies = Request(scope, receive), []
         try:
             self._check_names(request.headers)
-            if not (POSTED if request.method == "POST" else READ).fullmatch(request.scope["path"]):
+            if not (POSTED if request.method == "POST" else READ).fullmatch(scope["path"]):
                 raise HTTPException(404, "not found")
             if request.method == "POST":
                 if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                     raise HTTPException(415, "send application/json")  # a foreign page cannot without asking first
-                check_body(await request.body())
+                bodies.append(await request.body())
+                check_body(bodies[0])
         except ClientDisconnect:
-            return Response()  # which nobody reads
+            return None
         except HTTPException as refusal:
-            return JSONResponse({"detail": refusal.detail}, refusal.status_code)
-        response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
+            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
+            return await answer(scope, receive, send)
+
+        async def receive_again() -> Message:
+            return {"type": "http.request", "body": bodies.pop()} if bodies else await receive()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        return await self._app(scope, receive_again, send_with_headers)
 
     def _check_names(self, headers: Headers) -> None:
         """Raises HTTPException where Host, the Host that a proxy was asked for, or Origin is not this app."""
