@@ -132,7 +132,7 @@ def test_who_comes_while_a_repro_trains_is_told_who_holds_what(project, app):  #
         assert f"(PID {repro.pid})" in ends(start(project, "dvc", "repro"), 255)
         said = ends(start(project, *PYTHON, "pipeline", "sweep"), 2)
         assert f"(PID {repro.pid})" in said
-        assert said.splitlines()[-1] == "error: sweep: `dvc repro tokenize` failed, as told above: mend that first"
+        assert said.splitlines()[-1] == "error: sweep: `dvc repro tokenize` failed, as shown above: fix that first"
         for command in (("stages.train",), ("pipeline", "clean")):
             said = ends(start(project, *PYTHON, *command), 6)
             assert f"is held by process {process.pid}: wait for it or stop it" in said.splitlines()[-1]
