@@ -3,7 +3,7 @@
     python -m benchmarks.load [--users 50] [--seconds 120] [--project FOLDER] [--json FILE]
 
 Starts `app.py` of this checkout on a port of its own, for the champion of the project in FOLDER. Every user asks
-`/generate` to go on with a prompt, reads the stream to its end, thinks for some seconds, and asks again. Prompts, seeds
+`/generate` to continue a prompt, reads the stream to its end, thinks for some seconds, and asks again. Prompts, seeds
 and pauses are drawn from one seed. A pause lasts from one reply to the next request; who is told that the queue is full
 pauses as well. Before that, each question is asked once alone: under load its reply must have the same text, to the
 letter. The time to the first token ends with the first answer of the stream that has text, and holds the time in the

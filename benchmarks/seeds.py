@@ -5,7 +5,7 @@
 Each recipe has a workspace, `checkpoints/seeds/RECIPE/`, with its params.yaml and its tokens. The first steps are taken
 without a checkpoint and noted in benchmarks/results/seeds.json one by one: what is there is not taken again, and what a
 kill cut short is taken again from its start. `--whole` trains to the recipe's stop rule with the first of `--seeds`; it
-goes on from its last checkpoint. Steps are counted from 1, the published ones from 0. `--draw` makes table and picture
+resumes from its last checkpoint. Steps are counted from 1, the published ones from 0. `--draw` makes table and picture
 of the file alone, as every call does at its end.
 """
 
@@ -91,7 +91,7 @@ def first_steps(recipe: str, seed: int, n: int) -> None:
 
 
 def whole_run(recipe: str, seed: int) -> None:
-    """Train until the recipe's own rule stops it, and note what it came to."""
+    """Train until the recipe's own rule stops it, and record its results."""
     config, machine, text = prepare(recipe, seed)
     folder = workspace(recipe)
     models, timing = folder / "models", folder / "reports" / "timing.json"

@@ -81,7 +81,7 @@ def compared(name: str, first_steps: dict[str, Any]) -> pd.DataFrame:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Print ours beside the published losses, and what whole runs came to."""
+    """Print ours beside the published losses, and the results of whole runs."""
     for name in sorted(results):
         kinds = results[name]
         if "first_steps" in kinds and (HERE / f"{name}.csv").is_file():

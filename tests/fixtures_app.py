@@ -136,7 +136,7 @@ def _source(version: Path) -> Stub:
 
 @pytest.fixture(autouse=True)
 def _at_full_speed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test slowed down or broke is mended after it."""
+    """Whatever a test slowed down or broke is reset after it."""
     yield
     if "source" in request.fixturenames:
         stub = request.getfixturevalue("source")

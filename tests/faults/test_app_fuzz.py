@@ -20,7 +20,7 @@ NAMES = ["prompt", "max_tokens", "temperature", "top_k", "top_p", "repetition_pe
 VALUES = [PROMPT, 3, 0, 0, 1.0, 1.0, 1, 0]
 SECRET = "root:"  # what every line of /etc/passwd that would be worth reading has
 
-# what stands in a body
+# what is in a body
 
 plain = st.sampled_from(
     [None, True, False, -1, 0, 1, 2, 3, 0.5, 3.7, 10**30, 1e308, float("nan"), float("inf"), "", "1", "9" * 30, "All:",

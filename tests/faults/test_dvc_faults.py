@@ -20,6 +20,7 @@ from pipeline.system import files, signals
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.files import UNFINISHED, sha256_file
 from pipeline.training import train as tracked
+from tests.trainings import Untracked
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parents[2]
@@ -34,19 +35,6 @@ def environment(**extra):
 
 
 # A stage that dies midway (B7)
-
-
-class Untracked:
-    """Stands for the recorder; MLflow's part has tests of its own."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
 
 def outputs(name):
@@ -119,7 +107,7 @@ def die_everywhere(name, stride):
     assert code_of_child(None) == 0
     clean, deaths = outputs(name), 0
     assert clean
-    shutil.rmtree("checkpoints", ignore_errors=True)  # so that training, too, begins anew
+    shutil.rmtree("checkpoints", ignore_errors=True)  # so that training, too, starts from step 0
     while True:
         remove_outputs(name)
         code = code_of_child(1 + stride * deaths)

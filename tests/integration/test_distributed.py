@@ -105,7 +105,7 @@ def fail():
 
 
 def restored_equals(world, options):
-    """Whether a state that is restored after four steps goes on with the same bits."""
+    """Whether a state that is restored after four steps continues with the same bits."""
     straight = Loop(world, **options).numbers()
     interrupted, resumed = Loop(world, **options), Loop(world, **options)
     list(islice(interrupted, 4))

@@ -147,7 +147,7 @@ def test_a_run_that_a_signal_or_an_error_ends_says_so_and_has_all_its_rows(  # C
             raise error
 
     with pytest.raises(type(error)):
-        train()  # after a signal it waits a second at most, and the recorder goes on by itself
+        train()  # after a signal it waits a second at most, and the recorder continues by itself
     assert wait_until((journal.folder / RUN_ID).is_file, PATIENCE_S)
     assert wait_until(lambda: store.client.get_run(noted_id(journal)).info.status == status, PATIENCE_S)
     assert store.client.get_run(noted_id(journal)).data.tags["ended"] == ended
@@ -287,8 +287,8 @@ def tracking_server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> I
         server.wait(30)
 
 
-def ships_once_it_can(store, journal, identity, capfd, root: Path, fail, mend) -> None:
-    """Train while the store fails and is mended: training continues, one warning, and all rows arrive, once each."""
+def ships_once_it_can(store, journal, identity, capfd, root: Path, fail, repair) -> None:
+    """Train while the store fails and is repaired: training continues, one warning, and all rows arrive, once each."""
     fingerprint = identity["fingerprint"]
 
     def shipped_steps() -> int:
@@ -301,7 +301,7 @@ def ships_once_it_can(store, journal, identity, capfd, root: Path, fail, mend) -
         fail()
         append_steps(journal, 50, 400)
         assert wait_until(lambda: has_warned(told, capfd), PATIENCE_S)
-        mend()
+        repair()
         append_steps(journal, 400, 410)
         assert wait_until(lambda: shipped_steps() == 410, PATIENCE_S)
     (line,) = [line for line in told if line.startswith("warning")]

@@ -21,22 +21,10 @@ from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
 from pipeline.training import train
 from stages import download, evaluate, tokenize
+from tests.trainings import Untracked
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind.\n" * 20
-
-
-class Untracked:
-    """Stands for the recorder, which `register` makes up for."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
 
 def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):

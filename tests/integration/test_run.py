@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe
@@ -36,25 +35,13 @@ from pipeline.training.loop import TrainState
 from pipeline.training.optim import OPTIMIZERS, Optimiser
 from pipeline.training.target import RULES, Rule
 from pipeline.training.train import run_tracked
+from tests.trainings import Untracked, change
 from tests.unit.training.test_checkpoint import at_nth_call
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parents[2]
 STEPS = 24  # of 256 tokens; the target is out of reach, so that every run takes them all
-
-
-class Untracked:
-    """Stands for the recorder where MLflow is beside the point."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +57,6 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
-
-
-def change(folder, **values):
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    for key, value in values.items():
-        section, name = key.split(".")
-        params[section][name] = value
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 @pytest.fixture

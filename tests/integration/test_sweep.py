@@ -12,7 +12,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import yaml
 from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
@@ -26,6 +25,7 @@ from pipeline.sweep.study import find_study
 from pipeline.sweep.worker import WORKER
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.training.config import RunConfig
+from tests.trainings import change
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
@@ -59,14 +59,6 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
-
-
-def change(folder, **values):
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    for key, value in values.items():
-        section, name = key.split(".")
-        params[section][name] = value
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Generation: the same as reading all anew for each token, with a KV cache, drafts and batches."""
+"""Generation: the same as reading everything again for each token, with a KV cache, drafts and batches."""
 
 import numpy as np
 import pytest

@@ -183,7 +183,11 @@ def test_a_disk_needs_room_for_four_checkpoints(checkpoints):  # A7
 
 def test_what_the_run_holds_already_needs_no_room_again(checkpoints):  # A7
     held = 0
-    for name in ("step-00000007", "step-00000014", ".unfinished-step-00000021"):  # the last one goes when it goes on
+    for name in (
+        "step-00000007",
+        "step-00000014",
+        ".unfinished-step-00000021",
+    ):  # the last is removed at the resume
         (checkpoints.path / name).mkdir(parents=True)
         with (checkpoints.path / name / "weights.safetensors").open("wb") as file:
             held += file.truncate(checkpoints.checkpoint - 5)
