@@ -12,7 +12,7 @@ try:
 except (httpx.HTTPError, ValueError):
     sys.exit(f"error: nothing answers at {address}: start the app with `make app`, or name another address")
 
-# /generate streams: each answer has the whole text so far, and `finished` is true in the last one
+# /generate streams: each answer holds the whole text generated so far; `finished` is true in the last one
 job = client.submit("First Citizen:\n", max_tokens=60, temperature=0.8, samples=2, seed=1, api_name="/generate")
 for answer in job:
     print(f"\r{sum(len(sample['text']) for sample in answer['samples'])} characters", end="")
@@ -22,7 +22,7 @@ for sample in answer["samples"]:
     for passage in sample["passages"]:
         print(f"  token {passage['place']:,} of the training text: {passage['text']!r}")
 
-# /next_token: the likely next tokens, and how often the training text has each
+# /next_token: the most likely next tokens, and how often each occurs in the training text after this context
 answer = client.predict("First Citizen:\nBefore we proceed any", most=3, api_name="/next_token")
 for token in answer["tokens"]:
     print(f"{token['probability']:7.2%}  {token['text']!r}, {token['times_in_text']} times in the text")
