@@ -1,13 +1,14 @@
-"""How fast text is written: this engine against Hugging Face's `generate`, in turn, on this machine.
+"""Compare the speed of text generation: this project and Hugging Face's `generate`, in turn, on this machine.
 
     python -m benchmarks.generation [--rounds 5] [--tokens 200] [--json FILE]
 
-Every contestant continues the same prompts greedily with a GPT-2 of 124M parameters and random weights; ours holds the
-embedding of as many ids as Tiny Shakespeare has. Told are medians: the time to the first token, and tokens/s from the
-prompt to the last one, all sequences together. `guessing` is the best case of a model that knows its text by heart:
-its corpus is what it is about to write, so that every guess comes true. Where there is a trained model, `models/model`,
-it then recites its own text from fifty places, with and without guesses, and is asked how often its first guess is the
-same in bf16 and in fp32.
+Every contestant continues the same prompts greedily with a GPT-2 of 124M parameters and random weights. Ours has
+embedding rows for as many ids as Tiny Shakespeare has. Reported are medians: the time to the first token, and tokens/s
+from the prompt to the last token, summed over all sequences. `prompt lookup` is the best case of prompt-lookup
+decoding: its corpus is the text that the model is about to generate, so every draft token is accepted.
+
+If there is a trained model in `models/model`, it then recites its own text from fifty places, with and without prompt
+lookup. Also measured is how often the most likely token is the same in bf16 and in fp32.
 """
 
 import argparse
@@ -34,25 +35,25 @@ from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.system.device import Machine, prepare_machine
 
-PROMPTS = [f"{n} ships came home from the sea" for n in range(10, 26)]  # of equal length, as Hugging Face needs them
+PROMPTS = [f"{n} ships came home from the sea" for n in range(10, 26)]  # of equal length, for Hugging Face
 PLACES = 50
-Write = Callable[[list[str], int], None]  # continue these prompts by so many tokens
+Write = Callable[[list[str], int], None]  # continues each prompt by that number of tokens
 
 
 class Contestant(NamedTuple):
     name: str
     write: Write
-    share: float = 1.0  # of the tokens asked for that it writes, where all would take minutes
+    share: float = 1.0  # share of the requested tokens that it generates, if all would take minutes
 
 
-def ours(model: GPT, tokenizer: Tokenizer, precision: str, guessing: bool = False) -> Write:
+def ours(model: GPT, tokenizer: Tokenizer, precision: str, prompt_lookup: bool = False) -> Write:
     generator = Generator(model, tokenizer, precision=precision)
 
     def write(prompts: list[str], n: int) -> None:
         for _ in generator.stream(prompts, Sampling(max_tokens=n, temperature=0)):
             pass
 
-    if guessing:
+    if prompt_lookup:
         pieces = list(generator.stream(PROMPTS, Sampling(max_tokens=1000, temperature=0)))
         text = [i for number in range(len(PROMPTS)) for piece in pieces if piece.sequence == number for i in piece.ids]
         generator.corpus = CorpusIndex(text)
@@ -65,7 +66,7 @@ def hugging_face(tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device,
     logging.set_verbosity_error()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval().to(device, dtype)
-    model.generation_config.eos_token_id = None  # so that none ends early
+    model.generation_config.eos_token_id = None  # so that no sequence ends early
     model.generation_config.pad_token_id = 0
 
     def write(prompts: list[str], n: int) -> None:
@@ -79,8 +80,8 @@ def hugging_face(tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=200, help="how many each sequence is continued by")
-    parser.add_argument("--json", type=Path, help="where to write the figures as well")
+    parser.add_argument("--tokens", type=int, default=200, help="number of tokens to generate for each sequence")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     machine, tokenizer = prepare_machine(load_params().section(TrainConfig)), load_tokenizer(Path("data/tokenizer"))
     report: dict[str, Any] = {"machine": machine_name(), "torch": torch.__version__, "tokens": arguments.tokens}
@@ -91,7 +92,9 @@ def main() -> None:
     half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[machine.precision]
     contestants = [
         Contestant(f"ours, {machine.precision}", ours(model, tokenizer, machine.precision)),
-        Contestant(f"ours, {machine.precision}, guessing", ours(model, tokenizer, machine.precision, guessing=True)),
+        Contestant(
+            f"ours, {machine.precision}, prompt lookup", ours(model, tokenizer, machine.precision, prompt_lookup=True)
+        ),
         Contestant("ours, fp32", ours(model, tokenizer, "fp32")),
         Contestant(f"Hugging Face, {machine.precision}", hugging_face(tokenizer, half, machine.device, True)),
         Contestant("Hugging Face, fp32", hugging_face(tokenizer, torch.float32, machine.device, True)),
@@ -105,7 +108,7 @@ def main() -> None:
 
 
 def compare(contestants: list[Contestant], rounds: int, n_tokens: int) -> dict[str, Any]:
-    """Let all contestants write in turn, one sequence and sixteen; print their table and return its figures."""
+    """Measure all contestants in turn, with one sequence and with sixteen; print a table and return its figures."""
     cases = [(contestant, n) for contestant in contestants for n in (1, len(PROMPTS))]
     first_s: list[list[float]] = [[] for _ in cases]
     speed: list[list[float]] = [[] for _ in cases]
@@ -132,7 +135,7 @@ def compare(contestants: list[Contestant], rounds: int, n_tokens: int) -> dict[s
 
 
 def recite(tokenizer: Tokenizer, machine: Machine) -> dict[str, Any]:
-    """What guessing is worth to the trained model where it recites, and how often bf16 and fp32 guess the same."""
+    """Measure the trained model while it recites, with and without prompt lookup, and how often bf16 and fp32 agree."""
     text = TokenFolder(Path("data/tokens")).train
     ids = text.read(0, len(text)).astype(np.int64)
     model = load_model(Path("models/model"), text.counts()).to(machine.device)
@@ -142,7 +145,7 @@ def recite(tokenizer: Tokenizer, machine: Machine) -> dict[str, Any]:
     greedy = Sampling(max_tokens=length, temperature=0)
     figures: dict[str, Any] = {"n_params": model.config.n_params, "n_tokens": length * len(prompts)}
     print(f"\nthe trained model, {model.config.n_params:,} parameters, {length} tokens from {len(prompts)} places")
-    for name, corpus in (("plain", None), ("guessing", CorpusIndex(ids))):
+    for name, corpus in (("plain", None), ("prompt lookup", CorpusIndex(ids))):
         generator = Generator(model, tokenizer, corpus, machine.precision)
         generator.text(prompts[0], greedy)
         pieces: list[Piece] = []
@@ -151,22 +154,23 @@ def recite(tokenizer: Tokenizer, machine: Machine) -> dict[str, Any]:
         ))  # fmt: skip
         written = sum(len(piece.ids) for piece in pieces)
         figures[name] = {"tokens_per_s": round(written / seconds), "tokens_per_step": round(written / len(pieces), 2)}
-        print(f"{name:10} {written / seconds:8,.0f} tokens/s, {written / len(pieces):.2f} tokens a step")
+        print(f"{name:13} {written / seconds:8,.0f} tokens/s, {written / len(pieces):.2f} tokens a step")
     inputs = model.vocabulary.fold(torch.from_numpy(ids[: len(ids) // (2 * length) * 2 * length])).view(-1, 2 * length)
-    guesses = [first_guesses(Generator(model, tokenizer, precision=p), inputs) for p in (machine.precision, "fp32")]
-    figures["greedy_agreement"] = round(float((guesses[0] == guesses[1]).float().mean()), 5)
-    print(
-        f"first guess the same in {machine.precision} and fp32: {figures['greedy_agreement']:.2%} of {inputs.numel():,}"
-    )
+    ranked = [most_likely(Generator(model, tokenizer, precision=p), inputs) for p in (machine.precision, "fp32")]
+    figures["greedy_agreement"] = round(float((ranked[0] == ranked[1]).float().mean()), 5)
+    agreement = f"{figures['greedy_agreement']:.2%} of {inputs.numel():,}"
+    print(f"same most likely token in {machine.precision} and fp32: {agreement}")
     return figures
 
 
-def first_guesses(generator: Generator, rows: torch.Tensor) -> torch.Tensor:
-    """The likeliest row after each of the windows `rows`, (N, T)."""
+def most_likely(generator: Generator, windows: torch.Tensor) -> torch.Tensor:
+    """The most likely next compact id at each position of the `windows`, (N, T)."""
     decoder = generator.decoder
-    passes = (decoder.prefill(batch.to(decoder.wte.device), decoder.new_cache(len(batch)), list(range(len(batch))))
-              for batch in rows.split(16))  # fmt: skip
-    return torch.cat([decoder.logits(hidden).argmax(dim=2).cpu() for hidden in passes])
+    hidden_states = (
+        decoder.prefill(batch.to(decoder.wte.device), decoder.new_cache(len(batch)), list(range(len(batch))))
+        for batch in windows.split(16)
+    )
+    return torch.cat([decoder.logits(hidden).argmax(dim=2).cpu() for hidden in hidden_states])
 
 
 def timed(call: Callable[..., None], *arguments: Any) -> float:

@@ -1,13 +1,14 @@
-"""The page's API under many users at once: what is served and refused, how long it takes, and what it leaves behind.
+"""Load test of the page's API: requests served and refused, latency, and memory under many simultaneous users.
 
     python -m benchmarks.load [--users 50] [--seconds 120] [--project FOLDER] [--json FILE]
 
-Starts `app.py` of this checkout on a port of its own, for the champion of the project in FOLDER. Every user asks
-`/generate` to continue a prompt, reads the stream to its end, thinks for some seconds, and asks again. Prompts, seeds
-and pauses are drawn from one seed. A pause lasts from one reply to the next request; who is told that the queue is full
-pauses as well. Before that, each question is asked once alone: under load its reply must have the same text, to the
-letter. The time to the first token ends with the first answer of the stream that has text, and holds the time in the
-queue. Users and server share the cores of this machine. Ends with 1 where a reply failed or differed.
+Starts `app.py` of this checkout on a free port, with the champion of the project in FOLDER. Each user sends a request
+to `/generate`, reads the stream to its end, pauses for some seconds, and repeats. A user pauses too when the queue is
+full. Prompts, seeds and pauses are sampled from one seed.
+
+Before the test each request is sent once alone. Under load its reply must have exactly the same text. The time to the
+first token ends with the first answer of the stream that has text, and includes the time in the queue. Users and server
+share the cores of this machine. The exit code is 1 if a reply failed or differed.
 """
 
 import argparse
@@ -31,14 +32,14 @@ import psutil
 from benchmarks.throughput import machine_name
 
 ROOT = Path(__file__).parent.parent
-STARTS = ("First Citizen:\n", "ROMEO:\n", "JULIET:\nO ", "KING RICHARD III:\n", "To be, or not to be", "What say you")
-QUESTIONS = 12  # different ones; each is asked alone before
-THINK_S = (1.0, 5.0)  # between a reply and the next request, drawn evenly
-PATIENCE_S = 300.0  # before a stream that says nothing counts as failed
+PROMPTS = ("First Citizen:\n", "ROMEO:\n", "JULIET:\nO ", "KING RICHARD III:\n", "To be, or not to be", "What say you")
+N_REQUESTS = 12  # different ones; each is sent alone first
+THINK_S = (1.0, 5.0)  # between a reply and the next request, uniformly distributed
+TIMEOUT_S = 300.0  # of a stream without data, which then counts as failed
 
 
-class Question(NamedTuple):
-    """The values of `/generate` in their order."""
+class Request(NamedTuple):
+    """The arguments of `/generate`, in order."""
 
     prompt: str
     max_tokens: int
@@ -51,7 +52,7 @@ class Question(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """One request; of a refused or failed one, only `outcome` and `error` count."""
+    """The outcome of a request; if it was refused or failed, only `outcome` and `error` are set."""
 
     outcome: str  # served, refused or failed
     first_s: float = 0.0
@@ -64,18 +65,16 @@ class Reply(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=120, help="for which new requests are begun")
-    parser.add_argument("--tokens", type=int, default=60, help="how many each reply has")
-    parser.add_argument("--project", type=Path, default=ROOT, help="with a champion, from `dvc repro`")
+    parser.add_argument("--seconds", type=float, default=120, help="how long new requests are sent")
+    parser.add_argument("--tokens", type=int, default=60, help="length of each reply")
+    parser.add_argument("--project", type=Path, default=ROOT, help="a project with a champion, from `dvc repro`")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "load.json")
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)  # noqa: S311 (no secret)
-    questions = [
-        Question(chance.choice(STARTS), arguments.tokens, seed=chance.randrange(10**6)) for _ in range(QUESTIONS)
-    ]
+    rng = random.Random(arguments.seed)  # noqa: S311 (no secret)
+    requests = [Request(rng.choice(PROMPTS), arguments.tokens, seed=rng.randrange(10**6)) for _ in range(N_REQUESTS)]
     with served(arguments.project) as (url, server):
-        report = asyncio.run(load(url, server, questions, arguments))
+        report = asyncio.run(load(url, server, requests, arguments))
     print_table(report)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(report["failed"] > 0 or report["differing"] > 0)
@@ -83,7 +82,7 @@ def main() -> None:
 
 @contextmanager
 def served(project: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """The app's address and process, once it answers; its output goes where ours goes."""
+    """Start the app; yield its address and process once it answers. It writes to our stdout and stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,35 +105,35 @@ def served(project: Path) -> Iterator[tuple[str, psutil.Process]]:
 
 
 async def load(
-    url: str, server: psutil.Process, questions: list[Question], arguments: argparse.Namespace
+    url: str, server: psutil.Process, requests: list[Request], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Ask alone, then all at once; the figures of it."""
+    """Send each request alone, then let all users send theirs; return the figures."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits) as http:
-        alone = [await ask(http, question) for question in questions]
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as http:
+        alone = [await ask(http, request) for request in requests]
         if failed := [reply for reply in alone if reply.outcome != "served"]:
-            sys.exit(f"error: a question asked alone: {failed[0].error}: fix that first")
+            sys.exit(f"error: a request without load failed: {failed[0].error}: fix that first")
         before, begun = server.memory_info().rss, time.perf_counter()
         end = begun + arguments.seconds
-        chances = [random.Random(f"{arguments.seed} {n}") for n in range(arguments.users)]  # noqa: S311 (no secret)
-        users = [user(http, questions, chance, end) for chance in chances]
-        told = [reply for replies in await asyncio.gather(*users) for reply in replies]
+        rngs = [random.Random(f"{arguments.seed} {n}") for n in range(arguments.users)]  # noqa: S311 (no secret)
+        users = [user(http, requests, rng, end) for rng in rngs]
+        results = [reply for replies in await asyncio.gather(*users) for reply in replies]
         took, after = time.perf_counter() - begun, server.memory_info().rss
-    replies = [reply for _, reply in told if reply.outcome == "served"]
+    replies = [reply for _, reply in results if reply.outcome == "served"]
     first, whole = ([getattr(reply, key) for reply in replies] for key in ("first_s", "whole_s"))
-    failed = [reply.error for _, reply in told if reply.outcome == "failed"]
+    failed = [reply.error for _, reply in results if reply.outcome == "failed"]
     return {
         "machine": machine_name(),
         "users": arguments.users,
         "seconds": round(took, 1),
         "tokens": arguments.tokens,
         "think_s": THINK_S,
-        "requests": len(told),
+        "requests": len(results),
         "served": len(replies),
-        "refused": sum(reply.outcome == "refused" for _, reply in told),
+        "refused": sum(reply.outcome == "refused" for _, reply in results),
         "failed": len(failed),
         "failures": failed[:5],
-        "differing": sum(reply.text != alone[n].text for n, reply in told if reply.outcome == "served"),
+        "differing": sum(reply.text != alone[n].text for n, reply in results if reply.outcome == "served"),
         "first_token_s": percentiles(first),
         "reply_s": percentiles(whole),
         "alone_first_token_s": percentiles([reply.first_s for reply in alone]),
@@ -146,23 +145,23 @@ async def load(
 
 
 async def user(
-    http: httpx.AsyncClient, questions: list[Question], chance: random.Random, end: float
+    http: httpx.AsyncClient, requests: list[Request], rng: random.Random, end: float
 ) -> list[tuple[int, Reply]]:
-    """Ask again and again until `end`: the number of each question, and what came of it."""
-    told = []
-    await asyncio.sleep(chance.uniform(0, THINK_S[1]))  # nobody opens a page in the same instant
+    """Send requests until `end`; return the number of each, and its reply."""
+    results = []
+    await asyncio.sleep(rng.uniform(0, THINK_S[1]))  # so that the users do not start at the same time
     while time.perf_counter() < end:
-        n = chance.randrange(len(questions))
-        told.append((n, await ask(http, questions[n])))
-        await asyncio.sleep(chance.uniform(*THINK_S))
-    return told
+        n = rng.randrange(len(requests))
+        results.append((n, await ask(http, requests[n])))
+        await asyncio.sleep(rng.uniform(*THINK_S))
+    return results
 
 
-async def ask(http: httpx.AsyncClient, question: Question) -> Reply:
-    """Send one question and read its stream to the end."""
+async def ask(http: httpx.AsyncClient, request: Request) -> Reply:
+    """Send one request and read its stream to the end."""
     begun = time.perf_counter()
     try:
-        joined = await http.post("call/generate", json={"data": list(question)})
+        joined = await http.post("call/generate", json={"data": list(request)})
         if joined.status_code == 503 and "Queue is full" in joined.text:
             return Reply("refused")
         event, first = joined.raise_for_status().json()["event_id"], 0.0
@@ -175,14 +174,14 @@ async def ask(http: httpx.AsyncClient, question: Question) -> Reply:
                 first = first or (time.perf_counter() - begun if text else 0.0)
                 if answer["finished"]:
                     whole = time.perf_counter() - begun
-                    return Reply("served", first, whole, question.max_tokens, text)
+                    return Reply("served", first, whole, request.max_tokens, text)
     except httpx.HTTPError as error:
         return Reply("failed", error=repr(error))
     return Reply("failed", error="the stream ended before the reply did")
 
 
 async def events(stream: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
-    """Kind and data of each event of a stream; heartbeats are left out."""
+    """Yield kind and data of each event of a stream, except heartbeats."""
     kind = ""
     async for line in stream.aiter_lines():
         if line.startswith("event: "):
@@ -192,7 +191,7 @@ async def events(stream: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """The half of them is below p50, 95 of a hundred below p95."""
+    """Median, 95th percentile and maximum; empty for fewer than two values."""
     if len(seconds) < 2:
         return {}
     cuts = statistics.quantiles(seconds, n=20, method="inclusive")

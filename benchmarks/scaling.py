@@ -1,23 +1,28 @@
-"""What more processes give: tokens/s of one, two, ... of them, and, on paper, of 8 and 64 GPUs.
+"""Measure tokens/s with one, two, ... processes, and estimate tokens/s of 8 and 64 GPUs.
 
     python -m benchmarks.scaling [--preset 15M 124M] [--rounds 3] [--json FILE]
 
-On a CPU: one process with one thread, one with two, two processes with one thread each. On GPUs: one process, two, four
-and so on, up to all there are. Replicated (DDP) and sharded (FSDP2), with the same global batch and AdamW, in turn. A
-job's figure is the median of its steps, and what is told the median of the jobs'.
+On a CPU: one process with one thread, one with two threads, two processes with one thread each. On GPUs: one process,
+two, four and so on, up to all GPUs. Replicated (DDP) and sharded (FSDP2), with the same global batch and AdamW, in
+turn. The figure of a job is the median of its steps. Reported is the median of the jobs.
 
-On paper, for a step of the same global batch on N GPUs, 8 in a machine:
+The estimate, for a step of the same global batch on N GPUs, 8 in a machine:
 
     step_s(N)     = max(compute_s / N, FLOOR_S) + exchange_s(N) - hidden
     exchange_s(N) = 2 (N - 1) / N * gradient_bytes / bandwidth + LATENCY_S * ceil(log2 N)
 
-A ring's all-reduce sends each byte of the fp32 gradients 2 (N - 1) / N times (Patarasuk and Yuan 2009). What is to be
-expected lies between `hidden` = 0 and as much of the exchange as fits into the backward pass, two thirds of the
-computation. Assumed are a bandwidth of 350 GB/s for each GPU within a machine (NVLink 4), of 45 GB/s where several
-machines take part (400 Gb/s InfiniBand for each GPU), LATENCY_S for each doubling, and FLOOR_S for launching a step's
-kernels, below which no share of the batch brings it. compute_s is measured on one GPU; where there is none, it is what
-a step takes at ASSUMED_MFU of an H200's peak, and is said to be so. The same formula, with the bandwidth of an
-all-reduce measured here, is held against the two CPU processes' step.
+A ring all-reduce sends each byte of the fp32 gradients 2 (N - 1) / N times (Patarasuk and Yuan 2009). `hidden` is the
+part of the exchange that overlaps the backward pass. It is at least 0, and at most the duration of the backward pass,
+two thirds of the computation. The estimate is the range between both. Assumptions:
+
+- bandwidth: 350 GB/s for each GPU within a machine (NVLink 4), 45 GB/s between machines (400 Gb/s InfiniBand for each
+  GPU);
+- LATENCY_S for each doubling of N;
+- FLOOR_S: the time to launch the kernels of a step, which is the shortest possible step;
+- compute_s: measured on one GPU. Without a GPU it is the time of a step at ASSUMED_MFU of an H200's peak, and the
+  output says so.
+
+On a CPU the same formula, with the measured bandwidth of an all-reduce, is compared with the step of two processes.
 """
 
 import argparse
@@ -45,10 +50,10 @@ from pipeline.system.distributed import joined, launch, world_here
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.results import PEAK_FLOPS, flops_per_token
 
-WINDOWS, LENGTH = 16, 256  # of a step, of all processes together
-STEPS = 7  # of a job; the first two are not counted
+WINDOWS, LENGTH = 16, 256  # of a step, summed over all processes
+STEPS = 7  # of a job; the first two are not measured
 FLOOR_S, LATENCY_S = 4e-3, 1e-5
-WITHIN, BETWEEN = 350e9, 45e9  # bytes a second and GPU
+WITHIN, BETWEEN = 350e9, 45e9  # bytes per second and GPU, within a machine and between machines
 ASSUMED_MFU = 0.4
 
 
@@ -56,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write the figures as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"machine": machine_name(), "torch": torch.__version__, "presets": {}}
     for preset in arguments.preset:
@@ -67,7 +72,7 @@ def main() -> None:
 
 
 def contestants() -> dict[str, dict[str, Any]]:
-    """How each job is started: processes, threads of each, and whether they shard."""
+    """The jobs by name: number of processes, threads of each, and whether they shard the model."""
     if n_gpus := torch.cuda.device_count():
         sizes = [2**i for i in range(n_gpus.bit_length())]
         jobs = {f"{n} GPU{'s' * (n > 1)}": {"processes": n, "threads": cores() // n, "shard": False} for n in sizes}
@@ -81,7 +86,7 @@ def contestants() -> dict[str, dict[str, Any]]:
 
 
 def compare(preset: str, rounds: int) -> dict[str, Any]:
-    """Run all jobs in turn; print their table and the one on paper, and return the figures of both."""
+    """Run all jobs in turn; print the measured figures and the estimate, and return both."""
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in contestants()}
     for _ in range(rounds):
         for name, job in contestants().items():
@@ -90,17 +95,17 @@ def compare(preset: str, rounds: int) -> dict[str, Any]:
         name: {key: statistics.median(result[key] for result in results) for key in results[0]}
         for name, results in measured.items()
     }
-    print(f"{'':28} {'tokens/s':>9} {'ms/step':>8} {'against':>8}")
+    print(f"{'':28} {'tokens/s':>9} {'ms/step':>8} {'speed-up':>8}")
     (first, *_) = (base for base in medians if base in ("1 GPU", "1 process, 2 threads"))
     for name, figures in medians.items():
         step_s = figures["step_s"]
-        against = medians[first]["step_s"] / step_s
-        print(f"{name:28} {WINDOWS * LENGTH / step_s:9,.0f} {step_s * 1e3:8,.0f} {against:8.2f}")
-    return {"measured": medians, "against": first, "on_paper": on_paper(preset, medians, first)}
+        speed_up = medians[first]["step_s"] / step_s
+        print(f"{name:28} {WINDOWS * LENGTH / step_s:9,.0f} {step_s * 1e3:8,.0f} {speed_up:8.2f}")
+    return {"measured": medians, "against": first, "on_paper": estimate(preset, medians, first)}
 
 
 def run(preset: str, processes: int, threads: int, shard: bool) -> dict[str, float]:
-    """What one job measured."""
+    """Run one job in child processes; return what it measured."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with tempfile.NamedTemporaryFile() as file:
         code = launch(processes, "benchmarks.scaling", ["job", preset, str(threads), str(int(shard)), file.name])
@@ -110,7 +115,7 @@ def run(preset: str, processes: int, threads: int, shard: bool) -> dict[str, flo
 
 
 def job(preset: str, threads: int, shard: bool, path: Path) -> None:
-    """Take STEPS steps together with the other processes; rank 0 writes the medians to `path`."""
+    """Train STEPS steps together with the other processes of the job; rank 0 writes the medians to `path`."""
     world = world_here()
     params = load_params()
     optim = params.section(OptimConfig).updated(name="adamw", schedule="constant", warmup=0)
@@ -137,7 +142,7 @@ def job(preset: str, threads: int, shard: bool, path: Path) -> None:
 
 
 def timed(work: Any) -> float:
-    """Seconds of `work`, from when all processes are there."""
+    """Seconds of `work`, measured from a barrier of all processes."""
     if dist.is_initialized():
         dist.barrier()
     synchronise()
@@ -147,8 +152,8 @@ def timed(work: Any) -> float:
     return time.perf_counter() - started
 
 
-def on_paper(preset: str, medians: dict[str, dict[str, float]], first: str) -> dict[str, Any]:
-    """Print and return what the formula says of 8 and 64 GPUs, and of the two processes that were measured."""
+def estimate(preset: str, medians: dict[str, dict[str, float]], first: str) -> dict[str, Any]:
+    """Print and return the estimate for 8 and 64 GPUs, and for the two processes that were measured."""
     gradient_bytes = medians[first]["gradient_bytes"]
     if torch.cuda.is_available():
         compute_s, origin = medians[first]["step_s"], "measured"
@@ -156,7 +161,7 @@ def on_paper(preset: str, medians: dict[str, dict[str, float]], first: str) -> d
         flops = flops_per_token(shape_of(preset), N_USED + 1, LENGTH) * WINDOWS * LENGTH
         compute_s, origin = flops / (ASSUMED_MFU * PEAK_FLOPS["bf16"]["H200"]), f"assumed: {ASSUMED_MFU:.0%} of an H200"
     print(
-        f"on paper, from {compute_s * 1e3:.1f} ms on one GPU ({origin}) and {gradient_bytes / 1e6:,.0f} MB of gradients"
+        f"estimate, from {compute_s * 1e3:.1f} ms on one GPU ({origin}) and {gradient_bytes / 1e6:,.0f} MB of gradients"
     )
     found: dict[str, Any] = {"compute_s": compute_s, "compute_is": origin, "gpus": {}}
     for n, bandwidth in ((8, WITHIN), (64, BETWEEN)):
@@ -180,7 +185,7 @@ def on_paper(preset: str, medians: dict[str, dict[str, float]], first: str) -> d
 def step_seconds(
     n: int, compute_s: float, gradient_bytes: float, bandwidth: float, floor_s: float = FLOOR_S
 ) -> tuple[float, float]:
-    """A step of n processes with nothing of the exchange hidden, and with as much as the backward pass can hide."""
+    """Seconds of a step of n processes: without overlap of the exchange, and with the largest possible overlap."""
     compute = max(compute_s / n, floor_s)
     exchange = 2 * (n - 1) / n * gradient_bytes / bandwidth + LATENCY_S * math.ceil(math.log2(n))
     return compute + exchange, compute + max(0.0, exchange - 2 / 3 * compute)

@@ -1,12 +1,14 @@
-"""The five published systems under their recipes: first steps with several seeds, whole runs, beside the published.
+"""Train the recipes of the five published systems, and compare the losses with the published ones.
 
     python -m benchmarks.seeds [--recipe seed-000 ...] [--steps 30] [--seeds 1 2 3] [--whole] [--draw]
 
-Each recipe has a workspace, `checkpoints/seeds/RECIPE/`, with its params.yaml and its tokens. The first steps are taken
-without a checkpoint and noted in benchmarks/results/seeds.json one by one: what is there is not taken again, and what a
-kill cut short is taken again from its start. `--whole` trains to the recipe's stop rule with the first of `--seeds`; it
-resumes from its last checkpoint. Steps are counted from 1, the published ones from 0. `--draw` makes table and picture
-of the file alone, as every call does at its end.
+Each recipe has a workspace, `checkpoints/seeds/RECIPE/`, with its params.yaml and its tokens. By default the first
+steps are trained with each seed, without checkpoints. Each step is written to benchmarks/results/seeds.json at once.
+Seeds whose steps are already there are skipped; a seed that was interrupted starts from its first step again.
+
+`--whole` trains to the recipe's stop rule with the first of `--seeds`, and resumes from its last checkpoint. Our steps
+are counted from 1, the published ones from 0. Every call ends with a table and a figure of the file; `--draw` makes
+only these.
 """
 
 import argparse
@@ -45,17 +47,17 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "seeds.json"
 PICTURE = ROOT / "docs" / "seeds.png"
 NAMES = tuple(f"seed-{i:03d}" for i in range(5))
-CURVE_POINTS = 400  # of a whole run, each the mean of its share of the steps
+CURVE_POINTS = 400  # of a whole run; each is the mean of an equal number of steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", nargs="+", default=list(NAMES), help="by name, or a variant of one by path")
+    parser.add_argument("--recipe", nargs="+", default=list(NAMES), help="names of recipes, or paths of variants")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--whole", action="store_true", help="train to the stop rule")
-    parser.add_argument("--again", action="store_true", help="take also those steps that are there")
-    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--again", action="store_true", help="also repeat steps that are in the file")
+    parser.add_argument("--draw", action="store_true", help="only make the table and the figure")
     arguments = parser.parse_args()
     for recipe in [] if arguments.draw else arguments.recipe:
         if arguments.whole:
@@ -70,28 +72,28 @@ def main() -> None:
 
 
 def steps_there(recipe: str, seed: int) -> int:
-    """How many of the first steps are noted already."""
+    """How many of the first steps are in the file already."""
     return len(known_results().get(Path(recipe).stem, {}).get("first_steps", {}).get(str(seed), {}).get("loss", []))
 
 
 def first_steps(recipe: str, seed: int, n: int) -> None:
-    """Take the first `n` steps, noting each."""
+    """Train the first `n` steps, and write each to the file."""
     config, machine, text = prepare(recipe, seed)
     state = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
     batches = steps_of(1, text.train, config.windows, seed)
-    rows: dict[str, Any] = {**where(machine), "loss": [], "grad_norm": [], "lr": [], "step_s": []}
+    values: dict[str, Any] = {**environment_of(machine), "loss": [], "grad_norm": [], "lr": [], "step_s": []}
     steps = train_steps(state, batches, config.optim.max_steps(config.windows), config.optim, machine)
     for record in islice(steps, n):
         for key in ("loss", "grad_norm", "lr", "step_s"):
-            rows[key].append(float(f"{getattr(record, key):.6g}"))
+            values[key].append(float(f"{getattr(record, key):.6g}"))
         print(f"{recipe}, seed {seed}, step {record.step}: loss {record.loss:.4f}, gradient {record.grad_norm:.3f}, "
               f"{record.step_s:.1f} s", flush=True)  # fmt: skip
-        if record.step >= steps_there(recipe, seed):  # a longer record is not lost to a shorter one
-            note(recipe, "first_steps", str(seed), rows)
+        if record.step >= steps_there(recipe, seed):  # does not replace a longer list
+            note(recipe, "first_steps", str(seed), values)
 
 
 def whole_run(recipe: str, seed: int) -> None:
-    """Train until the recipe's own rule stops it, and record its results."""
+    """Train until the recipe's own rule stops the run, and write its results to the file."""
     config, machine, text = prepare(recipe, seed)
     folder = workspace(recipe)
     models, timing = folder / "models", folder / "reports" / "timing.json"
@@ -103,31 +105,31 @@ def whole_run(recipe: str, seed: int) -> None:
         write_results(run, models, folder / "data" / "tokenizer", timing)
     steps, times = read_steps(models / STEPS), read_steps(models / TIMES)
     results, rule = read_json(models / "run.json")["results"], config.target.rule
-    looks = {
+    evaluations = {
         key: [[int(step), float(f"{loss:.5g}")] for step, loss in steps[key].dropna().items()]
         for key in ("corpus_loss", "validation_loss")
         if key in steps
     }
     note(recipe, "whole", str(seed), {
-        **where(machine), "rule": rule, "target_loss": config.target.loss, **{key: results[key] for key in (
+        **environment_of(machine), "rule": rule, "target_loss": config.target.loss, **{key: results[key] for key in (
             "steps", "tokens", "model_step", "train_tokens", "to_target")},
         "losses": {"batch": float(steps["loss"].iloc[-1]), "average": float(steps["loss"].tail(100).mean()),
-                   **{key.removesuffix("_loss"): points[-1][1] for key, points in looks.items()}},
-        "best_looks": {key: min(points, key=lambda point: point[1]) for key, points in looks.items()},
+                   **{key.removesuffix("_loss"): points[-1][1] for key, points in evaluations.items()}},
+        "best_evaluations": {key: min(points, key=lambda point: point[1]) for key, points in evaluations.items()},
         "train_s": round(float(times["train_s"].iloc[-1]), 1), "wall_s": round(float(times["wall_s"].iloc[-1]), 1),
-        "curve": thinned(steps["loss"].to_numpy()), **looks,
+        "curve": thinned(steps["loss"].to_numpy()), **evaluations,
     })  # fmt: skip
 
 
 def thinned(losses: np.ndarray) -> list[list[float]]:
-    """At most CURVE_POINTS pairs of a step and the mean loss of the steps that lead to it."""
+    """At most CURVE_POINTS pairs: a step, and the mean loss of the steps since the previous pair."""
     every = -(-len(losses) // CURVE_POINTS)
     ends = range(every, len(losses) + 1, every)
     return [[end, float(f"{losses[end - every : end].mean():.5g}")] for end in ends]
 
 
 def prepare(recipe: str, seed: int) -> tuple[RunConfig, Machine, TrainingData]:
-    """The recipe's settings with a seed, torch set up for them, and its tokens."""
+    """Set torch up for the recipe; return its settings with this seed, the machine and the tokens."""
     folder = workspace(recipe)
     params = load_params(folder / "params.yaml")
     params = Params({**params.values, "train": {**params.values["train"], "seed": seed}}, params.path)
@@ -137,11 +139,11 @@ def prepare(recipe: str, seed: int) -> tuple[RunConfig, Machine, TrainingData]:
 
 
 def workspace(recipe: str) -> Path:
-    """The recipe's folder, with params.yaml as the recipe wants it, and the data of the stages made once."""
+    """Return the recipe's folder, with its params.yaml and, from the first call on, its data."""
     folder = ROOT / "checkpoints" / "seeds" / Path(recipe).stem
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "params.yaml", folder)
-    for name in ("laptop", recipe):  # laptop takes back what params.yaml has of another one
+    for name in ("laptop", recipe):  # laptop resets what another recipe has set in params.yaml
         apply_recipe(name, folder / "params.yaml", ROOT / "recipes")
     if not (folder / "data" / "tokens").is_dir():
         for stage in ("download", "tokenize"):
@@ -150,7 +152,7 @@ def workspace(recipe: str) -> Path:
     return folder
 
 
-def where(machine: Machine) -> dict[str, Any]:
+def environment_of(machine: Machine) -> dict[str, Any]:
     return {
         "machine": machine_name(),
         "precision": machine.precision,
@@ -164,11 +166,11 @@ def known_results() -> dict[str, Any]:
     return read_json(RESULTS) if RESULTS.is_file() else {}
 
 
-def note(recipe: str, kind: str, seed: str, rows: dict[str, Any]) -> None:
-    """Put a run's figures in their place in RESULTS, atomically, whoever else does so."""
+def note(recipe: str, kind: str, seed: str, values: dict[str, Any]) -> None:
+    """Write a run's figures into RESULTS, atomically, under a lock against other processes."""
     with locked(ROOT / "checkpoints" / "seeds.lock", wait=True):
         results = known_results()
-        results.setdefault(Path(recipe).stem, {}).setdefault(kind, {})[seed] = rows
+        results.setdefault(Path(recipe).stem, {}).setdefault(kind, {})[seed] = values
         write_text(RESULTS, json.dumps(results) + "\n")
 
 

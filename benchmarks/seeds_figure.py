@@ -1,8 +1,9 @@
-"""Print and draw what benchmarks/results/seeds.json holds beside the published curves, and the present model's run.
+"""Table and figures that compare our runs with the published ones.
 
     python -m benchmarks.seeds_figure
 
-draws the run of models/ among the published curves, into docs/published.png. `benchmarks.seeds` does the rest.
+plots the run of models/ together with the published curves into docs/published.png. `benchmarks.seeds` calls the other
+functions, for benchmarks/results/seeds.json.
 """
 
 from pathlib import Path
@@ -35,7 +36,7 @@ from pipeline.system.entrypoint import run_stage
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "published"
-PUBLISHED = {  # each run's colour and, in tokens and loss, the place of its name
+PUBLISHED = {  # colour of each run, and the position of its label: tokens, loss
     "seed-000": (SKY, 1_200_000, 3.2),
     "seed-001": (ORANGE, 80_000, 0.6),
     "seed-002": (GREEN, 8_500_000, 0.07),
@@ -44,9 +45,9 @@ PUBLISHED = {  # each run's colour and, in tokens and loss, the place of its nam
 }
 PUBLISHED_NOTE = """\
 Published runs: losses of single steps as printed, 124M parameters (seed-001: 6 layers,
-384 wide), the whole of Tiny Shakespeare. seed-001's are times 4, as it printed them divided by its 4 accumulated
-batches; it passes 0.1 before it has read the text once, so on a few windows that it sees again and again. Of seed-002
-only the last steps are known."""
+384 wide), the whole of Tiny Shakespeare. seed-001 printed losses divided by its 4 accumulated batches; here they are
+multiplied by 4. It reaches 0.1 before the end of its first epoch, because it repeats a few windows. Of seed-002 only
+the last steps are known."""
 SHAPES = {
     "seed-000": "124M, 16 x 128, constant rate",
     "seed-001": "6 x 384, 8 x 128 x 4, validation",
@@ -55,21 +56,22 @@ SHAPES = {
     "seed-004": "124M, 16 x 128, one cycle",
 }
 NOTE = """\
-In colour: published, losses of single steps as printed; seed-001's are times 4, as it printed them divided by 4;
-dotted: on held-out text. Black, thin: first steps of ours, a line for each seed. Black, thick: a whole run; red,
-dotted: on held-out text. Last panel: how far each seed of ours is from the published losses, in their colours."""
+Coloured: published losses of single steps as printed (seed-001: times 4, as it printed them divided by 4); dotted:
+held-out text. Thin black: our first steps, one line for each seed. Thick black: a whole run of ours; dotted red:
+held-out text. Last panel: loss of each seed of ours minus the published loss, in the colours of the systems."""
 
 
 def published(name: str) -> pd.DataFrame:
-    """A system's points; `step` counts from 1, as ours does."""
+    """The published points of a system; `step` counts from 1, like ours."""
     points = pd.read_csv(HERE / f"{name}.csv")
     return points.assign(step=points["step"] + 1)
 
 
 def compared(name: str, first_steps: dict[str, Any]) -> pd.DataFrame:
-    """Published step by published step: its loss, ours by seed, and where it stands among ours.
+    """The published loss and ours by seed, for each published step.
 
-    `excess`: the published loss less the mean of ours; `spread`: largest less smallest of ours, unknown for one.
+    `excess`: the published loss minus the mean of ours. `spread`: the largest minus the smallest of ours; NaN for one
+    seed.
     """
     points = published(name).set_index("step")
     ours = pd.DataFrame({f"seed {seed}": pd.Series(run["loss"]) for seed, run in first_steps.items()})
@@ -81,7 +83,7 @@ def compared(name: str, first_steps: dict[str, Any]) -> pd.DataFrame:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Print ours beside the published losses, and the results of whole runs."""
+    """Print our losses beside the published ones, and the results of whole runs."""
     for name in sorted(results):
         kinds = results[name]
         if "first_steps" in kinds and (HERE / f"{name}.csv").is_file():
@@ -97,7 +99,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 @house_style()
 def published_figure(report: RunReport) -> Figure:
-    """The run's mean loss over tokens against the losses that other projects printed."""
+    """The run's mean loss over tokens, with the losses that the published projects printed."""
     run, steps = report.run, report.steps
     figure = Figure(figsize=(8, 5.2))
     axes = figure.subplots()
@@ -120,7 +122,7 @@ def published_figure(report: RunReport) -> Figure:
 
 @house_style()
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Write a panel for each system, and one with the differences over the first steps."""
+    """Plot one panel for each system, and one with the differences in the first steps."""
     figure = Figure(figsize=(8, 8.6))
     axes = figure.subplots(3, 2)
     for panel, name in zip(axes.flat, SHAPES, strict=False):
@@ -131,7 +133,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axes: Axes, name: str, results: dict[str, Any]) -> None:
-    """A system's published points, and under them ours; a whole run may be one of a variant, such as NAME-folded."""
+    """Plot a system's published points and ours; a whole run may be a variant, such as NAME-folded."""
     colour, points = PUBLISHED[name][0], published(name)
     axes.plot(points["step"], points["loss"], color=colour, lw=1, marker=".", ms=5, label="published")
     if "val_loss" in points:
@@ -153,15 +155,15 @@ def _panel(axes: Axes, name: str, results: dict[str, Any]) -> None:
 
 
 def _differences(axes: Axes, results: dict[str, Any]) -> None:
-    for name in (name for name in SHAPES if name != "seed-001"):  # which soon read a few windows only
+    for name in (name for name in SHAPES if name != "seed-001"):  # it soon repeated a few windows only
         table = compared(name, results.get(name, {}).get("first_steps", {}))
         for column in (column for column in table if column.startswith("seed ")):
-            less = (table[column] - table["published"]).dropna()
-            axes.plot(less.index, less, color=PUBLISHED[name][0], lw=0.8, marker=".", ms=5)
+            difference = (table[column] - table["published"]).dropna()
+            axes.plot(difference.index, difference, color=PUBLISHED[name][0], lw=0.8, marker=".", ms=5)
     axes.axhline(0, color=BLACK, lw=1, ls="--")
     limit = max(0.05, *(abs(np.array(axes.get_ylim()))))
     axes.set(ylim=(-limit, limit), xlabel="step", ylabel="nats per token")
-    axes.set_title("Ours less the published, but for seed-001", fontsize=9.5)
+    axes.set_title("Ours minus published, without seed-001", fontsize=9.5)
 
 
 def main() -> None:

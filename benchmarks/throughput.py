@@ -1,12 +1,14 @@
-"""How fast a training step is: this engine against Hugging Face's model and a plain loop, in turn, on this machine.
+"""Compare the speed of a training step: this project, Hugging Face's model and a plain loop, in turn, on this machine.
 
     python -m benchmarks.throughput [--preset 15M 124M] [--rounds 5] [--json FILE]
 
-Every contestant trains the same GPT-2 on the same random tokens, of as many ids as Tiny Shakespeare has, in a process
-of its own that sleeps while the others work; in a round each takes two steps, of which the second counts, since the
-first finds its caches cold. Told are the medians: tokens/s, ms a step, the process's peak memory, and the share of the
-machine's ceiling, a large matrix product in the precision that `train.precision: auto` takes here. A token's FLOPs are
-those that its contestant's head and blocks need (Chowdhery et al. 2022), so that folding earns tokens/s, but no share.
+Every contestant trains the same GPT-2 on the same random tokens, with as many ids as Tiny Shakespeare has. Each runs in
+its own process, which is idle while the others run. In a round each takes two steps. Only the second is measured,
+because the first starts with cold caches.
+
+Reported are medians: tokens/s, ms per step, the peak memory of the process, and the share of the ceiling. The ceiling
+is the speed of a large matrix product in the precision that `train.precision: auto` selects here. The FLOPs of a token
+are those of the contestant's head and blocks (Chowdhery et al. 2022), so folding increases tokens/s, but not the share.
 """
 
 import argparse
@@ -45,7 +47,7 @@ Step = Callable[[], None]
 
 
 class Contestant(NamedTuple):
-    """Who trains, and on how many windows of LENGTH a step."""
+    """A way to train, and how many windows of LENGTH tokens it uses per step."""
 
     name: str
     windows: int
@@ -95,7 +97,7 @@ def hugging_face(autocast: bool) -> Callable[[ModelConfig, list[Batch], Machine]
         def step() -> None:
             optimizer.zero_grad()
             with torch.autocast(machine.device.type, torch.bfloat16, enabled=autocast):
-                # it shifts the labels itself, so that one target in LENGTH is not learnt
+                # it shifts the labels itself, so one target in LENGTH is not learnt
                 loss = model(input_ids=batch.inputs, labels=batch.inputs).loss
             loss.backward()
             optimizer.step()
@@ -119,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the figures as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report = {"machine": machine_name(), "torch": torch.__version__, "presets": {}}
     for preset in arguments.preset:
@@ -130,23 +132,23 @@ def main() -> None:
 
 
 def compare(preset: str, rounds: int) -> dict[str, Any]:
-    """Let all contestants step in turn; print their table and return its figures by contestant."""
-    players = [Player(preset, i) for i in range(len(CONTESTANTS))]
-    seconds: list[list[float]] = [[] for _ in players]
+    """Measure all contestants in turn; print a table and return its figures by contestant."""
+    processes = [ContestantProcess(preset, i) for i in range(len(CONTESTANTS))]
+    seconds: list[list[float]] = [[] for _ in processes]
     ceilings = []
     for _ in range(rounds):
-        ceilings.append(players[0].ask("ceiling"))
-        for player, times in zip(players, seconds, strict=True):
-            times.append(player.ask("step"))
+        ceilings.append(processes[0].ask("ceiling"))
+        for process, times in zip(processes, seconds, strict=True):
+            times.append(process.ask("step"))
     ceiling = statistics.median(ceilings)
     columns = "{:28} {:>9} {:>8} {:>7} {:>5} {:>8}"
     print(columns.format(f"of {ceiling / 1e9:,.0f} GFLOP/s", "tokens/s", "ms/step", "tokens", "GiB", "ceiling"))
     figures = {}
-    for contestant, player, times in zip(CONTESTANTS, players, seconds, strict=True):
+    for contestant, process, times in zip(CONTESTANTS, processes, seconds, strict=True):
         tokens, step_s = contestant.windows * LENGTH, statistics.median(times)
         n_rows = N_USED + 1 if contestant.folded else shape_of(preset).vocab_size
         share = flops_per_token(shape_of(preset), n_rows, LENGTH) * tokens / step_s / ceiling
-        peak = player.ask("memory")
+        peak = process.ask("memory")
         figures[contestant.name] = {
             "tokens_per_s": round(tokens / step_s),
             "step_ms": round(step_s * 1e3, 1),
@@ -157,20 +159,20 @@ def compare(preset: str, rounds: int) -> dict[str, Any]:
         }
         row = f"{tokens / step_s:,.0f}", f"{step_s * 1e3:,.0f}", f"{tokens:,}", f"{peak / 2**30:.1f}", f"{share:.0%}"
         print(columns.format(contestant.name, *row))
-        player.close()
+        process.close()
     return {"ceiling_flops": ceiling, "contestants": figures}
 
 
-class Player:
-    """A contestant in a process of its own, asked through a pipe."""
+class ContestantProcess:
+    """A contestant in its own process, controlled through a pipe."""
 
     def __init__(self, preset: str, index: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=play, args=(theirs, preset, index), daemon=True)
+        self._process = context.Process(target=run_contestant, args=(theirs, preset, index), daemon=True)
         self._process.start()
-        theirs.close()  # so that its death is seen as the pipe's end
-        self._pipe.recv()  # built and warmed up, so that the next is built alone
+        theirs.close()  # if the process dies, `recv` raises EOFError
+        self._pipe.recv()  # waits until it is built and warmed up, so that only one process is built at a time
 
     def ask(self, what: str) -> float:
         self._pipe.send(what)
@@ -181,12 +183,12 @@ class Player:
         self._process.join()
 
 
-def play(pipe: Connection, preset: str, index: int) -> None:
-    """Answer `step` and `ceiling` with seconds and FLOP/s, `memory` with bytes, until `end`."""
+def run_contestant(pipe: Connection, preset: str, index: int) -> None:
+    """Answer requests until `end`: `step` with seconds, `ceiling` with FLOP/s, `memory` with bytes."""
     contestant = CONTESTANTS[index]
     if contestant.folded:
         machine = prepare_machine(load_params().section(TrainConfig))
-    else:  # as it is without us: nothing of this process is set up but the device and the number of threads
+    else:  # without this project's settings: only the device is chosen
         machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32", torch.get_num_threads())
     ids = torch.randint(N_USED, (contestant.windows, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     ids = ids.to(machine.device)
@@ -219,7 +221,7 @@ def synchronise() -> None:
 
 
 def ceiling(machine: Machine) -> float:
-    """FLOP/s of the machine's best large matrix product."""
+    """FLOP/s of a large matrix product, the best of five."""
     size = 8192 if machine.device.type == "cuda" else 2048
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[machine.precision]
     a = torch.randn(size, size, device=machine.device).to(dtype)

@@ -1,15 +1,18 @@
-"""Text to tokens, against Hugging Face datasets' `map` on the same cores: tokens/s and memory, in turn.
+"""Compare tokenizing by this project and by Hugging Face datasets' `map` on the same cores: tokens/s and memory.
 
     pip install datasets
     python -m benchmarks.tokenizing [--gigabytes 2] [--files 8] [--rounds 1] [--only NAME ...]
 
-The text is made of Tiny Shakespeare's lines (`dvc repro download` fetches them), shuffled, numbers mixed in so that it
-never repeats; every file has lines of its own. Each contestant is a process of its own that goes from those files to
-tokens on the disk, in two steps that are timed apart: `prepare` makes of the files what the tokenizer reads (here one
-normalised text; there Arrow tables of lines), `tokenize` makes the tokens (here token files; there Arrow tables again).
-`map` runs batched, with as many processes as there are cores, on GPT-2's encoding by tiktoken and by Hugging Face's own
-tokenizer. Memory is that of all of a contestant's processes together, shared pages counted once (Linux's PSS), and of
-its largest one, looked at five times a second. `cpu_s` is what all of them computed in both steps.
+The text consists of Tiny Shakespeare's lines (`dvc repro download` fetches them), shuffled, with numbers inserted so
+that it does not repeat. The files differ. Each contestant runs in its own process, in turn, and reads the files and
+writes tokens to the disk, in two steps that are timed separately:
+
+- `prepare` makes the input of the tokenizer: one normalised text in this project, Arrow tables of lines in `datasets`;
+- `tokenize` makes the tokens: token files in this project, Arrow tables in `datasets`.
+
+`map` runs batched, with one process for each core, with GPT-2's encoding by tiktoken and by Hugging Face's own
+tokenizer. Memory is measured five times a second: of all processes of a contestant, with shared pages counted once
+(Linux's PSS), and of its largest process. `cpu_s` is the processor time of all of them in both steps.
 """
 
 import argparse
@@ -38,11 +41,11 @@ from pipeline.system.files import write_json
 
 BPE = Path("data/tokenizer").absolute()
 RESULTS = Path("benchmarks/results/tokenizing.json")
-LOOK_S = 0.2
+POLL_S = 0.2
 
 
 def make_texts(folder: Path, size_bytes: int, n_files: int) -> None:
-    """Write `n_files` texts of together `size_bytes`."""
+    """Write `n_files` files with a total of `size_bytes`."""
     lines = Path("data/corpus.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     for number in range(n_files):
         rng, written = random.Random(number), 0  # noqa: S311 (no secret)
@@ -55,7 +58,7 @@ def make_texts(folder: Path, size_bytes: int, n_files: int) -> None:
 
 
 def ours(texts: Path, place: Path) -> tuple[float, int]:
-    """Seconds to prepare, and tokens."""
+    """Tokenize with this project; return the seconds of `prepare`, and the number of tokens."""
     started = time.perf_counter()
     write_documents({path.name: path for path in find_files(str(texts))}, place / "corpus.txt", str(texts))
     prepared = time.perf_counter()
@@ -64,7 +67,7 @@ def ours(texts: Path, place: Path) -> tuple[float, int]:
 
 
 def mapped(texts: Path, place: Path, encode: Callable[[list[str]], list[list[int]]]) -> tuple[float, int]:
-    """The same through `datasets.map`."""
+    """The same with `datasets.map` and the tokenizer `encode`."""
     os.environ |= {"HF_HOME": str(place), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import datasets
 
@@ -104,7 +107,7 @@ CONTESTANTS: dict[str, Callable[[Path, Path], tuple[float, int]]] = {
 
 
 def measure(name: str, texts: Path, place: Path) -> dict[str, float]:
-    """Run one contestant as a process of its own and look at its memory meanwhile."""
+    """Run one contestant in its own process, and measure its memory meanwhile."""
     command = [sys.executable, "-m", "benchmarks.tokenizing", "--contestant", name, str(texts), str(place)]
     peak_bytes = largest_bytes = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -117,16 +120,16 @@ def measure(name: str, texts: Path, place: Path) -> dict[str, float]:
             except psutil.Error:  # one of them has ended
                 pass
             peak_bytes, largest_bytes = max(peak_bytes, sum(sizes)), max([largest_bytes, *sizes])
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         assert process.stdout is not None
-        said = process.stdout.read().splitlines()
+        output = process.stdout.read().splitlines()
     if process.returncode:
         sys.exit(f"error: {name} ended with {process.returncode}")
-    return {**json.loads(said[-1]), "peak_bytes": peak_bytes, "largest_process_bytes": largest_bytes}
+    return {**json.loads(output[-1]), "peak_bytes": peak_bytes, "largest_process_bytes": largest_bytes}
 
 
-def contest(name: str, texts: Path, place: Path) -> None:
-    """What the process of a contestant does."""
+def run_contestant(name: str, texts: Path, place: Path) -> None:
+    """Run a contestant in this process, and print its figures as JSON."""
     started = time.perf_counter()
     prepare_s, tokens = CONTESTANTS[name](texts, place)
     tokenize_s = time.perf_counter() - started - prepare_s
@@ -150,11 +153,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.contestant:
         name, texts, place = arguments.contestant
-        return contest(name, Path(texts), Path(place))
+        return run_contestant(name, Path(texts), Path(place))
     try:
         import datasets
     except ImportError:
-        sys.exit("error: Hugging Face datasets is not installed, against which this measures: pip install datasets")
+        sys.exit("error: this benchmark needs Hugging Face datasets: pip install datasets")
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="tokenizing-") as folder:

@@ -1,10 +1,10 @@
-"""What tracking costs training: the bare loop against the same steps with journal and MLflow, in turn, as a ratio.
+"""Measure the cost of tracking: training with and without journal and MLflow, in turn, as a ratio.
 
     python -m benchmarks.tracking [--steps 40] [--rounds 5]
 
-Both run the committed recipe on data/ (`dvc repro tokenize` makes it). The bare loop is `train_steps` with nothing
-around it; the tracked one adds the journal's rows and MLflow's process, on a store of its own. Compared are the median
-time of a step and the wall time of all steps; opening and closing the run are told apart.
+Both run the recipe in params.yaml on data/ (`dvc repro tokenize` makes it). The bare loop is `train_steps` alone. The
+tracked loop also writes the journal's records, and a process sends them to an MLflow store of its own. Compared are the
+median time of a step and the wall time of all steps. The time to open and close the run is reported separately.
 """
 
 import argparse
@@ -63,24 +63,24 @@ def main() -> None:
         journal.close()
         return statistics.median(steps), wall, time.perf_counter() - opened - wall
 
-    rows = []
+    rounds = []
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{temporary}/mlflow.db"
-        open_store(Path(temporary))  # a fresh database is made once in a project's life
+        open_store(Path(temporary))  # creates the database, which is not measured
         bare()  # warm-up
         for i in range(arguments.rounds):
             (folder := Path(temporary) / str(i)).mkdir()
-            rows.append((*bare(), *tracked(folder)))
-    step, wall = ([row[j + 2] / row[j] for row in rows] for j in (0, 1))
+            rounds.append((*bare(), *tracked(folder)))
+    step, wall = ([one[j + 2] / one[j] for one in rounds] for j in (0, 1))
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "steps": arguments.steps,
         "rounds": arguments.rounds,
-        "bare_step_ms": round(1000 * statistics.median(row[0] for row in rows), 1),
-        "tracked_step_ms": round(1000 * statistics.median(row[2] for row in rows), 1),
+        "bare_step_ms": round(1000 * statistics.median(one[0] for one in rounds), 1),
+        "tracked_step_ms": round(1000 * statistics.median(one[2] for one in rounds), 1),
         "step_ratio": [round(value, 4) for value in (min(step), statistics.median(step), max(step))],
         "wall_ratio": [round(value, 4) for value in (min(wall), statistics.median(wall), max(wall))],
-        "open_and_close_s": round(statistics.median(row[4] for row in rows), 2),
+        "open_and_close_s": round(statistics.median(one[4] for one in rounds), 2),
     }
     print(json.dumps(result, indent=2))
 
