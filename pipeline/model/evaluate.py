@@ -1,16 +1,17 @@
 """Evaluate a model on a text.
 
-Every figure is taken in eval mode, with the full softmax in fp32 and the run's precision below it, so that training and
-the stage `evaluate` give the same number.
+All figures are measured in eval mode, with logits and softmax in fp32 and the run's precision for the layers below, so
+that training and the stage `evaluate` give the same numbers.
 """
 
 import math
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pipeline.config.sections import EvaluateConfig, TrainConfig
 from pipeline.data.batches import IGNORED, Split, make_batch, n_windows
@@ -21,8 +22,16 @@ from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
-BATCH_TOKENS = 8192  # in a forward pass; part of the definition, since it may move the last bit
-RECALL_TOKENS = 32  # of context, and again of continuation
+BATCH_TOKENS = 8192  # tokens in a forward pass; another number may change the last bit of a loss
+RECALL_TOKENS = 32  # tokens of context, and as many of continuation
+
+
+class WindowFigures(NamedTuple):
+    """Figures of the fixed windows that the model was trained on."""
+
+    loss: float  # `corpus_loss`
+    position_loss: list[float]  # mean loss at each position of the window
+    top1_accuracy: float  # share of the tokens that are the likeliest
 
 
 def evaluate_model(
@@ -30,8 +39,9 @@ def evaluate_model(
 ) -> tuple[dict[str, Any], list[float]]:
     """Evaluate a model folder on the tokens it was trained on; `run` is its run.json.
 
-    Returns the figures of reports/metrics.json, and the mean loss at each position of the window. Raises IntegrityError
-    where model or tokens are altered, InputError where the tokens are not those of the run.
+    Shows a progress bar on a terminal. Returns the figures of reports/metrics.json, and the mean loss at each position
+    of the window. Raises IntegrityError where model or tokens are altered, InputError where the tokens are not those of
+    the run.
     """
     text = TokenFolder(tokens)
     if text.sha256 != run["data_sha256"]:
@@ -40,21 +50,24 @@ def evaluate_model(
     model = load_model(folder, text.train.counts()).to(machine.device)
     T, autocast = model.trained_length, machine.autocast()
     split, held_out = (Split(part, model.vocabulary, machine.device) for part in (text.train, text.val))
-    loss = corpus_loss(model, split, T, autocast)
-    by_shift = {str(s): corpus_loss(model, split, T, autocast, s) for s in (T // 4, T // 2, 3 * T // 4)}
-    recall = {
-        aligned: verbatim_recall(model, split, recall_starts(split.size, model, config, aligned), autocast)
-        for aligned in (True, False)
-    }
-    position_loss, top1_accuracy = by_position(model, split, T, autocast)
+    shifts = (T // 4, T // 2, 3 * T // 4)
+    starts = {aligned: recall_starts(split.size, model, config, aligned) for aligned in (True, False)}
+    n_inputs = T * sum(n_windows(n, T) for n in (held_out.size, *(split.size - shift for shift in (0, *shifts))))
+    n_inputs += sum(len(places) * (2 * recall_context(model) - 1) for places in starts.values())
+    with tqdm(total=n_inputs, desc="evaluate", unit="token", unit_scale=True, disable=None) as bar:  # on a terminal
+        model.ln_f.register_forward_hook(lambda _layer, _inputs, hidden: bar.update(hidden.shape[:2].numel()))
+        windows = window_figures(model, split, T, autocast)
+        by_shift = {str(shift): corpus_loss(model, split, T, autocast, shift) for shift in shifts}
+        recall = {aligned: verbatim_recall(model, split, places, autocast) for aligned, places in starts.items()}
+        validation_loss = corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None
     results = run["results"]
     metrics = {
-        "corpus_loss": loss,
-        "corpus_perplexity": math.exp(loss),
+        "corpus_loss": windows.loss,
+        "corpus_perplexity": math.exp(windows.loss),
         "shifted_loss": sum(by_shift.values()) / len(by_shift),
         "shifted_loss_by_offset": by_shift,
-        "validation_loss": corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None,
-        "top1_accuracy": top1_accuracy,
+        "validation_loss": validation_loss,
+        "top1_accuracy": windows.top1_accuracy,
         "verbatim_recall": recall[True],
         "verbatim_recall_shifted": recall[False],
         "recall_tokens": recall_context(model),
@@ -63,24 +76,25 @@ def evaluate_model(
         "target_loss": results["target_loss"],
         "to_target": results["to_target"],
     }
-    return metrics, position_loss
+    return metrics, windows.position_loss
 
 
 def machine_of(run: dict[str, Any]) -> Machine:
-    """Set up what a run's train.device means on this machine, with the threads and the precision that the run had."""
+    """The device that a run's train.device means on this machine, with the threads and the precision of the run."""
     environment = run["environment"]
     where = {**run["params"]["train"], "threads": environment["threads"], "precision": "fp32", "compile": False}
     machine = prepare_machine(TrainConfig.model_validate({**where, "processes": 1}))
-    return machine._replace(precision=environment["precision"])  # whether it is fast here does not matter
+    return machine._replace(precision=environment["precision"])  # even where the device is slow in it
 
 
 @torch.inference_mode()
 def corpus_loss(
     model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any], shift: int = 0, world: World = ALONE
 ) -> float:
-    """Mean loss, in nats per token, of all windows of `length` of the text from token `shift` on.
+    """Mean loss, in nats per token, of all windows of `length` tokens of the text from token `shift`.
 
-    The processes of a `world` divide the batches among them; the sum is taken in the text's order, as one process does.
+    The processes of a `world` divide the batches among them. The sum is taken in the order of the text, as one process
+    does.
     """
     batches = _starts(split, length, shift)
     sums = []
@@ -94,45 +108,47 @@ def corpus_loss(
 
 
 @torch.inference_mode()
-def by_position(
-    model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]
-) -> tuple[list[float], float]:
-    """Mean loss at each of the `length` positions of the fixed windows, and the share of tokens ranked first."""
-    total, n, hits = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64), 0
+def window_figures(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]) -> WindowFigures:
+    """Measure the fixed windows of `length` tokens once; the loss has the same bits as `corpus_loss`."""
+    sums, position_sums = [], torch.zeros(length, dtype=torch.float64)
+    hits, n = 0, torch.zeros(length, dtype=torch.int64)  # of targets at each position
     for starts in _starts(split, length):
         inputs, targets, _ = make_batch(split, starts, length)
         with autocast:
-            total += model.token_losses(inputs, targets).double().sum(dim=0).cpu()
-            hits += int((model(inputs).argmax(dim=2) == targets).sum())
+            hidden = model.hidden(inputs)  # (B, T, C)
+            losses = model.losses_of(hidden, targets).double()  # (B, T)
+            hits += int((model.head(hidden).argmax(dim=2) == targets).sum())
+        sums.append(losses.sum().item())
+        position_sums += losses.sum(dim=0).cpu()
         n += (targets != IGNORED).sum(dim=0).cpu()
-    return (total / n.clamp(min=1)).tolist(), hits / int(n.sum())
+    return WindowFigures(sum(sums) / (split.size - 1), (position_sums / n.clamp(min=1)).tolist(), hits / int(n.sum()))
 
 
 @torch.inference_mode()
 def verbatim_recall(model: GPT, split: Split, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
     """Share of `starts` from which greedy decoding recites the text exactly.
 
-    The model is given RECALL_TOKENS tokens, fewer where its windows are short, and must continue with as many. Greedy
-    decoding does so if and only if each true token is the likeliest after all true ones before it, so one forward
-    pass decides it.
+    The context is RECALL_TOKENS tokens, or half a window where that is less, and the continuation is as long. Greedy
+    decoding recites it if and only if each token is the likeliest after all tokens before it, so one forward pass is
+    enough.
     """
     context = recall_context(model)
     exact = 0
     for begin in range(0, len(starts), batch := max(1, BATCH_TOKENS // (2 * context))):
         inputs, targets, _ = make_batch(split, starts[begin : begin + batch], 2 * context - 1)
         with autocast:
-            likeliest = model(inputs)[:, context - 1 :].argmax(dim=2)  # (B, context)
+            likeliest = model.head(model.hidden(inputs)[:, context - 1 :]).argmax(dim=2)  # (B, context)
         exact += int((likeliest == targets[:, context - 1 :]).all(dim=1).sum())
     return exact / len(starts)
 
 
 def recall_context(model: GPT) -> int:
-    """Tokens of context that recall is asked with: RECALL_TOKENS, or half a window where that is less."""
+    """Tokens of context for verbatim recall: RECALL_TOKENS, or half a window where that is less."""
     return min(RECALL_TOKENS, model.trained_length // 2)
 
 
 def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bool) -> list[int]:
-    """Seeded places in the text that have room for context and continuation: at windows' starts, or anywhere."""
+    """Sample positions of the text with room for context and continuation: starts of windows, or any positions."""
     room = n_tokens - 2 * recall_context(model)
     candidates = np.arange(0, room + 1, model.trained_length if aligned else 1)
     rng = np.random.Generator(np.random.PCG64(config.seed))
@@ -140,7 +156,7 @@ def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bo
 
 
 def _starts(split: Split, length: int, shift: int = 0) -> list[list[int]]:
-    """Where the text's fixed windows from token `shift` on begin, in batches."""
+    """Where the fixed windows of the text from token `shift` begin, in batches."""
     starts = [shift + length * i for i in range(n_windows(split.size - shift, length))]
     batch = max(1, BATCH_TOKENS // length)
     return [starts[begin : begin + batch] for begin in range(0, len(starts), batch)]

@@ -147,12 +147,15 @@ class GPT(nn.Module):
         return cross_entropy_sum(hidden, self.wte.weight, self.vocabulary.unused_bias, targets.flatten()) / n_targets
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each target, (B, T), 0 where it is IGNORED; the head and the softmax in fp32 whatever is below them.
+        """Loss of each target, (B, T), 0 where it is IGNORED, with logits and softmax always in fp32."""
+        return self.losses_of(self.hidden(inputs), targets)
 
-        A target that does not occur in the training text is one of the U ids behind the last row, and gets its share.
+    def losses_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`token_losses` from the hidden states (B, T, C) of the inputs.
+
+        A target that does not occur in the training text is one of the U ids that the last row represents.
         """
-        hidden = self.hidden(inputs)  # (B, T, C)
-        with torch.autocast(inputs.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             logits = self.head(hidden.float())  # (B, T, V)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         if self.vocabulary.n_unused:

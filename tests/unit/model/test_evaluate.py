@@ -1,4 +1,4 @@
-"""What a model knows of a text, against the plain ways to find out."""
+"""The figures of an evaluation equal those of plain formulas."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import EvaluateConfig, ModelConfig, OptimConfig, TrainConfig, WindowsConfig
 from pipeline.data.batches import Split, TrainingData, steps_of
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.evaluate import (
-    by_position,
-    corpus_loss,
-    evaluate_model,
-    recall_starts,
-    verbatim_recall,
-)
+from pipeline.model import evaluate
+from pipeline.model.evaluate import corpus_loss, evaluate_model, recall_starts, verbatim_recall, window_figures
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.system import files
@@ -70,19 +66,17 @@ def test_a_shift_moves_the_windows(model):
     assert shifted > 2 * corpus_loss(model, SPLIT, T, nullcontext())  # fixed windows memorise one alignment
 
 
-def test_the_losses_by_position_have_the_corpus_loss_as_their_mean(model):
-    losses, _ = by_position(model, SPLIT, T, nullcontext())
+def test_one_pass_gives_the_corpus_loss_bit_for_bit_the_loss_by_position_and_the_accuracy(model):
+    figures = window_figures(model, SPLIT, T, nullcontext())
+    assert figures.loss == corpus_loss(model, SPLIT, T, nullcontext())
     counts = [13] * 7 + [12] * 9  # 12 windows of 16 targets and one of 7
-    assert np.average(losses, weights=counts) == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()), rel=1e-6)
-
-
-def test_accuracy_counts_likeliest_tokens(model):
+    assert np.average(figures.position_loss, weights=counts) == pytest.approx(figures.loss, rel=1e-6)
     with torch.no_grad():
         hits = sum(
             (model(IDS[None, i : min(i + T, 199)])[0].argmax(1) == IDS[i + 1 : i + T + 1]).sum().item()
             for i in range(0, 199, T)
         )
-    assert by_position(model, SPLIT, T, nullcontext())[1] == pytest.approx(hits / 199)
+    assert figures.top1_accuracy == pytest.approx(hits / 199)
 
 
 def recited(model, given):
@@ -128,13 +122,16 @@ def trained(model, bpe, tmp_path):
     }  # fmt: skip
 
 
-def test_a_model_is_evaluated_on_the_device_of_its_parameters_whatever_its_name(trained, model):
+def test_a_model_is_evaluated_on_the_device_of_its_parameters(trained, model, monkeypatch):
     folder, run = trained
+    bars = []
+    monkeypatch.setattr(evaluate, "tqdm", lambda **given: bars.append(tqdm(**given | {"disable": False})) or bars[0])
     config = EvaluateConfig(recall_places=2, seed=1)
     metrics, position_loss = evaluate_model(folder / "model", folder / "tokens", run, config)
     assert metrics["corpus_loss"] == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()))
     assert metrics["validation_loss"] > 0
     assert len(position_loss) == T
+    assert bars[0].n == bars[0].total  # the bar ends full
 
 
 def test_each_token_file_is_hashed_once_by_a_stage(trained, bpe, monkeypatch):
