@@ -1,12 +1,12 @@
-# make repro: text -> registered model. make app: a page for it. make test: the quick tests. make faults: the slow ones,
-# most of which break something on purpose. Each makes .venv first, from the pinned dependencies.
+# make repro: text -> registered model. make app: its web page. make test, make check, make faults: unit, integration and
+# fault tests. Each target first makes .venv from the pinned dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# Files of tests at once, as many as there are cores, four at most; OpenMP's threads wait without spinning meanwhile.
+# One process for each core, at most four, each with whole files. OpenMP threads sleep while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: repro app sweep dashboard test faults lint format clean-venv
+.PHONY: repro app sweep dashboard test check faults lint format clean-venv
 
 repro: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
@@ -21,11 +21,13 @@ dashboard: $(INSTALLED)
 	$(BIN)/python -m pipeline sweep dashboard
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) tests/unit
 
-FAULTS ?= slow or fault or security
+check: $(INSTALLED)
+	$(PYTEST) tests/integration
+
 faults: $(INSTALLED)
-	$(PYTEST) -m "$(FAULTS)"
+	$(PYTEST) tests/faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
