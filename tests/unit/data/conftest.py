@@ -1,4 +1,4 @@
-"""Disk writes of these tests are not flushed: tests/unit/system and the tests of checkpoints hold when they must be."""
+"""These tests do not flush files to the disk, which would take most of their time."""
 
 from collections.abc import Iterator
 

@@ -4,14 +4,13 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import corpus_index
 from pipeline.data.corpus_index import CorpusIndex, Passage, suffix_array
 from pipeline.data.token_files import Tokens
 
-quickly = settings(max_examples=20, deadline=None)
 ids = st.lists(st.integers(0, 3) | st.sampled_from([256, 65535]), max_size=40)  # few ids, so that sequences repeat
 
 
@@ -19,13 +18,11 @@ def occurrences(text, part):
     return [start for start in range(len(text) - len(part) + 1) if text[start : start + len(part)] == part]
 
 
-@quickly
 @given(ids)
 def test_the_suffix_array_sorts_the_suffixes(text):
     assert suffix_array(np.array(text, np.uint16)).tolist() == sorted(range(len(text)), key=lambda start: text[start:])
 
 
-@quickly
 @given(ids, ids)
 def test_passages_are_all_sequences_that_occur_in_the_text(text, written):
     passages = CorpusIndex(text).passages(written, at_least=2)
@@ -51,7 +48,6 @@ def test_novelty_counts_the_tokens_after_the_prompt():
     assert index.novelty([500] * 4, prompt_length=4) == 0  # no tokens after the prompt
 
 
-@quickly
 @given(ids, ids)
 def test_the_continuations_of_the_longest_suffix_are_counted(text, context):
     length, following = CorpusIndex(text).following(context)

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 from fixtures_tokenizer import corpus_config
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import documents
@@ -18,7 +18,6 @@ from pipeline.data.corpus import fetch_corpus, write_documents
 from pipeline.data.documents import read_documents, zstd
 from pipeline.system.errors import InputError, IntegrityError
 
-quickly = settings(max_examples=20, deadline=None)
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstd().compress}
 chunk_sizes = st.integers(3, 8)  # a chunk holds at least the byte order mark
 
@@ -82,7 +81,6 @@ def test_all_parts_of_a_single_file_are_read(suffix):
     assert fetched(f"texts/MINE.TXT{suffix}") == b"a line\n" * 1000
 
 
-@quickly
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40), min_size=1, max_size=5),
     suffix=st.sampled_from([*COMPRESS]),
@@ -106,7 +104,6 @@ def test_b5_any_documents_are_read_as_they_were_written(texts, suffix, chunk_byt
 NOT_UTF8 = [b"\xff", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80", b"\xc0\x80"]  # the middle ones are cut or a surrogate
 
 
-@quickly
 @given(
     bom=st.sampled_from([b"", codecs.BOM_UTF8]),
     good=st.text("a\r\n\u00e9\u20ac\ufeff").map(str.encode),

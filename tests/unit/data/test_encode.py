@@ -7,8 +7,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from fixtures_tokenizer import _byte_tokenizer, _project  # noqa: F401 (fixtures)
-from hypothesis import assume, given, settings
+from fixtures_tokenizer import ByteTokenizer, _project  # noqa: F401 (a fixture)
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.__main__ import tokenize
@@ -20,7 +20,6 @@ from pipeline.system.files import UNFINISHED, locked
 from stages import tokenize as stage
 
 LINES = "".join(f"Line {number} of the play, as it's spoken.\n" for number in range(100))
-quickly = settings(max_examples=20, deadline=None)
 hard_text = st.text("  \n\r\t\u00a0\u3000\x1c'srveLl1.-\u00e9\u6f22\U0001f600\0", max_size=80)
 runs = st.text("\u00a0\nx", max_size=40)  # of whitespace that GPT-2 merges, so that a wrong cut changes the ids
 
@@ -48,11 +47,6 @@ def corpus(tmp_path):
     return path
 
 
-def watched():
-    """Count the shards that are written."""
-    return patch.object(module, "write_shard", wraps=module.write_shard)
-
-
 # What is written
 
 
@@ -68,7 +62,6 @@ def test_the_whole_corpus_has_its_known_tokens(shakespeare, tokenizer, tmp_path)
     assert ids_of(four.train) + ids_of(four.val) == expected
 
 
-@quickly
 @given(fraction=st.floats(0.05, 1), val_fraction=st.floats(0, 0.8), block_bytes=st.integers(1, 5000))
 def test_both_parts_end_with_a_line_and_no_line_is_lost(
     tmp_path_factory, tokenizer, fraction, val_fraction, block_bytes
@@ -100,15 +93,14 @@ def test_a_text_without_line_ends_is_divided_between_documents_or_not_at_all(tmp
 # For any shards, workers and tasks
 
 
-def test_the_text_of_another_tokenizer_is_cut_where_that_one_allows_it(tmp_path, byte_tokenizer):
+def test_the_text_of_another_tokenizer_is_cut_where_that_one_allows_it(tmp_path):
     text = "Wind?\0" + "\u00e4" * 100  # no space: GPT-2's split would not cut it
     with patch.object(module, "BLOCK_BYTES", 7):
-        tokens = encode(tmp_path, byte_tokenizer, text, shard_bytes=21).train
+        tokens = encode(tmp_path, tokenizer := ByteTokenizer(), text, shard_bytes=21).train
     assert len(list((tmp_path / "tokens").glob("train-*.bin"))) == 10
-    assert byte_tokenizer.decode(ids_of(tokens)) == text.replace("\0", "<end>")
+    assert tokenizer.decode(ids_of(tokens)) == text.replace("\0", "<end>")
 
 
-@quickly
 @given(
     text=(hard_text | runs).filter(lambda text: text.strip("\0")),
     shard_bytes=st.integers(1, 60),
@@ -175,16 +167,17 @@ def test_b7_after_a_kill_only_intact_finished_shards_are_kept(corpus, tokenizer,
     assert names(tmp_path) == ["clean", "corpus.txt", "tokens"]
 
 
-@pytest.mark.parametrize("changed", ["text", "fraction", "val_fraction", "shard_bytes", "tokenizer"])
-def test_shards_of_other_inputs_are_not_used(corpus, tokenizer, byte_tokenizer, tmp_path, changed):
-    write_tokens(corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task(), 1000)
-    if changed == "text":
+CHANGES = [{}, {"fraction": 0.9}, {"val_fraction": 0.5}, {"shard_bytes": 2000}, {"tokenizer": ByteTokenizer()}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_shards_of_other_inputs_are_not_used(corpus, tokenizer, tmp_path, changes):
+    arguments = {"corpus": corpus, "tokenizer": tokenizer, "folder": tmp_path / "tokens", "shard_bytes": 1000}
+    write_tokens(**arguments, task=Task())
+    if not changes:
         corpus.write_text(LINES.replace("Line 1 ", "Line 2 "))
-    others = {"fraction": 0.9, "val_fraction": 0.5, "shard_bytes": 2000, "tokenizer": byte_tokenizer}
-    options = {"tokenizer": tokenizer, "shard_bytes": 1000}
-    options |= {key: value for key, value in others.items() if key == changed}
-    with watched() as write_shard:
-        write_tokens(corpus, folder=tmp_path / "tokens", **options)
+    with patch.object(module, "write_shard", wraps=module.write_shard) as write_shard:
+        write_tokens(**arguments | changes)
     assert write_shard.call_count == len(names(tmp_path / "tokens")) - 1
     assert names(tmp_path) == ["corpus.txt", "tokens"]  # the other working folder is removed
 
@@ -218,8 +211,10 @@ def test_tasks_write_the_shards_and_the_stage_only_joins_them(project, monkeypat
     for shard, of in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(InputError, match=f"--shard {shard} --of {of}: N tasks, at least one, are numbered from 0"):
             tokenize(Namespace(shard=shard, of=of))
-    for shard in (1, 0, 2):
-        tokenize(Namespace(shard=shard, of=3))
+    with patch.object(module, "write_shard", wraps=module.write_shard) as write_shard:
+        for shard, n_written in ((1, 1), (0, 2), (2, 2)):  # there are two shards: train and val
+            tokenize(Namespace(shard=shard, of=3))
+            assert write_shard.call_count == n_written
     with patch.object(module, "write_shard", side_effect=AssertionError("no task wrote this shard")):
         stage.main()
     tokens, text = TokenFolder(Path("data/tokens")), Path("data/corpus.txt").read_text()

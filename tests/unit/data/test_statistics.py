@@ -5,14 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import statistics
 from pipeline.data.statistics import describe_corpus, irreducible_loss, next_token_entropy
 from pipeline.data.token_files import Tokens
 
-quickly = settings(max_examples=20, deadline=None)
 few_ids = st.lists(st.integers(0, 3), min_size=2, max_size=60).map(lambda ids: np.array(ids, np.int64))
 
 
@@ -27,7 +26,6 @@ def conditional_entropy(pairs):
     return -sum(log_p[pair] for pair in pairs) / len(pairs)
 
 
-@quickly
 @given(ids=few_ids)
 def test_the_entropy_is_that_of_a_token_given_the_tokens_before_it(ids):
     entropy = next_token_entropy(ids)
@@ -36,7 +34,6 @@ def test_the_entropy_is_that_of_a_token_given_the_tokens_before_it(ids):
         assert entropy[str(k)] == pytest.approx(conditional_entropy(pairs), abs=1e-4)  # it is rounded to four places
 
 
-@quickly
 @given(ids=few_ids)
 def test_the_irreducible_loss_is_the_entropy_given_the_tokens_before_in_the_window(ids):
     with pytest.MonkeyPatch.context() as patch:

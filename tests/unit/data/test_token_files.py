@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import token_files
@@ -16,7 +16,6 @@ from pipeline.data.token_files import HEADER, TokenFolder, Tokens, shard_name, w
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_file, atomic_folder, write_manifest
 
-quickly = settings(max_examples=20, deadline=None)
 SHARD = HEADER.pack(b"GPT2TOKS", 1, 16, 50257, 20) + struct.pack("<20H", *range(20))
 
 
@@ -39,7 +38,6 @@ def test_an_id_outside_of_the_vocabulary_is_never_wrapped_into_it(tmp_path, bad)
 # What is read
 
 
-@quickly
 @given(ids=st.lists(st.integers(0, 50256), max_size=30), shard_tokens=st.integers(1, 8), data=st.data())
 def test_any_span_is_read_across_shards(tmp_path_factory, ids, shard_tokens, data):
     tokens = TokenFolder(written(tmp_path_factory.getbasetemp() / "shards", ids, shard_tokens)).train

@@ -8,14 +8,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from fixtures_tokenizer import _byte_tokenizer  # noqa: F401 (a fixture)
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import tokenizer as module
 from pipeline.data.tokenizer import BPE_SHA256, CUT, SPACE, fetch_tokenizer, load_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
 
-quickly = settings(max_examples=20, deadline=None)
 # All that GPT-2's split depends on: spaces of several kinds, \x1c (a space for Python, not for Unicode), contractions.
 hard_text = st.text("  \n\r\t\u00a0\u3000\x1c'srveLl1.-\u00e9\u6f22\U0001f600", max_size=60)
 # Runs of the two whitespace characters that GPT-2 merges, so that a cut within a run changes the ids.
@@ -28,7 +27,6 @@ def whole(tokenizer, text):
     return tokenizer._encoding.encode_ordinary(text)
 
 
-@quickly
 @given(text=st.text() | hard_text)
 def test_b5_any_text_is_decoded_to_itself(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -57,7 +55,6 @@ def test_what_is_not_a_character_becomes_a_replacement_character(tokenizer):
 # Encoding in parts
 
 
-@quickly
 @given(
     texts=st.lists(hard_text | runs | st.text(no_nul, max_size=20) | st.just("<|endoftext|>"), min_size=1, max_size=4)
 )
@@ -75,7 +72,6 @@ def test_a_document_may_be_cut_off_before_its_boundary_but_not_in_the_space_befo
     assert [found.start() for found in CUT.finditer("one\u00a0\u00a0\0two".encode())] == [7]
 
 
-@quickly
 @given(text=hard_text | runs)
 def test_a_cut_in_long_whitespace_does_not_change_the_ids(tokenizer, text):
     shorter = module.LONG_SPACE.pattern.replace("1000", "1")  # so that short runs are cut too
