@@ -103,15 +103,15 @@ def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[
     The notes say how many documents there are, if several, and what was normalised. Raises as `read_documents` does,
     and InputError if there is no text.
     """
-    changes, n_documents, begun = Counter[str](), 0, False
+    changes, n_documents, in_document = Counter[str](), 0, False
     with path.open("wb") as out:
         for name, file in files.items():
             for chunk in read_documents(file, name, changes):
-                if chunk and not begun:
+                if chunk and not in_document:
                     out.write(b"\0" if n_documents else b"")
                     n_documents += 1
                 out.write(chunk)
-                begun = bool(chunk)
+                in_document = bool(chunk)
     if not n_documents:
         raise InputError(f"{source} contains no text: set another corpus.source")
     notes = [f"{n_documents:,} documents in {len(files):,} files"] if n_documents > 1 else []

@@ -42,10 +42,10 @@ class NGrams:
         _, counts = np.unique(hashes, return_counts=True)
         return float(counts @ np.log(counts))
 
-    def mean_entropy(self, context: int, whole: int, n_positions: int, stride: int = 1) -> float:
-        """Mean entropy, in nats per token, of the tokens of (`whole`)-grams after the first `context` tokens."""
-        n_targets = len(range(0, n_positions, stride)) * (whole - context)
-        total = self.c_log_c(context, n_positions, stride) - self.c_log_c(whole, n_positions, stride)
+    def mean_entropy(self, context: int, n: int, n_positions: int, stride: int = 1) -> float:
+        """Mean entropy, in nats per token, of the tokens of n-grams after their first `context` tokens."""
+        n_targets = len(range(0, n_positions, stride)) * (n - context)
+        total = self.c_log_c(context, n_positions, stride) - self.c_log_c(n, n_positions, stride)
         return round(total / max(n_targets, 1), 4)
 
 

@@ -1,8 +1,4 @@
-"""Write token ids into shards, and read spans of them.
-
-A folder contains the parts `train` and `val`, each in shards `train-00000.bin`, ..., and a manifest of their hashes. A
-shard is a header and the ids as little-endian uint16.
-"""
+"""Write token ids into shards, and read spans of them."""
 
 import struct
 from bisect import bisect_left, bisect_right
@@ -16,6 +12,7 @@ import numpy.typing as npt
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import MANIFEST, sha256_file, verify_manifest
 
+# A shard is this header and the ids as little-endian uint16.
 HEADER = struct.Struct("<8sHHIQ")  # magic, format, dtype, vocab_size, number of ids
 MAGIC, FORMAT, UINT16 = b"GPT2TOKS", 1, 16
 MAX_VOCAB_SIZE = 1 << 16
@@ -108,7 +105,10 @@ class Tokens:
 
 
 class TokenFolder:
-    """The verified token files of a text: the parts `train` and `val` (may be empty) and the hash of all files."""
+    """The verified token files of a text: the parts `train` and `val`, which may be empty, and the hash of all files.
+
+    Each part is in shards, `train-00000.bin`, `train-00001.bin`, ...; a manifest contains their hashes.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises InputError if the folder is missing, IntegrityError if a file differs from the manifest."""

@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
     """
 
     files: ClassVar[tuple[str, ...]]  # unique names: a model folder's tokenizer is found by them
-    name: str  # another one for each encoding that gives other ids
+    name: str  # unique for each mapping of text to ids
     n_vocab: int  # number of ids, including `eot`; at most 65,536
     eot: int  # id of the end of text; no text is encoded to it
     cut: re.Pattern[bytes]  # matches where UTF-8 text may be split without changing its ids

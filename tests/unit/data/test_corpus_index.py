@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.data import corpus_index
@@ -19,11 +19,13 @@ def occurrences(text, part):
 
 
 @given(ids)
+@example([1, 0, 0])  # the end of the text sorts before any id
 def test_the_suffix_array_sorts_the_suffixes(text):
     assert suffix_array(np.array(text, np.uint16)).tolist() == sorted(range(len(text)), key=lambda start: text[start:])
 
 
 @given(ids, ids)
+@example([0, 1, 2, 256, 1, 2, 3], [0, 1, 2, 3])  # two passages of the same length that overlap
 def test_passages_are_all_sequences_that_occur_in_the_text(text, written):
     passages = CorpusIndex(text).passages(written, at_least=2)
     for begin, end, position in passages:
@@ -51,6 +53,7 @@ def test_novelty_counts_the_tokens_after_the_prompt():
 @given(ids, ids)
 def test_the_continuations_of_the_longest_suffix_are_counted(text, context):
     length, following = CorpusIndex(text).following(context)
+    assert bool(following) == bool(text)  # the empty suffix has continuations
     for n in range(length, len(context) + 1):
         after = [start + n for start in occurrences(text, context[len(context) - n :]) if start + n < len(text)]
         assert Counter(text[position] for position in after) == (following if n == length else {})
