@@ -24,8 +24,9 @@ from tests.trainings import Untracked, change
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind.\n" * 20
-CORPUS = {"source": "texts", "sha256": None, "mirrors": [], "tokenizer": "bytes", "fraction": 1.0}
-MODEL = {"n_layer": 1, "n_embd": 16, "block_size": 16, "vocab_size": 257}
+CORPUS = {"corpus.source": "texts", "corpus.sha256": None, "corpus.mirrors": [], "corpus.fraction": 1.0}
+MODEL = {"model.n_layer": 1, "model.n_embd": 16, "model.block_size": 16, "model.vocab_size": 257, "windows.seq_len": 16}
+RUN = {"optim.max_tokens": 64 * 5, "samples.max_tokens": 2, "train.precision": "fp32", "train.threads": 1}
 
 
 def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):
@@ -33,10 +34,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
     monkeypatch.setattr(train, "Recorder", Untracked)
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     apply_recipe("smoke", Path("params.yaml"), ROOT / "recipes")
-    change(Path(), **{f"corpus.{key}": value for key, value in CORPUS.items()})
-    change(Path(), **{f"model.{key}": value for key, value in MODEL.items()})
-    others = {"windows.seq_len": 16, "optim.max_tokens": 64 * 5, "samples.max_tokens": 2}
-    change(Path(), **others, **{"train.precision": "fp32", "train.threads": 1})
+    change(Path(), **CORPUS | MODEL | RUN | {"corpus.tokenizer": "bytes"})
     Path("texts").mkdir()
     for name in "ab":
         Path("texts", f"{name}.txt").write_text(TEXT)

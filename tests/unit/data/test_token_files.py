@@ -16,7 +16,11 @@ from pipeline.data.token_files import HEADER, TokenFolder, Tokens, shard_name, w
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_file, atomic_folder, write_manifest
 
-SHARD = HEADER.pack(b"GPT2TOKS", 1, 16, 50257, 20) + struct.pack("<20H", *range(20))
+IDS = struct.pack("<20H", *range(20))
+
+
+def header(magic=b"GPT2TOKS", version=1, dtype=16, vocab_size=50257, length=20) -> bytes:
+    return HEADER.pack(magic, version, dtype, vocab_size, length)
 
 
 def written(folder: Path, ids, shard_tokens=1000) -> Path:
@@ -77,28 +81,22 @@ def test_a_span_is_read_with_few_open_files_and_without_the_other_shards(tmp_pat
 
 # B4: files that are missing, altered or not token files
 
-
-def with_header(**changes: int | bytes) -> bytes:
-    names = ("magic", "version", "dtype", "vocab_size", "length")
-    fields = dict(zip(names, HEADER.unpack(SHARD[: HEADER.size]), strict=True)) | changes
-    return HEADER.pack(*fields.values()) + SHARD[HEADER.size :]
-
-
+SHARD = header() + IDS
 NOT_TOKENS = "is not a token file of format 1"
 WRONG_SHARDS = {
     "truncated": (SHARD[:-2], "has 62 bytes"),
     "odd length": (SHARD + b"x", "has 65 bytes"),
-    "header only": (SHARD[: HEADER.size], "has 24 bytes"),
+    "header only": (header(), "has 24 bytes"),
     "half a header": (SHARD[:10], NOT_TOKENS),
     "empty": (b"", NOT_TOKENS),
-    "length": (with_header(length=19), "its header says 19 tokens"),
-    "length that fills the memory": (with_header(length=2**64 - 1), "has 64 bytes"),
-    "magic": (with_header(magic=b"SOMETEXT"), NOT_TOKENS),
-    "format": (with_header(version=2), NOT_TOKENS),
-    "dtype": (with_header(dtype=32), NOT_TOKENS),
-    "vocabulary that fills the memory": (with_header(vocab_size=2**32 - 1), NOT_TOKENS),
-    "id outside of the vocabulary": (with_header(vocab_size=19), "contains the id 19, but vocab_size is 19"),
-    "no vocabulary": (with_header(vocab_size=0), "contains the id 19, but vocab_size is 0"),
+    "length": (header(length=19) + IDS, "its header says 19 tokens"),
+    "length that fills the memory": (header(length=2**64 - 1) + IDS, "has 64 bytes"),
+    "magic": (header(magic=b"SOMETEXT") + IDS, NOT_TOKENS),
+    "format": (header(version=2) + IDS, NOT_TOKENS),
+    "dtype": (header(dtype=32) + IDS, NOT_TOKENS),
+    "vocabulary that fills the memory": (header(vocab_size=2**32 - 1) + IDS, NOT_TOKENS),
+    "id outside of the vocabulary": (header(vocab_size=19) + IDS, "contains the id 19, but vocab_size is 19"),
+    "no vocabulary": (header(vocab_size=0) + IDS, "contains the id 19, but vocab_size is 0"),
 }
 
 
@@ -113,13 +111,10 @@ def test_b4_a_wrong_shard_is_refused_even_if_the_manifest_agrees(tmp_path, conte
     assert caught.value.exit_code == 3
 
 
-def test_b4_a_shard_that_differs_from_the_manifest_is_refused(tmp_path):
+def test_b4_a_shard_that_differs_from_the_manifest_or_a_missing_folder_is_refused(tmp_path):
     shard = written(tmp_path / "tokens", list(range(20))) / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     with pytest.raises(IntegrityError, match=r"train-00000.bin is altered .*dvc repro -f"):
         TokenFolder(tmp_path / "tokens")
-
-
-def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(InputError, match="tokens not found: run `dvc repro tokenize`"):
-        TokenFolder(tmp_path / "tokens")
+    with pytest.raises(InputError, match="missing not found: run `dvc repro tokenize`, which makes it"):
+        TokenFolder(tmp_path / "missing")
