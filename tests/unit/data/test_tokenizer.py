@@ -68,10 +68,6 @@ def test_documents_have_the_ids_of_each_text_alone_also_if_they_are_cut(tokenize
         assert [ids[ids != tokenizer.eot].tolist() for ids in documents] == [whole(tokenizer, text) for text in texts]
 
 
-def test_a_document_may_be_cut_off_before_its_boundary_but_not_in_the_space_before_it():
-    assert [found.start() for found in CUT.finditer("one\u00a0\u00a0\0two".encode())] == [7]
-
-
 @given(text=hard_text | runs)
 def test_a_cut_in_long_whitespace_does_not_change_the_ids(tokenizer, text):
     shorter = module.LONG_SPACE.pattern.replace("1000", "1")  # so that short runs are cut too
