@@ -51,7 +51,7 @@ def fetched(source: str) -> bytes:
 
 
 def test_a_folder_of_all_kinds_becomes_one_text_in_the_order_of_its_paths(capsys):
-    put("mix/b.jsonl.zst", "\n" + records("second", "", "third\r\n") + " \n")
+    put("mix/b.jsonl.zst", "\ufeff" + records("second", "", "third\r\n") + " \n")
     put("mix/a.txt.gz", "\ufefffirst\n")
     put("mix/c/d.txt", "fourth")
     put("mix/c/e.md", "fifth")
