@@ -53,9 +53,9 @@ def read_documents(path: Path, name: str, changes: Counter[str]) -> Iterator[byt
     """Yield the text of the file `path` in chunks; an empty chunk ends a document.
 
     A text file is one document; each line of a JSONL file is one. The suffix of `name`, which may be a URL, decides:
-    `.jsonl` or text, then `.gz` or `.zst` if it is compressed. A byte order mark is removed and CRLF becomes LF; both
-    are counted in `changes`. Raises InputError, with the position, if the text is not UTF-8, contains a NUL or is not
-    JSONL, IntegrityError if compressed data is truncated or corrupt.
+    `.jsonl` or text, then `.gz` or `.zst` if it is compressed. In text, a byte order mark is removed and CRLF becomes
+    LF; both are counted in `changes`. Raises InputError, with the position, if the text is not UTF-8, contains a NUL or
+    is not JSONL, IntegrityError if compressed data is truncated or corrupt.
     """
     suffixes = PurePosixPath(urlsplit(name).path if name.startswith("http") else name).suffixes
     compression = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
