@@ -46,7 +46,7 @@ def add_wheel(folder: Path, package: str, members: Mapping[str, bytes]) -> None:
     """Write the smallest wheel of NAME==VERSION that pip takes."""
     name, version = package.replace("-", "_").split("==")
     info = {
-        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nothing\n",
         "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         "RECORD": "",
     }

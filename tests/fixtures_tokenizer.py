@@ -1,18 +1,18 @@
-"""A workspace of the stage `tokenize`, and a tokenizer that the package does not know."""
+"""A tokenizer from outside of the package, and a workspace of the stage `tokenize`."""
 
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pytest
 import yaml
 
-from pipeline.data.corpus import write_documents
+from pipeline.config.sections import CorpusConfig
+from pipeline.data.corpus import fetch_corpus
 from pipeline.data.tokenizer import TOKENIZERS, Tokenizer
-from pipeline.system.files import sha256_file
 
 
 class ByteTokenizer(Tokenizer):
@@ -25,7 +25,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def fetch(cls, folder: Path) -> None:
-        (folder / "bytes.txt").write_text("a token a byte\n")
+        (folder / "bytes.txt").write_text("one token per byte\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -40,31 +40,28 @@ class ByteTokenizer(Tokenizer):
 
 @pytest.fixture(name="byte_tokenizer")
 def _byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
-    """The tokenizer, which corpus.tokenizer: bytes now means."""
+    """A tokenizer with the name `bytes` in TOKENIZERS."""
     monkeypatch.setitem(TOKENIZERS, "bytes", ByteTokenizer)
     return ByteTokenizer()
 
 
+def corpus_config(source: str, *mirrors: str, **changes: Any) -> CorpusConfig:
+    values = {"source": source, "mirrors": list(mirrors), "sha256": None, "tokenizer": "gpt2"}
+    return CorpusConfig(**values | {"fraction": 1.0, "val_fraction": 0.0} | changes)
+
+
 @pytest.fixture(name="project")
 def _project(tmp_path: Path, bpe: Path) -> Path:
-    """A workspace with three texts that take a second or two."""
-    (tmp_path / "texts").mkdir()
+    """A workspace of the stage `tokenize`, with three documents of 45 kB each."""
     rng = np.random.default_rng(1)
-    words = "".join(f"{number} {chr(97 + number % 26) * 3}\n" for number in rng.integers(10**9, size=10_000).tolist())
+    lines = "".join(f"{number} {chr(97 + number % 26) * 3}\n" for number in rng.integers(10**9, size=3_000).tolist())
+    (tmp_path / "texts").mkdir()
     for name in "abc":
-        (tmp_path / "texts" / f"{name}.txt").write_text(name + words * 4)
-    section = {
-        "source": "texts",
-        "sha256": None,
-        "mirrors": [],
-        "tokenizer": "gpt2",
-        "fraction": 1.0,
-        "val_fraction": 0.1,
-    }
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"corpus": section}))
+        (tmp_path / "texts" / f"{name}.txt").write_text(name + lines)
+    corpus = corpus_config("texts", val_fraction=0.1)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"corpus": corpus.model_dump()}))
     shutil.copytree(bpe, tmp_path / "data" / "tokenizer")
-    members = {path.name: path for path in sorted((tmp_path / "texts").iterdir())}
-    write_documents(members, tmp_path / "data" / "corpus.txt", "texts")
-    digest = sha256_file(tmp_path / "data" / "corpus.txt")
-    (tmp_path / "data" / "corpus.sha256").write_text(f"{digest}  corpus.txt\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        fetch_corpus(corpus, Path("data/corpus.txt"))
     return tmp_path

@@ -72,7 +72,7 @@ def marked(served: Served, ids: Sequence[int], prompt_length: int) -> str:
         if text and (copied := passages.get(start)):
             length, version = copied.end - copied.begin, escape(str(served.info["version"]))
             parts.append(
-                f'<mark tabindex="0" role="button" data-version="{version}" data-place="{copied.place}" '
+                f'<mark tabindex="0" role="button" data-version="{version}" data-place="{copied.position}" '
                 f'data-length="{length}" title="{length} tokens of the training text: show them there">'
                 f"{escape(text)}</mark>"
             )

@@ -1,1 +1,1 @@
-"""Text to tokens, token files and batches."""
+"""Convert text to tokens, token files and batches."""

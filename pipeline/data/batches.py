@@ -1,8 +1,7 @@
-"""Cut ids into (B, T) inputs and targets, in an order that is a pure function of (seed, epoch, position).
+"""Batches of windows, (B, T), in an order that is a pure function of (seed, epoch, position).
 
-A window is T inputs with their T targets, each target the token after its input. Fixed windows cut the text every T
-tokens; the last one is padded, and its surplus targets are IGNORED, so that an epoch has every token of the text but
-the first exactly once as a target.
+Window i of a text x has the inputs x[i T : (i + 1) T] and the targets x[i T + 1 : (i + 1) T + 1]. The last window is
+padded, and the targets of the padding are IGNORED. So an epoch has each token but the first exactly once as a target.
 """
 
 from collections.abc import Iterator
@@ -22,11 +21,11 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
-IGNORED = -100  # a target that counts nowhere; cross_entropy's own default
+IGNORED = -100  # a target without a loss; the default ignore_index of cross_entropy
 
 
 class Batch(NamedTuple):
-    """One forward pass; `n_targets` is known without asking the device."""
+    """The data of one forward pass; `n_targets` is on the CPU, so that reading it does not wait for the device."""
 
     inputs: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORED past the end of the text
@@ -34,17 +33,17 @@ class Batch(NamedTuple):
 
 
 def n_windows(n_tokens: int, length: int) -> int:
-    """Fixed windows in a text, the padded last one included."""
+    """Number of fixed windows in a text, including the padded last one."""
     return -(-(n_tokens - 1) // length)
 
 
 def steps_per_epoch(n_tokens: int, config: WindowsConfig) -> int:
-    """Steps that see as many windows as the text has, rounded up."""
+    """Steps that together have as many windows as the text, rounded up."""
     return -(-n_windows(n_tokens, config.seq_len) // (config.micro_batch_size * config.gradient_accumulation_steps))
 
 
 class Split(NamedTuple):
-    """A part of the text as the model reads it: compact ids, cut out of the token files window by window."""
+    """A split of the text, from whose token files windows of compact ids are read."""
 
     tokens: Tokens
     vocabulary: Vocabulary
@@ -52,16 +51,16 @@ class Split(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Tokens in the part."""
+        """Number of tokens in the split."""
         return len(self.tokens)
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns, as the model's compact ids."""
+    """The data of a run: its splits, with vocabulary and tokenizer."""
 
     train: Split
-    validation: Split | None  # None where nothing is held out
+    validation: Split | None  # None if nothing is held out
     vocabulary: Vocabulary
     tokenizer: Tokenizer
     sha256: str  # of the token files
@@ -70,7 +69,7 @@ class TrainingData:
     def read(
         cls, tokens: Path, tokenizer: Path, seq_len: int, vocab_size: int, fold_vocab: bool, device: torch.device
     ) -> "TrainingData":
-        """Read and verify what the stage `tokenize` wrote. Raises InputError where it does not suit the model."""
+        """Read and verify the files of the stage `tokenize`. Raises InputError if they do not fit the model."""
         text = TokenFolder(tokens)
         text.train.require(seq_len + 1)
         if (n_ids := max(text.train.vocab_size, text.val.vocab_size)) > vocab_size:
@@ -86,10 +85,10 @@ class TrainingData:
 def steps_of(
     first_step: int, split: Split, config: WindowsConfig, seed: int, world: World = ALONE
 ) -> Iterator[list[Batch]]:
-    """Yield the batches of step `first_step` (counted from 1), of the next, and so on for ever.
+    """Yield the batches of step `first_step`, counted from 1, and of all later steps, without end.
 
-    A step may hold the end of one epoch and the start of the next. The processes of a `world` get their share of each
-    batch, which still counts the targets of all of it.
+    A step may contain the end of one epoch and the start of the next. Each process of `world` gets its share of each
+    batch; `n_targets` still counts the targets of the whole batch.
     """
     windows_per_step = config.micro_batch_size * config.gradient_accumulation_steps
     position = (first_step - 1) * windows_per_step
@@ -106,7 +105,7 @@ def steps_of(
 
 
 def make_batch(split: Split, starts: list[int], length: int) -> Batch:
-    """Cut the windows that begin at `starts` out of the text; what is past its end repeats its last token."""
+    """Read the windows that begin at `starts`; padding repeats the last token of the text."""
     ids = np.empty((len(starts), length + 1), np.int64)
     known = []
     for window, start in zip(ids, starts, strict=True):
@@ -117,7 +116,7 @@ def make_batch(split: Split, starts: list[int], length: int) -> Batch:
     inputs, targets = windows[:, :-1].clone(), windows[:, 1:].clone()  # (B, T) each
     for i, n in enumerate(known):
         targets[i, n - 1 :] = IGNORED
-    if split.device.type == "cuda":  # without waiting for the step before
+    if split.device.type == "cuda":  # the copy does not wait for the previous step
         inputs, targets = (part.pin_memory().to(split.device, non_blocking=True) for part in (inputs, targets))
     return Batch(inputs.to(split.device), targets.to(split.device), _n_targets(split, starts, length))
 
@@ -127,14 +126,14 @@ def _n_targets(split: Split, starts: list[int], length: int) -> int:
 
 
 def _start(position: int, n_tokens: int, config: WindowsConfig, seed: int) -> int:
-    """Where the window at `position`, counted from 0 over all epochs, begins."""
+    """First token of the window at `position`, which is counted from 0 over all epochs."""
     epoch, index = divmod(position, n := n_windows(n_tokens, config.seq_len))
     if config.order == "random":
         return int(_rng(seed, epoch, index).integers(max(1, n_tokens - config.seq_len)))
     return config.seq_len * (int(_permutation(n, seed, epoch)[index]) if config.order == "shuffled" else index)
 
 
-@lru_cache(maxsize=2)  # a step may straddle two epochs
+@lru_cache(maxsize=2)  # a step may contain parts of two epochs
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch's windows, (n,)."""
     return _rng(seed, epoch).permutation(n)

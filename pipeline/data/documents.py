@@ -1,8 +1,4 @@
-"""Read the documents of text and JSONL files, plain or compressed, as clean UTF-8, chunk by chunk.
-
-A text file is one document, each line of a JSONL file is one. A name's end says which it is: `.jsonl`, else text; after
-it `.gz` or `.zst` where it is compressed.
-"""
+"""Read the documents of text and JSONL files, plain or compressed, as normalised UTF-8 in chunks."""
 
 import codecs
 import gzip
@@ -19,13 +15,13 @@ from urllib.parse import urlsplit
 from pipeline.system.errors import InputError, IntegrityError
 
 CHUNK_BYTES = 1 << 18
-MOST_LINE_BYTES = 1 << 26  # of JSONL: a record is in memory as a whole
+MAX_LINE_BYTES = 1 << 26  # of JSONL: a whole record is held in memory
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: zstd().open(*arguments)}
-SAVE = "save it as UTF-8 text"
+HINT = "save it as UTF-8 text"
 
 
 def zstd() -> Any:
-    """The standard library's module, or its backport before Python 3.14; imported only where texts are read."""
+    """Import the standard library's zstd, or its backport before Python 3.14, only when a text is read."""
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
@@ -34,9 +30,9 @@ def zstd() -> Any:
 
 
 def find_files(source: str) -> list[Path]:
-    """The files that a path, a folder (with those below it) or a glob names, sorted by their paths.
+    """List the files of a path, of a folder and its subfolders, or of a glob, sorted by path.
 
-    Hidden files and the README.md of the topmost folder are left out. Raises InputError where nothing is left.
+    Hidden files and the README.md of the top folder are ignored. Raises InputError if no file is found.
     """
     path, root = Path(source), PurePosixPath(source).parts[0]
     if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
@@ -48,43 +44,45 @@ def find_files(source: str) -> list[Path]:
     visible = (file for file in found if not any(part.startswith(".") for part in file.parts))
     files = sorted(file for file in visible if file.is_file() and file != Path(root, "README.md"))
     if not files:
-        what = "is a folder without texts" if path.is_dir() else "matches no file"
-        raise InputError(f"{source} {what}: put them there or choose another corpus.source")
+        what = "contains no texts" if path.is_dir() else "matches no file"
+        raise InputError(f"{source} {what}: add texts or set another corpus.source")
     return files
 
 
 def read_documents(path: Path, name: str, changes: Counter[str]) -> Iterator[bytes]:
-    """Yield the text of the file `path`, known by `name`, in chunks; an empty one ends a document.
+    """Yield the text of the file `path` in chunks; an empty chunk ends a document.
 
-    A byte order mark is removed and CRLF becomes LF, counted in `changes`. Raises InputError, with the place, where it
-    is no UTF-8, holds a NUL or is no JSONL; IntegrityError where what is compressed is cut off or altered.
+    A text file is one document; each line of a JSONL file is one. The suffix of `name`, which may be a URL, decides:
+    `.jsonl` or text, then `.gz` or `.zst` if it is compressed. In text, a byte order mark is removed and CRLF becomes
+    LF; both are counted in `changes`. Raises InputError, with the position, if the text is not UTF-8, contains a NUL or
+    is not JSONL, IntegrityError if compressed data is truncated or corrupt.
     """
     suffixes = PurePosixPath(urlsplit(name).path if name.startswith("http") else name).suffixes
-    packing = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
+    compression = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
     read = _records if suffixes and suffixes[-1].lower() == ".jsonl" else _text
     try:
-        with OPENERS.get(packing, open)(path, "rb") as file:
+        with OPENERS.get(compression, open)(path, "rb") as file:
             yield from read(file, name, changes)
     except (gzip.BadGzipFile, zlib.error, zstd().ZstdError, EOFError) as error:
-        raise IntegrityError(f"{name} is cut off or altered ({error}): get or compress it again") from None
+        raise IntegrityError(f"{name} is truncated or corrupt ({error}): download or compress it again") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror}): check corpus.source") from None
 
 
 def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
-    """Yield the chunks of one document."""
+    """Yield the chunks of a text file, which is one document."""
     decoder, offset, chunk = codecs.getincrementaldecoder("utf-8")(), 0, b"\0"
     while chunk:
         chunk = file.read(CHUNK_BYTES)
-        while chunk.endswith(b"\r") and (following := file.read(1)):  # a CRLF lies in one chunk
+        while chunk.endswith(b"\r") and (following := file.read(1)):  # do not split a CRLF
             chunk += following
-        begun = len(decoder.getstate()[0])  # bytes of a character that the chunk before began
+        n_pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous chunk
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise InputError(f"{name} is not UTF-8 at byte {offset - begun + error.start}: {SAVE}") from None
+            raise InputError(f"{name} is not UTF-8 at byte {offset - n_pending + error.start}: {HINT}") from None
         if "\0" in text:
-            raise InputError(f"{name} holds a NUL at byte {offset + chunk.index(0)}: {SAVE}")
+            raise InputError(f"{name} contains a NUL at byte {offset + chunk.index(0)}: {HINT}")
         clean = chunk
         if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
             clean = chunk.removeprefix(codecs.BOM_UTF8)
@@ -96,16 +94,16 @@ def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
 
 
 def _records(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
-    """Yield a document, and its end, for each line that is not blank."""
+    """Yield a document and its end for each line of JSONL that is not blank."""
     offset = 0
-    for number, raw in enumerate(iter(partial(file.readline, MOST_LINE_BYTES + 1), b""), start=1):
+    for number, raw in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
         where = f"{name} line {number}"
-        if len(raw) > MOST_LINE_BYTES:
-            raise InputError(f"{where} has more than {MOST_LINE_BYTES:,} bytes: make such a text a file of its own")
+        if len(raw) > MAX_LINE_BYTES:
+            raise InputError(f"{where} has more than {MAX_LINE_BYTES:,} bytes: save this text in its own file")
         try:
             line = raw.decode()
         except UnicodeDecodeError as error:
-            raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: {SAVE}") from None
+            raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: {HINT}") from None
         offset += len(raw)
         if (line := line.removeprefix("\ufeff")).strip():
             if document := _with_lf(_record(line, where), changes):
@@ -114,23 +112,23 @@ def _records(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes
 
 
 def _record(line: str, where: str) -> bytes:
-    """The text of one record."""
+    """Parse one record and return its text in UTF-8."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        raise InputError(f"{where} is not JSON: write one record a line") from None
+        raise InputError(f"{where} is not JSON: write one record per line") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise InputError(f'{where} has no text: a record reads {{"text": "..."}}')
+        raise InputError(f'{where} has no text: a record is {{"text": "..."}}')
     if "\0" in text:
-        raise InputError(f"{where} holds a NUL: take it out")
+        raise InputError(f"{where} contains a NUL: remove it")
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where} holds half a surrogate pair, which is no character: take it out") from None
+        raise InputError(f"{where} contains a lone surrogate, which is not a character: remove it") from None
 
 
 def _with_lf(text: bytes, changes: Counter[str]) -> bytes:
     if n := text.count(b"\r\n"):
-        changes["CRLF made LF"] += n
+        changes["CRLF replaced by LF"] += n
     return text.replace(b"\r\n", b"\n")

@@ -1,8 +1,4 @@
-"""Encode the corpus into token files: shard by shard, on all cores, resuming after the last finished shard.
-
-The corpus is cut where the tokenizer allows it, so that spans encoded alone give the ids of the whole. A shard is a
-pure function of the corpus: any process, on any machine that shares the disk, writes the same bytes.
-"""
+"""Encode the corpus into token files, in shards, on all cores, resuming after the last finished shard."""
 
 import mmap
 import os
@@ -32,12 +28,12 @@ from pipeline.system.files import (
     write_json,
 )
 
-SHARD_BYTES = 1 << 26  # of text
-BLOCK_BYTES = 1 << 20  # of text encoded at once, which keeps the memory small
+SHARD_BYTES = 1 << 26  # of text per shard
+BLOCK_BYTES = 1 << 20  # of text per call of the tokenizer; limits the memory
 
 
 class Shard(NamedTuple):
-    """Which bytes of the corpus make which file."""
+    """A token file and the bytes of the corpus that it encodes."""
 
     name: str
     start: int
@@ -45,7 +41,7 @@ class Shard(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Every `of`-th shard, from number `first` on."""
+    """Every `of`-th shard, starting with shard `first`."""
 
     first: int = 0
     of: int = 1
@@ -63,28 +59,28 @@ def write_tokens(
 ) -> Path:
     """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
 
-    Both shares end with a whole line or document. Shards are written into a folder beside `folder`, whose name depends
-    on all that decides their bytes. One of several simultaneous tasks leaves its shards there and returns that folder;
-    without a `task`, what is missing is written and all of it moved to `folder`. Raises InputError where nothing is
-    left for `train`.
+    Both parts end with a whole line or document. Shards are written into a working folder beside `folder`, whose name
+    is a hash of all inputs that determine their bytes. A `task` writes its shards there and returns the working folder.
+    Without a `task`, the missing shards are written and the working folder becomes `folder`. Raises InputError if
+    `train` would be empty.
     """
     key = [sha256_file(corpus), tokenizer.name, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
-    place = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
-    (place / "tokens").mkdir(parents=True, exist_ok=True)
+    working = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
+    (working / "tokens").mkdir(parents=True, exist_ok=True)
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     first, of = task or Task()
     shards = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
     size_bytes = sum(shard.stop - shard.start for shard in shards)
-    with tqdm(total=size_bytes, desc=f"{folder}", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal
+    with tqdm(total=size_bytes, desc=str(folder), unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
         for shard in shards:
-            with locked(place / f"{shard.name}.lock", wait=True):
-                _encode_shard(corpus, shard, tokenizer, place, workers)
+            with locked(working / f"{shard.name}.lock", wait=True):
+                _encode_shard(corpus, shard, tokenizer, working, workers)
             bar.update(shard.stop - shard.start)
     if task:
-        return place
+        return working
     with naming_full_disk(folder.parent):
-        put_in_place(place / "tokens", folder)
-    for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # of this corpus and of others
+        put_in_place(working / "tokens", folder)
+    for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # also of earlier corpora
         shutil.rmtree(leftover)
     return folder
 
@@ -96,13 +92,13 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 def _plan(corpus: Path, cut: Pattern[bytes], fraction: float, val_fraction: float, shard_bytes: int) -> list[Shard]:
-    """Which spans of the corpus become shards. Raises InputError where nothing is left for `train`."""
+    """Divide the corpus into shards. Raises InputError if `train` would be empty."""
     with _mapped(corpus) as text:
         stop = _line_end(text, len(text), fraction)
         split = _line_end(text, stop, 1 - val_fraction)
         if split == 0:
             raise InputError(
-                f"no whole line of {corpus} is left to train on: raise corpus.fraction or lower val_fraction"
+                f"{corpus} has no whole line for training: raise corpus.fraction or lower corpus.val_fraction"
             )
         return [
             Shard(shard_name(part, index), *span)
@@ -112,7 +108,7 @@ def _plan(corpus: Path, cut: Pattern[bytes], fraction: float, val_fraction: floa
 
 
 def _line_end(text: mmap.mmap, stop: int, share: float) -> int:
-    """The last offset within the first `share` of `stop` bytes at which a line or a document ends; `stop` for 1."""
+    """Last end of a line or document within the first `share` of `stop` bytes; `stop` if the share is 1."""
     if share == 1:
         return stop
     limit = int(stop * share)
@@ -121,7 +117,7 @@ def _line_end(text: mmap.mmap, stop: int, share: float) -> int:
 
 
 def spans(text: mmap.mmap | bytes, start: int, stop: int, size: int, cut: Pattern[bytes]) -> Iterator[tuple[int, int]]:
-    """Cut the text between two offsets at matches of `cut`, about every `size` bytes; yield one span at least."""
+    """Split the text between two offsets at matches of `cut`, about every `size` bytes, into one or more spans."""
     while True:
         found = cut.search(text, start + size, stop)
         end = found.start() if found else stop
@@ -131,14 +127,17 @@ def spans(text: mmap.mmap | bytes, start: int, stop: int, size: int, cut: Patter
         start = end
 
 
-def _encode_shard(corpus: Path, shard: Shard, tokenizer: Tokenizer, place: Path, workers: int) -> None:
-    """Write a shard, then a note with its hash; a shard that is as its note says is left as it is."""
-    path, note = place / "tokens" / shard.name, place / f"{shard.name}.json"
-    if path.is_file() and note.is_file() and read_json(note) == sha256_file(path):
+def _encode_shard(corpus: Path, shard: Shard, tokenizer: Tokenizer, working: Path, workers: int) -> None:
+    """Write a shard and then a file with its hash, unless a shard with this hash is already there.
+
+    A shard is a pure function of the corpus: each process, on any machine that shares the disk, writes the same bytes.
+    """
+    path, digest = working / "tokens" / shard.name, working / f"{shard.name}.json"
+    if path.is_file() and digest.is_file() and read_json(digest) == sha256_file(path):
         return
 
     def batches(text: mmap.mmap, pool: ThreadPoolExecutor) -> Iterator[Ids]:
-        """Ids in the order of the text, while a few blocks ahead are being encoded."""
+        """Yield the ids in the order of the text; threads encode the next blocks at the same time."""
         ahead: deque[Future[Ids]] = deque()
         for start, stop in spans(text, shard.start, shard.stop, BLOCK_BYTES, tokenizer.cut):
             ahead.append(pool.submit(tokenizer.encode_documents, text[start:stop]))
@@ -148,4 +147,4 @@ def _encode_shard(corpus: Path, shard: Shard, tokenizer: Tokenizer, place: Path,
 
     with atomic_file(path) as unfinished, _mapped(corpus) as text, ThreadPoolExecutor(workers) as pool:
         write_shard(unfinished, batches(text, pool), tokenizer.n_vocab)
-    write_json(note, sha256_file(path))
+    write_json(digest, sha256_file(path))

@@ -1,8 +1,11 @@
-"""Describe a text: what it is made of, and the least loss that any model can reach on it.
+"""Statistics of a text: counts, and the lowest loss that any model can reach on it.
 
-Let c log c be summed over the groups of equal n-grams, c the size of a group. Over the same N places, the best guess of
-the token after each (n-1)-gram costs (sum over (n-1)-grams - sum over n-grams) / N nats on average; and since the cost
-of the tokens of a window telescopes, the difference between first tokens and whole windows is that of all targets.
+With c(g) the number of times that the n-gram g occurs at N given positions, S(n) = sum over g of c(g) log c(g), and
+the conditional entropy of the last token of these n-grams, given the n - 1 tokens before it, is
+
+    H(n) = (S(n - 1) - S(n)) / N        nats per token
+
+so that H(m + 1) + ... + H(n) = (S(m) - S(n)) / N: the loss of n - m successive tokens needs only two of these sums.
 """
 
 from typing import Any
@@ -13,9 +16,9 @@ import numpy.typing as npt
 from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import Tokenizer
 
-STATISTICS_TOKENS = 5_000_000  # entropies of a larger text are those of its beginning: about 6 s and 0.6 GB
-FREQUENT = 20
-CONTEXTS = range(5)  # tokens before the next
+STATISTICS_TOKENS = 5_000_000  # at most, from the beginning of the text, for entropies; takes about 6 s and 0.6 GB
+N_FREQUENT = 20  # tokens listed
+CONTEXTS = range(5)  # number of tokens before the predicted one
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens in a window
 
 BASE = 0x9E3779B97F4A7C15  # of the rolling hash; odd, so that it has an inverse modulo 2**64
@@ -24,32 +27,32 @@ Integers = npt.NDArray[np.int64]
 
 
 class NGrams:
-    """Find the equal n-grams of a text, of any n, by rolling hashes of 64 bits (Karp and Rabin 1987)."""
+    """Count the n-grams of a text, for any n, by rolling hashes of 64 bits (Karp and Rabin 1987)."""
 
     def __init__(self, ids: Integers) -> None:
-        codes = np.random.default_rng(1).integers(2**64, size=2**16, dtype=np.uint64)  # of the ids
+        codes = np.random.default_rng(1).integers(2**64, size=2**16, dtype=np.uint64)  # a random code for each id
         powers = np.cumprod(np.full(len(ids), BASE, np.uint64))
         self._inverses = np.cumprod(np.full(len(ids), pow(BASE, -1, 2**64), np.uint64))
         self._sums = np.insert(np.cumsum(codes[ids] * powers), 0, 0)  # (N + 1,), modulo 2**64
 
-    def c_log_c(self, n: int, n_places: int, stride: int = 1) -> float:
-        """c log c over the groups of equal n-grams that start at one of the first `n_places`, or every few of them."""
-        starts = slice(0, n_places, stride)
+    def c_log_c(self, n: int, n_positions: int, stride: int = 1) -> float:
+        """S(n) of the n-grams that start at every `stride`-th of the first `n_positions` positions."""
+        starts = slice(0, n_positions, stride)
         hashes = (self._sums[n:][starts] - self._sums[starts]) * self._inverses[starts]
         _, counts = np.unique(hashes, return_counts=True)
         return float(counts @ np.log(counts))
 
-    def mean_cost(self, context: int, whole: int, n_places: int, stride: int = 1) -> float:
-        """Nats per token that it costs to continue n-grams of `context` tokens to `whole` tokens."""
-        n_targets = len(range(0, n_places, stride)) * (whole - context)
-        total = self.c_log_c(context, n_places, stride) - self.c_log_c(whole, n_places, stride)
+    def mean_entropy(self, context: int, n: int, n_positions: int, stride: int = 1) -> float:
+        """Mean entropy, in nats per token, of the tokens of n-grams after their first `context` tokens."""
+        n_targets = len(range(0, n_positions, stride)) * (n - context)
+        total = self.c_log_c(context, n_positions, stride) - self.c_log_c(n, n_positions, stride)
         return round(total / max(n_targets, 1), 4)
 
 
 def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Figures of the training text, in nats where they are entropies; of `val` only the tokens are counted.
+    """Statistics of the training text, entropies in nats; of `val` only the number of tokens.
 
-    Documents are separated by a token that is no text: it counts among the tokens, and has no bytes.
+    The end-of-text token between documents counts as a token and has no bytes.
     """
     counts = train.counts()
     n_ends, used = int(counts[tokenizer.eot]), np.flatnonzero(counts)
@@ -59,7 +62,7 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
         for measure in (len, _characters, lambda piece: piece.count(b"\n"))
     )
     ids = train.read(0, min(len(train), STATISTICS_TOKENS)).astype(np.int64)
-    frequent = np.lexsort((used, -counts[used]))[:FREQUENT]
+    frequent = np.lexsort((used, -counts[used]))[:N_FREQUENT]
     return {
         "bytes": n_bytes,
         "characters": characters,
@@ -81,23 +84,24 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
 
 
 def next_token_entropy(ids: Integers) -> dict[str, float]:
-    """Nats that the next token costs who knows the k tokens before it, for each k."""
+    """Entropy of a token given the k tokens before it, in nats, for each k of CONTEXTS."""
     grams = NGrams(ids)
-    return {str(k): grams.mean_cost(k, k + 1, max(len(ids) - k, 0)) for k in CONTEXTS}
+    return {str(k): grams.mean_entropy(k, k + 1, max(len(ids) - k, 0)) for k in CONTEXTS}
 
 
 def irreducible_loss(ids: Integers) -> dict[str, dict[str, float]]:
-    """Least mean loss on windows of T tokens, for each T that fits: fixed, one after the other, and shifted, anywhere.
+    """Lowest mean loss on windows of T tokens, for each T of LENGTHS: `fixed` windows, or `shifted` by any offset.
 
-    The best guess knows a target's place in the window, and what the window shows before it, but not where it is.
+    The best model knows a target's position in the window and the tokens before it in the window, but not the window's
+    position in the text.
     """
     grams, lengths = NGrams(ids), [length for length in LENGTHS if length < len(ids)]
     return {
-        "fixed": {str(T): grams.mean_cost(1, T + 1, len(ids) - T, stride=T) for T in lengths},
-        "shifted": {str(T): grams.mean_cost(1, T + 1, len(ids) - T) for T in lengths},
+        "fixed": {str(T): grams.mean_entropy(1, T + 1, len(ids) - T, stride=T) for T in lengths},
+        "shifted": {str(T): grams.mean_entropy(1, T + 1, len(ids) - T) for T in lengths},
     }
 
 
 def _characters(piece: bytes) -> int:
-    """Characters that begin in these bytes of UTF-8."""
+    """Number of characters that begin in `piece`, a part of UTF-8 text."""
     return sum(byte & 0xC0 != 0x80 for byte in piece)

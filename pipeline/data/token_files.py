@@ -1,8 +1,4 @@
-"""Write ids into token files, and read spans of them.
-
-A folder holds the parts `train` and `val`, each in shards `train-00000.bin`, ..., and a manifest of their hashes. A
-shard is a header and then its ids as little-endian uint16.
-"""
+"""Write token ids into shards, and read spans of them."""
 
 import struct
 from bisect import bisect_left, bisect_right
@@ -16,12 +12,13 @@ import numpy.typing as npt
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import MANIFEST, sha256_file, verify_manifest
 
+# A shard is this header and the ids as little-endian uint16.
 HEADER = struct.Struct("<8sHHIQ")  # magic, format, dtype, vocab_size, number of ids
 MAGIC, FORMAT, UINT16 = b"GPT2TOKS", 1, 16
-MOST_IDS = 1 << 16
-BLOCK_TOKENS = 1 << 22  # ids counted at once
+MAX_VOCAB_SIZE = 1 << 16
+BLOCK_TOKENS = 1 << 22  # ids per read when counting; limits the memory
 
-HINT = "make it again with `dvc repro -f tokenize`"
+HINT = "rebuild it with `dvc repro -f tokenize`"
 
 Ids = npt.NDArray[np.uint16]
 
@@ -31,7 +28,7 @@ def shard_name(part: str, index: int) -> str:
 
 
 def write_shard(path: Path, batches: Iterable[npt.ArrayLike], vocab_size: int) -> None:
-    """Write all ids as one shard. Raises ValueError on an id outside of the vocabulary."""
+    """Write all ids as one shard. Raises ValueError if an id is outside of the vocabulary."""
     length = 0
     with path.open("wb") as file:
         file.seek(HEADER.size)
@@ -46,17 +43,17 @@ def write_shard(path: Path, batches: Iterable[npt.ArrayLike], vocab_size: int) -
 
 
 class ShardFile:
-    """The ids of one token file, read when they are asked for."""
+    """The ids of one shard, read from disk on access."""
 
     def __init__(self, path: Path) -> None:
-        """Raises IntegrityError unless the header is one of ours and the size is as it says."""
+        """Raises IntegrityError unless the header is valid and the size agrees with it."""
         with path.open("rb") as file:
             header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
         *kind, self.vocab_size, length = HEADER.unpack(header)
-        if kind != [MAGIC, FORMAT, UINT16] or self.vocab_size > MOST_IDS:
+        if kind != [MAGIC, FORMAT, UINT16] or self.vocab_size > MAX_VOCAB_SIZE:
             raise IntegrityError(f"{path} is not a token file of format {FORMAT}: {HINT}")
         if (size := path.stat().st_size) != HEADER.size + 2 * length:
-            raise IntegrityError(f"{path} has {size} bytes, but should hold {length} tokens: {HINT}")
+            raise IntegrityError(f"{path} has {size} bytes, but its header says {length} tokens: {HINT}")
         self._path, self._length = path, int(length)
 
     def __len__(self) -> int:
@@ -68,7 +65,7 @@ class ShardFile:
 
 
 class Tokens:
-    """The ids of one part, read-only and on disk until they are read."""
+    """The ids of one part, over all its shards, read from disk on access."""
 
     def __init__(self, name: str, shards: Sequence[Ids | ShardFile], vocab_size: int) -> None:
         self.name, self.vocab_size, self._shards = name, vocab_size, shards
@@ -78,7 +75,7 @@ class Tokens:
         return self._starts[-1]
 
     def read(self, start: int, stop: int) -> Ids:
-        """Ids `start` up to `stop`, (N,). Raises IndexError outside of the part."""
+        """Read the ids from `start` up to `stop`, (N,). Raises IndexError outside of the part."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"{self.name} has {len(self)} tokens, asked for {start} to {stop}")
         which = slice(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop))
@@ -87,27 +84,34 @@ class Tokens:
         return np.concatenate([np.empty(0, np.uint16), *parts])
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """How often each id occurs, (vocab_size,). Raises IntegrityError on an id outside of the vocabulary."""
+        """Count each id, (vocab_size,). Raises IntegrityError if an id is outside of the vocabulary."""
         counts = np.zeros(self.vocab_size, np.int64)
         for shard in self._shards:
             for start in range(0, len(shard), BLOCK_TOKENS):
                 found = np.bincount(shard[start : start + BLOCK_TOKENS], minlength=self.vocab_size)
                 if (largest := len(found) - 1) >= self.vocab_size:
-                    raise IntegrityError(f"{self.name} holds the id {largest} of {self.vocab_size}: {HINT}")
+                    raise IntegrityError(
+                        f"{self.name} contains the id {largest}, but vocab_size is {self.vocab_size}: {HINT}"
+                    )
                 counts += found
         return counts
 
     def require(self, needed: int) -> None:
         """Raise InputError unless there are at least `needed` tokens."""
         if len(self) < needed:
-            raise InputError(f"{self.name} has {len(self)} tokens, needs {needed}: take more text or shorter windows")
+            raise InputError(
+                f"{self.name} has {len(self)} tokens, needs {needed}: use more text or a smaller windows.seq_len"
+            )
 
 
 class TokenFolder:
-    """The token files of a text: `train`, `val` (held out, maybe nothing) and the hash of all of them."""
+    """The verified token files of a text: the parts `train` and `val`, which may be empty, and the hash of all files.
+
+    Each part is in shards, `train-00000.bin`, `train-00001.bin`, ...; a manifest contains their hashes.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where there is no such folder, IntegrityError where a file is not as its manifest says."""
+        """Raises InputError if the folder is missing, IntegrityError if a file differs from the manifest."""
         if not folder.is_dir():
             raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
         verify_manifest(folder)
@@ -121,5 +125,5 @@ def _open(folder: Path, part: str) -> Tokens:
 
 
 def data_sha256(folder: Path) -> str:
-    """Hash of the tokens of all parts: that of the manifest, which holds every file's hash."""
+    """SHA-256 of the manifest, which contains the hash of each token file."""
     return sha256_file(folder / MANIFEST)

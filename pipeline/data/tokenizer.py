@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, from verified files."""
+"""Tokenizers, loaded from verified files: text to token ids and back."""
 
 import json
 import re
@@ -18,39 +18,37 @@ from pipeline.system.files import atomic_folder, sha256_file
 
 
 class Tokenizer(Protocol):
-    """What the pipeline needs of a tokenizer. To add one, write such a class and enter it in TOKENIZERS.
+    """Interface of a tokenizer. To add one, write a class with this interface and an entry in TOKENIZERS.
 
-    Documents are separated by a NUL in UTF-8, and by `eot` in ids. Special tokens that occur in a text are plain text.
+    Documents are separated by a NUL in UTF-8 and by `eot` in ids. Special tokens in a text are encoded as plain text.
     """
 
-    files: ClassVar[
-        tuple[str, ...]
-    ]  # in names that no other tokenizer uses: a model folder's tokenizer is found by them
-    name: str  # differs where any text is encoded differently
-    n_vocab: int  # ids, `eot` included; at most 65,536
-    eot: int  # id of the end of text, to which no text is encoded
-    cut: re.Pattern[bytes]  # matches where UTF-8 text may be cut and its parts be encoded alone
+    files: ClassVar[tuple[str, ...]]  # unique names: a model folder's tokenizer is found by them
+    name: str  # unique for each mapping of text to ids
+    n_vocab: int  # number of ids, including `eot`; at most 65,536
+    eot: int  # id of the end of text; no text is encoded to it
+    cut: re.Pattern[bytes]  # matches where UTF-8 text may be split without changing its ids
 
     @classmethod
     def fetch(cls, folder: Path) -> None:
-        """Write `files` into `folder`. Raises InputError or IntegrityError where they cannot be downloaded."""
+        """Download `files` into `folder`. Raises InputError or IntegrityError if that fails."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read `files`. Raises InputError where one is missing, IntegrityError where one is altered."""
+        """Read `files`. Raises InputError if one is missing, IntegrityError if one is altered."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; a lone surrogate, which is no character, becomes U+FFFD."""
+        """Encode `text`; a lone surrogate becomes U+FFFD."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`, exactly."""
+        """Decode `ids` to their exact bytes."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8, such as a part of a character, become U+FFFD."""
+        """Decode `ids`; bytes that are not UTF-8, such as part of a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def encode_documents(self, data: bytes) -> npt.NDArray[np.uint16]:
-        """Ids, (N,), of documents in UTF-8. Threads may call it at the same time."""
+        """Encode documents in UTF-8 to ids, (N,). Must be thread-safe."""
         first, *others = data.decode().split("\0")
         ids = [*self.encode(first), *(i for text in others for i in (self.eot, *self.encode(text)))]
         return np.array(ids, np.uint16)
@@ -66,29 +64,30 @@ BPE_SOURCES = (
 )
 EOT = "<|endoftext|>"
 
-# encoder.json writes each byte as a printable character: itself where it is one, else one from U+0100 on.
+# encoder.json represents a byte by its character if that is printable, else by a character from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-OTHERS = [byte for byte in range(0x100) if byte not in PRINTABLE]
-BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(0x100 + n): byte for n, byte in enumerate(OTHERS)}
+UNPRINTABLE = [byte for byte in range(0x100) if byte not in PRINTABLE]
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(0x100 + n): byte for n, byte in enumerate(UNPRINTABLE)}
 
-# GPT-2's split into pieces, as tiktoken_ext.openai_public has it; bytes are merged within a piece only.
+# GPT-2's split of text into pieces, from tiktoken_ext.openai_public. Bytes are merged only within a piece.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# Before a whitespace character that another character follows, a piece always ends: only a leading space joins what
-# comes after it, and a run of whitespace ends before its last character. So text may be cut there, and nowhere else
-# in general. The class is Unicode's White_Space, which is the \s of PIECES; Python's own \s is wider.
+# A piece always ends before a whitespace character that a non-space follows: a run of whitespace ends before its last
+# character, and only a space may begin a piece with the characters after it. Text may be cut there; elsewhere a cut can
+# change ids. The class is Unicode's White_Space, which is the \s of PIECES; Python's \s has more characters.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?=[{SPACE}][^{SPACE}])(?<=[{SPACE}]{{1000}})")
 
-# The same in UTF-8; and before a NUL, which separates two documents.
+# The same for UTF-8, and also before the NUL between two documents.
 SPACE_UTF8 = rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
 CUT = re.compile(rb"\0|%b(?!%b|\0)(?=.)" % (SPACE_UTF8, SPACE_UTF8), re.DOTALL)
 
-# PIECES of a text that is cut before the last whitespace character of each run that does not end it: the rest needs no
-# looking ahead, and is found in half the time.
+# Equal to PIECES once the text is cut before the last whitespace character of each run that is not at its end. It needs
+# no lookahead, and takes half the time.
 PIECES_OF_CUT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
 MARK = "\0"
-IS_SPACE = np.array([re.match(f"[{SPACE}]", chr(code)) is not None for code in range(0x3002)])  # the last: all others
+# By code point; no space is above U+3000, so that the last entry serves all higher code points.
+IS_SPACE = np.array([re.match(f"[{SPACE}]", chr(code)) is not None for code in range(0x3002)])
 IS_SOLID = ~IS_SPACE & (np.arange(0x3002) != ord(MARK))
 
 
@@ -100,7 +99,7 @@ class GPT2Tokenizer(Tokenizer):
     cut = CUT
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
-        """`ranks`: id of each token's bytes; a pair of lower rank is merged first."""
+        """`ranks`: bytes of a token -> its id; pairs of lower rank are merged first."""
         self.n_vocab = len(ranks) + 1
         self.eot = len(ranks)
         self._ranks = ranks
@@ -125,18 +124,18 @@ class GPT2Tokenizer(Tokenizer):
 
     @cached_property
     def _encoding_of_cut(self) -> tiktoken.Encoding:
-        """For text that is cut, and whose cuts and documents' ends are marked."""
+        """Encoding for text in which cuts and ends of documents are marked."""
         return tiktoken.Encoding(
             "gpt2-cut", pat_str=PIECES_OF_CUT, mergeable_ranks=self._ranks, special_tokens={MARK: self.eot}
         )
 
     def encode(self, text: str) -> list[int]:
-        # tiktoken overflows its stack within a very long run of whitespace, but not where the run ends the text
+        # tiktoken overflows its stack in a very long run of whitespace, unless the run is at the end of the text
         return [i for part in LONG_SPACE.split(text) for i in self._encoding.encode_ordinary(part)]
 
     def encode_documents(self, data: bytes) -> npt.NDArray[np.uint16]:
-        """What `encode` gives for each document, in half the time."""
-        codes: npt.NDArray[np.unsignedinteger[Any]]  # one number a character
+        """Encode documents to the ids of `encode`, in half the time."""
+        codes: npt.NDArray[np.unsignedinteger[Any]]  # one per character
         if data.isascii():
             encoding, codes = "ascii", np.frombuffer(data, np.uint8)
         else:
@@ -163,7 +162,7 @@ def require_known(name: str) -> None:
 
 
 def fetch_tokenizer(name: str, folder: Path) -> None:
-    """Fetch the files of the tokenizer `name` of TOKENIZERS into `folder`. Raises InputError or IntegrityError."""
+    """Download the files of the tokenizer `name` into `folder`. Raises InputError or IntegrityError."""
     require_known(name)
     with atomic_folder(folder) as unfinished:
         TOKENIZERS[name].fetch(unfinished)
@@ -171,13 +170,13 @@ def fetch_tokenizer(name: str, folder: Path) -> None:
 
 
 def tokenizer_in(folder: Path) -> type[Tokenizer]:
-    """The class of the tokenizer whose files are in `folder`. Raises InputError where there is none."""
+    """Find the class of the tokenizer whose files are in `folder`. Raises InputError if there is none."""
     for kind in TOKENIZERS.values():
         if any((folder / name).is_file() for name in kind.files):
             return kind
-    raise InputError(f"{folder} holds no tokenizer: run `dvc repro download`, which fetches it")
+    raise InputError(f"{folder} contains no tokenizer: run `dvc repro download`, which fetches it")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer whose files are in `folder`. Raises InputError or IntegrityError, as `Tokenizer.load` does."""
+    """Load the tokenizer whose files are in `folder`. Raises as `tokenizer_in` and `Tokenizer.load` do."""
     return tokenizer_in(folder).load(folder)

