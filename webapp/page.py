@@ -21,7 +21,7 @@ from webapp.tabs.recall import recall_tab
 from webapp.tabs.training import training_tab
 from webapp.tabs.write import write_tab
 
-Tab: TypeAlias = Callable[[gr.Blocks, Source], None]  # lays out its components, and connects them
+Tab: TypeAlias = Callable[[gr.Blocks, Source], None]  # adds its components and their events
 TABS: dict[str, Tab] = {
     "Write": write_tab,
     "Next token": next_token_tab,
@@ -31,7 +31,7 @@ TABS: dict[str, Tab] = {
 }
 STYLE, KEYS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 CONCURRENT = 2  # requests of a queue at the same time
-WAITING = 30  # requests that may wait; the next one is told that the queue is full
+WAITING = 30  # requests that may wait; further ones are refused
 
 
 def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
@@ -44,11 +44,11 @@ def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
                     tab(page, source)
         page.load(partial(head_html, source), None, head, **event_options("read"))
         add_endpoints(source)
-    return page.queue(max_size=WAITING, default_concurrency_limit=CONCURRENT, api_open=False)  # no way past the queue
+    return page.queue(max_size=WAITING, default_concurrency_limit=CONCURRENT, api_open=False)  # API calls queue too
 
 
 def head_html(source: Source) -> str:
-    """The title, what is served, and why it is not what it should be."""
+    """The title, the served version, and why another one could not be loaded."""
     served = source.current()
     loss = served.info["metrics"].get("corpus_loss")
     reached = "" if loss is None else f"; its loss over all of them is {loss:.3f}"
@@ -64,7 +64,7 @@ def head_html(source: Source) -> str:
 def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True) -> gr.Blocks:
     """Serve the page on `host` alone, without share link, uploads, files, proxy or analytics.
 
-    `names`: further hosts that the page is reached by; request_filter.ANY for all.
+    `names`: further host names of the page; request_filter.ANY allows all.
     """
     page = compose(source)
     app_options = {
@@ -76,7 +76,7 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
         "docs_url": None,
         "redoc_url": None,
     }
-    system, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no font is loaded
+    system, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no web fonts
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="stone", radius_size="sm", font=system, font_mono=mono)
     theme.set(body_background_fill="#fbfaf8", body_background_fill_dark="#161412")
     page.launch(
@@ -84,6 +84,6 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
         theme=theme, css_paths=STYLE, js=KEYS.read_text(encoding="utf-8"), footer_links=["api"], run_history=False,
         ssr_mode=False, pwa=False, max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False,
         num_workers=0, root_path="", app_kwargs=app_options,
-        state_session_capacity=50,  # each takes 50 KB, for values that nothing here reads
+        state_session_capacity=50,  # each takes 50 KB, and no event uses them
     )  # fmt: skip
     return page

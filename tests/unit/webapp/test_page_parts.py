@@ -16,13 +16,13 @@ from pipeline.data.corpus_index import CorpusIndex
 from pipeline.system.errors import InputError
 from webapp.chart import line_chart
 from webapp.completion import complete
-from webapp.html import cut, marked, place_html, refusing
+from webapp.html import marked_html, place_html, split_text, user_errors
 from webapp.model_source import Served
 from webapp.page import TABS, compose, head_html
 from webapp.tabs import next_token
 from webapp.tabs.about import about_html, parts, sizes
-from webapp.tabs.next_token import expect, expected_html
-from webapp.tabs.recall import _about_windows, heat_html, n_windows, recitable, recital_html
+from webapp.tabs.next_token import next_token_html, predict_next
+from webapp.tabs.recall import _about_windows, heat_html, n_windows, recital_html, roundtrip_length
 from webapp.tabs.training import run_html
 from webapp.tabs.write import samples_html
 
@@ -37,19 +37,19 @@ def served(source: Stub) -> Served:
 def test_cutting_a_text_before_tokens_loses_and_repeats_nothing(tokenizer, text, places):
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     ids = tokenizer.encode(text)
-    pieces = cut(tokenizer, ids, sorted(min(place, len(ids)) for place in places))
+    pieces = split_text(tokenizer, ids, sorted(min(place, len(ids)) for place in places))
     assert "".join(pieces) == text
 
 
 def test_a_character_split_over_tokens_is_whole_on_one_side(tokenizer):
     ids = tokenizer.encode("a🙂b")  # the face takes several tokens
-    assert cut(tokenizer, ids, [2]) == ["a🙂", "b"]
+    assert split_text(tokenizer, ids, [2]) == ["a🙂", "b"]
 
 
 def test_what_stands_in_the_training_text_is_marked_and_the_prompt_is_not(served):
     prompt = "First Citizen:\nBefore we"
     completion = list(complete(served, prompt, 1, max_tokens=12, temperature=0))[-1]
-    html = marked(served, completion.ids(0), len(completion.prompt_ids))
+    html = marked_html(served, completion.ids(0), len(completion.prompt_ids))
     assert html.startswith('<span class="prompt">First Citizen:\nBefore we</span><mark tabindex="0" role="button" ')
     assert 'data-place="0"' in html
     assert completion.novelty(0) == 0
@@ -59,7 +59,7 @@ def test_what_stands_in_the_training_text_is_marked_and_the_prompt_is_not(served
 def test_of_two_passages_that_overlap_each_opens_as_a_whole(tokenizer):
     text = [*range(300, 312), 0, *range(306, 320)]
     served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer, info={"version": "1"})
-    html = marked(served, range(300, 320), 0)
+    html = marked_html(served, range(300, 320), 0)
     assert re.findall(r'data-place="(\d+)" data-length="(\d+)"', html) == [("0", "12"), ("13", "14")]
     assert re.sub("<[^>]*>", "", html) == escape(tokenizer.decode(range(300, 320)))
 
@@ -70,7 +70,7 @@ def test_of_two_passages_that_overlap_each_opens_as_a_whole(tokenizer):
     [(True, "'&lt;b&gt;x&lt;/b&gt;' is no number &amp; so on"), (False, "'<b>x</b>' is no number & so on")],
 )
 def test_an_error_is_escaped_on_the_page_and_unchanged_in_the_api(on_page, message):
-    with pytest.raises(gr.Error) as told, refusing(on_page):
+    with pytest.raises(gr.Error) as told, user_errors(on_page):
         raise InputError("'<b>x</b>' is no number & so on")
     assert told.value.message == message
 
@@ -87,11 +87,11 @@ def test_what_is_not_searched_of_a_long_text_is_said_where_it_counts(served):
     long.corpus = CorpusIndex(served.ids, n_text=10 * n)
     said = f"Only the first {n:,} of the {10 * n:,} tokens of the training text are searched"
     completion = list(complete(long, "All:", 1, max_tokens=2, temperature=0))[-1]
-    for html in (samples_html(completion), expected_html(long, "All:")):
+    for html in (samples_html(completion), next_token_html(long, "All:")):
         assert said in html
     assert f"token {n - 24:,} of {10 * n:,}" in place_html(long, n - 24, 24)
     completion = list(complete(served, "All:", 1, max_tokens=2, temperature=0))[-1]
-    assert "Only the first" not in samples_html(completion) + expected_html(served, "All:")
+    assert "Only the first" not in samples_html(completion) + next_token_html(served, "All:")
 
 
 def test_the_end_of_a_document_is_a_token_but_no_text_to_go_on_with(served):
@@ -104,16 +104,22 @@ def test_the_end_of_a_document_is_a_token_but_no_text_to_go_on_with(served):
 
 def test_every_text_is_escaped(served):
     end = served.ids[-24:].tolist()
-    for html in (marked(served, end, 2), place_html(served, len(served.ids) - 24, 24), heat_html(served, end, 0, "")):
+    for html in (
+        marked_html(served, end, 2),
+        place_html(served, len(served.ids) - 24, 24),
+        heat_html(served, end, 0, ""),
+    ):
         assert "&lt;b&gt;" in html or "&lt;</span>" in html
         assert "<b>First" not in html
     ids = served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")
-    assert "<img" not in marked(served, ids, 0) + heat_html(served, ids, 0, "<b>") + expected_html(served, "<img ")
+    assert "<img" not in marked_html(served, ids, 0) + heat_html(served, ids, 0, "<b>") + next_token_html(
+        served, "<img "
+    )
     assert "<b>Resolved" not in run_html(served)
 
 
 def test_the_next_token_is_shown_beside_what_the_text_has(served):
-    found = expect(served, "First Citizen:\nBefore we proceed any")
+    found = predict_next(served, "First Citizen:\nBefore we proceed any")
     best = found["tokens"][0]
     assert (best["text"], best["times_in_text"], found["context_times"]) == (" further", 1, 1)
     assert best["probability"] > 0.9
@@ -123,8 +129,8 @@ def test_the_next_token_is_shown_beside_what_the_text_has(served):
 
 
 def test_an_unknown_last_token_leaves_no_grey_bars(served):
-    assert expect(served, "zebra")["context_times"] == 0
-    assert "no grey bars" in expected_html(served, "zebra")
+    assert predict_next(served, "zebra")["context_times"] == 0
+    assert "no grey bars" in next_token_html(served, "zebra")
 
 
 def test_the_heat_map_is_pale_where_the_model_knows_the_text_and_dark_where_it_is_moved(served):
@@ -153,7 +159,7 @@ def test_errors_of_the_recital_are_marked_on_both_sides(served):
 def test_what_is_given_to_recite_is_read_as_the_same_tokens(served):
     ids = served.tokenizer.encode("speak.\n\nAll")
     assert served.tokenizer.encode(served.tokenizer.decode(ids[:-1])) != ids[:-1]  # two newlines become one token
-    assert recitable(served, ids, len(ids) - 1) == len(ids) - 2
+    assert roundtrip_length(served, ids, len(ids) - 1) == len(ids) - 2
 
 
 def test_words_are_found_one_place_after_the_other_and_from_the_start_again(served):
