@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import gradio as gr
+from fastapi.exceptions import RequestValidationError
 from gradio.route_utils import FnIndexInferError
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -31,6 +32,7 @@ TABS: dict[str, Tab] = {
 }
 STYLE, KEYS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 CONCURRENT = 2  # requests of a queue at the same time
+BAD_CALLS = (FnIndexInferError, RequestValidationError, LookupError, TypeError)  # which Gradio raises for wrong calls
 WAITING = 30  # requests that may wait; further ones are refused
 
 
@@ -72,7 +74,7 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
             Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
             Middleware(RequestFilter, names={*LOOPBACK, host, *names}, any_address=hostname(host) not in LOOPBACK),
         ],
-        "exception_handlers": dict.fromkeys((FnIndexInferError, KeyError, TypeError), bad_call),
+        "exception_handlers": dict.fromkeys(BAD_CALLS, bad_call),
         "docs_url": None,
         "redoc_url": None,
     }
