@@ -30,6 +30,7 @@ LINES = (
     "know Caius Marcius is chief enemy to the people.\n\nAll:\nWe know't, we know't.\n\n<b>First</b> & second:\n"
     "No more talking on't.\n"
 )  # the last lines show where HTML is not escaped
+PROMPT = "First Citizen:\nBefore we"  # the beginning of LINES
 WINDOW = 24
 SLOW_S = 0.3  # between two tokens: a stream of 200 takes a minute
 PATIENCE_S = 30  # for a stream to begin, or to end early, on a loaded machine

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from fixtures_app import LINES, _page, _source, _version, ask, event, free_port  # noqa: F401 (fixtures)
+from fixtures_app import LINES, PROMPT, _page, _source, _version, ask, event, free_port  # noqa: F401 (fixtures)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 N_REQUESTS = 300
-PROMPT = "First Citizen:\nBefore we"
 NUMBERS = {
     "max_tokens": 3,
     "temperature": 0,

@@ -15,7 +15,7 @@ from uuid import uuid4
 import gradio as gr
 import httpx
 import pytest
-from fixtures_app import _page, _served, _slow, _source, _version, ask, event  # noqa: F401 (fixtures)
+from fixtures_app import PROMPT, _page, _served, _slow, _source, _version, ask, event  # noqa: F401 (fixtures)
 from fixtures_mlflow import root_of, trained_project
 from gradio_client import Client
 
@@ -28,7 +28,6 @@ from webapp.tabs.about import about_html
 from webapp.tabs.training import run_html
 
 ROOT = Path(__file__).parents[2]
-PROMPT = "First Citizen:\nBefore we"
 JSON = {"content-type": "application/json"}
 
 
@@ -164,20 +163,11 @@ def test_the_served_page_refuses_strangers_files_and_ways_past_the_queue(page): 
     for path in ("gradio_api/file=/etc/passwd", "gradio_api/proxy=http://127.0.0.1:1/x", "monitoring"):
         assert httpx.get(page.local_url + path).status_code == 404
     assert httpx.post(f"{page.local_url}gradio_api/upload", files={"files": ("a.txt", b"x")}).status_code == 404
+    assert httpx.post(f"{page.local_url}gradio_api/queue/join", content=b"x" * 2**21, headers=JSON).status_code == 413
     values = {"data": ["All:", 3, 0.8, 0, 1.0, 1.0, 1, 0], "fn_index": event(page, "generate")}
     for path in ("run/generate", "run/predict", "api/generate", "run/predict/"):
         assert httpx.post(f"{page.local_url}gradio_api/{path}", json=values).status_code == 404
     assert not page.api_open
-
-
-def test_a_body_too_large_is_refused(page):
-    url = f"{page.local_url}gradio_api/queue/join"
-    assert httpx.post(url, content=b"x" * (2 * 2**20), headers=JSON).status_code == 413
-    try:  # without a length in the headers
-        status = httpx.post(url, content=(b"x" * 2**20 for _ in range(40)), headers=JSON, timeout=60).status_code
-    except httpx.TransportError:
-        status = 0  # the server closed the connection
-    assert status in (0, 413)
 
 
 # a real registry

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from fixtures_app import INFO, LINES, WINDOW, Stub, _served, _source, _version, event  # noqa: F401 (fixtures)
+from fixtures_app import INFO, LINES, PROMPT, WINDOW, Stub, _served, _source, _version, event  # noqa: F401 (fixtures)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,8 +26,6 @@ from webapp.tabs.next_token import next_token_html, predict_next
 from webapp.tabs.recall import _about_windows, heat_html, n_windows, recital_html, roundtrip_length
 from webapp.tabs.training import run_html
 from webapp.tabs.write import samples_html
-
-PROMPT = "First Citizen:\nBefore we"
 
 
 @pytest.fixture(scope="module")

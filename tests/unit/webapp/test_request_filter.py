@@ -8,10 +8,11 @@ from starlette.exceptions import HTTPException
 
 from webapp.http.request_filter import LOOPBACK, RequestFilter, check_body
 
-LOCAL = {"names": LOOPBACK, "any_address": False}  # python app.py
-BOUND = {"names": {*LOOPBACK, "10.0.0.5"}, "any_address": True}  # --host 10.0.0.5
-PROXIED = {"names": {*LOOPBACK, "https://Page.example:443", "["}, "any_address": False}  # --allow-host page.example
-PUBLISHED = {"names": {*LOOPBACK, "0.0.0.0", "*"}, "any_address": True}  # a Space
+# names and any_address of the filter
+LOCAL = (LOOPBACK, False)  # python app.py
+BOUND = (LOOPBACK | {"10.0.0.5"}, True)  # --host 10.0.0.5
+PROXIED = (LOOPBACK | {"https://Page.example:443", "["}, False)  # --allow-host page.example
+PUBLISHED = (LOOPBACK | {"0.0.0.0", "*"}, True)  # a Space
 
 
 def status_of(options, headers, path="/config", method="GET", body=b""):
@@ -30,48 +31,29 @@ def status_of(options, headers, path="/config", method="GET", body=b""):
     headers = {"content-type": "application/json"} | headers
     lines = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": lines, "query_string": b""}
-    asyncio.run(RequestFilter(page, **options)(scope, receive, send))
+    asyncio.run(RequestFilter(page, *options)(scope, receive, send))
     return sent[0]["status"]
 
 
-@pytest.mark.parametrize(
-    ("options", "host", "status"),
-    [
-        *((LOCAL, host, 200) for host in ("127.0.0.1:7860", "localhost:7860", "[::1]:7860")),
-        *((LOCAL, host, 403) for host in ("rebound.example", "127.0.0.1.example", "10.0.0.5", "", "[::", None)),
-        *((BOUND, host, 200) for host in ("10.0.0.5:7860", "192.168.0.9")),  # no address can be rebound
-        (BOUND, "rebound.example", 403),
-        (PROXIED, "Page.Example:443", 200),
-        (PUBLISHED, "you-page.hf.space", 200),
-        (PUBLISHED, None, 403),
-    ],
-)
-def test_only_hosts_of_the_app_may_be_asked(options, host, status):  # E8
-    assert status_of(options, {} if host is None else {"host": host}) == status
+ASKING = {  # host, origin and the host that a proxy names, where there are any
+    (LOCAL, 200): "127.0.0.1:7860 | localhost:7860 | [::1]:7860 | localhost http://localhost:1",
+    (LOCAL, 403): "rebound.example | 127.0.0.1.example | 10.0.0.5 |  | [:: | localhost https://evil.example | "
+    "localhost null | localhost http://localhost.evil.example | localhost http://[::1",
+    (BOUND, 200): "10.0.0.5:7860 | 192.168.0.9 | 10.0.0.5 http://10.0.0.5",  # no address can be rebound
+    (BOUND, 403): "rebound.example | 10.0.0.5 http://6.6.6.6",
+    (PROXIED, 200): "127.0.0.1:7860 https://page.example | Page.Example:443 https://page.example page.example",
+    (PROXIED, 403): "127.0.0.1 https://page.example evil.example | 127.0.0.1 https://evil.example | "
+    "127.0.0.1 https://page.example page.example,[:: | 127.0.0.1 http://[",
+    (PUBLISHED, 200): "you-page.hf.space https://you-page.hf.space",
+    (PUBLISHED, 403): "you-page.hf.space https://evil.example | ",
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "headers", "status"),
-    [
-        (LOCAL, {"origin": "http://localhost:1"}, 200),
-        (LOCAL, {"origin": "https://evil.example"}, 403),
-        (LOCAL, {"origin": "null"}, 403),
-        (LOCAL, {"origin": "http://localhost.evil.example"}, 403),
-        (LOCAL, {"origin": "http://[::1"}, 403),
-        (BOUND, {"host": "10.0.0.5", "origin": "http://10.0.0.5"}, 200),
-        (BOUND, {"host": "10.0.0.5", "origin": "http://6.6.6.6"}, 403),
-        (PROXIED, {"origin": "https://page.example"}, 200),
-        (PROXIED, {"x-forwarded-host": "page.example", "origin": "https://page.example"}, 200),
-        (PROXIED, {"x-forwarded-host": "evil.example"}, 403),
-        (PROXIED, {"x-forwarded-host": "page.example, [::"}, 403),
-        (PROXIED, {"origin": "https://evil.example"}, 403),
-        (PROXIED, {"origin": "http://["}, 403),
-        (PUBLISHED, {"host": "you-page.hf.space", "origin": "https://you-page.hf.space"}, 200),
-        (PUBLISHED, {"host": "you-page.hf.space", "origin": "https://evil.example"}, 403),
-    ],
-)
-def test_only_origins_of_the_app_may_ask(options, headers, status):  # E8
-    assert status_of(options, {"host": "localhost"} | headers) == status
+@pytest.mark.parametrize(("options", "status"), ASKING)
+def test_only_hosts_and_origins_of_the_app_may_ask(options, status):  # E8
+    for line in ASKING[options, status].split("|"):
+        headers = dict(zip(("host", "origin", "x-forwarded-host"), line.split(), strict=False))
+        assert status_of(options, headers) == status, headers
 
 
 CLOSED = """
