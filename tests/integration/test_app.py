@@ -79,9 +79,13 @@ def test_wrong_values_are_refused_in_one_line(page, capfd):  # E2, E3; test_page
 
     assert generate("a\ud800\x00", 3)["output"]["data"][0]["finished"]
     too_long = "the prompt has 1,000,000 characters: give 10,000 at most"
-    for prompt, max_tokens, words in (("x" * 1_000_000, 3, too_long), ("All:", "many", "max_tokens 'many'"),
-                                      ("All:", float("nan"), "max_tokens nan"), ("All:", [], "text or a number"),
-                                      (None, 3, "it should be text")):  # fmt: skip
+    for prompt, max_tokens, words in (
+        ("x" * 1_000_000, 3, too_long),
+        ("All:", "many", "max_tokens 'many'"),
+        ("All:", float("nan"), "max_tokens nan"),
+        ("All:", [], "text or a number"),
+        (None, 3, "it should be text"),
+    ):
         answer = generate(prompt, max_tokens)
         assert not answer["success"]
         assert words in answer["output"]["error"]

@@ -34,12 +34,11 @@ def write_run(
     journal.close()
     optim = {"name": "muon", "lr": 0.002, "muon_lr": 0.01, "max_grad_norm": clip}
     reached = {rule: {"steps": step, "tokens": step * STEP_TOKENS} for rule, step in met.items()}
-    run = {
-        "n_params": 30_044_544, "fingerprint": "f", "data_sha256": "d", "environment": {},
-        "params": {"optim": optim, "target": {"average_steps": 100}},
-        "results": {"corpus_loss": 0.09, "target_loss": 0.1, "train_tokens": 34_219,
-                    "to_target": {"batch": None, "average": None, "corpus": None} | reached},
-    }  # fmt: skip
+    to_target = {"batch": None, "average": None, "corpus": None} | reached
+    results = {"corpus_loss": 0.09, "target_loss": 0.1, "train_tokens": 34_219, "to_target": to_target}
+    params = {"optim": optim, "target": {"average_steps": 100}}
+    run = {"n_params": 30_044_544, "params": params, "results": results, "environment": {}}
+    run |= {"fingerprint": "f", "data_sha256": "d"}
     timing = {"tokens_per_s": STEP_TOKENS / step_s, "mfu": "unknown", "train_s": 10.0, "peak_memory_bytes": 2**30}
     write_json(models / "run.json", run)
     write_json(reports / "timing.json", timing)
