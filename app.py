@@ -1,4 +1,4 @@
-"""Serve a registered model, or a version's folder, on a page of this machine; `python app.py --help`."""
+"""Serve a registered model, or a version in a folder, on a local web page; see `python app.py --help`."""
 
 import argparse
 import os
@@ -13,29 +13,29 @@ from pipeline.system.errors import InputError
 if TYPE_CHECKING:
     from webapp.model_source import Source
 
-BESIDE = Path(__file__).parent / "version"  # where an exported Space has its model
-IN_SPACE = BESIDE.is_dir() and "SPACE_ID" in os.environ  # publishing one opens it to everybody
+SPACE_VERSION = Path(__file__).parent / "version"  # the model of an exported Space
+IN_SPACE = SPACE_VERSION.is_dir() and "SPACE_ID" in os.environ  # a Space is public
 ALL_ADDRESSES = "0.0.0.0"  # noqa: S104 (only in a Space)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="app.py", description="Serve a registered model on a page of this machine.")
+    parser = argparse.ArgumentParser(prog="app.py", description="Serve a registered model on a local web page.")
     parser.add_argument("--model", help="name in the registry; default: registry.model in params.yaml")
     parser.add_argument("--version", default="champion", help="alias or number; default: champion")
-    parser.add_argument("--folder", type=Path, default=BESIDE if BESIDE.is_dir() else None,
+    parser.add_argument("--folder", type=Path, default=SPACE_VERSION if SPACE_VERSION.is_dir() else None,
                         help="serve a folder with model/, tokens/ and facts.json, without a registry")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--host", default=ALL_ADDRESSES if IN_SPACE else "127.0.0.1",
                         help="another address opens the page to others: it has no login")  # fmt: skip
     parser.add_argument("--allow-host", metavar="NAME", action="append", default=["*"] if IN_SPACE else [],
-                        help="a name of the page, such as a reverse proxy's, or *; may be repeated")  # fmt: skip
+                        help="another host name of the page, such as a proxy's; *: any; may be repeated")  # fmt: skip
     return parser.parse_args()
 
 
 def clean_environment() -> None:
-    """Remove all of Gradio's variables, which could share the page or open files; call it before Gradio is imported.
+    """Remove all GRADIO_* variables, which could share the page or open files; call it before Gradio is imported.
 
-    Analytics stay off, and Gradio keeps one record of requests instead of 10,000.
+    Turn analytics off, and keep one record of requests instead of 10,000.
     """
     for variable in [variable for variable in os.environ if variable.startswith("GRADIO_")]:
         del os.environ[variable]
@@ -43,7 +43,7 @@ def clean_environment() -> None:
 
 
 def open_source(arguments: argparse.Namespace) -> "Source":
-    """The folder or the registry that is to be served."""
+    """The folder or the registry to serve."""
     if arguments.folder:
         from webapp.model_source import Folder
 
@@ -74,7 +74,7 @@ def main() -> None:
             print(f"warning: everybody who reaches {host} can use the page: it has no login and no encryption, "
                   "see SECURITY.md", file=sys.stderr)  # fmt: skip
         serve(source, address, arguments.port, arguments.allow_host)
-    except (OSError, OverflowError) as error:  # a port in use, or none; an address of another machine
+    except (OSError, OverflowError) as error:  # port in use or out of range, or another machine's address
         why = (getattr(error, "strerror", None) or str(error)).lower()
         raise InputError(f"cannot use {address}:{arguments.port} ({why}): choose --port or --host") from error
 

@@ -1,4 +1,4 @@
-"""A version of the app's own size: a tiny GPT-2 that knows a few lines by heart, and a server that shows it."""
+"""A version with a tiny GPT-2 that has memorised a few lines, and a server of its page."""
 
 import json
 import socket
@@ -29,10 +29,11 @@ LINES = (
     "You are all resolved rather to die than to famish?\n\nAll:\nResolved. resolved.\n\nFirst Citizen:\nFirst, you "
     "know Caius Marcius is chief enemy to the people.\n\nAll:\nWe know't, we know't.\n\n<b>First</b> & second:\n"
     "No more talking on't.\n"
-)  # the last lines would be shown wrongly by whoever forgets to escape them
+)  # the last lines show where HTML is not escaped
+PROMPT = "First Citizen:\nBefore we"  # the beginning of LINES
 WINDOW = 24
-SLOW_S = 0.3  # between two tokens: the page's 200 take a minute
-PATIENCE_S = 30  # for a stream to begin, or to end before its time, on a machine that others use too
+SLOW_S = 0.3  # between two tokens: a stream of 200 takes a minute
+PATIENCE_S = 30  # for a stream to begin, or to end early, on a loaded machine
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 48, "block_size": WINDOW, "vocab_size": 50257, "dropout": 0.0}
 INFO: dict[str, Any] = {
     "name": "parrot",
@@ -52,39 +53,39 @@ INFO: dict[str, Any] = {
 
 
 def memorise(ids: list[int], used: torch.Tensor) -> GPT:
-    """A model that recites `ids`, window by window: a loss of 0.01."""
+    """A model that recites `ids`, window by window; its loss is below 0.001."""
     config = ModelConfig.model_validate(INFO["params"]["model"])
     model = GPT(config, Vocabulary.of(used.numpy(), config.vocab_size)).initialise(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, weight_decay=0.0)
-    rows, n = model.vocabulary.fold(torch.tensor(ids)), (len(ids) - 1) // WINDOW * WINDOW
-    inputs, targets = rows[:n].view(-1, WINDOW), rows[1 : n + 1].view(-1, WINDOW)
-    for _ in range(200):
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=80, line_search_fn="strong_wolfe")
+    compact_ids, n = model.vocabulary.fold(torch.tensor(ids)), (len(ids) - 1) // WINDOW * WINDOW
+    inputs, targets = compact_ids[:n].view(-1, WINDOW), compact_ids[1 : n + 1].view(-1, WINDOW)
+
+    def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        model.loss(inputs, targets, n).backward()
-        optimizer.step()
+        value = model.loss(inputs, targets, n)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
     return model.eval()
 
 
-def make_version(folder: Path, bpe: Path, **info: Any) -> Path:
-    """model/, tokens/ and facts.json of a version that knows LINES."""
-    tokenizer = load_tokenizer(bpe)
-    ids = tokenizer.encode(LINES)
+@pytest.fixture(scope="session", name="version")
+def _version(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
+    """A folder with model/, tokens/ and facts.json of a version that has memorised LINES."""
+    folder = tmp_path_factory.mktemp("version") / "7"
+    ids = load_tokenizer(bpe).encode(LINES)
     used = torch.bincount(torch.tensor(ids), minlength=50257)
     save_model(folder / "model", memorise(ids, used), bpe)
     (folder / "tokens").mkdir()
     write_shard(folder / "tokens" / "train-00000.bin", [ids], 50257)
     write_manifest(folder / "tokens")
-    write_json(folder / "facts.json", INFO | info)
+    write_json(folder / "facts.json", INFO)
     return folder
 
 
-@pytest.fixture(scope="session", name="version")
-def _version(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
-    return make_version(tmp_path_factory.mktemp("version") / "7", bpe)
-
-
 class Watched:
-    """A generator that counts the streams that are open, and takes its time where it is told to."""
+    """A generator that counts its open streams and can be slowed down."""
 
     def __init__(self, generator: Any) -> None:
         self._generator, self.open, self.delay_s = generator, 0, 0.0
@@ -97,7 +98,7 @@ class Watched:
         self._count(1)
         try:
             for piece in self._generator.stream(*arguments):
-                time.sleep(self.delay_s)  # as a large model does
+                time.sleep(self.delay_s)  # as slow as a large model
                 yield piece
         finally:
             self._count(-1)
@@ -108,13 +109,13 @@ class Watched:
             self._changed.notify_all()
 
     def opens(self, wanted: int) -> bool:
-        """Whether the number of open streams comes to `wanted` long before a stream of SLOW_S would end by itself."""
+        """Whether `wanted` streams are open within PATIENCE_S; a slow stream takes longer to end by itself."""
         with self._changed:
             return self._changed.wait_for(lambda: self.open == wanted, PATIENCE_S)
 
 
 class Stub(Folder):
-    """Two versions of one folder, so that there is something to choose from."""
+    """A folder that is served as two versions, 7 and 6."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -129,23 +130,27 @@ class Stub(Folder):
         return self._other if number == "6" else super().open(number)
 
 
-@pytest.fixture(scope="module", name="source")
+@pytest.fixture(scope="session", name="source")
 def _source(version: Path) -> Stub:
     return Stub(version)
 
 
-@pytest.fixture(autouse=True)
-def _at_full_speed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test slowed down or broke is reset after it."""
-    yield
-    if "source" in request.fixturenames:
-        stub = request.getfixturevalue("source")
-        stub.watched.delay_s, stub.trouble = 0.0, None
+@pytest.fixture(scope="session", name="served")
+def _served(source: Stub) -> Served:
+    return source.current()
 
 
-@pytest.fixture(scope="module", name="page")
+@pytest.fixture(name="slow")
+def _slow(source: Stub) -> Iterator[Watched]:
+    """The generator of all versions, with SLOW_S between two tokens."""
+    source.watched.delay_s = SLOW_S
+    yield source.watched
+    source.watched.delay_s = 0.0
+
+
+@pytest.fixture(scope="session", name="page")
 def _page(source: Stub) -> Iterator[gr.Blocks]:
-    """The page, served on a port of its own."""
+    """The page, served on a free port."""
     served = serve(source, "127.0.0.1", free_port(), wait=False)
     yield served
     served.close(verbose=False)
@@ -158,21 +163,18 @@ def free_port() -> int:
 
 
 def ask(page: gr.Blocks, fn_index: int, data: list[Any], event_data: Any = None) -> dict[str, Any]:
-    """What an event of the page answers at last, called as the page's own script does."""
-    session = uuid4().hex[:10]
+    """The last answer of an event of the page, called as the page's script calls it."""
+    session = uuid4().hex
     body = json.dumps({"fn_index": fn_index, "data": data, "event_data": event_data, "session_hash": session})
     with httpx.Client(base_url=f"{page.local_url}gradio_api/", timeout=60) as http:
         joined = http.post("queue/join", content=body, headers={"content-type": "application/json"})
         if joined.status_code != 200:
-            return {"success": False, "status": joined.status_code, "output": {"error": joined.text}}
-        with http.stream("GET", "queue/data", params={"session_hash": session}) as stream:
-            for line in stream.iter_lines():
-                message = json.loads(line.removeprefix("data: ")) if line else {}
-                if message.get("msg") == "process_completed":
-                    return message
-    raise AssertionError("the stream ended without an answer")
+            return {"success": False, "output": {"error": joined.text}}
+        stream = http.get("queue/data", params={"session_hash": session}).text
+    messages = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line]
+    return next(message for message in messages if message["msg"] == "process_completed")
 
 
 def event(page: gr.Blocks, api_name: str) -> int:
-    """The number of an endpoint."""
-    return next(number for number, fn in page.fns.items() if fn.api_name == api_name)
+    """The number of an endpoint, or of the event with that function."""
+    return next(number for number, fn in page.fns.items() if api_name in (fn.api_name, fn.name))

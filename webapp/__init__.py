@@ -1,1 +1,1 @@
-"""The app: a registered model -> a page and an API that show what it writes, and how much of that is memory."""
+"""A web page and an API for a registered model: the text that it generates, and how much of it is copied."""

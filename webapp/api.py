@@ -1,19 +1,19 @@
-"""The endpoints /generate and /next_token, for programs."""
+"""The API endpoints /generate and /next_token."""
 
 from typing import Any
 
 import gradio as gr
 
-from webapp.completion import Completion, checked_whole, complete
-from webapp.html import MIN_PASSAGE, refusing
+from webapp.completion import Completion, checked_int, complete
+from webapp.html import MIN_PASSAGE, user_errors
 from webapp.model_source import Source
-from webapp.tabs.next_token import expect
+from webapp.tabs.next_token import predict_next
 
 
 def add_endpoints(source: Source) -> None:
-    """Add both to the page that is being composed."""
+    """Add both endpoints to the gr.Blocks that is being built."""
 
-    def generate(  # type: ignore[misc]  # Gradio makes the documentation of one value from the hint
+    def generate(  # type: ignore[misc]  # Gradio documents one streamed value from this hint
         prompt: str,
         max_tokens: int = 100,
         temperature: float = 0.8,
@@ -25,14 +25,15 @@ def add_endpoints(source: Source) -> None:
     ) -> dict[str, Any]:
         """Complete `prompt`. Streams {model, samples, finished, notice, tokens_per_s} until finished is true.
 
-        A sample has its text, without the prompt; its novelty, the share of its tokens that are in no passage of 8
-        tokens or more of the training text; and those passages: text, place, which is a token of the training text,
-        and length. max_tokens 0..2000, temperature 0..100 (0 is greedy), top_k 0..50257 (0: all), top_p in (0, 1],
-        repetition_penalty in (0, 10] (1: none), samples 1..4, which use seed, seed + 1, ...
+        A sample has its text, without the prompt; its passages of 8 or more tokens that the training text contains,
+        each with text, place (index of its first token in the training text) and length in tokens; and its novelty,
+        the share of its tokens outside of such passages. max_tokens 0..2000, temperature 0..100 (0 is greedy), top_k
+        0..50257 (0: all), top_p in (0, 1], repetition_penalty in (0, 10] (1: none), samples 1..4, which use seed,
+        seed + 1, ...
         """
         numbers = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         numbers |= {"repetition_penalty": repetition_penalty, "seed": seed}
-        with refusing(on_page=False):
+        with user_errors(on_page=False):
             for completion in complete(source.current(), prompt, samples, **numbers):
                 yield {
                     "model": completion.served.label,
@@ -43,14 +44,15 @@ def add_endpoints(source: Source) -> None:
                 }
 
     def next_token(prompt: str, most: int = 10) -> dict[str, Any]:
-        """What may follow `prompt`: {model, entropy_nats, tokens, context_tokens, context_times}.
+        """Predict the token after `prompt`: {model, entropy_nats, tokens, context_tokens, context_times}.
 
-        Each of the `most` (1..1000) likely tokens has its id, its text (null for a part of a character, and for the
-        end of a document), its probability at temperature 1, and how often it follows in the training text after the
-        longest end of the prompt that is there: `context_tokens` tokens, `context_times` times.
+        tokens: the `most` (1..1000) most likely ones, each with its id, its text (null for a part of a character and
+        for the end-of-text token), its probability at temperature 1, and times_in_text, how often it follows the
+        context in the training text. The context is the longest suffix of the prompt that occurs there: it has
+        `context_tokens` tokens and occurs `context_times` times.
         """
-        with refusing(on_page=False):
-            return expect(source.current(), prompt, checked_whole("most", most, 1, 1000))
+        with user_errors(on_page=False):
+            return predict_next(source.current(), prompt, checked_int("most", most, 1, 1000))
 
     gr.api(generate, api_name="generate", concurrency_id="model")
     gr.api(next_token, api_name="next_token", concurrency_id="read")

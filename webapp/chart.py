@@ -1,4 +1,4 @@
-"""Draw curves as inline SVG, with labels in HTML that keep their size at any width."""
+"""Draw line charts as inline SVG; the labels are HTML, so that their size is the same at any width."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ MAX_POINTS = 600  # of a curve
 
 def line_chart(title: str, unit: str, points: Points, second: Points = (), log: bool = False,
                goal: float | None = None) -> str:  # fmt: skip
-    """One or two curves over the steps, with a dotted line at `goal`; "" without points.
+    """One or two curves over the steps, with a dotted line at `goal`; "" if there are no points.
 
     A logarithmic axis leaves out values that are not positive.
     """
@@ -39,7 +39,7 @@ def line_chart(title: str, unit: str, points: Points, second: Points = (), log: 
         labels.append(f'<span class="tick goal-name" style="top:{top(goal):.2f}%">target {_number(goal)}</span>')
     return (
         f'<figure class="chart"><figcaption>{escape(title)} <span>{escape(unit)}</span></figcaption>'
-        f'<div class="plot" role="img" aria-label="{escape(title)}, at last {_number(curves[0][-1][1])}">'
+        f'<div class="plot" role="img" aria-label="{escape(title)}, final value {_number(curves[0][-1][1])}">'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(svg)}</svg>{"".join(labels)}</div></figure>'
     )
 

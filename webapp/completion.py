@@ -1,4 +1,4 @@
-"""Complete a prompt with several samples, and say how much of each is copied from the training text."""
+"""Complete a prompt with several samples, and measure how much of each is copied from the training text."""
 
 import time
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
-from webapp.html import MIN_PASSAGE, cut
+from webapp.html import MIN_PASSAGE, split_text
 from webapp.model_source import Served
 
 MAX_PROMPT = 10_000  # characters
@@ -18,7 +18,7 @@ REFRESH_S = 0.12
 
 @dataclass
 class Completion:
-    """Samples of one prompt, as far as they are generated."""
+    """The samples of one prompt generated so far."""
 
     served: Served
     prompt_ids: list[int]
@@ -26,7 +26,7 @@ class Completion:
     samples: list[list[int]]  # new tokens only
     finished: bool = False
     notice: str | None = None
-    model_s: float = 0.0  # time in the model, without the time to show the text
+    model_s: float = 0.0  # time spent generating, without the time to show the text
 
     @property
     def n_tokens(self) -> int:
@@ -40,12 +40,12 @@ class Completion:
         return self.prompt_ids + self.samples[sample]
 
     def novelty(self, sample: int) -> float:
-        """Share of a sample's own tokens that are in no passage of the training text."""
+        """Share of a sample's new tokens outside of all passages that the training text contains."""
         return self.served.corpus.novelty(self.ids(sample), len(self.prompt_ids), MIN_PASSAGE)
 
     def text(self, sample: int) -> str:
         """A sample without its prompt."""
-        return cut(self.served.tokenizer, self.ids(sample), [len(self.prompt_ids)])[1]
+        return split_text(self.served.tokenizer, self.ids(sample), [len(self.prompt_ids)])[1]
 
 
 def checked_prompt(prompt: Any) -> str:
@@ -57,7 +57,7 @@ def checked_prompt(prompt: Any) -> str:
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def checked_whole(name: str, value: Any, low: int, high: int) -> int:
+def checked_int(name: str, value: Any, low: int, high: int) -> int:
     """A whole number from `low` to `high`. Raises InputError."""
     whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value and value % 1 == 0
     if not whole or not low <= value <= high:
@@ -68,11 +68,11 @@ def checked_whole(name: str, value: Any, low: int, high: int) -> int:
 def complete(served: Served, prompt: Any, samples: Any, **numbers: Any) -> Iterator[Completion]:
     """Complete `prompt`; yield the same object every REFRESH_S, and at the end with `finished` true.
 
-    Closing the iterator stops the model. Raises InputError for wrong input, before anything is yielded.
+    Closing the iterator stops generation. Raises InputError for invalid input, before it yields anything.
     """
-    prompt, n = checked_prompt(prompt), checked_whole("samples", samples, 1, MAX_SAMPLES)
+    prompt, n = checked_prompt(prompt), checked_int("samples", samples, 1, MAX_SAMPLES)
     sampling = Sampling.of(**numbers)
-    checked_whole("max_tokens", sampling.max_tokens, 0, MAX_TOKENS)
+    checked_int("max_tokens", sampling.max_tokens, 0, MAX_TOKENS)
     completion = Completion(served, served.tokenizer.encode(prompt), sampling.seed, [[] for _ in range(n)])
     shown = started = time.perf_counter()
     for piece in served.generator.stream([prompt] * n, sampling):

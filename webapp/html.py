@@ -1,4 +1,4 @@
-"""Show tokens and figures as HTML; every text is escaped here or by its caller."""
+"""Render tokens and tables as HTML; every text is escaped here or by the caller."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,29 +12,29 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.system.errors import PipelineError
 from webapp.model_source import Served
 
-MIN_PASSAGE = 8  # tokens in a row that the training text has as well before they count as copied
+MIN_PASSAGE = 8  # consecutive tokens that must occur in the training text to count as copied
 CONTEXT = 60  # tokens shown on either side of a passage
 
 
 @contextmanager
-def refusing(on_page: bool = True) -> Iterator[None]:
-    """Turn a PipelineError into Gradio's message: one line without a traceback; the page reads it as HTML."""
+def user_errors(on_page: bool = True) -> Iterator[None]:
+    """Turn a PipelineError into a gr.Error of one line without a traceback; on the page it is HTML."""
     try:
         yield
     except PipelineError as error:
-        words = str(error).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be sent
+        words = str(error).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be encoded
         text = escape(words, quote=False) if on_page else words
         raise gr.Error(text, duration=8, print_exception=False, title="Not possible") from None
 
 
 def event_options(queue: str, **options: Any) -> dict[str, Any]:
-    """Options of an event of the page. `queue`: "model" where text is generated, "read" for quick answers."""
+    """Options of an event of the page. `queue`: "model" for generation, "read" for quick answers."""
     private: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
     return private | {"concurrency_id": queue} | options
 
 
-def cut(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) -> list[str]:
-    """Text of `ids`, cut before the tokens `places`; a character of several tokens stays with its first one."""
+def split_text(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) -> list[str]:
+    """Split the text of `ids` before the tokens `places`; a character of several tokens stays with the first one."""
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
     text, ends = b"".join(pieces), [0]
     for piece in pieces:
@@ -59,16 +59,16 @@ def visible(tokenizer: Tokenizer, token: int) -> str:
     return text
 
 
-def marked(served: Served, ids: Sequence[int], prompt_length: int) -> str:
-    """The text of `ids` with the prompt muted, and with copied passages as marks that a click or a key opens."""
+def marked_html(served: Served, ids: Sequence[int], prompt_length: int) -> str:
+    """The text of `ids` with a muted prompt and with marks for copied passages, which open on a click or a key."""
     passages, end = {}, prompt_length
     for passage in served.corpus.passages(ids, MIN_PASSAGE):
-        if passage.end > end:  # where two overlap the first has the mark, and each opens as a whole
+        if passage.end > end:  # the first of two that overlap gets the shared tokens; each opens whole
             passages[max(passage.begin, end)] = passage
             end = passage.end
     places = sorted({prompt_length, *passages, *(passage.end for passage in passages.values())})
     parts = []
-    for start, text in zip([0, *places], cut(served.tokenizer, ids, places), strict=True):
+    for start, text in zip([0, *places], split_text(served.tokenizer, ids, places), strict=True):
         if text and (copied := passages.get(start)):
             length, version = copied.end - copied.begin, escape(str(served.info["version"]))
             parts.append(
@@ -82,10 +82,10 @@ def marked(served: Served, ids: Sequence[int], prompt_length: int) -> str:
 
 
 def place_html(served: Served, place: int, length: int) -> str:
-    """The training text around `length` tokens from token `place` on."""
+    """The training text around the `length` tokens that start at token `place`."""
     start, stop = max(0, place - CONTEXT), min(len(served.ids), place + length + CONTEXT)
     ids = served.ids[start:stop].tolist()
-    before, passage, after = cut(served.tokenizer, ids, [place - start, place - start + length])
+    before, passage, after = split_text(served.tokenizer, ids, [place - start, place - start + length])
     n_text = served.corpus.n_text
     body = f'<span class="prompt">{escape(before)}</span><mark>{escape(passage)}</mark>'
     body = f'<p class="verse">{body}<span class="prompt">{escape(after)}</span></p>'
@@ -94,20 +94,20 @@ def place_html(served: Served, place: int, length: int) -> str:
 
 
 def sheet(title: str, body: str, *details: str, kind: str = "sheet") -> str:
-    """A sheet of paper with an optional heading; `title` is escaped, the rest is HTML."""
+    """A box with an optional heading; `title` is escaped, the rest is HTML."""
     spans = "".join(f"<span>{detail}</span>" for detail in details)
     head = f"<header><b>{escape(title)}</b>{spans}</header>" if title else ""
     return f'<article class="{kind}">{head}{body}</article>'
 
 
 def table(rows: Iterable[tuple[str, str]], kind: str = "") -> str:
-    """Names beside their values, both HTML."""
+    """A table of names and values, both HTML."""
     body = "".join(f'<tr><th>{name}</th><td class="number">{value}</td></tr>' for name, value in rows)
     return f'<table class="info {kind}">{body}</table>'
 
 
 def status_html(*parts: str) -> str:
-    """A line of figures, which are HTML."""
+    """A status line; the parts are HTML."""
     return f'<p class="status" aria-live="off">{"".join(f"<span>{part}</span>" for part in parts)}</p>'
 
 
@@ -121,5 +121,5 @@ def note(text: str, kind: str = "note") -> str:
 
 
 def html(value: str = "", js_on_load: str | None = None, **options: Any) -> gr.HTML:
-    """A piece of the page without Gradio's own style."""
+    """A gr.HTML component without Gradio's default style."""
     return gr.HTML(value, js_on_load=js_on_load, apply_default_css=False, **options)

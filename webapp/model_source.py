@@ -1,4 +1,4 @@
-"""Load a version from its folder, with what the page needs to know of it."""
+"""Load a version from a folder, and find words in its training text."""
 
 from functools import cached_property
 from pathlib import Path
@@ -12,30 +12,30 @@ from pipeline.system.files import read_json
 
 
 class Served:
-    """A loaded version: its generator, its training text, and `info`, what describe_version says of it."""
+    """A loaded version: its generator, its training text, and `info`, the result of describe_version."""
 
     def __init__(self, generator: Generator, info: dict[str, Any]) -> None:
         assert generator.corpus is not None, "a version comes with its tokens"
         self.generator, self.info = generator, info
         self.tokenizer, self.corpus = generator.tokenizer, generator.corpus
         self.label = f"{self.info['name']} version {self.info['version']}"
-        self.window = generator.trained_length  # tokens in a window that the model was trained on
+        self.window = generator.trained_length  # tokens in a training window
 
     @property
     def ids(self) -> np.ndarray:
-        """Tokens of the training text, (N,); only the first ones of a long text."""
+        """Token ids of the training text, (N,); of a long text, only the first ones."""
         return self.corpus.ids
 
     @cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:
-        """The training text with ASCII in lower case, and the offset of each token in it."""
+        """The training text in lower-case ASCII, and the byte offset of each token in it."""
         length_of = np.array([len(self.tokenizer.decode_bytes([i])) for i in range(self.tokenizer.n_vocab)])
         return self.tokenizer.decode_bytes(self.ids.tolist()).lower(), np.append(0, length_of[self.ids].cumsum())
 
     def find(self, words: str, after: int) -> tuple[int, int] | None:
-        """First and last + 1 token of the next place after token `after` that has `words`; None where there is none.
+        """Token range [first, end) of the next occurrence of `words` after token `after`, or None.
 
-        The search ignores case, and continues at the start of the text.
+        The search ignores case, and continues from the start of the text.
         """
         text, begins = self._text
         if not (wanted := words.encode("utf-8", errors="replace").lower()):
@@ -49,9 +49,9 @@ class Served:
 
 
 class Source(Protocol):
-    """Where versions come from; the one that is served may change between two requests."""
+    """A source of versions; the version that it serves may change between two requests."""
 
-    trouble: str | None  # why the served version is not the one that it should be
+    trouble: str | None  # why the requested version could not be loaded
 
     def current(self) -> Served:
         """The version to serve the next request with."""
@@ -60,7 +60,7 @@ class Source(Protocol):
         """All version numbers, newest first."""
 
     def open(self, number: str) -> Served:
-        """Load any of them. Raises a PipelineError where that fails."""
+        """Load one of them. Raises a PipelineError if that fails."""
 
 
 class Folder:

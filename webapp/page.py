@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import gradio as gr
+from fastapi.exceptions import RequestValidationError
 from gradio.route_utils import FnIndexInferError
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -21,7 +22,7 @@ from webapp.tabs.recall import recall_tab
 from webapp.tabs.training import training_tab
 from webapp.tabs.write import write_tab
 
-Tab: TypeAlias = Callable[[gr.Blocks, Source], None]  # lays out its components, and connects them
+Tab: TypeAlias = Callable[[gr.Blocks, Source], None]  # adds its components and their events
 TABS: dict[str, Tab] = {
     "Write": write_tab,
     "Next token": next_token_tab,
@@ -31,7 +32,8 @@ TABS: dict[str, Tab] = {
 }
 STYLE, KEYS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 CONCURRENT = 2  # requests of a queue at the same time
-WAITING = 30  # requests that may wait; the next one is told that the queue is full
+BAD_CALLS = (FnIndexInferError, RequestValidationError, LookupError, TypeError)  # which Gradio raises for wrong calls
+WAITING = 30  # requests that may wait; further ones are refused
 
 
 def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
@@ -44,11 +46,11 @@ def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
                     tab(page, source)
         page.load(partial(head_html, source), None, head, **event_options("read"))
         add_endpoints(source)
-    return page.queue(max_size=WAITING, default_concurrency_limit=CONCURRENT, api_open=False)  # no way past the queue
+    return page.queue(max_size=WAITING, default_concurrency_limit=CONCURRENT, api_open=False)  # API calls queue too
 
 
 def head_html(source: Source) -> str:
-    """The title, what is served, and why it is not what it should be."""
+    """The title, the served version, and why another one could not be loaded."""
     served = source.current()
     loss = served.info["metrics"].get("corpus_loss")
     reached = "" if loss is None else f"; its loss over all of them is {loss:.3f}"
@@ -64,7 +66,7 @@ def head_html(source: Source) -> str:
 def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True) -> gr.Blocks:
     """Serve the page on `host` alone, without share link, uploads, files, proxy or analytics.
 
-    `names`: further hosts that the page is reached by; request_filter.ANY for all.
+    `names`: further host names of the page; request_filter.ANY allows all.
     """
     page = compose(source)
     app_options = {
@@ -72,11 +74,11 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
             Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
             Middleware(RequestFilter, names={*LOOPBACK, host, *names}, any_address=hostname(host) not in LOOPBACK),
         ],
-        "exception_handlers": dict.fromkeys((FnIndexInferError, KeyError, TypeError), bad_call),
+        "exception_handlers": dict.fromkeys(BAD_CALLS, bad_call),
         "docs_url": None,
         "redoc_url": None,
     }
-    system, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no font is loaded
+    system, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no web fonts
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="stone", radius_size="sm", font=system, font_mono=mono)
     theme.set(body_background_fill="#fbfaf8", body_background_fill_dark="#161412")
     page.launch(
@@ -84,6 +86,6 @@ def serve(source: Source, host: str, port: int, names: Collection[str] = (), wai
         theme=theme, css_paths=STYLE, js=KEYS.read_text(encoding="utf-8"), footer_links=["api"], run_history=False,
         ssr_mode=False, pwa=False, max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False,
         num_workers=0, root_path="", app_kwargs=app_options,
-        state_session_capacity=50,  # each takes 50 KB, for values that nothing here reads
+        state_session_capacity=50,  # each takes 50 KB, and no event uses them
     )  # fmt: skip
     return page

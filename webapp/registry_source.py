@@ -1,4 +1,4 @@
-"""Serve the version that an alias of MLflow's registry names, and follow the alias when it moves."""
+"""Serve a version of the MLflow registry, and follow its alias when it moves."""
 
 import threading
 import time
@@ -12,18 +12,18 @@ from pipeline.system.errors import InputError, PipelineError
 from webapp.model_source import Served
 
 CHECK_S = 3.0  # between two checks of the registry
-RETRY_S = 30.0  # until the next one after a failure; hashing a large model takes seconds
-KEPT = 3  # versions in memory: the served one, and two side by side
+RETRY_S = 30.0  # until the next check after a failure; hashing a large model takes seconds
+KEPT = 3  # versions in memory: the served one, and two that are compared
 
 
 class Registry:
     """The version that `which`, an alias or a number, names in the store of `root`; thread-safe.
 
-    Where the next version cannot be loaded the present one stays, and `trouble` says why.
+    If the new version cannot be loaded, the current one stays, and `trouble` says why.
     """
 
     def __init__(self, root: Path, name: str, which: str) -> None:
-        """Raises ModelMissing or IntegrityError where the first version cannot be loaded."""
+        """Raises ModelMissing or IntegrityError if the first version cannot be loaded."""
         self._name, self._which = name, which
         self._checking = threading.Lock()
         self._load = lru_cache(KEPT)(self._load_version)
@@ -33,13 +33,13 @@ class Registry:
         self._due = time.monotonic() + CHECK_S
 
     def current(self) -> Served:
-        """The version to serve a request with; no request waits for the registry or for a version to be loaded."""
+        """The version for the next request; no request waits for the registry or for a version to load."""
         if time.monotonic() >= self._due and self._checking.acquire(blocking=False):
             threading.Thread(target=self._follow, daemon=True).start()
         return self._served
 
     def _follow(self) -> None:
-        """Serve the version that the registry names now."""
+        """Switch to the version that the registry names now."""
         wait = CHECK_S
         try:
             version = find_version(self._store, self._name, self._which)

@@ -1,1 +1,1 @@
-"""Figures, tables and cards."""
+"""Figures, tables and cards of a run."""

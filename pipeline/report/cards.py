@@ -1,4 +1,4 @@
-"""Write the READMEs of an exported version: the card of its Transformers folder and that of its Space."""
+"""Render the README of an exported version: a model card for Transformers, or the README of a Space."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from jinja2 import Environment, FileSystemLoader
 from pipeline.training.target import RULES
 
 TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # SHA-256 of the whole text
-CURVE = "loss.png"  # the figure that the card shows, where there is a history to draw it from
-MEASURES = {  # what the stage `evaluate` found -> how the card calls it
+CURVE = "loss.png"  # the figure on the card, if the version has a loss history
+MEASURES = {  # metric of the stage `evaluate` -> its name on the card
     "corpus_loss": "loss over all of the training text, nats per token",
     "corpus_perplexity": "perplexity of the same",
     "shifted_loss": "loss in windows moved by a quarter, a half and three quarters of their length",
@@ -24,8 +24,8 @@ ENVIRONMENT = ("torch", "device", "precision", "threads")
 def model_card(info: dict[str, Any], model: dict[str, Any]) -> str:
     """The card for Transformers in Markdown.
 
-    `info` is what `describe_version` gives; `model` is the exported config.json and n_params, n_used (ids that occur in
-    the text), n_tokens (of the text) and prompt (its beginning).
+    `info` is the result of `describe_version`; `model` is the exported config.json with n_params, n_used (ids that
+    occur in the text), n_tokens (of the text) and prompt (its beginning).
     """
     environment, share = info["environment"], info["params"].get("corpus", {}).get("fraction", 1)
     return _render(
@@ -46,7 +46,7 @@ def space_card(info: dict[str, Any], gradio: str, python: str, size_bytes: int) 
 
 
 def _render(template: str, info: dict[str, Any], **values: Any) -> str:
-    """Fill a template of templates/; `known` says whether the text is of Tiny Shakespeare, whose rights we know."""
+    """Render a template of templates/; `known`: the text is Tiny Shakespeare, which is in the public domain."""
     folder, corpus = FileSystemLoader(Path(__file__).parent / "templates"), info["params"].get("corpus", {})
     environment = Environment(loader=folder, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 (no HTML)
     environment.filters |= {"thousands": "{:,.0f}".format, "repr": repr}
@@ -55,9 +55,9 @@ def _render(template: str, info: dict[str, Any], **values: Any) -> str:
 
 
 def _rules(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:
-    """Each target rule in words, with the steps and tokens that it took; None where it was not met.
+    """Each target rule with its description, steps and tokens; None if it was not met.
 
-    A rule that needs a held-out text is left out where there was none.
+    A rule that needs a held-out text is left out if there was none.
     """
     return [
         (

@@ -1,6 +1,6 @@
 """Draw the figures of a run's report from its journal and reports.
 
-All but `speed` are the same whenever the run is repeated.
+Repeating a run gives the same figures, except `speed`.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from pipeline.tracking.run_record import read_run
 
 @dataclass(frozen=True)
 class RunReport:
-    """All that the figures show."""
+    """The data of the figures."""
 
     steps: pd.DataFrame  # steps.jsonl
     times: pd.DataFrame  # times.jsonl
@@ -29,7 +29,7 @@ class RunReport:
 
     @classmethod
     def read(cls, models: Path, reports: Path) -> Self:
-        """Raises InputError where a file is missing, IntegrityError where one cannot be read."""
+        """Raises InputError if a file is missing, IntegrityError if one cannot be read."""
         return cls(
             steps=read_steps(models / STEPS),
             times=read_steps(models / TIMES),
@@ -40,14 +40,14 @@ class RunReport:
 
     @property
     def mean_steps(self) -> int:
-        """Steps in a running mean: those of the rule `average`, or a fiftieth of a shorter run."""
+        """Steps in the running mean: those of the rule `average`, or 1/50 of a shorter run."""
         average_steps: int = self.run["params"]["target"]["average_steps"]
         return max(1, min(average_steps, len(self.steps) // 50))
 
 
 @style.house_style()
 def loss_figure(report: RunReport) -> Figure:
-    """Loss over steps, evaluations, the target, and where each of its rules was met."""
+    """Loss over steps, evaluations, the target, and the step at which each rule was met."""
     results, steps = report.run["results"], report.steps
     figure = Figure()
     axes = figure.subplots()

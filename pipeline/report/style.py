@@ -1,6 +1,6 @@
-"""Set the style of all figures, write them as PNG files, and draw the parts that they share.
+"""Set the style of all figures, save them as PNG files, and draw their common parts.
 
-A figure's bytes are the same on every host. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
+A figure's bytes are the same on every host. The palette is Okabe and Ito's, which suits colour-blind readers.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from pipeline.system.files import atomic_file
 BLACK, GREY, SKY, BLUE = "#000000", "#767676", "#56B4E9", "#0072B2"
 GREEN, ORANGE, RED, PINK = "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 STYLE = {
-    "figure.dpi": 110,  # 880 pixels wide, about what a README shows
+    "figure.dpi": 110,  # 880 pixels wide, as a README shows it
     "figure.figsize": (8.0, 4.5),
     "figure.constrained_layout.use": True,
     "font.size": 11,
@@ -38,14 +38,14 @@ STYLE = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Apply STYLE, whatever the user's matplotlibrc says; also a decorator."""
+    """Apply STYLE and ignore the user's matplotlibrc; also a decorator."""
     with matplotlib.style.context(["default", STYLE]):
         yield
 
 
 @house_style()
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure, atomically, without metadata that would make its bytes differ."""
+    """Write a figure atomically, without metadata that changes its bytes."""
     with atomic_file(path) as unfinished:
         figure.savefig(
             unfinished, format="png", dpi="figure", metadata={"Software": None}, pil_kwargs={"optimize": True}
@@ -58,20 +58,20 @@ def line(points: "pd.Series[Any] | pd.DataFrame", colour: str, width: float = 2)
 
 
 def level(axes: Axes, y: float, text: str) -> None:
-    """Draw a dashed line at `y`, named in the right margin."""
+    """Draw a dashed line at `y` with a label in the right margin."""
     axes.axhline(y, color=BLACK, lw=1, ls="--")
     axes.annotate(text, (1, y), (4, 0), axes.get_yaxis_transform(), "offset points", va="center", fontsize=10)
 
 
 def draw_noisy(axes: Axes, x: "pd.Series[int]", y: "pd.Series[float]", over: int) -> None:
-    """Draw a series, and over it its running mean where `over`, the mean's number of steps, is more than one."""
+    """Draw a series, and its running mean over `over` steps if that is more than one."""
     axes.plot(x, y, **(line(y, SKY, 0.8) if over > 1 else line(y, BLUE)), label="each step")
     if over > 1:
         axes.plot(x, y.rolling(over, min_periods=1).mean(), **line(y, BLUE), label=f"mean of {over} steps")
 
 
 def count_steps(axes: Axes, last: int) -> None:
-    """Make the x axis one of whole steps up to `last`."""
+    """Scale the x axis to whole steps up to `last`."""
     axes.set(xlabel="step", xlim=(0, last * 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain_numbers(axes.xaxis)
@@ -91,7 +91,7 @@ def log_scale(axes: Axes) -> None:
 
 
 def legend_above(axes: Axes) -> None:
-    """Write the series' names in their colours above the axes, where no curve runs."""
+    """Put the legend above the axes, with each name in the colour of its curve."""
     axes.set_title(axes.get_title(loc="left"), pad=24)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=4, frameon=False, labelcolor="linecolor",
                 borderpad=0, handlelength=1.2, columnspacing=1.5, fontsize=10)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Write a run's series as CSV tables, since `dvc plots` reads no JSON lines."""
+"""Write a run's series as CSV tables, since `dvc plots` does not read JSON lines."""
 
 from pathlib import Path
 

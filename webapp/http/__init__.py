@@ -1,1 +1,1 @@
-"""What is between the network and Gradio."""
+"""The filter between the network and Gradio."""

@@ -1,7 +1,7 @@
 """Refuse every request that the page and its API do not need, before Gradio reads it.
 
-Gradio also offers uploads, files, a proxy and monitoring. Host and Origin must be names of this app, or any page in the
-user's browser could use it: by rebinding its own name to 127.0.0.1, or by posting without reading the answer.
+Gradio also offers uploads, files, a proxy and monitoring. Host and Origin must be names of this app. Otherwise any web
+site in the user's browser could use it, through DNS rebinding or a cross-site POST.
 """
 
 import json
@@ -40,9 +40,10 @@ HEADERS = {
 
 
 class RequestFilter:
-    """ASGI middleware. `names`: hosts of this app, ANY for all; `any_address`: every IP address is one too.
+    """ASGI middleware. `names`: host names of this app, ANY for all; `any_address`: allow every IP address too.
 
-    Nobody can rebind an address. Starlette's TrustedHostMiddleware knows neither this nor Origin.
+    DNS rebinding needs a name, so an address is safe. Starlette's TrustedHostMiddleware checks neither addresses nor
+    Origin.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str], any_address: bool) -> None:
@@ -60,7 +61,7 @@ class RequestFilter:
                 raise HTTPException(404, "not found")
             if request.method == "POST":
                 if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                    raise HTTPException(415, "send application/json")  # a foreign page cannot without asking first
+                    raise HTTPException(415, "send application/json")  # a foreign page would need a CORS preflight
                 bodies.append(await request.body())
                 check_body(bodies[0])
         except ClientDisconnect:
@@ -80,7 +81,7 @@ class RequestFilter:
         return await self._app(scope, receive_again, send_with_headers)
 
     def _check_names(self, headers: Headers) -> None:
-        """Raises HTTPException where Host, the Host that a proxy was asked for, or Origin is not this app."""
+        """Raises HTTPException if Host, X-Forwarded-Host or Origin is not a name of this app."""
         forwarded = ",".join(headers.getlist("x-forwarded-host")).split(",")
         hosts = {hostname(host) for host in [*(headers.getlist("host") or [""]), *filter(None, forwarded)]}
         for host in hosts:
@@ -92,9 +93,9 @@ class RequestFilter:
 
 
 def check_body(raw: bytes) -> None:
-    """Raises HTTPException for a body that could do harm.
+    """Raises HTTPException for a body that Gradio must not get.
 
-    Gradio looks for files in nested values. The name of a session that contains its separator disables Stop for all.
+    It looks for files in nested values. A session name that contains its separator disables Stop for all users.
     """
     try:
         body = json.loads(raw)
@@ -112,12 +113,12 @@ def check_body(raw: bytes) -> None:
 
 
 async def bad_call(request: Request, error: Exception) -> JSONResponse:
-    """The answer where Gradio fails to read what a call names."""
+    """The response when Gradio cannot resolve the endpoint or the arguments of a call."""
     return JSONResponse({"detail": "the endpoint does not take this: see /gradio_api/openapi.json"}, 400)
 
 
 def hostname(text: str) -> str:
-    """The host in a URL, or in a name with or without a port, in lower case; "" where there is none."""
+    """The host of a URL or of HOST[:PORT], in lower case; "" if there is none."""
     try:
         return text if is_address(text) else urlsplit(text if "//" in text else f"//{text.strip()}").hostname or ""
     except ValueError:

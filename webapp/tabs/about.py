@@ -1,4 +1,4 @@
-"""The tab About: what the model is, the parameters of each part, its memory, and its limits."""
+"""The tab About: the model, its parameters by part, its memory, and its limits."""
 
 import math
 from html import escape
@@ -18,12 +18,12 @@ def about_tab(page: gr.Blocks, source: Source) -> None:
 
 
 def parts(config: ModelConfig) -> list[tuple[str, str, int]]:
-    """Name, formula and parameters of each part; the head is the token embedding again."""
+    """Name, formula and parameters of each part; the head shares the token embedding."""
     C, L, V, T = config.n_embd, config.n_layer, config.vocab_size, config.block_size
     return [
         ("token embedding, and head", "V·C", V * C),
         ("position embedding", "T·C", T * C),
-        ("attention, queries keys values", "L·(3C² + 3C)", L * (3 * C * C + 3 * C)),
+        ("attention, QKV", "L·(3C² + 3C)", L * (3 * C * C + 3 * C)),
         ("attention, projection", "L·(C² + C)", L * (C * C + C)),
         ("MLP, up", "L·(4C² + 4C)", L * (4 * C * C + 4 * C)),
         ("MLP, down", "L·(4C² + C)", L * (4 * C * C + C)),
@@ -33,7 +33,7 @@ def parts(config: ModelConfig) -> list[tuple[str, str, int]]:
 
 
 def sizes(config: ModelConfig) -> list[tuple[str, str, float]]:
-    """Purpose, formula and MiB of what is kept in memory."""
+    """Name, formula and MiB of the weights, the KV cache and the training state."""
     n, C, L, T = config.n_params, config.n_embd, config.n_layer, config.block_size
     matrices = L * 12 * C * C
     return [
@@ -83,12 +83,12 @@ def _card(served: Served, config: ModelConfig | None) -> str:
 def _limits(served: Served) -> str:
     metrics = served.info["metrics"]
     items = [
-        "It is not an author. What reads best is usually copied: the tab Write marks what the training text has.",
-        "Its loss does not measure understanding: so low a loss over a text seen many times is memorisation.",
-        "It is not a source of facts, and not an assistant: it has learnt no other text, and follows no instructions.",
-        "It is not fair or kind beyond its text: whatever is in there, it can say.",
+        "It is not an author. Its best passages are usually copied: the tab Write marks what is in the training text.",
+        "Its loss does not measure understanding: such a low loss on a text seen many times is memorisation.",
+        "It is not a source of facts or an assistant: it was trained on no other text, and follows no instructions.",
+        "It has no filter: it can output anything that its text contains.",
     ]
     if (shifted := metrics.get("shifted_loss")) is not None:
-        items.insert(2, "It does not know its text from every position: in windows that are shifted its loss is "
+        items.insert(2, "It knows its text only in the windows of its training: in shifted windows its loss is "
                         f"{shifted:.2f} instead of {metrics['corpus_loss']:.2f}. See the tab Recall.")  # fmt: skip
     return f"{heading('What it is not')}<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"

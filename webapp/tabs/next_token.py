@@ -1,4 +1,4 @@
-"""The tab Next token: the probabilities of the next token, beside what the training text has there."""
+"""The tab Next token: the model's next-token probabilities beside the counts in the training text."""
 
 import math
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import gradio as gr
 import torch
 
-from webapp.completion import MAX_PROMPT, checked_prompt, checked_whole
-from webapp.html import event_options, html, note, refusing, status_html, visible
+from webapp.completion import MAX_PROMPT, checked_int, checked_prompt
+from webapp.html import event_options, html, note, status_html, user_errors, visible
 from webapp.model_source import Served, Source
 
 SHOWN = 12
@@ -20,8 +20,8 @@ element.addEventListener("click", (event) => {
 """
 
 
-def expect(served: Served, prompt: Any, most: int = SHOWN) -> dict[str, Any]:
-    """The answer of /next_token, see webapp/api.py. Raises InputError."""
+def predict_next(served: Served, prompt: Any, most: int = SHOWN) -> dict[str, Any]:
+    """The response of /next_token, see webapp/api.py. Raises InputError."""
     prompt = checked_prompt(prompt)
     probabilities = served.generator.next_tokens(prompt).double()  # (V,)
     length, following = served.corpus.following(served.tokenizer.encode(prompt))
@@ -47,33 +47,33 @@ def next_token_tab(page: gr.Blocks, source: Source) -> None:
             go = gr.Button("Predict", variant="primary", elem_classes="go", elem_id="predict")
             html(
                 note(
-                    "Press a token to append it. The probabilities are the model's own, at temperature 1; the grey "
-                    "bars show what the training text has after the same words."
+                    "Press a token to append it. The probabilities are the model's, at temperature 1; the grey bars "
+                    "show how often the training text continues the same words with that token."
                 )
             )
         with gr.Column(scale=3, min_width=300):
-            shown = html(expected_html(source.current(), START), js_on_load=APPEND, elem_id="next")
+            shown = html(next_token_html(source.current(), START), js_on_load=APPEND, elem_id="next")
 
     def predict(prompt: Any) -> str:
-        with refusing():
-            return expected_html(source.current(), prompt)
+        with user_errors():
+            return next_token_html(source.current(), prompt)
 
     def append(prompt: Any, event: gr.EventData) -> tuple[str, str]:  # Gradio finds the event by its hint
-        """The prompt with the token that was pressed, and what may follow then."""
+        """Append the pressed token to the prompt, and predict the next one."""
         served, sent = source.current(), event._data if isinstance(event._data, dict) else {}
-        with refusing():
-            token = checked_whole("token", sent.get("token"), 0, served.tokenizer.n_vocab - 1)
+        with user_errors():
+            token = checked_int("token", sent.get("token"), 0, served.tokenizer.n_vocab - 1)
             longer = checked_prompt(prompt) + (_text(served, token) or "")
-            return longer, expected_html(served, longer)
+            return longer, next_token_html(served, longer)
 
     go.click(predict, prompt, shown, **event_options("read"))
     prompt.input(predict, prompt, shown, **event_options("read", trigger_mode="always_last"))
     shown.click(append, prompt, [prompt, shown], **event_options("read"))
 
 
-def expected_html(served: Served, prompt: Any) -> str:
-    """Figures, then a line for each token: the token, its bars, its numbers."""
-    found = expect(served, prompt)
+def next_token_html(served: Served, prompt: Any) -> str:
+    """A status line, and a table with a row for each token."""
+    found = predict_next(served, prompt)
     tokens, entropy, times = found["tokens"], found["entropy_nats"], found["context_times"]
     status = status_html(
         f"entropy <b>{entropy / math.log(2):.2f}</b> bits",
@@ -98,9 +98,9 @@ def _line(served: Served, one: dict[str, Any], times: int) -> str:
 
 
 def _context(served: Served, prompt: str, found: dict[str, Any]) -> str:
-    """What the grey bars count."""
+    """The context that the grey bars are about."""
     if not found["context_times"]:
-        return note("The training text has nothing after the last token: there are no grey bars.")
+        return note("The last token does not occur in the training text, or ends it: there are no grey bars.")
     n, ids = found["context_tokens"], served.tokenizer.encode(checked_prompt(prompt))
     words = served.tokenizer.decode(ids[-min(n, 12) :]).replace("\n", "↵ ")
     whole = "all of your text" if n == len(ids) else "no longer context occurs there"
@@ -113,7 +113,7 @@ def _context(served: Served, prompt: str, found: dict[str, Any]) -> str:
 
 def _text(served: Served, token: int) -> str | None:
     if token == served.tokenizer.eot:
-        return None  # the end of a document: no text follows it
+        return None  # the end-of-text token is no text
     try:
         return served.tokenizer.decode_bytes([token]).decode("utf-8")
     except UnicodeDecodeError:

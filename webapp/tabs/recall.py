@@ -1,4 +1,4 @@
-"""The tab Recall: the model's loss on each token of the training text, and what it recites from memory."""
+"""The tab Recall: the model's loss on each token of the training text, and what it recites of it."""
 
 import math
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ import gradio as gr
 
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
-from webapp.completion import checked_whole
-from webapp.html import cut, event_options, heading, html, note, refusing, sheet, status_html
+from webapp.completion import checked_int
+from webapp.html import event_options, heading, html, note, sheet, split_text, status_html, user_errors
 from webapp.model_source import Served, Source
 
-GIVEN = 32  # tokens that the model is given before it recites
+GIVEN = 32  # tokens of the prompt for a recital
 MAX_WORDS = 200  # characters to search for
-DARKEST = 6.0  # nats from which on a token is as dark as can be
+DARKEST = 6.0  # loss in nats from which on the colour is darkest
 
 
 def recall_tab(page: gr.Blocks, source: Source) -> None:
@@ -50,7 +50,7 @@ def n_windows(served: Served) -> int:
 
 
 def _about_windows(served: Served) -> str:
-    """What a shift does, which depends on how the training cut its windows."""
+    """What a shift means, which depends on the order of the training windows."""
     trained = f"The model was trained on windows of {served.window} tokens"
     if served.info["params"].get("windows", {}).get("order") == "random":
         return f"{trained} from anywhere in the text."
@@ -61,11 +61,11 @@ def _about_windows(served: Served) -> str:
 
 
 def _recall(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tuple[str, str]]:
-    """The heat map at once, then with what the model recites."""
+    """The heat map, then the heat map with the recital."""
     served = source.current()
-    with refusing():
-        number = checked_whole("window", window, 1, n_windows(served))
-        start = (number - 1) * served.window + checked_whole("shift", shift, 0, served.window - 1)
+    with user_errors():
+        number = checked_int("window", window, 1, n_windows(served))
+        start = (number - 1) * served.window + checked_int("shift", shift, 0, served.window - 1)
         ids = served.ids[start : start + served.window + 1].tolist()
         if len(ids) < 2:
             yield note(f"The text ends here: window {number} has no tokens after this shift."), ""
@@ -76,12 +76,12 @@ def _recall(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tup
 
 
 def _find(source: Source, words: Any, window: Any, shift: Any) -> tuple[int, int]:
-    """The window, with shift 0, of the next place that has the words."""
+    """The window, with shift 0, of the next occurrence of the words."""
     served = source.current()
-    with refusing():
+    with user_errors():
         if not isinstance(words, str) or not words.strip() or len(words) > MAX_WORDS:
             raise InputError(f"nothing to find: give some words, {MAX_WORDS} characters at most")
-        number = checked_whole("window", window, 1, n_windows(served))
+        number = checked_int("window", window, 1, n_windows(served))
         place = served.find(words, number * served.window + 1)
         if place is None:
             raise InputError(f"{words[:40]!r} is not in the training text: try fewer words")
@@ -89,9 +89,9 @@ def _find(source: Source, words: Any, window: Any, shift: Any) -> tuple[int, int
 
 
 def heat_html(served: Served, ids: list[int], start: int, words: str) -> str:
-    """The text of `ids`, each token but the first the darker the higher its loss."""
+    """A heat map of `ids`: from the second token on, the darker the higher the loss."""
     losses = served.generator.token_losses(ids)
-    first, *texts = cut(served.tokenizer, ids, range(1, len(ids)))
+    first, *texts = split_text(served.tokenizer, ids, range(1, len(ids)))
     found = range(*(served.find(words.strip(), start - 1) or (0,)))
     spans = [escape(first)]
     for n, (text, loss) in enumerate(zip(texts, losses, strict=True), start=start + 1):
@@ -109,14 +109,14 @@ def heat_html(served: Served, ids: list[int], start: int, words: str) -> str:
 
 
 def recital_html(served: Served, ids: list[int]) -> str:
-    """The text after its first tokens, beside the model's greedy completion of them."""
-    given = recitable(served, ids, min(GIVEN, len(ids) // 2))
+    """The text after the first tokens, beside the model's greedy completion of them."""
+    given = roundtrip_length(served, ids, min(GIVEN, len(ids) // 2))
     truth = ids[given:]
     prompt = served.tokenizer.decode(ids[:given])
     pieces = served.generator.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
     recited = [i for piece in pieces for i in piece.ids]
-    slip = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
-    verdict = "all correct" if slip == len(truth) else f"{slip} correct before the first error"
+    first_error = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
+    verdict = "all correct" if first_error == len(truth) else f"{first_error} correct before the first error"
     changes = SequenceMatcher(None, truth, recited, autojunk=False).get_opcodes()
     text = _compared(served, truth, [(kind, a, b) for kind, a, b, _, _ in changes], "del")
     model = _compared(served, recited, [(kind, c, d) for kind, _, _, c, d in changes], "ins")
@@ -128,10 +128,10 @@ def recital_html(served: Served, ids: list[int]) -> str:
     return f'{heading("Recital")}{status_html(status)}<div class="samples two">{sheets}</div>'
 
 
-def recitable(served: Served, ids: list[int], given: int) -> int:
-    """The largest number of tokens, `given` at most, whose text is encoded as the same tokens again.
+def roundtrip_length(served: Served, ids: list[int], given: int) -> int:
+    """The largest number of tokens up to `given` whose text is encoded as the same tokens.
 
-    A cut within a line can change them: two newlines at the end become a single token.
+    A split can change them: two newlines at the end become one token.
     """
     for n in range(given, 1, -1):
         if served.tokenizer.encode(served.tokenizer.decode(ids[:n])) == ids[:n]:
@@ -140,7 +140,7 @@ def recitable(served: Served, ids: list[int], given: int) -> int:
 
 
 def _compared(served: Served, ids: list[int], changes: list[tuple[str, int, int]], tag: str) -> str:
-    """The text of `ids`, with what differs from the other side in `tag`."""
-    texts = [escape(text) for text in cut(served.tokenizer, ids, range(1, len(ids)))]
+    """The text of `ids`, with the differences in `tag`."""
+    texts = [escape(text) for text in split_text(served.tokenizer, ids, range(1, len(ids)))]
     parts = ((kind, "".join(texts[begin:end])) for kind, begin, end in changes)
     return "".join(part if kind == "equal" or not part else f"<{tag}>{part}</{tag}>" for kind, part in parts)

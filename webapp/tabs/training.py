@@ -1,4 +1,4 @@
-"""The tab Training: a version's curves, samples and origin, and two versions side by side."""
+"""The tab Training: a version's curves, samples and origin, and a comparison of two versions."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +10,7 @@ import yaml
 
 from webapp.chart import line_chart
 from webapp.completion import MAX_PROMPT, complete
-from webapp.html import event_options, heading, html, note, refusing, table
+from webapp.html import event_options, heading, html, note, table, user_errors
 from webapp.model_source import Served, Source
 from webapp.tabs.write import OPEN_PLACE, connect_places, sample_html
 
@@ -46,21 +46,21 @@ def training_tab(page: gr.Blocks, source: Source) -> None:
 
 
 def _choices(source: Source) -> tuple[dict[str, Any], ...]:
-    """The versions in each list; selected are the present one, the present one again, and the newest other."""
-    versions, present = source.versions(), str(source.current().info["version"])
-    other = next((number for number in versions if number != present), present)
-    return tuple(gr.update(choices=versions, value=number) for number in (present, present, other))
+    """Updates of the three lists; selected are the served version, the same one, and the newest other one."""
+    versions, current = source.versions(), str(source.current().info["version"])
+    other = next((number for number in versions if number != current), current)
+    return tuple(gr.update(choices=versions, value=number) for number in (current, current, other))
 
 
 def _run(source: Source, number: Any) -> str:
-    with refusing():
+    with user_errors():
         return run_html(source.open(str(number)))
 
 
 def _compare(source: Source, prompt: Any, left: Any, right: Any, seed: Any) -> Iterator[tuple[str, str]]:
     """Both versions' completions with the same seed, one after the other."""
     done = ""
-    with refusing():
+    with user_errors():
         for number in (left, right):
             served = source.open(str(number))
             for completion in complete(served, prompt, 1, max_tokens=COMPARED_TOKENS, temperature=0.8, seed=seed):
@@ -70,7 +70,7 @@ def _compare(source: Source, prompt: Any, left: Any, right: Any, seed: Any) -> I
 
 
 def run_html(served: Served) -> str:
-    """All that is known of the run."""
+    """Metrics, curves, samples, origin and parameters of the run."""
     return "".join(part(served.info) for part in (_metrics, _charts, _samples, _origin, _params))
 
 
@@ -102,7 +102,7 @@ def _charts(info: dict[str, Any]) -> str:
 
 
 def _samples(info: dict[str, Any]) -> str:
-    """What the model wrote during training, the last sample open."""
+    """The samples of the training, the last one open."""
     samples = info["samples"]
     items = "".join(
         f'<details class="more"{" open" if sample is samples[-1] else ""}><summary>after step {int(sample["step"]):,}'
@@ -118,7 +118,7 @@ def _origin(info: dict[str, Any]) -> str:
 
 
 def _params(info: dict[str, Any]) -> str:
-    """params.yaml, folded away."""
+    """params.yaml, collapsed."""
     params = info["params"]
     return f'<details class="more"><summary>All parameters</summary>{_yaml(params)}</details>' if params else ""
 

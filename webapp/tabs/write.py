@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, checked_whole, complete
-from webapp.html import MIN_PASSAGE, event_options, html, marked, note, place_html, refusing, sheet, status_html
+from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, checked_int, complete
+from webapp.html import MIN_PASSAGE, event_options, html, marked_html, note, place_html, sheet, status_html, user_errors
 from webapp.model_source import Source
 
 EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
@@ -26,7 +26,7 @@ const open = (event) => {
 };
 element.addEventListener("click", open);
 element.addEventListener("keydown", open);
-"""  # for the marks of marked()
+"""  # for the marks of marked_html()
 SCROLL = "() => setTimeout(() => document.querySelector('#{} .place')?.scrollIntoView({{block: 'nearest'}}), 60)"
 
 
@@ -62,14 +62,14 @@ def write_tab(page: gr.Blocks, source: Source) -> None:
 
 
 def connect_places(source: Source, output: gr.HTML, place: gr.HTML) -> None:
-    """Show in `place` the training text around a mark of `output` that is pressed."""
+    """Show in `place` the training text around the pressed mark of `output`."""
 
     def opened(event: gr.EventData) -> str:  # Gradio finds the event by its hint, not in a partial
         sent = event._data if isinstance(event._data, dict) else {}
-        with refusing():
-            served = source.open(str(sent.get("version")))  # the version that wrote it may not be the current one
-            begin = checked_whole("place", sent.get("place"), 0, len(served.ids) - 1)
-            length = checked_whole("length", sent.get("length"), 1, len(served.ids) - begin)
+        with user_errors():
+            served = source.open(str(sent.get("version")))  # the version that generated it may no longer be served
+            begin = checked_int("place", sent.get("place"), 0, len(served.ids) - 1)
+            length = checked_int("length", sent.get("length"), 1, len(served.ids) - begin)
             return place_html(served, begin, length)
 
     shown = output.click(opened, None, place, **event_options("read"))
@@ -91,8 +91,8 @@ def _numbers() -> list[gr.components.Component]:
 
 
 def _written(source: Source, prompt: Any, *numbers: Any) -> Iterator[tuple[str, str, str]]:
-    """Status, samples and an empty place, again and again. Raises gr.Error for wrong input."""
-    with refusing():
+    """Yield status, samples and an empty place as the text grows. Raises gr.Error for invalid input."""
+    with user_errors():
         for completion in complete(source.current(), prompt, **dict(zip(NUMBERS, numbers, strict=True))):
             yield _status(completion), samples_html(completion, source.trouble), ""
 
@@ -108,28 +108,28 @@ def _status(completion: Completion) -> str:
 
 
 def samples_html(completion: Completion, trouble: str | None = None) -> str:
-    """Each sample on its own sheet, and at the end some remarks."""
+    """A box for each sample, and notes once all are finished."""
     samples = "".join(sample_html(completion, i) for i in range(len(completion.samples)))
-    return f'<div class="samples">{samples}</div>{_remarks(completion, trouble) if completion.finished else ""}'
+    return f'<div class="samples">{samples}</div>{_notes(completion, trouble) if completion.finished else ""}'
 
 
 def sample_html(completion: Completion, i: int, title: str = "") -> str:
-    text = marked(completion.served, completion.ids(i), len(completion.prompt_ids))
+    text = marked_html(completion.served, completion.ids(i), len(completion.prompt_ids))
     title = title or (f"Sample {i + 1}" if len(completion.samples) > 1 else "")
     body = f'<p class="verse{"" if completion.finished else " writing"}">{text}</p>'
     return sheet(title, body, f"seed {completion.seed + i}", f"{completion.novelty(i):.0%} new")
 
 
-def _remarks(completion: Completion, trouble: str | None) -> str:
-    """What the marks mean, and what the model did not know."""
+def _notes(completion: Completion, trouble: str | None) -> str:
+    """Notes on the marks and on the prompt."""
     corpus, prompt = completion.served.corpus, completion.prompt_ids
     words = note(trouble, "trouble") if trouble else ""
     words += note(
         f"Marked passages of {MIN_PASSAGE} tokens or more are in the training text word for word: press one to see "
-        "where. New means that the text does not have these words in this order, not that they are good."
+        "where. New means that the text does not contain these words in this order, not that they are good."
     )
     if prompt and corpus.following(prompt)[0] < len(prompt):
-        words += note("The training text does not have this prompt, so there is nothing to recite after it.")
+        words += note("The training text does not contain this prompt, so the model cannot recite what follows it.")
     if corpus.limits:
         words += note(f"{corpus.limits}; passages of the rest count as new.")
     if completion.notice:

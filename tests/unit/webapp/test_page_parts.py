@@ -1,13 +1,15 @@
-"""The parts of the page as functions: what each tab computes, and the HTML that it shows."""
+"""The parts of the page as functions: the results of each tab, their HTML, and the answers to invalid input."""
 
+import inspect
 import re
 from copy import copy
 from html import escape
 from types import SimpleNamespace
+from typing import Any
 
 import gradio as gr
 import pytest
-from fixtures_app import INFO, LINES, WINDOW, Stub, _at_full_speed, _page, _source, _version, ask, event  # noqa: F401 (fixtures)
+from fixtures_app import INFO, LINES, PROMPT, WINDOW, Stub, _served, _source, _version, event  # noqa: F401 (fixtures)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,181 +17,165 @@ from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.system.errors import InputError
 from webapp.chart import line_chart
-from webapp.completion import complete
-from webapp.html import cut, marked, place_html, refusing
-from webapp.model_source import Served
+from webapp.completion import Completion, complete
+from webapp.html import marked_html, place_html, split_text, user_errors
 from webapp.page import TABS, compose, head_html
 from webapp.tabs import next_token
 from webapp.tabs.about import about_html, parts, sizes
-from webapp.tabs.next_token import expect, expected_html
-from webapp.tabs.recall import _about_windows, heat_html, n_windows, recitable, recital_html
+from webapp.tabs.next_token import next_token_html, predict_next
+from webapp.tabs.recall import _about_windows, heat_html, n_windows, recital_html, roundtrip_length
 from webapp.tabs.training import run_html
 from webapp.tabs.write import samples_html
 
 
-@pytest.fixture
-def served(source: Stub) -> Served:
-    return source.current()
+@pytest.fixture(scope="module")
+def page(source: Stub) -> gr.Blocks:
+    """The page without a server."""
+    return compose(source)
 
 
-@given(st.text(max_size=40), st.lists(st.integers(0, 60), max_size=5))
-@settings(max_examples=60, deadline=None)
-def test_cutting_a_text_before_tokens_loses_and_repeats_nothing(tokenizer, text, places):
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def completed(served: Any, prompt: str, samples: Any = 1, **numbers: Any) -> Completion:
+    return list(complete(served, prompt, samples, **numbers))[-1]
+
+
+@given(st.text("ab \n<é☂🙂👩\u200d", max_size=40), st.lists(st.integers(0, 60), max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_splitting_a_text_loses_and_repeats_nothing(tokenizer, text, places):
     ids = tokenizer.encode(text)
-    pieces = cut(tokenizer, ids, sorted(min(place, len(ids)) for place in places))
-    assert "".join(pieces) == text
+    assert "".join(split_text(tokenizer, ids, sorted(min(place, len(ids)) for place in places))) == text
 
 
-def test_a_character_split_over_tokens_is_whole_on_one_side(tokenizer):
-    ids = tokenizer.encode("a🙂b")  # the face takes several tokens
-    assert cut(tokenizer, ids, [2]) == ["a🙂", "b"]
+def test_a_character_of_several_tokens_is_not_split(tokenizer):
+    ids = tokenizer.encode("a🙂b")
+    assert len(ids) > 3
+    assert split_text(tokenizer, ids, [2]) == ["a🙂", "b"]
 
 
-def test_what_stands_in_the_training_text_is_marked_and_the_prompt_is_not(served):
-    prompt = "First Citizen:\nBefore we"
-    completion = list(complete(served, prompt, 1, max_tokens=12, temperature=0))[-1]
-    html = marked(served, completion.ids(0), len(completion.prompt_ids))
-    assert html.startswith('<span class="prompt">First Citizen:\nBefore we</span><mark tabindex="0" role="button" ')
+def test_copied_passages_are_marked_and_the_prompt_is_not(served):
+    completion = completed(served, PROMPT, max_tokens=12, temperature=0)
+    html = marked_html(served, completion.ids(0), len(completion.prompt_ids))
+    assert html.startswith(f'<span class="prompt">{PROMPT}</span><mark tabindex="0" role="button" ')
     assert 'data-place="0"' in html
     assert completion.novelty(0) == 0
-    assert "".join(completion.text(0)) in LINES
+    assert PROMPT + completion.text(0) in LINES
+    place = place_html(served, 3, 4)
+    assert "<mark>\nBefore we proceed</mark>" in place
+    assert "hear me speak" in place
 
 
-def test_of_two_passages_that_overlap_each_opens_as_a_whole(tokenizer):
+def test_each_of_two_overlapping_passages_opens_whole(tokenizer):
     text = [*range(300, 312), 0, *range(306, 320)]
     served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer, info={"version": "1"})
-    html = marked(served, range(300, 320), 0)
+    html = marked_html(served, range(300, 320), 0)
     assert re.findall(r'data-place="(\d+)" data-length="(\d+)"', html) == [("0", "12"), ("13", "14")]
     assert re.sub("<[^>]*>", "", html) == escape(tokenizer.decode(range(300, 320)))
 
 
-@pytest.mark.security
-@pytest.mark.parametrize(
-    ("on_page", "message"),
-    [(True, "'&lt;b&gt;x&lt;/b&gt;' is no number &amp; so on"), (False, "'<b>x</b>' is no number & so on")],
-)
-def test_an_error_is_escaped_on_the_page_and_unchanged_in_the_api(on_page, message):
-    with pytest.raises(gr.Error) as told, refusing(on_page):
-        raise InputError("'<b>x</b>' is no number & so on")
-    assert told.value.message == message
-
-
-def test_a_place_shows_the_text_around_it(served):
-    html = place_html(served, 3, 4)
-    assert "<mark>\nBefore we proceed</mark>" in html
-    assert "hear me speak" in html
-
-
-def test_what_is_not_searched_of_a_long_text_is_said_where_it_counts(served):
-    n = len(served.ids)
-    long = copy(served)
-    long.corpus = CorpusIndex(served.ids, n_text=10 * n)
-    said = f"Only the first {n:,} of the {10 * n:,} tokens of the training text are searched"
-    completion = list(complete(long, "All:", 1, max_tokens=2, temperature=0))[-1]
-    for html in (samples_html(completion), expected_html(long, "All:")):
-        assert said in html
-    assert f"token {n - 24:,} of {10 * n:,}" in place_html(long, n - 24, 24)
-    completion = list(complete(served, "All:", 1, max_tokens=2, temperature=0))[-1]
-    assert "Only the first" not in samples_html(completion) + expected_html(served, "All:")
-
-
-def test_the_end_of_a_document_is_a_token_but_no_text_to_go_on_with(served):
-    assert next_token._text(served, served.tokenizer.eot) is None
-    end = {"id": served.tokenizer.eot, "text": None, "probability": 0.5, "times_in_text": 0}
-    html = next_token._line(served, end, 0)
-    assert "&lt;|endoftext|&gt;" in html
-    assert " disabled" in html
+def test_an_error_is_escaped_on_the_page_and_unchanged_in_the_api():
+    for on_page, message in ((True, "'&lt;b&gt;' is no number &amp; so on"), (False, "'<b>' is no number & so on")):
+        with pytest.raises(gr.Error) as refusal, user_errors(on_page):
+            raise InputError("'<b>' is no number & so on")
+        assert refusal.value.message == message
 
 
 def test_every_text_is_escaped(served):
     end = served.ids[-24:].tolist()
-    for html in (marked(served, end, 2), place_html(served, len(served.ids) - 24, 24), heat_html(served, end, 0, "")):
+    for html in (
+        marked_html(served, end, 2),
+        place_html(served, len(served.ids) - 24, 24),
+        heat_html(served, end, 0, ""),
+    ):
         assert "&lt;b&gt;" in html or "&lt;</span>" in html
         assert "<b>First" not in html
     ids = served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")
-    assert "<img" not in marked(served, ids, 0) + heat_html(served, ids, 0, "<b>") + expected_html(served, "<img ")
+    shown = marked_html(served, ids, 0) + heat_html(served, ids, 0, "<b>") + next_token_html(served, "<img ")
+    assert "<img" not in shown
     assert "<b>Resolved" not in run_html(served)
 
 
-def test_the_next_token_is_shown_beside_what_the_text_has(served):
-    found = expect(served, "First Citizen:\nBefore we proceed any")
+def test_the_page_says_where_only_a_part_of_a_long_text_is_searched(served):
+    n, long = len(served.ids), copy(served)
+    long.corpus = CorpusIndex(served.ids, n_text=10 * n)
+    warning = f"Only the first {n:,} of the {10 * n:,} tokens of the training text are searched"
+    for version in (long, served):
+        completion = completed(version, "All:", max_tokens=2, temperature=0)
+        for html in (samples_html(completion), next_token_html(version, "All:")):
+            assert (warning in html) == (version is long)
+    assert f"token {n - 24:,} of {10 * n:,}" in place_html(long, n - 24, 24)
+
+
+def test_next_tokens_have_the_models_probability_and_their_count_in_the_text(served):
+    found = predict_next(served, "First Citizen:\nBefore we proceed any")
     best = found["tokens"][0]
     assert (best["text"], best["times_in_text"], found["context_times"]) == (" further", 1, 1)
     assert best["probability"] > 0.9
     assert 0 <= found["entropy_nats"] < 0.6
     probabilities = [one["probability"] for one in found["tokens"]]
     assert probabilities == sorted(probabilities, reverse=True)
+    assert predict_next(served, "zebra")["context_times"] == 0
+    assert "no grey bars" in next_token_html(served, "zebra")
 
 
-def test_an_unknown_last_token_leaves_no_grey_bars(served):
-    assert expect(served, "zebra")["context_times"] == 0
-    assert "no grey bars" in expected_html(served, "zebra")
+def test_the_end_of_text_token_cannot_be_appended(served):
+    eot = served.tokenizer.eot
+    assert next_token._text(served, eot) is None
+    html = next_token._line(served, {"id": eot, "text": None, "probability": 0.5, "times_in_text": 0}, 0)
+    assert "&lt;|endoftext|&gt;" in html
+    assert " disabled" in html
 
 
-def test_the_heat_map_is_pale_where_the_model_knows_the_text_and_dark_where_it_is_moved(served):
-    def mean(start: int) -> float:
-        losses = served.generator.token_losses(served.ids[start : start + WINDOW + 1].tolist())
-        return sum(losses) / len(losses)
-
-    assert mean(0) < 0.1 < 1 < mean(WINDOW // 2)
-
-
-def test_the_recital_is_the_text_where_it_was_learnt_by_heart(served):
-    html = recital_html(served, served.ids[: WINDOW + 1].tolist())
+def test_errors_of_a_recital_are_marked_on_both_sides(served):
+    ids = served.ids[: WINDOW + 1].tolist()
+    html = recital_html(served, ids)
     assert "all correct" in html
     assert "<ins>" not in html
-
-
-def test_errors_of_the_recital_are_marked_on_both_sides(served):
-    ids = served.ids[: WINDOW + 1].tolist()
-    ids[18] = served.tokenizer.encode(" zebra")[0]
-    html = recital_html(served, ids)
-    assert "correct before the first error" in html
+    html = recital_html(served, ids[:18] + served.tokenizer.encode(" zebra")[:1] + ids[19:])
+    assert "6 correct before the first error" in html  # half of the window is the prompt
     assert "<del>" in html
     assert "<ins>" in html
 
 
-def test_what_is_given_to_recite_is_read_as_the_same_tokens(served):
+def test_any_window_is_recited_after_a_prompt_of_the_same_tokens(served):
     ids = served.tokenizer.encode("speak.\n\nAll")
     assert served.tokenizer.encode(served.tokenizer.decode(ids[:-1])) != ids[:-1]  # two newlines become one token
-    assert recitable(served, ids, len(ids) - 1) == len(ids) - 2
+    assert roundtrip_length(served, ids, len(ids) - 1) == len(ids) - 2
+    assert (n_windows(served) - 1) * WINDOW < len(served.ids) - 1 <= n_windows(served) * WINDOW  # they cover the text
 
 
-def test_words_are_found_one_place_after_the_other_and_from_the_start_again(served):
+def test_words_are_found_one_place_after_the_other_and_again_from_the_start(served):
     first = served.find("SPEAK", -1)
-    second = served.find("speak", first[0])
     assert served.tokenizer.decode(served.ids[slice(*first)]).strip() == "speak"
-    assert second[0] > first[0]
-    assert served.find("zebra", 0) is None
-    assert served.find("", 0) is None
+    assert served.find("speak", first[0])[0] > first[0]
     assert served.find("proceed any", 80) == served.find("proceed any", -1)
+    assert served.find("zebra", 0) is served.find("", 0) is None
 
 
-def test_the_parts_add_up_to_the_model():
+def test_the_parts_add_up_to_the_model(served):
     tiny = ModelConfig.model_validate(INFO["params"]["model"])
     gpt2 = tiny.model_copy(update={"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024})
     for config in (tiny, gpt2):
         assert sum(n_params for _, _, n_params in parts(config)) == config.n_params
     assert gpt2.n_params == 124_439_808  # as published
     assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)
+    assert "What it is not" in about_html(served)
+    assert f"{50257 * 48:,}" in about_html(served)
 
 
-@pytest.mark.parametrize("points", [[], [[1, 0.0]], [[1, float("nan")]], [[5, 3.0]], [[1, 2.0], [2, 2.0]]])
-@pytest.mark.parametrize("log", [True, False])
-def test_any_curve_can_be_drawn(points, log):
-    html = line_chart("x < y", "nats", points, points, log, goal=0.1)
-    assert "nan" not in html
-    assert "x < y" not in html
+def test_any_curve_can_be_drawn():
+    for points in ([], [[1, 0.0]], [[1, float("nan")]], [[5, 3.0]], [[1, 2.0], [2, 2.0]]):
+        for log in (True, False):
+            html = line_chart("x < y", "nats", points, points, log, goal=0.1)
+            assert "nan" not in html
+            assert "x < y" not in html
 
 
-def test_an_answer_is_the_same_for_a_seed_and_for_one_sample_among_four(served):
-    four, again = (list(complete(served, "All:", 4, max_tokens=20, seed=5))[-1] for _ in range(2))
-    assert four.samples == again.samples
-    assert list(complete(served, "All:", 1, max_tokens=20, seed=7))[-1].samples[0] == four.samples[2]
+def test_a_sample_depends_on_its_seed_alone(served):
+    four = completed(served, "All:", 4, max_tokens=20, temperature=20, seed=5)
+    assert completed(served, "All:", 1, max_tokens=20, temperature=20, seed=7).samples[0] == four.samples[2]
+    assert four.samples[0] != four.samples[2]
 
 
-def test_a_generation_that_is_closed_stops_the_model(source, served):
+def test_closing_a_completion_stops_the_model(source, served):
     completion = complete(served, "All:", 1, max_tokens=500)
     next(completion)
     assert source.watched.open == 1
@@ -199,8 +185,7 @@ def test_a_generation_that_is_closed_stops_the_model(source, served):
 
 def test_a_new_tab_is_one_entry_in_a_table(source):
     def toy_tab(page: gr.Blocks, source: Stub) -> None:
-        shown = gr.HTML()
-        page.load(lambda: source.current().label, None, shown, api_name="toy")
+        page.load(lambda: source.current().label, None, gr.HTML(), api_name="toy")
 
     page = compose(source, TABS | {"Toy": toy_tab})
     titles = [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
@@ -208,7 +193,7 @@ def test_a_new_tab_is_one_entry_in_a_table(source):
     assert page.fns[event(page, "toy")].fn() == "parrot version 7"
 
 
-def test_a_version_with_other_or_no_parameters_is_shown(served):
+def test_a_version_with_old_or_no_parameters_is_shown(served):
     old = copy(served)
     windows = {"length": WINDOW, "batch": 4, "accumulate": 1, "order": "shuffled"}
     for params in ({**INFO["params"], "windows": windows, "optim": {"kind": "adamw", "clip": 1.0}}, {}):
@@ -218,12 +203,67 @@ def test_a_version_with_other_or_no_parameters_is_shown(served):
         assert ("windows:\n  length:" in run_html(old)) == bool(params)
 
 
-def test_what_is_wrong_with_the_champion_is_on_the_page(source, served):
-    source.trouble = "champion could not be loaded (<b>)"
-    completion = list(complete(served, "All:", 1, max_tokens=2))[-1]
-    for html in (head_html(source), samples_html(completion, source.trouble)):
+def test_the_page_says_why_the_champion_could_not_be_loaded(source, served, monkeypatch):
+    monkeypatch.setattr(source, "trouble", "champion could not be loaded (<b>)")
+    for html in (head_html(source), samples_html(completed(served, "All:", max_tokens=2), source.trouble)):
         assert "champion could not be loaded (&lt;b&gt;)" in html
 
 
-def test_all_windows_of_the_text_can_be_chosen(served):
-    assert n_windows(served) == -(-(len(served.ids) - 1) // WINDOW)
+def call(page: gr.Blocks, number: int, *values: Any, sent: Any = None) -> Any:
+    """The last result of an event, or its refusal; without the network. `sent`: what the page's script adds."""
+    fn = page.fns[number].fn
+    takes_event = gr.EventData in inspect.get_annotations(fn).values()
+    try:
+        result = fn(*values, *[gr.EventData(None, sent)] * takes_event)
+        return list(result)[-1] if inspect.isgenerator(result) else result
+    except gr.Error as refusal:
+        return refusal
+
+
+def test_a_token_can_be_appended_to_any_prompt(page):
+    assert call(page, event(page, "append"), "a\ud800", sent={"token": 25})[0] == "a\ufffd:"
+
+
+def test_a_passage_opens_in_the_text_of_the_version_that_generated_it(page):
+    opened = event(page, "opened")
+    assert "In the training text" in call(page, opened, sent={"version": "6", "place": 0, "length": 3})
+    refusal = call(page, opened, sent={"version": "5", "place": 0, "length": 3})
+    assert "version '5' is not here" in refusal.message
+
+
+def test_any_prompt_is_completed_or_refused(served):  # E2
+    for prompt in (
+        "",
+        "First Citizen:\n" * 60,
+        "<|endoftext|>",
+        "🙂👩‍👩‍👧",
+        "a\x00b",
+        "\ud800",
+        "<script>x</script>",
+        "`${1}",
+    ):
+        assert completed(served, prompt, max_tokens=5).finished
+        assert len(predict_next(served, prompt, 5)["tokens"]) == 5
+    for use in (lambda: completed(served, "x" * 10_001), lambda: predict_next(served, "x" * 10_001)):
+        with pytest.raises(InputError, match="the prompt has 10,001 characters: give 10,000 at most"):
+            use()
+
+
+def test_a_wrong_number_is_refused_by_its_name(served):  # E3; test_sampling has those of Sampling
+    for name, values in {
+        "samples": (0, 5, 1.5, True, None, "many", [], float("nan")),
+        "max_tokens": (-1, 2001),
+    }.items():
+        for value in values:
+            with pytest.raises(InputError, match=f"^{name}"):
+                completed(served, "All:", **{"samples": 1, name: value})
+
+
+def test_no_event_fails_with_anything_but_a_refusal(page):
+    junk: list[Any] = [None, "x", -1, 1e300, [1], {"a": 1}, "\ud800", "9" * 30, "<b>"]
+    for number, fn in page.fns.items():
+        for n, value in enumerate(junk if fn.fn else []):
+            values = [value if n % 2 else junk[(n + i) % len(junk)] for i in range(len(fn.inputs))]
+            sent = {"version": "7", "place": value, "length": value, "token": value}
+            answer = call(page, number, *values, sent=sent)
+            assert not isinstance(answer, gr.Error) or answer.title == "Not possible", (number, fn.name, values)

@@ -1,0 +1,121 @@
+"""The champion moves while it is served, with a fake catalog; integration/test_app.py has a real registry."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fixtures_app import INFO, _version  # noqa: F401 (fixture)
+
+from pipeline.system.errors import InputError, IntegrityError, ModelMissing
+from tests.waiting import wait_until
+from webapp import registry_source
+from webapp.completion import complete
+from webapp.registry_source import Registry
+
+
+class Catalog:
+    """Versions 1 to 3 of one model, which can be made champion, altered and removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.champion, self.altered, self.n_checks, self.opened = folder, "1", set[str](), 0, []
+        self.ready = threading.Event()  # versions load once it is set
+        self.ready.set()
+
+    def find(self, store: Any, name: str, which: str) -> Any:
+        self.n_checks += 1
+        number = self.champion if which == "champion" else which
+        if number not in ("1", "2", "3"):
+            raise ModelMissing(f"{name} has no {which}: `dvc repro` makes one")
+        return SimpleNamespace(version=number, name=name, aliases=["champion"])
+
+    def open(self, store: Any, version: Any) -> Path:
+        self.opened.append(version.version)
+        assert self.ready.wait(60)
+        if version.version in self.altered:
+            raise IntegrityError(f"version {version.version} is altered (SHA-256 ab, expected cd)")
+        return self.folder
+
+    def describe(self, store: Any, version: Any) -> dict[str, Any]:
+        return INFO | {"version": version.version}
+
+
+@pytest.fixture
+def catalog(version: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+    fake = Catalog(version)
+    monkeypatch.setattr(registry_source, "open_registry", lambda root: None)
+    monkeypatch.setattr(registry_source, "find_version", fake.find)
+    monkeypatch.setattr(registry_source, "open_version", fake.open)
+    monkeypatch.setattr(registry_source, "describe_version", fake.describe)
+    monkeypatch.setattr(registry_source, "list_versions", lambda *_: [fake.find(None, "x", n) for n in "321"])
+    monkeypatch.setattr(registry_source, "CHECK_S", 0.0)
+    monkeypatch.setattr(registry_source, "RETRY_S", 0.0)
+    return fake
+
+
+@pytest.fixture
+def registry(catalog: Catalog) -> Registry:
+    return Registry(Path(), "parrot", "champion")
+
+
+def becomes(registry: Registry, holds: Callable[[], bool]) -> bool:
+    """Whether it becomes true while requests come in."""
+    return wait_until(lambda: registry.current() and holds(), 60)
+
+
+def serves(registry: Registry, number: str) -> bool:
+    return becomes(registry, lambda: registry.current().label == f"parrot version {number}")
+
+
+def test_a_new_champion_is_served_once_it_is_loaded_and_no_request_waits_for_it(catalog, registry):
+    completion = complete(registry.current(), "All:", 1, max_tokens=10)
+    catalog.ready.clear()
+    catalog.champion = "2"
+    registry.current()
+    assert wait_until(lambda: catalog.opened == ["1", "2"], 60)
+    assert registry.current().label == "parrot version 1"
+    catalog.ready.set()
+    assert serves(registry, "2")
+    assert list(completion)[-1].served.label == "parrot version 1"  # a stream ends with the version of its start
+    assert catalog.opened == ["1", "2"]  # each is loaded once
+
+
+def test_an_altered_or_missing_champion_leaves_the_previous_one_and_the_reason(catalog, registry):  # E7
+    catalog.champion, catalog.altered = "2", {"2"}
+    assert becomes(registry, lambda: "version 2 is altered" in (registry.trouble or ""))
+    assert registry.current().label == "parrot version 1"
+    catalog.champion = "9"
+    assert becomes(registry, lambda: "has no champion" in (registry.trouble or ""))
+    assert "parrot version 1 stays" in registry.trouble
+    catalog.champion, catalog.altered = "2", set()
+    assert serves(registry, "2")
+    assert registry.trouble is None
+
+
+def test_the_registry_is_checked_every_few_seconds_and_later_after_a_failure(catalog, monkeypatch):
+    monkeypatch.setattr(registry_source, "CHECK_S", 60.0)
+    monkeypatch.setattr(registry_source, "RETRY_S", 600.0)
+    registry = Registry(Path(), "parrot", "champion")
+    n_checks, catalog.champion, catalog.altered = catalog.n_checks, "2", {"2"}
+    for _ in range(100):
+        registry.current()
+    with registry._checking:  # no check is under way
+        assert catalog.n_checks == n_checks
+    registry._due = 0.0
+    assert becomes(registry, lambda: registry.trouble is not None)
+    with registry._checking:
+        assert registry._due > time.monotonic() + 300
+    assert catalog.opened == ["1", "2"]
+
+
+def test_only_a_few_versions_stay_in_memory(catalog, monkeypatch):
+    monkeypatch.setattr(registry_source, "KEPT", 2)
+    registry = Registry(Path(), "parrot", "champion")
+    for number in ("2", "3", "2"):
+        assert registry.open(number).info["version"] == number
+    assert registry._load.cache_info().currsize == 2
+    with pytest.raises(InputError, match="not in the registry"):
+        registry.open("../1")
