@@ -24,7 +24,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
-from pipeline.registry.artifacts import LISTING_TAG, _write_listing
+from pipeline.registry.artifacts import FOLDER_TAGS, LISTING_TAG, _write_listing
 from pipeline.registry.catalog import find_version
 from pipeline.report.cards import TINY_SHAKESPEARE
 from pipeline.system.files import MANIFEST, sha256_file, write_manifest
@@ -113,10 +113,9 @@ def version_info(**params: Any) -> dict[str, Any]:
 
 def hash_tags(folder: Path) -> dict[str, str]:
     """Write manifests and listing of a version's folder as they would be right; return the tags with their hashes."""
-    for place in ("model", "tokens"):
+    for place in FOLDER_TAGS:
         write_manifest(folder / "artifacts" / place)
-    hashes = {f"{tag}_sha256": sha256_file(folder / "artifacts" / place / MANIFEST)
-              for tag, place in (("model", "model"), ("data", "tokens"))}  # fmt: skip
+    hashes = {tag: sha256_file(folder / "artifacts" / place / MANIFEST) for place, tag in FOLDER_TAGS.items()}
     return hashes | {LISTING_TAG: _write_listing(folder), "fingerprint": "f" * 16, "target_loss": "0.1"}
 
 
@@ -168,8 +167,14 @@ def serving(command: list[str], ready: str, cwd: Path, environment: dict[str, st
             return False
 
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, *command, "--port", str(port)], cwd=cwd, env=environment,
-                                   stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, *command, "--port", str(port)],
+            cwd=cwd,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         assert wait_until(answers, 300), log.read_text()  # on busy cores, imports take long
         yield address

@@ -127,7 +127,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
         "tags": dict(version.tags),
         "params": params,
         "environment": {key.removeprefix(prefix): tags[key] for key in tags if key.startswith(prefix)},
-        "history": {key: thinned([[row.step, row.value] for row in rows]) for key, rows in histories.items()},
+        "history": {key: thinned([[point.step, point.value] for point in points]) for key, points in histories.items()},
         "samples": samples,
         "metrics": {k.partition("/")[2]: value for k, value in metrics if k.startswith(("metrics/", "timing/"))},
         "created": _day(version),

@@ -62,7 +62,7 @@ def champion(store, name: str) -> str:
     return str(store.client.get_registered_model(name).aliases["champion"])
 
 
-def test_a_version_is_found_by_its_number_or_alias_and_else_the_message_names_those_that_exist(store, name, intact):
+def test_a_version_is_found_by_number_or_alias_else_the_message_lists_them(store, name, intact):
     for find in (lambda *a: find_version(*a, "champion"), list_versions, print_versions, rollback):
         with pytest.raises(ModelMissing, match=f"no model {name} in sqlite:.*: `dvc repro` makes"):
             find(store, name)
@@ -153,9 +153,7 @@ def test_the_table_has_aligned_columns(store, name, intact, capsys):
     )
 
 
-def test_verify_names_what_is_wrong_with_each_version_and_the_worst_decides_the_code(  # C7
-    store, name, folders, capsys
-):
+def test_verify_names_the_fault_of_each_version(store, name, folders, capsys):  # C7
     for folder in folders:
         add_version(store, name, folder)
     verify_versions(store, name)
@@ -244,9 +242,7 @@ def test_the_command_moves_the_champion_and_says_so(command, store, name, folder
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_version_with_older_parameters_is_listed_verified_described_and_exported(
-    store, name, folders, command, tmp_path
-):
+def test_a_version_with_older_parameters_is_usable(store, name, folders, command, tmp_path):
     """params.yaml from before seq_len, optim.name, eval_interval, checkpoint.* and max_target_loss."""
     ((folder := folders[0]) / "artifacts" / "params.yaml").write_text(yaml.safe_dump(OLDER))
     version = add_version(store, name, folder, "champion")

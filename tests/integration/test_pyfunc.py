@@ -98,4 +98,5 @@ def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(ser
         status, answer = ask(server, PROMPTS, {name: value})
         assert 400 <= status < 500, answer
         assert name in json.dumps(answer)
+        assert "Traceback" not in json.dumps(answer)
     assert ask(server, ["ROMEO:"], {"max_tokens": 0}) == (200, {"predictions": ["ROMEO:"]})

@@ -88,9 +88,7 @@ def link(path: Path) -> None:
         ("artifacts/tokens", move, ModelMissing, "artifacts/tokens", "is missing"),
     ],
 )
-def test_an_altered_missing_or_surplus_file_is_refused_by_its_name(  # C7
-    file, spoil, error, named, words, version
-):
+def test_an_altered_missing_or_surplus_file_is_named(file, spoil, error, named, words, version):  # C7
     verify(version)
     spoil(version[0] / file)
     with pytest.raises(error) as raised:
@@ -151,9 +149,7 @@ def other_weights(artifacts: Path) -> None:
     save_file({"wte.weight": torch.zeros(1, 1)}, artifacts / "model" / "model.safetensors")
 
 
-NESTED = b"[" * 100_000
 BEYOND = json.dumps({"wte.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-HEADER = struct.Struct("<8sHHIQ")  # of a token file: magic, format, dtype, vocab_size, number of ids
 FORGERIES = {
     "a shape of terabytes": shape_with(n_layer=20, n_embd=65536, block_size=2**20),
     "positions of terabytes": shape_with(block_size=2**20),
@@ -166,16 +162,10 @@ FORGERIES = {
     "trained_length is negative": shape_with(trained_length=-1),
     "trained_length above block_size": shape_with(trained_length=10**9),
     "config.json is a list": file_with("model/config.json", b"[]"),
-    "config.json is no JSON": file_with("model/config.json", b"\xff{"),
-    "config.json is nested too deeply": file_with("model/config.json", NESTED),
     "weights with a header of 4 EB": file_with("model/model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
     "weights longer than their file": file_with("model/model.safetensors", struct.pack("<Q", len(BEYOND)) + BEYOND),
     "weights are a pickle": pickled_weights,
     "weights of another model": other_weights,
-    "tokens with a vocabulary of 2^32": file_with(
-        "tokens/train-00000.bin", HEADER.pack(b"GPT2TOKS", 1, 16, 2**32 - 1, 1) + b"\0\0"
-    ),
-    "more tokens than bytes": file_with("tokens/train-00000.bin", HEADER.pack(b"GPT2TOKS", 1, 16, 50257, 2**62)),
     "another tokenizer": file_with("model/vocab.bpe", b"#version: 0.2\n"),
 }
 

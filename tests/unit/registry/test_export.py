@@ -159,13 +159,8 @@ def test_a_space_holds_the_program_the_version_and_how_to_publish_it(exported):
     assert settings["sdk_version"] == metadata.version("gradio")
     assert settings["python_version"] == "{}.{}".format(*sys.version_info)
     assert len(settings["short_description"]) <= 60  # the Hub's limit
-    for step in (
-        "hf auth login",
-        "hf repos create YOU/shakespeare-gpt2 --type space --sdk gradio",
-        "hf upload YOU/shakespeare-gpt2 . . --type space",
-        "CPU basic",
-        "--delete",
-    ):
+    create, upload = "hf repos create YOU/shakespeare-gpt2 --type space --sdk gradio", "hf upload YOU/shakespeare-gpt2"
+    for step in ("hf auth login", create, f"{upload} . . --type space", "CPU basic", "--delete"):
         assert step in guide
     assert "{" not in guide
 
