@@ -32,7 +32,7 @@ APP_REQUIREMENTS = "gradio numpy psutil pydantic pyyaml safetensors tiktoken tor
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CONV1D = ("c_attn", "c_proj", "c_fc")  # the original GPT-2 stores these weights transposed, as (in, out)
 LOCAL_STUDIES = "sqlite:///optuna.db"
-PROMPT_TOKENS = 16  # from the beginning of the text, for the example in the model card
+PROMPT_TOKENS = 16  # at most, from the beginning of the text, for the example in the model card
 
 
 def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Path) -> int:
@@ -66,13 +66,14 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     if info["history"].get("loss"):
         save_png(curve_figure(info["history"], float(info["tags"]["target_loss"])), folder / CURVE)
     text = TokenFolder(artifacts / "tokens").train
+    n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half is for the answer
     described = {
         **config,
         "n_params": sum(tensor.numel() for tensor in weights.values()),
         "n_used": int((text.counts() > 0).sum()),
         "n_tokens": len(text),
         # A space or an incomplete character at the end of a prompt would be encoded as other tokens.
-        "prompt": tokenizer.decode(text.read(0, min(PROMPT_TOKENS, len(text))).tolist()).rstrip("\ufffd \t\r\n"),
+        "prompt": tokenizer.decode(text.read(0, n_prompt).tolist()).rstrip("\ufffd \t\r\n"),
     }
     write_text(folder / "README.md", model_card(info, described))
     write_manifest(folder)

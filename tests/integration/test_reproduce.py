@@ -55,19 +55,13 @@ def temporary(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def repository(tmp_path):
+def repository(tmp_path, commit_all):
     """A clone with the stage above, committed."""
     folder = tmp_path / "a clone with späces"
     (folder / "stages").mkdir(parents=True)
     (folder / "stages" / "train.py").write_text(STAGE)
     commit_all(folder)
     return folder
-
-
-def commit_all(folder):
-    git(folder, "init", "-q")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-qm", "x")
 
 
 @pytest.fixture
@@ -138,9 +132,7 @@ UNKNOWN = [("0" * 40, "true"), ("unknown", "unknown"), ("HEAD", "true")]
         ("no repository", "true", False, "refused"),
     ],
 )
-def test_the_code_is_that_of_the_commit_or_the_present_one_with_the_same_fingerprint(
-    commit, tree_clean, same_fingerprint, code, repository, tmp_path, monkeypatch, capsys
-):
+def test_which_code_trains(commit, tree_clean, same_fingerprint, code, repository, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "_fingerprint_here", lambda _files: "same" if same_fingerprint else "other")
     recorded = git(repository, "rev-parse", "HEAD")
     tags = {"git_commit": commit if (commit, tree_clean) in UNKNOWN else recorded, "tree_clean": tree_clean}
@@ -220,7 +212,7 @@ def test_a_signal_ends_the_training_and_its_recorder_may_finish(train, tmp_path,
 
 
 def test_a_real_training_gives_the_same_weights_bit_for_bit(
-    store, name, cheap_versions, bpe, temporary, tmp_path, monkeypatch, capfd
+    store, name, cheap_versions, bpe, commit_all, temporary, tmp_path, monkeypatch, capfd
 ):
     """Twelve steps on a short text, by the real stage; a later commit breaks it, and a hook is not run."""
     project = tmp_path / "a project with späces"

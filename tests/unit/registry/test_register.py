@@ -23,15 +23,11 @@ def project(tmp_path: Path) -> Path:
 
 
 def edited(name: str, **changes):
-    """Change keys of a JSON file; the key `results_x` is x among the results of a run."""
+    """Change keys of a JSON file; a dictionary changes keys of the inner one, an empty one replaces it."""
 
     def edit(project: Path) -> None:
         values = json.loads((project / name).read_text())
-        inner = {key.removeprefix("results_"): value for key, value in changes.items() if key.startswith("results_")}
-        if inner:
-            values["results"] |= inner
-        else:
-            values |= changes
+        values |= {key: values[key] | value if value and key == "results" else value for key, value in changes.items()}
         (project / name).write_text(json.dumps(values))
 
     return edit
@@ -58,7 +54,7 @@ def read_all(project: Path):
         (edited(METRICS, fingerprint="another"), IntegrityError, "is not about the run"),
         (written(METRICS, "{"), IntegrityError, "is not JSON"),
         (edited(RUN, fingerprint="another"), IntegrityError, "is not about the run another"),
-        (edited(RUN, results_to_target=None), IntegrityError, r"run\.json is not the record of a run"),
+        (edited(RUN, results={"to_target": None}), IntegrityError, r"run\.json is not the record of a run"),
         (edited(RUN, results={}), IntegrityError, r"run\.json is not the record of a run"),
         (written(RUN, "[]"), IntegrityError, r"run\.json is not the record of a run"),
         (other_tokens, IntegrityError, "is not what the model was trained on"),
@@ -86,10 +82,10 @@ def test_the_gate_gets_the_numbers_of_the_run(project):
         ([lambda project: (project / METRICS).unlink()], "is not evaluated: `dvc repro evaluate`"),
         ([edited(METRICS, corpus_loss=0.01)], "metrics.json says loss 0.0100, training measured 0.0900"),
         (
-            [edited(METRICS, corpus_loss=0.01), edited(RUN, results_corpus_loss=0.01)],
+            [edited(METRICS, corpus_loss=0.01), edited(RUN, results={"corpus_loss": 0.01})],
             r"run\.json disagrees with its journal: loss 0\.0100 at step 20",
         ),
-        ([edited(RUN, results_model_step=10)], r"run\.json disagrees with its journal: loss 0\.0900 at step 10"),
+        ([edited(RUN, results={"model_step": 10})], r"run\.json disagrees with its journal: loss 0\.0900 at step 10"),
     ],
 )
 def test_edited_or_missing_numbers_are_not_promoted(edits, reason, project):  # C6
