@@ -131,7 +131,7 @@ def export(arguments: argparse.Namespace) -> None:
 
     if arguments.kind not in exports.EXPORTS:
         raise InputError(f"export {arguments.kind}: unknown, choose one of {', '.join(exports.EXPORTS)}")
-    exports.refuse_filled(arguments.folder)
+    exports.require_empty(arguments.folder)
     store, name = _open_registry()
     version = catalog.find_version(store, name, arguments.version)
     files, info = artifacts.open_version(store, version), catalog.describe_version(store, version)

@@ -1,4 +1,4 @@
-"""Store a run and its model's files as one registered version, fetch them, and verify every byte."""
+"""Store the files of a model as a registered version, fetch them, and verify every byte."""
 
 import atexit
 import re
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders
 REQUIREMENTS = "mlflow numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # of pyfunc.py
 FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
-LISTING = "files.json"  # hashes of a version's other files: code, MLmodel, params.yaml and so on
-LISTING_TAG = "files_sha256"  # hash of the listing; the first versions lack it, and these files are not verified
-LOGGED_MODEL = "gpt2"  # name in MLflow of what holds the files
-ADDED_BY_USE = "registered_model_meta"  # written into a version's folder by MLflow when it loads it
+LISTING = "files.json"  # hashes of a version's other files, such as code, MLmodel and params.yaml
+LISTING_TAG = "files_sha256"  # hash of the listing; early versions lack it, and their other files are not verified
+LOGGED_MODEL = "gpt2"  # name of the MLflow model that holds the files
+ADDED_BY_MLFLOW = "registered_model_meta"  # MLflow writes this file into a version's folder when it loads the version
 
 
 def label_of(version: "ModelVersion") -> str:
@@ -34,11 +34,10 @@ def label_of(version: "ModelVersion") -> str:
 
 
 def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dict[str, str]) -> "ModelVersion":
-    """Find or make the version with this fingerprint and these weights, and set its tags.
+    """Find or create the version with this fingerprint and these weights, and set its tags.
 
-    Stored files never change: where a machine gave the fingerprint other weights, or where the files of a version are
-    lost or altered, a new version is made. Raises IntegrityError or ModelMissing where what was stored does not come
-    back whole.
+    Stored files never change: a new version is created if the weights differ, or if the files of the existing version
+    are missing or altered. Raises IntegrityError or ModelMissing if the stored files fail their verification.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -47,7 +46,7 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
         client.create_registered_model(name)
     same = " and ".join(f"tags.{key} = '{tags[key]}'" for key in ("fingerprint", "model_sha256"))
     found = client.search_model_versions(f"name = '{name}' and {same}")
-    version = next((version for version in found if _is_whole(store, version)), None)
+    version = next((version for version in found if _is_intact(store, version)), None)
     if version is None:
         tags |= _store_files(store, project, run)
         source = client.get_logged_model(tags["model_id"]).artifact_location
@@ -57,17 +56,17 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
         if version.tags.get(key) != value:
             client.set_model_version_tag(name, version.version, key, value)
     version = client.get_model_version(name, version.version)
-    model_id = version.tags.get("model_id")  # the first versions lack it
+    model_id = version.tags.get("model_id")  # early versions lack it
     if model_id and model_id not in {output.model_id for output in run.outputs.model_outputs}:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
     return version
 
 
 def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts") -> Path:
-    """What is at `place` in a version's folder, in which artifacts/ has model/, tokens/ and params.yaml.
+    """Return the local path of `place` in a version's folder; artifacts/ there holds model/, tokens/ and params.yaml.
 
-    Nothing is verified. It is the store's own where that is local, else a copy that is removed when this process ends.
-    Raises one of `store_errors()` where it is missing.
+    Nothing is verified. A local store gives its own file or folder; any other gives a copy, which is removed when this
+    process ends. Raises one of `store_errors()` if the place does not exist.
     """
     from mlflow.artifacts import download_artifacts
 
@@ -80,69 +79,80 @@ def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts
 
 
 @contextmanager
-def naming_failure(store: Store, what: str) -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing of one line about `what`, which was being read or changed."""
+def translate_store_errors(store: Store, what: str) -> Iterator[None]:
+    """Turn the store's errors into a ModelMissing with one line; `what` names what was being read or changed."""
     try:
         yield
     except store_errors() as error:
         raise ModelMissing(
             f"could not read {what} from MLflow's store {store.uri} ({first_line(error)}): repair the store, "
-            "or `dvc repro -f -s register`, where the model was made, registers it again"
+            "or run `dvc repro -f -s register` in the project that trained the model, which registers it again"
         ) from error
 
 
 def open_version(store: Store, version: "ModelVersion") -> Path:
-    """The version's folder with model/, tokens/ and params.yaml; every byte, also of the code, is what was registered.
+    """Return the version's folder with model/, tokens/ and params.yaml, after verifying all files, code included.
 
-    Nothing is run. Raises ModelMissing where files are gone or the store does not answer, IntegrityError, with both
-    hashes, where they are altered, or where no `register` made the version.
+    Nothing is run. Raises ModelMissing if files are missing or the store does not answer; IntegrityError, with both
+    hashes, if files are altered or the version was not made by `register`.
     """
     label = label_of(version)
-    hint = f"{label} cannot be used; `dvc repro -f -s register`, where its model is, registers it again"
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
             raise IntegrityError(
                 f"{label} has no hash as its tag {tag}, it was not made by `register`: use another version"
             )
-    with naming_failure(store, label):
-        whole = fetch_version(store, version, "")
-        folder = whole / "artifacts"
-        for name, tag in FOLDER_TAGS.items():
-            if not (folder / name).is_dir():
-                raise ModelMissing(f"{folder / name} is missing: {hint}")
-            _verify_hash(folder / name / MANIFEST, version.tags[tag], hint)
-            verify_manifest(folder / name, hint)
-        if link := next((path for path in whole.rglob("*") if path.is_symlink()), None):
-            raise IntegrityError(f"{link} is a link, and may lead anywhere: {hint}")
-        if LISTING_TAG in version.tags:
-            _verify_hash(whole / LISTING, version.tags[LISTING_TAG], hint)
-            if _is_local(version.source):  # where Python caches what MLflow runs, and would run what it finds cached
-                for cache in whole.rglob("__pycache__"):
-                    shutil.rmtree(cache)
-            if not isinstance(expected := read_json(whole / LISTING), dict):
-                raise IntegrityError(f"{whole / LISTING} is not a listing: {hint}")
-            if surplus := set(_listing(whole)) - expected.keys():
-                raise IntegrityError(f"{whole / min(surplus)} is not one of its files: {hint}")
-            for name, sha256 in expected.items():
-                _verify_hash(whole / name, sha256, hint)
-    return folder
+    with translate_store_errors(store, label):
+        folder = fetch_version(store, version, "")
+        verify_files(folder, version.tags, label, remove_caches=_is_local(version.source))
+    return folder / "artifacts"
+
+
+def verify_files(folder: Path, tags: dict[str, str], label: str, remove_caches: bool) -> None:
+    """Compare a version's files with the hashes in its tags. Raises as `open_version` does.
+
+    `remove_caches`: remove __pycache__ folders first. Python writes them when MLflow loads the version from the store's
+    own folder, and would run a forged one in place of the verified source. A copy never holds one.
+    """
+    hint = (
+        f"{label} cannot be used; run `dvc repro -f -s register` in the project that trained it, "
+        "which registers it again"
+    )
+    for name, tag in FOLDER_TAGS.items():
+        if not (place := folder / "artifacts" / name).is_dir():
+            raise ModelMissing(f"{place} is missing: {hint}")
+        _verify_hash(place / MANIFEST, tags[tag], hint)
+        verify_manifest(place, hint)
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise IntegrityError(f"{link} is a symbolic link, a version holds none: {hint}")
+    if LISTING_TAG not in tags:
+        return
+    _verify_hash(folder / LISTING, tags[LISTING_TAG], hint)
+    for cache in [*folder.rglob("__pycache__")] if remove_caches else ():
+        shutil.rmtree(cache, ignore_errors=True)  # what is left is refused below
+    if not isinstance(expected := read_json(folder / LISTING), dict):
+        raise IntegrityError(f"{folder / LISTING} is not a list of files: {hint}")
+    if surplus := set(_listing(folder)) - expected.keys():
+        raise IntegrityError(f"{folder / min(surplus)} is not one of its files: {hint}")
+    for name, sha256 in expected.items():
+        _verify_hash(folder / name, sha256, hint)
 
 
 def _is_local(uri: str) -> bool:
     return urlsplit(uri).scheme in ("", "file")
 
 
-def _listing(whole: Path) -> list[str]:
-    """Names of the files that neither a manifest lists nor MLflow adds."""
-    elsewhere = {whole / "artifacts" / name for name in FOLDER_TAGS}
-    files = (path for path in whole.rglob("*") if path.is_file() and not elsewhere & {*path.parents})
-    return sorted({path.relative_to(whole).as_posix() for path in files} - {LISTING, ADDED_BY_USE})
+def _listing(folder: Path) -> list[str]:
+    """Names of a version's files, except those in a manifest and those that MLflow adds."""
+    with_manifest = {folder / "artifacts" / name for name in FOLDER_TAGS}
+    files = (path for path in folder.rglob("*") if path.is_file() and not with_manifest & {*path.parents})
+    return sorted({path.relative_to(folder).as_posix() for path in files} - {LISTING, ADDED_BY_MLFLOW})
 
 
-def _write_listing(whole: Path) -> str:
-    """Write the hash of each file; return the hash of that."""
-    write_json(whole / LISTING, {name: sha256_file(whole / name) for name in _listing(whole)})
-    return sha256_file(whole / LISTING)
+def _write_listing(folder: Path) -> str:
+    """Write the listing with the hash of each file; return the hash of the listing."""
+    write_json(folder / LISTING, {name: sha256_file(folder / name) for name in _listing(folder)})
+    return sha256_file(folder / LISTING)
 
 
 def _verify_hash(path: Path, expected: str, hint: str) -> None:
@@ -152,7 +162,7 @@ def _verify_hash(path: Path, expected: str, hint: str) -> None:
         raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {hint}")
 
 
-def _is_whole(store: Store, version: "ModelVersion") -> bool:
+def _is_intact(store: Store, version: "ModelVersion") -> bool:
     with suppress(IntegrityError, ModelMissing):
         open_version(store, version)
         return True
@@ -160,9 +170,9 @@ def _is_whole(store: Store, version: "ModelVersion") -> bool:
 
 
 def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
-    """Store a version's files as a logged model of `run`; return the tags that lead to them.
+    """Store a version's files as a logged model of `run`; return the tags by which they are found.
 
-    What a killed `register` left, a logged model of the run that no version uses, is deleted.
+    A logged model of the run that no version uses, left by a killed `register`, is deleted.
     """
     run_id, client = run.info.run_id, store.client
     in_use = {version.tags.get("model_id") for version in client.search_model_versions(f"run_id = '{run_id}'")}
@@ -171,16 +181,16 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
             client.delete_logged_model(model.model_id)
     model_id = client.create_logged_model(store.experiment_id, LOGGED_MODEL, run_id, params=run.data.params).model_id
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        whole = Path(folder) / "files"
-        _save_files(whole, project, run_id, model_id)
-        sha256 = _write_listing(whole)
-        client.log_model_artifacts(model_id, str(whole))
+        files = Path(folder) / "files"
+        _save_files(files, project, run_id, model_id)
+        sha256 = _write_listing(files)
+        client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
-    return {"model_id": model_id, LISTING_TAG: sha256}  # MLflow's SQL registry would forget the model's id
+    return {"model_id": model_id, LISTING_TAG: sha256}  # MLflow's SQL registry does not keep the model's id
 
 
-def _save_files(whole: Path, project: Path, run_id: str, model_id: str) -> None:
-    """Write a version's folder: code, weights, tokenizer, tokens, params.yaml; no pickle among them."""
+def _save_files(folder: Path, project: Path, run_id: str, model_id: str) -> None:
+    """Write a version's folder: code, weights, tokenizer, tokens and params.yaml, without a pickle."""
     import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
@@ -193,7 +203,7 @@ def _save_files(whole: Path, project: Path, run_id: str, model_id: str) -> None:
         (name, "long" if isinstance(value, int) else "double", value) for name, value in Sampling() if name != "stop"
     ]
     save_model(
-        whole,
+        folder,
         python_model=str(package / "registry" / "pyfunc.py"),
         code_paths=[str(package)],
         artifacts={
@@ -210,5 +220,5 @@ def _save_files(whole: Path, project: Path, run_id: str, model_id: str) -> None:
         pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         mlflow_model=Model(run_id=run_id, model_id=model_id),
     )
-    for cache in whole.rglob("__pycache__"):
+    for cache in folder.rglob("__pycache__"):
         shutil.rmtree(cache)

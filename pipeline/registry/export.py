@@ -1,7 +1,7 @@
-"""Export a registered version: a folder that Transformers loads, or a Hugging Face Space that runs the app.
+"""Export a registered version for Transformers, or as a Hugging Face Space that runs the app.
 
-An export takes the version's folder, as `open_version` verified it, its version info, as `describe_version` gives it,
-and a new folder to fill. A further one is a function with an entry in EXPORTS.
+An export is a function with an entry in EXPORTS. It takes the folder that `open_version` returns, the version info that
+`describe_version` returns, and an empty folder to fill.
 """
 
 import shutil
@@ -30,25 +30,25 @@ from pipeline.system.host import SOURCE_ROOT
 PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
 APP_REQUIREMENTS = "gradio numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # in a Space
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
-CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's own layers have their weights transposed, (in, out)
+CONV1D = ("c_attn", "c_proj", "c_fc")  # the original GPT-2 stores these weights transposed, as (in, out)
 LOCAL_STUDIES = "sqlite:///optuna.db"
-PROMPT_TOKENS = 16  # of the text's beginning, in the card's example
+PROMPT_TOKENS = 16  # at most, from the beginning of the text, for the example in the model card
 
 
 def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Path) -> int:
     """Write the export `kind` of EXPORTS to `folder`; return its size in bytes.
 
-    Raises InputError where `folder` exists and is not empty, OutOfSpaceError where the disk is full.
+    Raises InputError if `folder` exists and is not empty, OutOfSpaceError if the disk is full.
     """
-    refuse_filled(folder := folder.resolve())
+    require_empty(folder := folder.resolve())
     with atomic_folder(folder, manifest=False) as unfinished:
         EXPORTS[kind](artifacts, info, unfinished)
-        refuse_filled(folder)  # by somebody meanwhile
+        require_empty(folder)  # another program may have filled it meanwhile
     return folder_bytes(folder)
 
 
 def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
-    """Write what Transformers loads into an empty folder."""
+    """Write a model that Transformers loads into an empty folder."""
     model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
     if not isinstance(tokenizer, GPT2Tokenizer):
         raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only GPT-2's can be exported")
@@ -66,22 +66,23 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     if info["history"].get("loss"):
         save_png(curve_figure(info["history"], float(info["tags"]["target_loss"])), folder / CURVE)
     text = TokenFolder(artifacts / "tokens").train
+    n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half is for the answer
     described = {
         **config,
         "n_params": sum(tensor.numel() for tensor in weights.values()),
         "n_used": int((text.counts() > 0).sum()),
         "n_tokens": len(text),
-        # Without what would be encoded otherwise at the end of a prompt: a blank, or a part of a character.
-        "prompt": tokenizer.decode(text.read(0, min(PROMPT_TOKENS, len(text))).tolist()).rstrip("\ufffd \t\r\n"),
+        # A space or an incomplete character at the end of a prompt would be encoded as other tokens.
+        "prompt": tokenizer.decode(text.read(0, n_prompt).tolist()).rstrip("\ufffd \t\r\n"),
     }
     write_text(folder / "README.md", model_card(info, described))
     write_manifest(folder)
 
 
 def export_space(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
-    """Write a Hugging Face Space into an empty folder. Raises InputError where the app is not installed here."""
+    """Write a Hugging Face Space into an empty folder. Raises InputError if app.py is missing."""
     if not (app := SOURCE_ROOT / "app.py").is_file():
-        raise InputError(f"{app} not found: run from the project's folder, as `make` installs it")
+        raise InputError(f"{app} not found: export a Space from a checkout of the project, which `make` installs")
     for name in PROGRAM:
         _copy_tree(SOURCE_ROOT / name, folder / name)
     for name in ("model", "tokens"):
@@ -105,14 +106,14 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def refuse_filled(folder: Path) -> None:
-    """Raise InputError where `folder` is there and not empty: what a user made is never overwritten."""
+def require_empty(folder: Path) -> None:
+    """Raise InputError if `folder` exists and is not empty: a user's files are never overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already: name a new folder, or an empty one")
+        raise InputError(f"{folder} exists already: name a new or an empty folder")
 
 
 def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
-    """The weights under GPT-2's own names and in its layout, without padded ids and without untrained positions."""
+    """The weights with GPT-2's names and layout, without padded ids and without untrained positions."""
     weights = {}
     for name, tensor in model.state_dict().items():
         layer, _, kind = name.rpartition(".")
@@ -152,7 +153,7 @@ def _tokenizer_config(n_positions: int) -> dict[str, Any]:
     return {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": n_positions,
-        "split_special_tokens": True,  # <|endoftext|> in a text is plain text, as in training
+        "split_special_tokens": True,  # <|endoftext|> in a text is encoded as plain text, as in training
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT),
@@ -160,7 +161,7 @@ def _tokenizer_config(n_positions: int) -> dict[str, Any]:
 
 
 def _write_params(artifacts: Path, folder: Path) -> dict[str, Any]:
-    """Copy params.yaml, but for the address of the studies, which may name a host and a password; return its values."""
+    """Copy params.yaml without the address of the studies, which may hold a host and a password; return its values."""
     path = folder / "params.yaml"
     shutil.copyfile(artifacts / "params.yaml", path)
     if "storage" in load_params(path).values.get("sweep", {}):
@@ -169,5 +170,5 @@ def _write_params(artifacts: Path, folder: Path) -> dict[str, Any]:
 
 
 def _copy_tree(source: Path, target: Path) -> None:
-    """Copy a folder's files with this user's own permissions, compiled modules left out."""
+    """Copy a folder without compiled modules; permissions are this user's defaults."""
     shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""Decide which version is champion: the gate that judges a new one, promotion and rollback by hand."""
+"""Decide which version is champion: the promotion gate, and promotion and rollback by hand."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.config.params import load_params
 from pipeline.config.sections import TrainConfig
 from pipeline.data.token_files import TokenFolder
-from pipeline.registry.artifacts import label_of, naming_failure, open_version
+from pipeline.registry.artifacts import label_of, open_version, translate_store_errors
 from pipeline.registry.catalog import CHAMPION, find_version, printable, registered_model
 from pipeline.system.errors import ModelMissing
 from pipeline.tracking.mlflow_store import Store
@@ -17,19 +17,19 @@ from pipeline.tracking.mlflow_store import Store
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION_BEFORE = "champion_before"  # tag of the registered model: the version that a rollback returns to
-ROLLED_BACK = "rolled_back"  # tag of a version that a rollback took the alias from
-PASSED, VERDICT = "passed_gate", "verdict"  # tags of a version: true or false, and why
-SAME_LOSS = 0.01  # share by which two machines may differ on the loss of one model
+CHAMPION_BEFORE = "champion_before"  # tag of the registered model: the version that a rollback restores
+ROLLED_BACK = "rolled_back"  # tag of a version that lost the alias by a rollback
+PASSED, VERDICT = "passed_gate", "verdict"  # tags of a version: true or false, and the reason
+SAME_LOSS = 0.01  # relative difference that is allowed between two machines for the loss of one model
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the gate asks about a new version; losses are over its whole training text, in nats per token."""
+    """What the gate needs from a new version; losses are over its whole training text, in nats per token."""
 
-    evaluated_loss: float | None  # by the stage `evaluate`; None: not evaluated
-    trained_loss: float  # of the saved model, as run.json says
-    journal_loss: float  # the same, as the journal says
+    evaluated_loss: float | None  # from the stage `evaluate`; None: not evaluated
+    trained_loss: float  # of the saved model, in run.json
+    journal_loss: float  # of the saved model, in the journal
     model_step: int
     target_loss: float
     met_corpus_rule: bool
@@ -40,13 +40,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Champion:
-    """What the gate asks about the version that is champion now."""
+    """What the gate needs from the present champion."""
 
     version: str
     loss: float  # over its whole training text
     n_tokens: int
     data_sha256: str
-    candidate_loss: Callable[[], float]  # of the candidate on this text; measured only where the texts differ
+    candidate_loss: Callable[[], float]  # of the candidate on this text; called only if the texts differ
 
 
 class Verdict(NamedTuple):
@@ -55,10 +55,11 @@ class Verdict(NamedTuple):
 
 
 def judge(candidate: Candidate, champion: Champion | None, max_target_loss: float) -> Verdict:
-    """Whether `candidate` may take the alias champion, and why.
+    """Decide whether `candidate` gets the alias champion, and why.
 
-    Its records must agree, its target be at most `max_target_loss` and met by the corpus rule. Against a champion it
-    must have learnt as many tokens, and have no higher loss on the champion's text.
+    Its records must agree, and its target must be at most `max_target_loss` and met by the corpus rule. If there is a
+    champion, its training text must have at least as many tokens, and its loss on the champion's text must not be
+    higher.
     """
     loss, trained, target = candidate.evaluated_loss, candidate.trained_loss, candidate.target_loss
     if candidate.rolled_back:
@@ -76,18 +77,18 @@ def judge(candidate: Candidate, champion: Champion | None, max_target_loss: floa
     if champion is None:
         return Verdict(True, "reached the target, and there was no champion")
     if candidate.n_tokens < champion.n_tokens:
-        needed = f"champion {champion.version} {champion.n_tokens:,}"
-        return Verdict(False, f"learnt {candidate.n_tokens:,} tokens, {needed}")
+        needed = f"champion {champion.version} on {champion.n_tokens:,}"
+        return Verdict(False, f"trained on {candidate.n_tokens:,} tokens, {needed}")
     if candidate.data_sha256 != champion.data_sha256:
         loss = champion.candidate_loss()
-    reason = f"loss {loss:.4f} on the tokens of champion {champion.version}, whose own is {champion.loss:.4f}"
+    reason = f"loss {loss:.4f} on the tokens of champion {champion.version}, whose own loss is {champion.loss:.4f}"
     return Verdict(True, reason) if loss <= champion.loss else Verdict(False, f"worse: {reason}")
 
 
 def model_loss(project: Path, tokens: Path) -> float:
-    """Loss of `project`'s model over all of `tokens`, in windows as long as those that it was trained on.
+    """Compute the loss of `project`'s model over all of `tokens`, in windows of its trained length.
 
-    Device and precision are those of params.yaml's section `train`.
+    Device and precision are those of the section `train` in params.yaml.
     """
     from pipeline.data.batches import Split
     from pipeline.model.evaluate import corpus_loss
@@ -101,7 +102,7 @@ def model_loss(project: Path, tokens: Path) -> float:
 
 
 def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None:
-    """Move the alias champion to `version`; return the number of the one before, noted for a rollback."""
+    """Move the alias champion to `version`; return the former champion's number, which a rollback restores."""
     before = store.client.get_registered_model(name).aliases.get(CHAMPION)
     if before is not None and str(before) != str(version.version):
         store.client.set_registered_model_tag(name, CHAMPION_BEFORE, str(before))
@@ -112,27 +113,29 @@ def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None
 
 
 def promote(store: Store, name: str, which: str) -> str:
-    """Make a verified version champion, whatever the gate says; return what happened, in a line."""
+    """Verify a version and make it champion, even if the gate refused it; return a line for the user."""
     version = find_version(store, name, which)
     open_version(store, version)
-    with naming_failure(store, name):
+    with translate_store_errors(store, name):
         before = set_champion(store, name, version)
     if before == str(version.version):
-        return f"{label_of(version)} is champion already"
-    instead = f", instead of version {before}" if before else ""
-    verdict = f", though the gate said no: {version.tags.get(VERDICT)}" if version.tags.get(PASSED) == "false" else ""
-    return printable(f"{label_of(version)} is champion now{instead}{verdict}")
+        return f"{label_of(version)} is already champion"
+    instead = f" instead of version {before}" if before else ""
+    refused = (
+        f", although the gate refused it: {version.tags.get(VERDICT)}" if version.tags.get(PASSED) == "false" else ""
+    )
+    return printable(f"{label_of(version)} is now champion{instead}{refused}")
 
 
 def rollback(store: Store, name: str) -> str:
-    """Return the alias champion to the version that had it before; twice undoes it. Returns what happened."""
-    with naming_failure(store, name):
+    """Give the alias champion back to the former champion; a second call undoes it. Returns a line for the user."""
+    with translate_store_errors(store, name):
         model = registered_model(store, name)
     current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
     if before is None or before == str(current):
-        raise ModelMissing(f"{name} has no former champion: there is one once another version was champion")
-    said = promote(store, name, before)
+        raise ModelMissing(f"{name} has no former champion: a rollback needs a version that was champion before")
+    line = promote(store, name, before)
     if current is not None:
-        with naming_failure(store, name):
+        with translate_store_errors(store, name):
             store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
-    return said
+    return line

@@ -1,6 +1,6 @@
-"""Answer for a registered version in `mlflow models serve` and `mlflow.pyfunc.load_model`.
+"""Serve a registered version through `mlflow models serve` and `mlflow.pyfunc.load_model`.
 
-MLflow keeps a copy of this file with the version and runs it where the version is loaded, so that nothing is pickled.
+MLflow stores a copy of this file in the version and runs it to load the version, so that no pickle is needed.
 """
 
 from pathlib import Path
@@ -14,23 +14,23 @@ from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
 
 
-class Continuing:
-    """What a version does; without type hints, since MLflow drops `params` without a word where it finds them."""
+class PromptModel:
+    """Load and predict. Without type hints: with them, MLflow silently drops `params`."""
 
     def load_context(self, context):  # type: ignore[no-untyped-def]
         self.generator = load_generator(Path(context.artifacts["model"]).parent)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Continue each text of the column `prompt`; `params` are complete, by the signature's defaults."""
+        """Continue each text of the column `prompt`; MLflow completes `params` with the signature's defaults."""
         try:
             sampling = Sampling.of(**params)
-        except InputError as error:  # so that the server answers with its line
+        except InputError as error:  # the server then answers with status 400 and this line
             raise MlflowException.invalid_parameter_value(str(error)) from None
         return [self.generator.text(prompt, sampling) for prompt in model_input["prompt"]]
 
 
-class TextGenerator(Continuing, PythonModel):  # type: ignore[misc]  # mlflow is untyped here
-    """The same for MLflow, which warns of a missing hint where `predict` is written, but not where it is inherited."""
+class TextGenerator(PromptModel, PythonModel):  # type: ignore[misc]  # mlflow is untyped here
+    """The class for MLflow, which warns about a `predict` without type hints unless it is inherited."""
 
 
 set_model(TextGenerator())

@@ -1,4 +1,4 @@
-"""Register a trained model as one version with its aliases, and judge it for champion."""
+"""Register a trained model as a version, move its aliases, and let the gate judge it for champion."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,37 +32,29 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 IS_CHAMPION = "is the champion"
-FORGED: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
+BROKEN: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
 LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
 
 
 def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn = model_loss) -> dict[str, Any]:
-    """Register `project`/models/model in the store of `root`, one version a fingerprint, and judge it.
+    """Register `project`/models/model in the store of `root`, one version for each fingerprint, and judge it.
 
-    The alias candidate moves to it, champion only through the gate; `loss_on` measures the model on the champion's text
-    where that is another one. It may be killed anywhere and repeated: the aliases move last. Raises ModelMissing where
-    the model is missing or the store fails, IntegrityError where model or tokens are altered, or where tokens or
-    metrics are not this model's. Returns what reports/registered.json says.
+    The alias candidate moves to the version; champion moves only if the gate allows it. `loss_on` is used if the
+    champion was trained on another text. A killed call can be repeated: the aliases move last. Raises ModelMissing if
+    the model is missing or the store fails, IntegrityError if model or tokens are altered, or if tokens or metrics
+    belong to another model. Returns the content of reports/registered.json.
     """
-    if not (folder := project / "models" / "model").is_dir():
-        raise ModelMissing(f"{folder} not found: run `dvc repro train`, which makes it")
-    verify_manifest(folder)
-    record, metrics = read_run(project / "models"), None
-    if (project / "reports" / "metrics.json").is_file():  # a model that is not evaluated is registered, not promoted
-        metrics = read_metrics(project / "reports", record)
-    text = TokenFolder(project / "data" / "tokens")
-    if text.sha256 != record["data_sha256"]:
-        raise IntegrityError(f"{text.folder} is not what the model was trained on: `dvc repro` makes both match")
+    record, metrics, n_tokens = read_project(project)
     with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root):
         store = open_store(root)
         run = ensure_run(store, project, record)
-        tags = _version_tags(project, run, record, metrics, len(text.train))
+        tags = _version_tags(project, run, record, metrics, n_tokens)
         version = ensure_version(store, project, config.model, run, tags)
         store.client.set_registered_model_alias(config.model, CANDIDATE, version.version)
         verdict = _judge(store, project, config, version, record, metrics, loss_on)
         if verdict.promotes:
             set_champion(store, config.model, version)
-        if verdict.reason != IS_CHAMPION or PASSED not in version.tags:  # keep why it became champion
+        if verdict.reason != IS_CHAMPION or PASSED not in version.tags:  # keep the reason for which it became champion
             for key, value in ((VERDICT, verdict.reason), (PASSED, str(verdict.promotes).lower())):
                 store.client.set_model_version_tag(config.model, version.version, key, value)
         version = store.client.get_model_version(config.model, version.version)
@@ -79,6 +71,42 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     return outcome
 
 
+def read_project(project: Path) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+    """Verify model, tokens and reports; return run.json, metrics.json if there is one, and the number of tokens.
+
+    Raises as `register` does.
+    """
+    if not (folder := project / "models" / "model").is_dir():
+        raise ModelMissing(f"{folder} not found: run `dvc repro train`, which makes it")
+    verify_manifest(folder)
+    record, metrics = read_run(project / "models"), None
+    if (project / "reports" / "metrics.json").is_file():  # a model that is not evaluated is registered, not promoted
+        metrics = read_metrics(project / "reports", record)
+    text = TokenFolder(project / "data" / "tokens")
+    if text.sha256 != record["data_sha256"]:
+        raise IntegrityError(f"{text.folder} is not what the model was trained on: `dvc repro` makes both match")
+    return record, metrics, len(text.train)
+
+
+def candidate_of(
+    project: Path, tags: dict[str, str], record: dict[str, Any], metrics: dict[str, Any] | None
+) -> Candidate:
+    """What the gate needs from a version, read from its project's reports and its tags; raises one of BROKEN."""
+    results = record["results"]
+    step = results["model_step"]
+    return Candidate(
+        evaluated_loss=None if metrics is None else metrics["corpus_loss"],
+        trained_loss=results["corpus_loss"],
+        journal_loss=read_steps(project / "models" / STEPS)["corpus_loss"][step],
+        model_step=step,
+        target_loss=results["target_loss"],
+        met_corpus_rule=results["to_target"]["corpus"] is not None,
+        n_tokens=int(tags["train_tokens"]),
+        data_sha256=tags["data_sha256"],
+        rolled_back=ROLLED_BACK in tags,
+    )
+
+
 def _judge(
     store: Store,
     project: Path,
@@ -88,27 +116,15 @@ def _judge(
     metrics: dict[str, Any] | None,
     loss_on: LossOn,
 ) -> Verdict:
-    """Judge `version` by what its files and the champion's tags say; where these cannot be read, it is refused."""
+    """Judge `version` by its project's files and the champion's tags; it is refused if these cannot be read."""
     number = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
     if number is not None and str(number) == str(version.version):
         return Verdict(True, IS_CHAMPION)
     try:
-        results = record["results"]
-        step = results["model_step"]
-        candidate = Candidate(
-            evaluated_loss=None if metrics is None else metrics["corpus_loss"],
-            trained_loss=results["corpus_loss"],
-            journal_loss=read_steps(project / "models" / STEPS)["corpus_loss"][step],
-            model_step=step,
-            target_loss=results["target_loss"],
-            met_corpus_rule=results["to_target"]["corpus"] is not None,
-            n_tokens=int(version.tags["train_tokens"]),
-            data_sha256=version.tags["data_sha256"],
-            rolled_back=ROLLED_BACK in version.tags,
-        )
+        candidate = candidate_of(project, version.tags, record, metrics)
         champion = None if number is None else _champion(store, config.model, str(number), partial(loss_on, project))
         return judge(candidate, champion, config.max_target_loss)
-    except FORGED + store_errors() as error:
+    except BROKEN + store_errors() as error:
         return Verdict(False, f"could not be judged: {type(error).__name__}: {first_line(error)}")
 
 

@@ -1,7 +1,7 @@
-"""Train a registered version once more, and compare the weights bit for bit.
+"""Train a registered version again, and compare the weights bit for bit.
 
-It runs the code of the recorded commit on the version's own parameters and tokens, in a temporary folder with an MLflow
-store of its own; nothing of it stays.
+It runs the code of the recorded commit on the version's own parameters and tokens, in a temporary folder with its own
+MLflow store; the folder is removed at the end.
 """
 
 import os
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
@@ -38,35 +38,39 @@ if TYPE_CHECKING:
 
 
 def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
-    """Train what `version` is once more; return, in a line, that the weights are the same bit for bit.
+    """Train `version` again; return a line for the user if the weights are the same bit for bit.
 
-    Raises IntegrityError where they are not; InputError where the code that trained it is not in `repository`;
-    Interrupted after a signal. Where the training itself fails, its own line and exit code are the result.
+    Raises IntegrityError if they differ, InputError if the code that trained the version is not in `repository`,
+    Interrupted after a signal. If the training fails, its own line and its exit code are the result.
     """
     label, files = label_of(version), open_version(store, version)
     expected = sha256_file(files / "model" / WEIGHTS)
     recorded = identity_of(store, version)
     if changes := recorded.get("inexact"):
-        raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): no other training can equal it")
+        raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): it cannot be repeated exactly")
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project")
-        with _code_of(version, files, repository, Path(folder) / "code") as code:
+        with _checkout(version, files, repository, Path(folder) / "code") as code:
             _train(code, project, stop)
         found = sha256_file(project / "models" / "model" / WEIGHTS)
         again = read_json(project / "models" / "run.json")
     if found == expected:
         return f"{label} trained again: the same weights bit for bit, SHA-256 {found}"
-    if again["fingerprint"] != version.tags["fingerprint"]:
-        why = f"it is another training, {again['fingerprint']} instead of {version.tags['fingerprint']}"
-    elif changed := differences(recorded["environment"], again["environment"]):
-        why = f"this machine is another ({', '.join(changed)})"
-    else:
-        why = "the machine is the same, so something in the training is not deterministic"
+    why = reason_for_difference(again, version.tags["fingerprint"], recorded["environment"])
     raise IntegrityError(f"{label} trained again has other weights, SHA-256 {found} instead of {expected}: {why}")
 
 
+def reason_for_difference(again: dict[str, Any], fingerprint: str, environment: dict[str, str | int]) -> str:
+    """Explain why a training gave other weights; `again` is its run.json, the rest was recorded with the version."""
+    if again["fingerprint"] != fingerprint:
+        return f"its fingerprint is {again['fingerprint']} instead of {fingerprint}"
+    if changed := differences(environment, again["environment"]):
+        return f"the environment differs ({', '.join(changed)})"
+    return "the environment is the same, so the training is not deterministic"
+
+
 def _fingerprint_here(files: Path) -> str | None:
-    """None where the present code does not know the version's parameters."""
+    """The fingerprint with the present code on this machine; None if the code does not accept the parameters."""
     try:
         config = RunConfig.of(load_params(files / "params.yaml"))
     except InputError:
@@ -76,7 +80,7 @@ def _fingerprint_here(files: Path) -> str | None:
 
 def _set_up(files: Path, project: Path) -> Path:
     shutil.copytree(files / "tokens", project / "data" / "tokens")
-    for folder in ("tokenizer", "bpe"):  # commits before `corpus.tokenizer` read data/bpe
+    for folder in ("tokenizer", "bpe"):  # commits from before `corpus.tokenizer` read data/bpe
         (project / "data" / folder).mkdir()
         for name in tokenizer_in(files / "model").files:
             shutil.copyfile(files / "model" / name, project / "data" / folder / name)
@@ -85,10 +89,11 @@ def _set_up(files: Path, project: Path) -> Path:
 
 
 @contextmanager
-def _code_of(version: "ModelVersion", files: Path, repository: Path, folder: Path) -> Iterator[Path]:
-    """The code that trained a version: its commit, checked out into `folder`.
+def _checkout(version: "ModelVersion", files: Path, repository: Path, folder: Path) -> Iterator[Path]:
+    """Check out the commit that trained a version into `folder`, and yield its path.
 
-    Where that is missing, or was changed without a commit, it is the present code if the fingerprint is the same.
+    If the commit is missing, or the code was changed without a commit, the present code is used instead, provided that
+    it gives the same fingerprint.
     """
     commit, fingerprint = version.tags.get("git_commit", "unknown"), version.tags["fingerprint"]
     named = re.fullmatch("[0-9a-f]{40,64}", commit)
@@ -104,22 +109,22 @@ def _code_of(version: "ModelVersion", files: Path, repository: Path, folder: Pat
         else:
             raise InputError(
                 f"{label_of(version)} cannot be trained again: commit {commit} cannot be checked out in {repository}, "
-                f"and the present code has another fingerprint than {fingerprint}: bring back the code that trained it"
+                f"and the present code has another fingerprint than {fingerprint}: restore the code that trained it"
             )
     finally:
         git("worktree", "remove", "--force", str(folder), folder=repository)
 
 
 def _train(code: Path, project: Path, stop: StopSignals) -> None:
-    """Run the stage `train` in `project`, and wait for it and its recorder. Ends the command where it fails."""
+    """Run the stage `train` in `project`, and wait for it and its recorder. Exits with its code if it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
         "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
-        "DVC_STAGE": "train",  # so that it ends with this process, as it does with DVC
+        "DVC_STAGE": "train",  # the stage then ends when this process dies
     }
     command = [sys.executable, "-m", "stages.train"]
-    # In a group of its own: Ctrl-C comes to this process, which ends that one.
+    # In its own process group: Ctrl-C reaches only this process, which ends the training.
     process = subprocess.Popen(command, cwd=project, env=environment, process_group=0)
     try:
         while process.poll() is None and stop.received is None:
@@ -128,12 +133,12 @@ def _train(code: Path, project: Path, stop: StopSignals) -> None:
         process.terminate()
         process.wait()
         for lock in project.glob(f"checkpoints/*/{RECORDER_LOCK}"):
-            with locked(lock, wait=True):  # a recorder that still sends
+            with locked(lock, wait=True):  # until the recorder has sent everything
                 pass
     if stop.received is not None:
         name = signal.Signals(stop.received).name
-        raise Interrupted(f"{name} while training again: nothing of it stays, repeat it", stop.received)
+        raise Interrupted(f"{name} ended the training, its files are removed: repeat the command", stop.received)
     if process.returncode < 0:
-        raise Interrupted(f"signal {-process.returncode} ended the training: repeat it", -process.returncode)
+        raise Interrupted(f"signal {-process.returncode} ended the training: repeat the command", -process.returncode)
     if process.returncode:
         sys.exit(process.returncode)

@@ -1,19 +1,17 @@
-"""The gate before champion: which version it lets through, and the reason that it gives."""
+"""The promotion gate: which version becomes champion, and the reason that it gives."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fixtures_registry import _keep_threads, save_small_model  # noqa: F401 (a fixture)
 
 from pipeline.config.params import load_params
-from pipeline.config.sections import ModelConfig
 from pipeline.data.token_files import write_shard
-from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT
-from pipeline.model.weights import load_model, save_model
+from pipeline.model.weights import load_model
 from pipeline.registry.promotion import Candidate, Champion, judge, model_loss
-from pipeline.system.files import write_json, write_manifest
+from pipeline.system.files import write_manifest
 
 ROOT = Path(__file__).parents[3]
 GOOD = Candidate(
@@ -47,7 +45,7 @@ def test_a_version_with_a_flaw_is_not_promoted_whether_or_not_there_is_a_champio
     assert judge(replace(GOOD, **changes), champion, 0.1) == (False, reason)
 
 
-def test_two_machines_may_differ_by_one_percent_on_a_models_loss():
+def test_the_losses_of_two_machines_may_differ_by_one_percent():
     assert judge(replace(GOOD, evaluated_loss=0.0807), None, 0.1).promotes
 
 
@@ -55,31 +53,20 @@ def test_the_first_version_without_a_flaw_is_promoted():
     assert judge(GOOD, None, 0.1) == (True, "reached the target, and there was no champion")
 
 
+ON_CHAMPION = "on the tokens of champion 1, whose own loss is"
 OTHER_TEXT = replace(GOOD, data_sha256="b", n_tokens=65)
 
 
 @pytest.mark.parametrize(
     ("candidate", "champion", "verdict"),
     [
-        (GOOD, {}, (True, "loss 0.0800 on the tokens of champion 1, whose own is 0.0900")),
-        (GOOD, {"loss": 0.08}, (True, "loss 0.0800 on the tokens of champion 1, whose own is 0.0800")),
-        (GOOD, {"loss": 0.07}, (False, "worse: loss 0.0800 on the tokens of champion 1, whose own is 0.0700")),
-        (GOOD, {"n_tokens": 6500}, (False, "learnt 64 tokens, champion 1 6,500")),
-        (
-            OTHER_TEXT,
-            {"candidate_loss": lambda: 0.09},
-            (True, "loss 0.0900 on the tokens of champion 1, whose own is 0.0900"),
-        ),
-        (
-            OTHER_TEXT,
-            {"candidate_loss": lambda: 0.091},
-            (False, "worse: loss 0.0910 on the tokens of champion 1, whose own is 0.0900"),
-        ),
-        (
-            OTHER_TEXT,
-            {"candidate_loss": lambda: float("nan")},
-            (False, "worse: loss nan on the tokens of champion 1, whose own is 0.0900"),
-        ),
+        (GOOD, {}, (True, f"loss 0.0800 {ON_CHAMPION} 0.0900")),
+        (GOOD, {"loss": 0.08}, (True, f"loss 0.0800 {ON_CHAMPION} 0.0800")),
+        (GOOD, {"loss": 0.07}, (False, f"worse: loss 0.0800 {ON_CHAMPION} 0.0700")),
+        (GOOD, {"n_tokens": 6500}, (False, "trained on 64 tokens, champion 1 on 6,500")),
+        (OTHER_TEXT, {"candidate_loss": lambda: 0.09}, (True, f"loss 0.0900 {ON_CHAMPION} 0.0900")),
+        (OTHER_TEXT, {"candidate_loss": lambda: 0.091}, (False, f"worse: loss 0.0910 {ON_CHAMPION} 0.0900")),
+        (OTHER_TEXT, {"candidate_loss": lambda: float("nan")}, (False, f"worse: loss nan {ON_CHAMPION} 0.0900")),
     ],
 )
 def test_a_version_is_compared_with_the_champion_on_the_champions_text(candidate, champion, verdict):
@@ -87,27 +74,18 @@ def test_a_version_is_compared_with_the_champion_on_the_champions_text(candidate
 
 
 def test_the_loss_on_other_tokens_is_measured_from_the_saved_model_alone(tmp_path, bpe):
-    """No run.json is read: its keys have other names in records of older versions."""
-    shape = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
-    torch.manual_seed(0)
-    model = GPT(shape, Vocabulary.full(50257))
-    model.trained_length = 8
-    save_model(tmp_path / "models" / "model", model, bpe)
-    write_json(tmp_path / "models" / "run.json", {"params": {"windows": {"length": 8}}})
+    """run.json is not read: records of older versions have other keys."""
+    save_small_model(tmp_path / "models" / "model", bpe, trained_length=8, fold_vocab=True)
     values = load_params(ROOT / "params.yaml").values
     (tmp_path / "params.yaml").write_text(str({"train": values["train"] | {"precision": "fp32"}}))
     (tokens := tmp_path / "tokens").mkdir()
     ids = [i * 37 % 50257 for i in range(20)]
     write_shard(tokens / "train-00000.bin", [ids], 50257)
     write_manifest(tokens)
-    threads = torch.get_num_threads()
-    loss = model_loss(tmp_path, tokens)
-    torch.set_num_threads(threads)
-    windows = [(ids[start : start + 8], ids[start + 1 : start + 9]) for start in (0, 8, 16)]  # the last one is short
     saved = load_model(tmp_path / "models" / "model")
     with torch.inference_mode():
-        losses = [
-            torch.nn.functional.cross_entropy(saved(torch.tensor([x]))[0, : len(y)], torch.tensor(y), reduction="none")
-            for x, y in windows
+        losses = [  # of three windows, the last one short
+            torch.nn.functional.cross_entropy(saved(torch.tensor([x]))[0], torch.tensor(y), reduction="none")
+            for x, y in ((ids[start : min(start + 8, 19)], ids[start + 1 : start + 9]) for start in (0, 8, 16))
         ]
-    assert loss == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+    assert model_loss(tmp_path, tokens) == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
