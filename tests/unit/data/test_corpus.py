@@ -158,7 +158,7 @@ def test_a_local_text_that_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_no_mirror_takes_the_place_of_a_local_text():
-    with pytest.raises(ValueError, match=r"texts/mine.txt has no mirrors.*set corpus.mirrors to \[\]"):
+    with pytest.raises(ValueError, match=r"texts/mine.txt cannot have mirrors.*set corpus.mirrors to \[\]"):
         config_of("texts/mine.txt", "https://host/text")
 
 
