@@ -4,9 +4,13 @@ import subprocess
 
 from pipeline.system.host import git_info
 
+UNKNOWN = {"git_commit": "unknown", "tree_clean": "unknown"}
+
 
 def test_the_commit_is_recorded_and_whether_more_than_dvcs_outputs_differs_from_it(tmp_path, monkeypatch, commit_all):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_info() == UNKNOWN  # no repository
     (tmp_path / "params.yaml").write_text("x: 1\n")
     commit_all(tmp_path)
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True, timeout=60).strip()
@@ -15,12 +19,5 @@ def test_the_commit_is_recorded_and_whether_more_than_dvcs_outputs_differs_from_
     assert git_info()["tree_clean"] == "true"
     (tmp_path / "params.yaml").write_text("x: 2\n")
     assert git_info() == {"git_commit": commit, "tree_clean": "false"}
-
-
-def test_without_git_or_a_repository_the_commit_is_unknown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    unknown = {"git_commit": "unknown", "tree_clean": "unknown"}
-    assert git_info() == unknown
     monkeypatch.setenv("PATH", "")
-    assert git_info() == unknown
+    assert git_info() == UNKNOWN  # no git

@@ -1,4 +1,4 @@
-"""Recipes: they change only the values of params.yaml, and those of published systems are theirs."""
+"""Recipes change only the values of params.yaml, and those of published systems agree with their logs."""
 
 import shlex
 import shutil
@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser  # what `dvc exp run -S` parses with
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe, as_set, find_recipe, list_recipes
 from pipeline.config.sections import CorpusConfig
-from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
 from pipeline.tracking.fingerprint import flatten
@@ -173,13 +170,7 @@ def configs(tmp_path_factory) -> dict[str, RunConfig]:
 
 
 def test_a_recipe_has_exactly_the_parameters_of_its_gpt2(configs):
-    for name, n_params in PARAMETERS.items():
-        model = configs[name].model
-        assert model.n_params == n_params, name
-        if model.n_layer == 12:  # that n_params is right for the others, too, follows from its formula
-            with torch.device("meta"):
-                gpt = GPT(model, Vocabulary.full(model.vocab_size))
-            assert sum(parameter.numel() for parameter in gpt.parameters()) == n_params, name
+    assert {name: configs[name].model.n_params for name in PARAMETERS} == PARAMETERS
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -200,18 +191,3 @@ def test_a_published_system_has_the_tokens_and_the_learning_rates_that_it_printe
         digits = len(text.partition(".")[2]) if "e" not in text else 0
         rounded = 10.0 ** -max(6, digits)
         assert abs(ours - float(text)) <= one_step + rounded, f"step {step}: {ours:.4g}, printed {text}"
-
-
-def test_the_published_stop_rules_and_constant_rate(configs):
-    targets = {name: configs[name].target for name in sorted(PUBLISHED)}
-    assert {name: (target.rule, target.loss) for name, target in targets.items()} == {
-        "seed-000": ("batch", 0.0999999),
-        "seed-001": ("validation", 0.1),
-        "seed-002": ("batch", 0.0999),
-        "seed-003": ("batch", 0.1),
-        "seed-004": ("average", 0.099999),
-    }
-    assert targets["seed-004"].average_steps == 100
-    assert (targets["seed-001"].eval_interval, targets["seed-001"].early_stopping_patience) == (25, 20)
-    optim = configs["seed-000"].optim
-    assert {optim.lr * lr_factor(step, 10_000, optim) for step in (1, 2, 500, 7828, 10_000)} == {3e-4}

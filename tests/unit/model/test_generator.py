@@ -1,6 +1,6 @@
 """Generation with a KV cache, drafts and batches gives the same text as the plain way, without any of them."""
 
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,21 +39,13 @@ def generator(model, tokenizer):
     return Generator(model, tokenizer)
 
 
-class Written(NamedTuple):
-    """What the pieces of one sequence add up to."""
-
-    ids: list[int]
-    text: str
-    ends: list[str]
-    notices: list[str]
-
-
 def write(generator, prompts, sampling):
+    """What the pieces of each sequence add up to."""
     each = [[] for _ in prompts]
     for piece in generator.stream(prompts, sampling):
         each[piece.sequence].append(piece)
     return [
-        Written(
+        SimpleNamespace(
             ids=[token for piece in pieces for token in piece.ids],
             text="".join(piece.text for piece in pieces),
             ends=[piece.finished for piece in pieces if piece.finished],
@@ -213,7 +205,7 @@ def streamed(stop, chunks):
     [
         ([], [b"\xf0\x9f", b"\x8e", b"\xad!"], ["", "", "🎭!"], False),  # one character in three chunks
         ([], [b"a\xff", b"b\xf0\x9f"], ["a�", "b�"], False),  # not UTF-8
-        (["END", "\n\n"], [b"one\n", b"\ntwo", b"END"], ["one", "", ""], True),  # before the first of two
+        (["END", "\n\n"], [b"one\n", b"\ntwoEND", b"x"], ["one", "", ""], True),  # before the first of two
         (["\nROMEO:"], [b"x\nRO", b"ME", b"S y\n"], ["x", "", "\nROMES y\n"], False),  # held back while it may be one
         ([""], [b"abc"], ["abc"], False),
     ],

@@ -20,12 +20,15 @@ def model():
     return GPT(SHAPE, VOCABULARY).initialise(seed=1).eval()
 
 
-def test_initial_weights_predict_all_ids_equally_and_are_smaller_where_they_add_to_the_residual_stream(model):
+def test_the_number_of_weights_and_their_initial_values(model):
     with torch.no_grad():
         assert model.loss(IDS[:, :-1], IDS[:, 1:], 48).item() == pytest.approx(np.log(50257), abs=0.2)
     wide = GPT(SHAPE.updated(n_embd=256, n_layer=8, vocab_size=9), Vocabulary.full(9)).initialise(seed=1)
-    assert wide.h[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert wide.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.02)  # two adds a layer
+    for each in (model, wide):
+        assert sum(parameter.numel() for parameter in each.parameters()) == each.config.n_params
+    mlp, n_additions = wide.h[0].mlp, 16  # to the residual stream: two in each block
+    assert mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert mlp.c_proj.weight.std().item() == pytest.approx(0.02 / n_additions**0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("length", [7, SHORT, SHORT + 1])

@@ -31,6 +31,7 @@ def test_a_file_or_a_folder_is_replaced_only_by_a_complete_one(tmp_path):
         raise RuntimeError
     verify_manifest(folder)
     assert (folder / "a.txt").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["f", "x.txt"]
     fill(folder, "new")
     assert (folder / "a.txt").read_text() == "new"
     assert sorted(os.listdir(tmp_path)) == ["f", "x.txt"]
