@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import random_model
+from small_models import random_model
 
 from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary

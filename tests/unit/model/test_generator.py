@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import random_model
+from small_models import random_model
 
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
