@@ -1,9 +1,4 @@
-"""Write the values of a recipe into params.yaml, in which all else stays byte for byte.
-
-A recipe is a mapping like params.yaml with only the keys that it sets, each value on one line, under a comment that
-says what it is for. Values are copied as they are written, at the positions that the YAML parser gives: loading and
-dumping would change comments, layout and numbers.
-"""
+"""Write the values of a recipe into params.yaml, and leave every other byte unchanged."""
 
 import re
 import shlex
@@ -17,12 +12,16 @@ from pipeline.config.params import PARAMS, did_you_mean, load_params
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_text
 
+# A recipe is a mapping like params.yaml with only the keys that it sets, each value on one line. Its first line is a
+# comment with its purpose. The text of each value is copied to the position that the YAML parser reports, since loading
+# and dumping would change comments, layout and the notation of numbers.
+
 RECIPES = Path("recipes")
-BASE = "laptop"  # has every key that a recipe sets, and its committed value
+BASE = "laptop"  # has every key that any recipe sets, with its value in the committed params.yaml
 
 
 class Leaf(NamedTuple):
-    """A value, and its text between two positions of the file; no text is YAML's null."""
+    """A value with its text and the position of that in the file; an empty text is null."""
 
     value: Any
     text: str
@@ -37,7 +36,7 @@ class Leaf(NamedTuple):
         return self.text.startswith("- ")
 
     def rewritten(self, new: str) -> str:
-        """What to write instead of the text: apart from its key where there is none, indented where it is a block."""
+        """The text that replaces this one, with a space after the key or the indentation of a block list."""
         return f" {new}" if not self.text else f"  {new}" if self.is_block_list else new
 
 
@@ -50,7 +49,7 @@ def list_recipes(folder: Path = RECIPES) -> dict[str, str]:
 def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) -> str:
     """Write a recipe's values into params.yaml, atomically; return the changes, one `key: old -> new` a line.
 
-    `name` is a file of `folder`, which also resets what other recipes set, or a path that ends in .yaml, which sets
+    `name` is a file of `folder`, which also resets the keys of other recipes, or a path that ends in .yaml, which sets
     only its own keys. Raises InputError where there is no such recipe, or params.yaml lacks one of its keys.
     """
     path = find_recipe(name, folder)
@@ -77,7 +76,7 @@ def as_set(name: str, folder: Path = RECIPES) -> str:
 
 
 def find_recipe(name: str, folder: Path = RECIPES) -> Path:
-    """The file of a recipe given by name or path. Raises InputError that names the nearest, and all recipes."""
+    """The file of a recipe, by name or path. Raises InputError with the most similar name and all recipes."""
     path = Path(name) if name.endswith(".yaml") else folder / f"{Path(name).name}.yaml"
     if not path.is_file():
         known = list(list_recipes(folder))
@@ -92,8 +91,8 @@ def _recipe_values(path: Path, folder: Path) -> dict[str, Leaf]:
 
 
 def _read_leaves(path: Path) -> dict[str, Leaf]:
-    """All values of a YAML file by dotted key. Raises InputError where it is no mapping."""
-    load_params(path)  # for its complaints
+    """All values of a YAML file by dotted key. Raises InputError where it is not a mapping."""
+    load_params(path)  # raises the InputError
     text = path.read_text(encoding="utf-8")
     leaves: dict[str, Leaf] = {}
 
@@ -107,19 +106,19 @@ def _read_leaves(path: Path) -> dict[str, Leaf]:
                 leaves[key] = Leaf(SafeConstructor().construct_document(node), text[start:end], start, end)
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    assert isinstance(root, yaml.MappingNode), "load_params saw a mapping"
+    assert isinstance(root, yaml.MappingNode), "load_params has checked it"
     visit(root, "")
     return leaves
 
 
 def _end_of(node: yaml.Node) -> int:
-    """Where a node's text ends; a block list's own mark lies behind the comments that follow it."""
+    """Where a node's text ends; the end mark of a block list would include the comments after it."""
     block_list = isinstance(node, yaml.SequenceNode) and not node.flow_style
     return _end_of(node.value[-1]) if block_list else int(node.end_mark.index)
 
 
 def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> str:
-    # repr tells 1, a step, from 1.0, a share, and from true
+    # repr distinguishes 1 (a step), 1.0 (a share) and true, which are equal
     changed = {key: leaf for key, leaf in leaves.items() if repr(leaf.value) != repr(present[key].value)}
     text = path.read_text(encoding="utf-8")
     for key in sorted(changed, key=lambda key: -present[key].start):  # backwards, so that positions stay valid
@@ -131,7 +130,7 @@ def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> s
 
 
 def _as_hydra(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides, which `dvc exp run -S` takes."""
+    """A value in the syntax of Hydra's overrides, which `dvc exp run -S` expects."""
     match value:
         case None:
             return "null"
@@ -141,6 +140,6 @@ def _as_hydra(value: Any) -> str:
             return repr(value)
         case list():
             return "[" + ",".join(_as_hydra(item) for item in value) + "]"
-        case _:  # a backslash counts only before a quote
+        case _:  # a backslash is an escape only before a quote
             escaped = re.sub(r'(\\+)(?="|\Z)', r"\1\1", str(value)).replace('"', '\\"')
             return f'"{escaped}"'

@@ -1,4 +1,4 @@
-"""Every section of params.yaml: its keys, their types and bounds, and what they mean."""
+"""The sections of params.yaml: keys, types, bounds and meaning."""
 
 import math
 import re
@@ -23,7 +23,7 @@ TEXTS = "texts"  # the folder of the user's own texts
 WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
 
 
-def _known(source: str) -> str:
+def _check_source(source: str) -> str:
     local = is_local(source) and ".." not in PurePosixPath(source).parts
     if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
         raise ValueError(
@@ -36,15 +36,15 @@ def is_local(source: str) -> bool:
     return PurePosixPath(source).parts[:1] == (TEXTS,)
 
 
-Source = Annotated[str, AfterValidator(_known)]
+Source = Annotated[str, AfterValidator(_check_source)]
 
 
 class CorpusConfig(Section):
-    """Which text is learnt."""
+    """The text to train on."""
 
     source: Source
-    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")  # of the source's files as stored, in order; null: unchecked
-    mirrors: list[Source]  # tried in order where the source fails
+    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")  # of the source's files, in order; null: not checked
+    mirrors: list[Source]  # tried in order if the source fails
     tokenizer: str = Field(min_length=1)  # one of TOKENIZERS in data/tokenizer.py
     fraction: float = Field(gt=0, le=1)  # share of the text, from its start
     val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
@@ -52,20 +52,20 @@ class CorpusConfig(Section):
     @model_validator(mode="after")
     def _own_text_has_no_mirrors(self) -> Self:
         if is_local(self.source) and self.mirrors:
-            raise ValueError(f"{self.source} has no mirrors, and they would take its place: set corpus.mirrors to []")
+            raise ValueError(f"{self.source} cannot have mirrors, which could replace it: set corpus.mirrors to []")
         return self
 
 
 class ModelConfig(Section):
-    """The shape of a GPT-2; the fields bear GPT-2's own names."""
+    """The shape of a GPT-2, with GPT-2's own names."""
 
     n_layer: int = Field(ge=1, le=1000)
     n_head: int = Field(ge=1)
     n_embd: int = Field(ge=1, le=2**16)
     block_size: int = Field(ge=2, le=2**20)  # positions that the model has
-    vocab_size: int = Field(ge=1, le=65536)  # the tokenizer's ids, padded at will; an id must fit 16 bits
+    vocab_size: int = Field(ge=1, le=65536)  # ids of the tokenizer, or more (padding); an id must fit 16 bits
     dropout: float = Field(ge=0, lt=1)
-    fold_vocab: bool  # train one row for all ids that never occur; exactly equal, and faster
+    fold_vocab: bool  # train one row for all ids that never occur in the text: same results, faster
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -75,13 +75,13 @@ class ModelConfig(Section):
 
     @property
     def n_params(self) -> int:
-        """Parameters of the standard model with its full vocabulary, the tied head counted once."""
+        """Parameters with the full vocabulary; the tied head is counted once."""
         C, block = self.n_embd, 12 * self.n_embd**2 + 13 * self.n_embd
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
 
 
 class WindowsConfig(Section):
-    """What an optimiser step sees: in each of its accumulation steps a micro-batch of windows of `seq_len` tokens."""
+    """The data of an optimiser step: in each of its accumulation steps one micro-batch of windows."""
 
     seq_len: int = Field(ge=2)  # tokens in a window
     micro_batch_size: int = Field(ge=1)  # windows in a forward pass
@@ -94,7 +94,7 @@ class WindowsConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimiser and its schedule. Lengths are steps where they are integers, else shares of the run."""
+    """The optimiser and its schedule. A length is a number of steps (integer) or a share of the run (below 1)."""
 
     name: str  # one of OPTIMIZERS in training/optim.py
     lr: float = Field(gt=0)  # peak, of AdamW
@@ -120,32 +120,32 @@ class OptimConfig(Section):
 
     @field_validator("warmup", "decay")
     @classmethod
-    def _steps_or_share(cls, value: int | float) -> int | float:
+    def _check_length(cls, value: int | float) -> int | float:
         if isinstance(value, float) and value >= 1:
             raise ValueError("should be a whole number of steps or a share below 1")
         return value
 
     def max_steps(self, windows: WindowsConfig) -> int:
-        """Steps that it takes to see `max_tokens`, rounded up."""
+        """Steps of `max_tokens`, rounded up."""
         return math.ceil(self.max_tokens / windows.step_tokens)
 
 
 def steps_in(length: int | float, total: int) -> int:
-    """Steps behind a length that is given in steps or as a share of `total`."""
+    """The number of steps of a length that is given in steps or as a share of `total`."""
     return length if isinstance(length, int) else round(length * total)
 
 
 class TrainConfig(Section):
-    """Where and in what numbers to train."""
+    """Device, precision and processes of training."""
 
     seed: int = Field(ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: the fastest that this chip supports
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: the fastest on this machine
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(union_mode="left_to_right")
-    deterministic: bool  # the same bits again on CUDA too; the CPU always gives them
-    compile: Literal["auto"] | bool  # auto: on GPUs, where the run is long enough to gain by it
-    gradient_checkpointing: bool  # less memory for more time
-    shard: bool  # FSDP2: each process holds a part of weights, gradients and optimiser state
+    deterministic: bool  # on CUDA; the CPU is always deterministic
+    compile: Literal["auto"] | bool  # auto: on a GPU, if the run is long enough to save time
+    gradient_checkpointing: bool  # less memory, more time
+    shard: bool  # FSDP2: divide weights, gradients and optimiser state among the processes
     processes: int = Field(ge=1, le=1024, strict=True)  # on this machine
 
 
@@ -155,19 +155,19 @@ class TargetConfig(Section):
     loss: float = Field(gt=0)  # nats per token
     rule: str  # one of RULES in training/target.py
     average_steps: int = Field(ge=1)  # micro-batch losses in the mean of the rule `average`
-    eval_interval: int | None = Field(ge=1)  # steps between evaluations; null: chosen by their cost
+    eval_interval: int | None = Field(ge=1)  # steps between evaluations; null: chosen by cost
     early_stopping_patience: int | None = Field(ge=1)  # evaluations without a lower validation loss; null: no limit
 
 
 class CheckpointConfig(Section):
-    """When to save a checkpoint; not part of the fingerprint, since it decides no number."""
+    """When to save a checkpoint; not part of the fingerprint, since it changes no result."""
 
-    interval_steps: int = Field(ge=0)  # 0: by time alone
+    interval_steps: int = Field(ge=0)  # 0: only by time
     interval_s: float = Field(gt=0)
 
 
 class SamplesConfig(Section):
-    """What the model writes during training, and how often; not part of the fingerprint either."""
+    """Texts that the model generates during training; not part of the fingerprint, since they change no result."""
 
     interval_steps: int = Field(ge=0)  # 0: only at the end
     max_tokens: int = Field(ge=1, le=10_000)
@@ -175,27 +175,27 @@ class SamplesConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How verbatim recall is sampled."""
+    """How verbatim recall is measured."""
 
-    recall_places: int = Field(ge=1)  # how many places of the text are continued
+    recall_places: int = Field(ge=1)  # number of places in the text to continue
     seed: int = Field(ge=0, lt=2**63)
 
 
 class RegistryConfig(Section):
-    """Under which name a model is registered, and what may become champion."""
+    """The name of registered models, and the condition for the champion."""
 
     model: str = Field(pattern=r"^[\w.-]+$")
     max_target_loss: float = Field(gt=0)  # largest target.loss that may become champion
 
 
 def has_password(url: str) -> bool:
-    """Whether the URL of a database or a server holds a password, before the host or among the options."""
+    """Whether the URL of a database or a server has a password, before the host or in the query."""
     parts = urlsplit(url)
     return parts.password is not None or "password" in parse_qs(parts.query)
 
 
 class Range(BaseModel):
-    """Numbers from `low` to `high`, both included; `log`: evenly over their logarithm; `step`: between neighbours."""
+    """Numbers from `low` to `high`, both included; `log`: uniform in the logarithm; `step`: between two values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -209,7 +209,7 @@ class Range(BaseModel):
         if not self.low < self.high:
             raise ValueError(f"low {self.low} should be below high {self.high}")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("a logarithmic range takes no step, and begins above 0")
+            raise ValueError("a logarithmic range has no step, and low above 0")
         return self
 
     @property
@@ -222,26 +222,27 @@ class Range(BaseModel):
 
 
 def _as_axis(given: Any) -> Any:
-    """A range or a list of choices, with the faults of what is neither in words."""
+    """Parse a range or a list of choices. Raises ValueError with all errors of a range."""
     if isinstance(given, dict):
         try:
             return Range.model_validate(given)
         except ValidationError as error:
-            faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
-            words = (" ".join([*map(str, where), what[0].lower() + what[1:]]) for where, what in faults)
-            raise ValueError(", ".join(words)) from None
+            found = [(each["loc"], each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+            messages = (" ".join([*map(str, where), what[0].lower() + what[1:]]) for where, what in found)
+            raise ValueError(", ".join(messages)) from None
     if not isinstance(given, list) or not given:
         raise ValueError("should be {low: ..., high: ...} or a list of choices")
+    # YAML's own floats have a point: it reads 1e-2 as a string
     choices = [float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", str(value)) else value for value in given]
     if twice := [value for i, value in enumerate(choices) if value in choices[:i]]:
         raise ValueError(f"has {twice[0]} twice")
-    return choices  # YAML's own floats need a point: 1e-2 alone is a word to it
+    return choices
 
 
-def _no_fingerprint(name: str) -> str:
-    """Return a study's name, which is that of its folder, beside those of runs."""
+def _check_study(name: str) -> str:
+    """Reject a name that is a fingerprint, since folders of studies and of runs lie side by side."""
     if re.fullmatch("[0-9a-f]{16}", name):
-        raise ValueError("a run's fingerprint looks like this: choose another name")
+        raise ValueError("16 hexadecimal digits are the name of a run: choose another name")
     return name
 
 
@@ -249,37 +250,36 @@ Axis = Annotated[Range | list[Any], BeforeValidator(_as_axis)]
 
 
 class SweepConfig(Section):
-    """A study: what is searched, for what, how long, and by how many."""
+    """A study: its search space, objective, limits and workers."""
 
-    study: Annotated[str, AfterValidator(_no_fingerprint)] = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name; another one begins another study"
+    study: Annotated[str, AfterValidator(_check_study)] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the study; a new name starts a new study"
     )
     storage: str = Field(pattern=r"^(sqlite|postgresql)", description="SQLAlchemy URL of the study's database")
     objective: Literal["tokens", "steps", "train_s"] = Field(description="tokens, steps or train_s to the target")
     space: dict[str, dict[str, Axis]] = Field(
-        min_length=1, description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole"
+        min_length=1,
+        description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole space",
     )
-    micro_batch_tokens: int = Field(ge=1, description="most tokens in a forward pass of windows.step_tokens")
-    trials: int = Field(ge=1, description="how many settings to try, those of earlier calls included")
+    micro_batch_tokens: int = Field(ge=1, description="maximum number of tokens in a forward pass")
+    trials: int = Field(ge=1, description="number of trials, including those of earlier calls")
     budget_s: float | None = Field(gt=0, description="seconds after which this call ends; null: no limit")
-    patience: int | None = Field(ge=1, description="trials without a better one after which it ends; null: no limit")
-    workers: int = Field(ge=1, le=1024, description="processes, among which the cores are divided")
+    patience: int | None = Field(ge=1, description="end after so many trials without improvement; null: no limit")
+    workers: int = Field(ge=1, le=1024, description="number of processes, which share the cores")
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
     pruner_tolerance: float = Field(
-        ge=0, description="share by which a trial may be forecast behind the best and still continue"
+        ge=0, description="share by which the forecast of a trial may exceed the best result before it is pruned"
     )
-    heartbeat_timeout_s: float = Field(
-        ge=2, description="heartbeat timeout in seconds, after which a trial is re-queued"
-    )
-    seed: int = Field(ge=0, lt=2**31, description="of the sampler")
+    heartbeat_timeout_s: float = Field(ge=2, description="seconds without a heartbeat after which a trial is re-queued")
+    seed: int = Field(ge=0, lt=2**31, description="seed of the sampler")
     applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
 
     @model_validator(mode="after")
-    def _keeps_no_secret(self) -> Self:
+    def _no_password(self) -> Self:
         if has_password(self.storage):
             raise ValueError(
-                "storage holds a password, which git and every run would keep: leave it out, "
+                "storage holds a password, which git and every run would keep: remove it, "
                 "PostgreSQL's clients read it from ~/.pgpass or PGPASSWORD"
             )
         return self

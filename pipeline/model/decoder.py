@@ -1,9 +1,4 @@
-"""Incremental inference for a GPT: KV cache, packed weights, logits only where requested.
-
-B: sequences, T: new positions of each, n: positions in the cache, C: n_embd, H: n_head, D: C / H, V: compact ids. The
-residual stream, the norms and the logits are fp32; matrix products, keys and values are in the precision, as under
-autocast in training.
-"""
+"""Incremental inference for a GPT: KV cache, packed weights, logits only where requested."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -14,12 +9,16 @@ from torch import Tensor, nn
 
 from pipeline.model.gpt import GPT, Block, attend
 
+# Shapes. B: sequences, T: new positions of each, n: positions in the cache, C: n_embd, H: n_head, D: C / H, V: compact
+# ids. The residual stream, the norms and the logits are fp32. Matrix products, keys and values are in the chosen
+# precision, as under autocast in training.
+
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Linear = Callable[[Tensor], Tensor]  # (..., C_in) -> (..., C_out)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer and its q, k, v, (B, H, T, D) each -> (B, H, T, D)
 
-GROWTH = 64  # positions; oneDNN compiles a kernel for each new shape, and reads what lies in one piece faster
+GROWTH = 64  # positions added at once: oneDNN compiles a kernel for each new shape, and reads contiguous memory faster
 
 
 class KVCache:
@@ -33,22 +32,22 @@ class KVCache:
         self.values = [like.new_zeros((B, H, 0, D)) for _ in range(n_layer)]
 
     def reserve(self, n: int) -> None:
-        """Make room for `n` positions, with zeros in what is new: what is masked must be finite as well."""
-        room = self.keys[0].shape[2]
-        if n > room:
-            new = min(-(-n // GROWTH) * GROWTH, self.limit) - room
+        """Make room for `n` positions. New positions are zero, since masked values must be finite, too."""
+        capacity = self.keys[0].shape[2]
+        if n > capacity:
+            added = min(-(-n // GROWTH) * GROWTH, self.limit) - capacity
             for layers in (self.keys, self.values):
-                layers[:] = [F.pad(x, (0, 0, 0, new)) for x in layers]
+                layers[:] = [F.pad(x, (0, 0, 0, added)) for x in layers]
 
     def select(self, sequences: list[int]) -> None:
-        """Keep these sequences alone, in this order."""
-        which = torch.tensor(sequences, device=self.keys[0].device)
+        """Keep only these sequences, in this order."""
+        index = torch.tensor(sequences, device=self.keys[0].device)
         for layers in (self.keys, self.values):
-            layers[:] = [x.index_select(0, which) for x in layers]
+            layers[:] = [x.index_select(0, index) for x in layers]
 
 
 class Layer:
-    """A block with its weights packed."""
+    """The packed weights of one block."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(block, Block)
@@ -58,10 +57,10 @@ class Layer:
 
 
 class Decoder:
-    """A GPT as it is in eval mode; the weights are the model's own in fp32, and copies of them otherwise."""
+    """A GPT in eval mode. In fp32 it shares the model's weights; in other precisions it has copies."""
 
     def __init__(self, model: GPT, precision: Precision = "fp32", n_vocab: int | None = None) -> None:
-        """`n_vocab`: ids of the tokenizer; those of the model beyond them are padding, which is never sampled."""
+        """`n_vocab`: number of ids of the tokenizer; the model's ids beyond them are padding and are never sampled."""
         config = model.config
         self.dtype, self.trained_length, self.vocabulary = DTYPES[precision], model.trained_length, model.vocabulary
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
@@ -72,34 +71,35 @@ class Decoder:
         self.n_sampled = n_rows - 1 if n_unused else n_vocab or n_rows  # compact ids that may be sampled
 
     def new_cache(self, n_sequences: int, length: int | None = None) -> KVCache:
-        """A cache for sequences of `length` tokens, of the trained length at most."""
+        """A cache for sequences of `length` tokens, at most the trained length."""
         limit = min(length or self.trained_length, self.trained_length)
         return KVCache(len(self.layers), (n_sequences, self.n_head, self.head_size), limit, self.wpe[:0].to(self.dtype))
 
     @torch.inference_mode()
     def prefill(self, compact_ids: Tensor, cache: KVCache, sequences: list[int]) -> Tensor:
-        """Hidden states (B, T, C) for the head, of (B, T) ids that begin these sequences of the cache."""
+        """Hidden states (B, T, C) of ids (B, T), the first tokens of these sequences of the cache."""
         T = compact_ids.shape[1]
         cache.reserve(T)
-        which = torch.tensor(sequences, device=compact_ids.device)
+        index = torch.tensor(sequences, device=compact_ids.device)
 
-        def attend_to_own(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.keys[layer][which, :, :T], cache.values[layer][which, :, :T] = k, v
+        def attend_to_new(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.keys[layer][index, :, :T], cache.values[layer][index, :, :T] = k, v
             return attend(q, k, v, dropout=0.0)
 
-        return self._hidden(F.embedding(compact_ids, self.wte) + self.wpe[:T], attend_to_own)
+        return self._hidden(F.embedding(compact_ids, self.wte) + self.wpe[:T], attend_to_new)
 
     @torch.inference_mode()
     def extend(self, compact_ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
-        """Hidden states (B, T, C) for the head, of (B, T) ids after all sequences of the cache, `lengths` long so far.
+        """Hidden states (B, T, C) of ids (B, T), appended to all sequences of the cache.
 
-        What the cache has beyond a sequence's length, such as a rejected draft, is overwritten before it is seen.
+        `lengths`: tokens of each sequence so far. Later positions in the cache, such as those of a rejected draft, are
+        overwritten before they are read.
         """
         (B, T), device = compact_ids.shape, compact_ids.device
         cache.reserve(max(lengths) + T)
         positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-        unseen = torch.arange(cache.keys[0].shape[2], device=device) > positions[:, :, None]  # (B, T, n)
-        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=device).masked_fill_(unseen, -torch.inf)
+        future = torch.arange(cache.keys[0].shape[2], device=device) > positions[:, :, None]  # (B, T, n)
+        mask = torch.zeros(future.shape, dtype=self.dtype, device=device).masked_fill_(future, -torch.inf)
         mask = mask.repeat_interleave(self.n_head, dim=0)  # (B * H, T, n)
         new: tuple[slice | Tensor, ...]
         if len(set(lengths)) == 1:  # a slice is written faster than scattered positions
@@ -122,21 +122,21 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits (..., V) of hidden states (..., C); -inf for padding and for ids that the text does not have."""
+        """fp32 logits (..., V) of hidden states (..., C); -inf for padding and for ids that the training text lacks."""
         logits: Tensor = self.head(hidden.to(self.dtype)).float()
         logits[..., self.n_sampled :] = -torch.inf
         return logits
 
     @torch.inference_mode()
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each of the targets (T,) after `hidden` (T, C), in nats, as GPT.token_losses has it."""
+        """Loss of each target (T,), in nats, from `hidden` (T, C); equals GPT.token_losses."""
         logits, bias = self.head(hidden.to(self.dtype)).float(), self.vocabulary.unused_bias
         if self.vocabulary.n_unused:
             logits[:, -1] += bias
         return F.cross_entropy(logits, targets, reduction="none") + bias * (targets == self.vocabulary.n_rows - 1)
 
     def _hidden(self, x: Tensor, attend: Attend) -> Tensor:
-        """Embedded positions (B, T, C) through all blocks, (B, T, C) again."""
+        """Apply all blocks to embedded positions (B, T, C); returns hidden states (B, T, C)."""
         B, T, C = x.shape
         for i, layer in enumerate(self.layers):
             q, k, v = (
@@ -149,21 +149,21 @@ class Decoder:
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """The layer without what torch does to call a module, which is a good part of so short a step."""
+    """LayerNorm without the overhead of calling a module, which is a large part of a step of one token."""
     return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _linear(module: nn.Linear | nn.Embedding, dtype: torch.dtype, gelu: bool = False) -> Linear:
-    """x -> x @ weight.T + bias in `dtype`, and GPT-2's gelu of that; an embedding has no bias.
+    """x -> x @ weight.T + bias in `dtype`, with `gelu` GPT-2's gelu of it; an embedding has no bias.
 
-    With few positions a product takes as long as its weights take to arrive. In bf16 on a CPU oneDNN reads them up to
-    twice as fast in a layout of its own, which torch.compile uses as well.
+    With few positions, the time of a product is that of reading its weights. On a CPU in bf16, oneDNN reads them up to
+    twice as fast in its own layout, which torch.compile uses, too.
     """
     weight = module.weight.detach().to(dtype)
     bias = module.bias.detach().to(dtype) if isinstance(module, nn.Linear) else None
     if weight.device.type == "cpu" and dtype == torch.bfloat16:
-        packed, then = torch.ops.mkldnn._reorder_linear_weight(weight), "gelu" if gelu else "none"
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "tanh" if gelu else "")
+        packed, activation = torch.ops.mkldnn._reorder_linear_weight(weight), "gelu" if gelu else "none"
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "tanh" if gelu else "")
     if gelu:
         return lambda x: F.gelu(F.linear(x, weight, bias), approximate="tanh")
     return lambda x: F.linear(x, weight, bias)

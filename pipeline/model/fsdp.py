@@ -1,7 +1,4 @@
-"""Shard a model and its state over the processes of a world, and put them together again (FSDP2).
-
-A sharded tensor is a DTensor, cut into equal ranges of rows, one for each process in turn; the last ones may be short.
-"""
+"""Shard a model and its state over the processes of a world with FSDP2, and gather them."""
 
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -11,11 +8,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+# A sharded tensor is a DTensor: its rows are divided equally, in the order of ranks; the last parts may be shorter.
+
 
 def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> None:
-    """Shard the parameters of `model`; those of a block are whole while it works, the rest while one of `methods` does.
+    """Shard the parameters of `model`; its gradients become their mean over the processes.
 
-    Its gradients come out as their mean over the processes.
+    A block's parameters are gathered while the block runs, all others while one of `methods` runs.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -27,18 +26,18 @@ def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> 
 
 
 def is_shard(x: Tensor) -> "TypeGuard[DTensor]":
-    """Whether `x` is a DTensor; to import that class would take every command most of a second."""
+    """Whether `x` is a DTensor; importing that class would cost every command most of a second."""
     return hasattr(x, "full_tensor")
 
 
 @torch.no_grad()
 def assign(target: Tensor, whole: Tensor) -> None:
-    """Copy `whole`, which every process has, into `target`, or the part that is this process's."""
+    """Copy `whole`, which every process has, into `target`; where that is sharded, only this process's part."""
     target.copy_(like(target, whole))
 
 
 def like(target: Tensor, whole: Tensor) -> Tensor:
-    """`whole` on the device of `target`, and sharded as that is, if it is."""
+    """`whole` on the device of `target`, and sharded in the same way."""
     whole = whole.to(target.device)
     if not is_shard(target) or whole.shape != target.shape:
         return whole
@@ -48,7 +47,7 @@ def like(target: Tensor, whole: Tensor) -> Tensor:
 
 
 def full_tensor(x: Tensor, keep: bool) -> Tensor:
-    """All of a sharded tensor, on the CPU, where it is to be kept, else nothing; a plain one as it is."""
+    """Gather a sharded tensor: on the CPU if `keep`, else return an empty one; plain tensors are returned unchanged."""
     if not is_shard(x):
         return x
     whole = x.full_tensor()
@@ -56,7 +55,7 @@ def full_tensor(x: Tensor, keep: bool) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process holds of `x`."""
+    """This process's part of `x`: all of it where it is not sharded."""
     return x.to_local() if is_shard(x) else x
 
 

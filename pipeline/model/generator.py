@@ -1,9 +1,4 @@
-"""Generate text from prompts, token by token, the same for a seed, within the length that the model was trained on.
-
-The context of a longer text slides: the model sees at least the last half of the trained length, and more until it is
-full again. A text ends where the model samples the end-of-text token, which separates the documents that it was trained
-on.
-"""
+"""Generate text from prompts, token by token; the same seed gives the same text."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -25,8 +20,12 @@ from pipeline.model.weights import load_model
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError
 
+# The context is at most as long as the windows of training. When it is full, its first half is dropped. A text ends at
+# max_tokens, before a stop text, or where the model samples the end-of-text token, which separated the documents in
+# training.
+
 PROMPT_CHARACTERS = 1_000_000  # at most
-Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end of a document
+Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end-of-text token
 AUTO = TrainConfig(
     seed=0, device="auto", precision="auto", threads="auto", deterministic=False, compile=False,
     gradient_checkpointing=False, shard=False, processes=1,
@@ -34,45 +33,45 @@ AUTO = TrainConfig(
 
 
 class Piece(NamedTuple):
-    """What one sequence gained in one step."""
+    """The tokens that one step adds to one sequence."""
 
-    sequence: int  # which of the prompts
+    sequence: int  # index of the prompt
     ids: list[int]
-    text: str  # whole characters only, and nothing that may turn out to begin a stop text: it may be empty
+    text: str  # only whole characters, and nothing that may be the beginning of a stop text: it may be empty
     finished: Finish | None
-    notice: str | None  # what a reader ought to be told, once
+    notice: str | None  # a message for the user
 
 
 class Continuation:
-    """One sequence while it is generated, as ids and as the model's compact ids."""
+    """The state of one sequence, as ids and as the model's compact ids."""
 
     def __init__(
         self, number: int, ids: list[int], compact_ids: list[int], sampling: Sampling, corpus: CorpusIndex | None
     ) -> None:
         self.number, self.ids, self.compact_ids = number, ids, compact_ids
-        self.length = len(ids) + sampling.max_tokens  # at the end
+        self.max_length = len(ids) + sampling.max_tokens
         self.generator = torch.Generator().manual_seed((sampling.seed + number) % 2**63)
         self.text = TextStream(sampling.stop)
         self.lookup = PromptLookup(corpus)
         self.draft: list[int] = []  # compact ids to be verified
-        self.start = -1  # where the context begins that the cache holds, but for its last token; -1: it holds none
+        self.start = -1  # of the context in the cache, which lacks only its last token; -1: not in the cache yet
         self.ended = False
         self.notice: str | None = None
 
     @property
     def n_context(self) -> int:
-        """Tokens in the context, the last of which the model may not have read."""
+        """Tokens in the context; the last one is not in the cache yet."""
         return len(self.compact_ids) - self.start
 
     @property
     def finished(self) -> Finish | None:
         if self.text.stopped or self.ended:
             return "stop" if self.text.stopped else "end"
-        return "length" if len(self.ids) == self.length else None
+        return "length" if len(self.ids) == self.max_length else None
 
 
 class Generator:
-    """A model with its tokenizer; several threads may use it at the same time.
+    """A model with its tokenizer; safe to use from several threads.
 
     `corpus`: the training text, for prompt-lookup decoding.
     """
@@ -84,26 +83,26 @@ class Generator:
         self.trained_length, self.vocabulary = model.trained_length, model.vocabulary
 
     def stream(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[Piece]:
-        """Continue all prompts at once; sequence i samples with `sampling.seed` + i, as it would alone.
+        """Continue all prompts in one batch; sequence i has the text that it would have alone with `sampling.seed` + i.
 
-        Raises InputError for a prompt that is too long to read.
+        Raises InputError for a prompt of more than PROMPT_CHARACTERS.
         """
-        sequences = [self._begin(number, prompt, sampling) for number, prompt in enumerate(prompts)]
+        sequences = [self._start(number, prompt, sampling) for number, prompt in enumerate(prompts)]
         yield from (Piece(each.number, [], "", "length", None) for each in sequences if each.finished)
-        cache = self.decoder.new_cache(len(sequences), max((each.length for each in sequences), default=0))
+        cache = self.decoder.new_cache(len(sequences), max((each.max_length for each in sequences), default=0))
         while unfinished := [i for i, sequence in enumerate(sequences) if not sequence.finished]:
             if len(unfinished) < len(sequences):
                 sequences = [sequences[i] for i in unfinished]
                 cache.select(unfinished)
-            for sequence, logits in zip(sequences, self._read(sequences, cache), strict=True):
-                yield self._write(sequence, logits, sampling)
+            for sequence, logits in zip(sequences, self._next_logits(sequences, cache), strict=True):
+                yield self._sample_tokens(sequence, logits, sampling)
 
     def text(self, prompt: str, sampling: Sampling) -> str:
         """The prompt with its continuation."""
         return prompt + "".join(piece.text for piece in self.stream([prompt], sampling))
 
     def next_tokens(self, prompt: str) -> Tensor:
-        """Probability of each id to be the next, (n_vocab,), at temperature 1; 0 for those that are never sampled."""
+        """Probabilities of the next id, (n_vocab,), at temperature 1; 0 for ids that are never sampled."""
         compact_ids = self._fold(self._encode(prompt))
         context = compact_ids[context_start(len(compact_ids), self.trained_length) :]
         hidden = self.decoder.prefill(context[None], self.decoder.new_cache(1), [0])  # (1, T, C)
@@ -121,54 +120,54 @@ class Generator:
             losses += self.decoder.losses(hidden[0], window[1:]).tolist()
         return losses
 
-    def _begin(self, number: int, prompt: str, sampling: Sampling) -> Continuation:
+    def _start(self, number: int, prompt: str, sampling: Sampling) -> Continuation:
         ids = self._encode(prompt)
         sequence = Continuation(number, ids, self._fold(ids).tolist(), sampling, self.corpus)
         if len(ids) > self.trained_length:
-            sequence.notice = f"the prompt has {len(ids):,} tokens, and {self._sight()}"
+            sequence.notice = f"the prompt has {len(ids):,} tokens, but {self._limit()}"
         return sequence
 
-    def _read(self, sequences: list[Continuation], cache: KVCache) -> list[Tensor]:
-        """Logits (1 + draft tokens or more, V) after each sequence's last token and its draft, on the CPU."""
-        begun = [i for i, sequence in enumerate(sequences) if self._begins_context(sequence)]
+    def _next_logits(self, sequences: list[Continuation], cache: KVCache) -> list[Tensor]:
+        """Logits on the CPU after each sequence's last token and its draft, (at least 1 + draft tokens, V)."""
+        moved = [i for i, sequence in enumerate(sequences) if self._move_context(sequence)]
         logits: dict[int, Tensor] = {}
-        if extended := [sequence for i, sequence in enumerate(sequences) if i not in begun]:
+        if extended := [sequence for i, sequence in enumerate(sequences) if i not in moved]:
             room = cache.limit - max(sequence.n_context for sequence in extended)
             for sequence in extended:
                 context = sequence.ids[-self.trained_length :]
-                draft = sequence.lookup.draft(context, min(room, sequence.length - len(sequence.ids) - 1))
+                draft = sequence.lookup.draft(context, min(room, sequence.max_length - len(sequence.ids) - 1))
                 sequence.draft = self._fold(draft).tolist()
             new = self._padded([[sequence.compact_ids[-1], *sequence.draft] for sequence in sequences])
-            lengths = [0 if i in begun else sequence.n_context - 1 for i, sequence in enumerate(sequences)]
+            lengths = [0 if i in moved else sequence.n_context - 1 for i, sequence in enumerate(sequences)]
             logits |= enumerate(self.decoder.logits(self.decoder.extend(new, lengths, cache)).cpu())  # (B, T, V)
-        if begun:
-            contexts = [sequences[i].compact_ids[sequences[i].start :] for i in begun]
-            hidden = self.decoder.prefill(self._padded(contexts), cache, begun)  # (B, T, C)
+        if moved:
+            contexts = [sequences[i].compact_ids[sequences[i].start :] for i in moved]
+            hidden = self.decoder.prefill(self._padded(contexts), cache, moved)  # (B, T, C)
             last = torch.stack([of_one[len(ids) - 1] for of_one, ids in zip(hidden, contexts, strict=True)])  # (B, C)
-            logits |= zip(begun, self.decoder.logits(last[:, None]).cpu(), strict=True)
+            logits |= zip(moved, self.decoder.logits(last[:, None]).cpu(), strict=True)
         return [logits[i] for i in range(len(sequences))]
 
-    def _begins_context(self, sequence: Continuation) -> bool:
-        """Move the start of the sequence's context; return whether it is not the one that the cache holds."""
+    def _move_context(self, sequence: Continuation) -> bool:
+        """Set the start of the sequence's context; return whether that differs from the context in the cache."""
         before = sequence.start
         sequence.start, sequence.draft = context_start(len(sequence.compact_ids), self.trained_length), []
         if before == 0 < sequence.start:
-            sequence.notice = f"the text is longer than the model can see: {self._sight()}"
+            sequence.notice = f"the text is longer than the context: {self._limit()}"
         return sequence.start != before
 
-    def _write(self, sequence: Continuation, logits: Tensor, sampling: Sampling) -> Piece:
-        """Sample the next token, and those after it as long as the draft is accepted."""
+    def _sample_tokens(self, sequence: Continuation, logits: Tensor, sampling: Sampling) -> Piece:
+        """Sample the next token, and further ones as long as the draft is accepted."""
         before, text = len(sequence.ids), ""
         for one, drafted in zip(logits, [*sequence.draft, None], strict=False):
             compact_id = sample(one, sampling, sequence.compact_ids, sequence.generator)
             token = int(self.vocabulary.used[compact_id])
-            if token == self.tokenizer.eot:  # it is no text
+            if token == self.tokenizer.eot:
                 sequence.ended, sequence.notice = True, "the model has ended its document"
                 text += sequence.text.add(b"", last=True)
                 break
             sequence.compact_ids.append(compact_id)
             sequence.ids.append(token)
-            last = len(sequence.ids) == sequence.length
+            last = len(sequence.ids) == sequence.max_length
             text += sequence.text.add(self.tokenizer.decode_bytes([token]), last)
             if sequence.finished or compact_id != drafted:
                 break
@@ -179,7 +178,7 @@ class Generator:
         return Piece(sequence.number, new, text, sequence.finished, notice)
 
     def _encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt; an empty one begins with the end of text, as GPT-2's own does."""
+        """Ids of a prompt; an empty one becomes the end-of-text token, as in GPT-2."""
         if len(prompt) > PROMPT_CHARACTERS:
             raise InputError(f"a prompt has {len(prompt):,} characters: {PROMPT_CHARACTERS:,} at most")
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
@@ -188,25 +187,25 @@ class Generator:
         return self.vocabulary.fold(torch.tensor(ids, dtype=torch.int64)).to(self.decoder.wte.device)
 
     def _padded(self, compact_ids: list[list[int]]) -> Tensor:
-        """Lists of unequal lengths as one tensor, (B, T), with zeros behind the shorter ones."""
+        """Lists of unequal lengths as one tensor, (B, T), with zeros after the shorter ones."""
         width = max(map(len, compact_ids))
         return torch.tensor([each + [0] * (width - len(each)) for each in compact_ids], device=self.decoder.wte.device)
 
-    def _sight(self) -> str:
+    def _limit(self) -> str:
         half = self.trained_length // 2
-        return f"it sees the last {half} to {self.trained_length} tokens, as many as it was trained on"
+        return f"the model reads only the last {half} to {self.trained_length} tokens, as in training"
 
 
 def context_start(n: int, trained_length: int) -> int:
-    """Where the context of `n` tokens begins: all, or else the last of them, more than half the trained length."""
+    """Start of the context of `n` tokens: the least multiple of half the trained length from which the rest fits."""
     half = max(1, trained_length // 2)
     return -(-max(0, n - trained_length) // half) * half
 
 
 def load_generator(folder: Path) -> Generator:
-    """Load what a registered version holds, `folder`/model and `folder`/tokens, onto the best device there is.
+    """Load a registered version, `folder`/model and `folder`/tokens, onto the best device of this machine.
 
-    Raises ModelMissing, or IntegrityError where a byte of them is not as it was written.
+    Raises ModelMissing, or IntegrityError where a file is altered.
     """
     tokens = TokenFolder(folder / "tokens").train
     model, tokenizer = load_model(folder / "model", tokens.counts()), load_tokenizer(folder / "model")
@@ -215,25 +214,25 @@ def load_generator(folder: Path) -> Generator:
 
 
 class TextStream:
-    """Text that is written token by token, up to the first of the stop texts."""
+    """Decode bytes to text piece by piece, up to the first stop text."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._stop = [text for text in stop if text]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._pending = ""  # decoded, and not returned yet
 
     def add(self, data: bytes, last: bool = False) -> str:
-        """Take bytes and return what can be shown of the text now; `last`: nothing comes after them."""
+        """Append bytes and return the text that is final now; `last`: no more bytes follow."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(data, final=last)
-        places = [place for text in self._stop if (place := self._held.find(text)) >= 0]
+        self._pending += self._decoder.decode(data, final=last)
+        places = [place for text in self._stop if (place := self._pending.find(text)) >= 0]
         self.stopped = bool(places)
-        shown = min(places) if places else len(self._held) - (0 if last else self._begun())
-        text, self._held = self._held[:shown], self._held[shown:]
+        end = min(places) if places else len(self._pending) - (0 if last else self._partial_stop())
+        text, self._pending = self._pending[:end], self._pending[end:]
         return text
 
-    def _begun(self) -> int:
-        """How many of the last characters may turn out to begin a stop text."""
-        return max((n for text in self._stop for n in range(len(text)) if self._held.endswith(text[:n])), default=0)
+    def _partial_stop(self) -> int:
+        """Number of characters at the end of the text that may be the beginning of a stop text."""
+        return max((n for text in self._stop for n in range(len(text)) if self._pending.endswith(text[:n])), default=0)

@@ -1,8 +1,4 @@
-"""GPT-2: the network.
-
-B: windows in a batch, T: positions in a window, C: n_embd, H: n_head, V: compact ids (the vocabulary, or what is left
-of it after folding: data/vocab.py). Source: Radford et al. 2019, and the published weights' own configuration.
-"""
+"""The GPT-2 network."""
 
 import math
 from typing import Self
@@ -18,13 +14,17 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.fsdp import assign
 from pipeline.model.loss import cross_entropy_sum
 
-SHORT = 512  # positions; the scores of attention grow with their square
+# Shapes. B: windows in a batch, T: positions in a window, C: n_embd, H: n_head, V: compact ids, which are all ids or,
+# after folding, those of the training text (data/vocab.py). Source: Radford et al. 2019, and the configuration of the
+# published weights.
+
+SHORT = 512  # positions up to which `attend` holds all scores, whose number is the square of the positions
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal attention of queries on keys and values, (B, H, T, C / H) each.
 
-    torch's kernel, but for bf16 on a CPU: there, and as long as the scores are few, two plain matrix products are more
+    Uses torch's kernel, except for up to SHORT positions in bf16 on a CPU: there, two plain matrix products are more
     than twice as fast.
     """
     T = q.shape[2]
@@ -80,14 +80,14 @@ class Block(nn.Module):
 
 
 def through(block: nn.Module, x: Tensor) -> Tensor:
-    """What the blocks have in common: compiled once, it serves all of them."""
+    """Apply a block; torch.compile compiles this function once for all blocks."""
     return block(x)  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
-    """GPT-2: learned positions, a head tied to the embedding; inputs and targets are compact ids of `vocabulary`.
+    """GPT-2 with learned positions and a head tied to the embedding, on compact ids of `vocabulary`.
 
-    `compiled` and `gradient_checkpointing` act in training alone.
+    `compiled` and `gradient_checkpointing` apply only in training.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class GPT(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         self.gradient_checkpointing = gradient_checkpointing
         self._through = torch.compile(through, dynamic=False) if compiled else through
-        self.trained_length = config.block_size  # positions beyond it have never been trained
+        self.trained_length = config.block_size  # later positions have not been trained
         self.wte = nn.Embedding(vocabulary.n_rows, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -105,7 +105,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Self:
-        """Draw the weights as GPT-2 does: normal(0, 0.02), less where they add to the residual stream; biases 0."""
+        """Initialise as GPT-2: normal(0, 0.02), smaller where a layer adds to the residual stream; biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -118,9 +118,9 @@ class GPT(nn.Module):
         return self
 
     def hidden(self, compact_ids: Tensor) -> Tensor:
-        """Hidden states (B, T, C) for the head, of ids (B, T)."""
+        """Hidden states (B, T, C) of ids (B, T)."""
         T = compact_ids.shape[1]
-        assert self.config.block_size >= T, "longer than the model has positions"
+        assert self.config.block_size >= T, "more tokens than the model has positions"
         x = self.wte(compact_ids) + self.wpe.weight[:T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         run = self._through if self.training else through
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C); that of the unused row counts for all the ids behind it."""
+        """Logits (..., V) of hidden states (..., C); the last one represents all ids that the training text lacks."""
         if not self.vocabulary.n_unused:
             return F.linear(hidden, self.wte.weight)
         bias = self.wte.weight.new_zeros(self.vocabulary.n_rows)  # (V,)
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         return self.head(self.hidden(compact_ids))
 
     def loss(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:
-        """Sum of the targets' losses over `n_targets`, in nats per token; softmax in fp32, IGNORED targets left out."""
+        """Sum of the targets' losses / `n_targets`, in nats per token; softmax in fp32, IGNORED targets left out."""
         hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
         return cross_entropy_sum(hidden, self.wte.weight, self.vocabulary.unused_bias, targets.flatten()) / n_targets
 

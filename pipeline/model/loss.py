@@ -1,9 +1,4 @@
-"""Cross-entropy of hidden states and its gradients, a chunk of logits at a time.
-
-The logits of a step are its largest tensor by far: V numbers a token. Here they are made, turned into their gradient
-and used up chunk by chunk, in the forward pass; all of them together never exist, and the backward pass only scales.
-The softmax, in fp32, goes through a chunk in pieces that a CPU's cache holds.
-"""
+"""Cross-entropy of hidden states and its gradients, computed in chunks of logits."""
 
 from typing import Any
 
@@ -13,16 +8,20 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.data.batches import IGNORED
 
+# The logits are the largest tensor of a step: V numbers a token. The forward pass computes a chunk of them, overwrites
+# it with its gradient, adds that to the gradients of hidden states and weights, and frees it. The backward pass only
+# scales. The softmax, in fp32, works on parts of a chunk that fit into a CPU's cache.
+
 CHUNK_LOGITS = 2**25  # in a matrix product: 64 MiB of bf16
 CACHED_LOGITS = 2**20  # in a softmax on a CPU: 4 MiB of fp32
-FP16_SCALE = 2.0**4  # keeps small probabilities above zero in fp16, and the sums over a chunk's rows finite
+FP16_SCALE = 2.0**4  # keeps small probabilities above zero in fp16, and the sums over a chunk's tokens finite
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, last_bias: float, targets: Tensor) -> Tensor:
     """Sum of the targets' losses, 0-D, in nats; softmax in fp32, matrix products in autocast's precision.
 
-    hidden: (N, C); weight: (V, C), whose last row's logit gets `last_bias` more; targets: (N,), left out where IGNORED.
-    Equals torch's cross_entropy of all the logits with reduction="sum".
+    hidden: (N, C); weight: (V, C); `last_bias` is added to the last logit; targets: (N,), left out where IGNORED.
+    Equals torch's cross_entropy of all logits with reduction="sum".
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, last_bias, targets)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -38,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             counts = (targets != IGNORED)[:, None]  # (N, 1)
             labels = targets.clamp(min=0)[:, None]  # (N, 1)
             x, w = hidden.to(precision), weight.to(precision)
-            read = x * counts  # what each token adds to the weights' gradient: nothing where IGNORED
+            read = x * counts  # IGNORED tokens add nothing to the weights' gradient
             total = torch.zeros((), dtype=exact, device=hidden.device)
             d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
             for chunk in _spans(len(x), CHUNK_LOGITS // len(w)):
@@ -60,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.dtype, scale: float) -> Tensor:
-    """Overwrite logits (n, V) with `scale` times (p, less 1 at the labels); return the labels' log p in `exact`.
+    """Overwrite logits (n, V) with scale * (p - one_hot(labels)); return the labels' log p in `exact`.
 
     labels and their log p: (n, 1).
     """
@@ -75,6 +74,6 @@ def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.
 
 
 def _spans(n: int, longest: int) -> list[slice]:
-    """0 ... n in the fewest spans of equal length, at most `longest` but at least 1; the last may be shorter."""
+    """Divide range(n) into the fewest spans of equal length, 1 to `longest`; the last may be shorter."""
     length = -(-n // -(-n // max(1, longest)))
     return [slice(begin, min(begin + length, n)) for begin in range(0, n, length)]

@@ -1,4 +1,4 @@
-"""Sample the next token from logits. Importing this module does not import torch."""
+"""Sample the next token from logits."""
 
 from collections.abc import Sequence
 from reprlib import repr as brief
@@ -18,8 +18,10 @@ class Sampling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens: int = Field(100, ge=0, le=10_000, description="how many tokens to generate")
-    temperature: float = Field(0.8, ge=0, le=100, description="0: always the likeliest; 1: by the probabilities")
-    top_k: int = Field(0, ge=0, le=65_536, description="sample from the k likeliest tokens; 0: from all")
+    temperature: float = Field(
+        0.8, ge=0, le=100, description="0: always the most likely token; 1: the model's probabilities"
+    )
+    top_k: int = Field(0, ge=0, le=65_536, description="sample from the k most likely tokens; 0: from all")
     top_p: float = Field(
         1.0, gt=0, le=1, description="nucleus sampling: the smallest set of tokens whose probabilities add up to top_p"
     )
@@ -29,7 +31,7 @@ class Sampling(BaseModel):
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Check the values. Raises one InputError that names every bad one."""
+        """Check the values. Raises one InputError that names every invalid one."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -43,12 +45,12 @@ def sample(logits: "Tensor", sampling: Sampling, seen: Sequence[int], generator:
     The penalty divides positive logits and multiplies negative ones. Sources: Keskar et al. 2019 (penalty), Fan et al.
     2018 (top-k), Holtzman et al. 2020 (nucleus sampling).
     """
-    import torch  # here, since the command line builds its flags from Sampling
+    import torch  # only here: the command line, which starts without torch, builds its options from Sampling
 
     if (penalty := sampling.repetition_penalty) != 1:
-        known = torch.tensor(sorted(set(seen)))
-        penalised = torch.where(logits[known] > 0, logits[known] / penalty, logits[known] * penalty)
-        logits = logits.index_copy(0, known, penalised)
+        used = torch.tensor(sorted(set(seen)))
+        penalised = torch.where(logits[used] > 0, logits[used] / penalty, logits[used] * penalty)
+        logits = logits.index_copy(0, used, penalised)
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits = (logits - logits.max()).double() / sampling.temperature
@@ -57,6 +59,6 @@ def sample(logits: "Tensor", sampling: Sampling, seen: Sequence[int], generator:
     probabilities = logits.softmax(dim=0)
     if sampling.top_p < 1:
         descending, order = probabilities.sort(descending=True)
-        enough = descending.cumsum(dim=0) - descending >= sampling.top_p  # the set is complete without it
-        probabilities[order[enough]] = 0
+        outside = descending.cumsum(dim=0) - descending >= sampling.top_p  # those before it add up to top_p
+        probabilities[order[outside]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))

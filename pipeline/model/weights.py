@@ -1,4 +1,4 @@
-"""Save and load the weights of a model with its shape and its tokenizer."""
+"""Save and load a model folder: weights, shape and tokenizer."""
 
 import os
 import re
@@ -37,10 +37,10 @@ def save_model(folder: Path, model: GPT, tokenizer: Path) -> None:
 
 
 def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
-    """Load a model folder, in eval mode on the CPU, after checking its every byte.
+    """Load a model folder, in eval mode on the CPU, after verifying its manifest.
 
-    `counts`: how often each id occurs in the training text; a model that was trained folded is folded again, exactly,
-    which makes it smaller and faster. Raises ModelMissing or IntegrityError.
+    `counts`: how often each id occurs in the training text. With them, a model that was trained folded is folded again,
+    which changes no result and makes it smaller and faster. Raises ModelMissing or IntegrityError.
     """
     if not folder.is_dir():
         raise ModelMissing(f"{folder} not found: `dvc repro` makes it")
@@ -48,8 +48,8 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     config, trained_length = _read_shape(folder / "config.json")
     weights = load_tensors(folder / WEIGHTS, HINT)
     with torch.device("meta"):
-        whole = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()
-    require_alike(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in whole.items()}, HINT)
+        unfolded = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()
+    check_tensors(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in unfolded.items()}, HINT)
     if counts is not None and counts[config.vocab_size :].any():
         raise IntegrityError(f"{folder} has {config.vocab_size} ids, the text has ids beyond them: {HINT}")
     if config.fold_vocab and counts is not None:
@@ -63,8 +63,8 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     return model.eval()
 
 
-def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], hint: str) -> None:
-    """Raise IntegrityError unless what was `found` in a file are fp32 tensors of these names and shapes."""
+def check_tensors(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], hint: str) -> None:
+    """Raise IntegrityError unless the tensors `found` in a file are fp32 and have these names and shapes."""
     fault = ""
     if names := sorted(found.keys() ^ shapes.keys()):
         fault = f"{'holds' if names[0] in found else 'lacks'} {names[0]}"
@@ -72,34 +72,34 @@ def require_alike(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, 
         if not fault and (tensor.dtype, tensor.shape) != (torch.float32, shapes[name]):
             fault = f"holds {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
     if fault:
-        raise IntegrityError(f"{path} is of another model, it {fault}: {hint}")
+        raise IntegrityError(f"{path} does not fit its config.json: it {fault}: {hint}")
 
 
 def _read_shape(path: Path) -> tuple[ModelConfig, int]:
-    """Shape of a model and how many positions were trained."""
+    """Shape of a model, and how many of its positions were trained."""
     values = read_json(path)
     try:
         config, trained_length = ModelConfig.model_validate(values["model"]), values["trained_length"]
     except (KeyError, TypeError, ValidationError):
-        raise IntegrityError(f"{path} describes no model: {HINT}") from None
+        raise IntegrityError(f"{path} is not the shape of a model: {HINT}") from None
     if type(trained_length) is not int or not 1 <= trained_length <= config.block_size:
         raise IntegrityError(f"{path} has trained_length {trained_length!r}, block_size {config.block_size}: {HINT}")
     return config, trained_length
 
 
 def load_tensors(path: Path, hint: str) -> dict[str, Tensor]:
-    """Read safetensors. Raises IntegrityError where they are none, whatever their hash says."""
+    """Read a safetensors file. Raises IntegrityError where it is missing or is not one."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing: {hint}") from None
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise IntegrityError(f"{path} holds no tensors ({type(error).__name__}): {hint}") from None
+        raise IntegrityError(f"{path} is not a safetensors file ({type(error).__name__}): {hint}") from None
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors, with a full disk as the OSError that it is."""
+    """Write a safetensors file. Raises OSError where the disk is full, as safetensors itself does not."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:

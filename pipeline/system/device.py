@@ -1,4 +1,4 @@
-"""Choose device, precision, threads and compilation for this machine, and set torch up for them."""
+"""Choose the device, precision, threads and compilation for this machine, and configure torch."""
 
 import ctypes
 import math
@@ -17,13 +17,13 @@ from pipeline.config.sections import TrainConfig
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
-# FLOPs of a run from which torch.compile saves more time than it takes: an estimate. On a CPU it saves nothing
+# Estimated FLOPs of a run from which torch.compile saves more time than it costs. On a CPU it saves none
 # (benchmarks/LOG.md).
 COMPILE_FLOPS = {"cuda": 3e16}
 
 
 class Machine(NamedTuple):
-    """The device and the settings that a TrainConfig means on this machine."""
+    """The device and the settings of a TrainConfig on this machine, with every `auto` resolved."""
 
     device: torch.device
     precision: Literal["fp32", "bf16", "fp16"]
@@ -32,7 +32,7 @@ class Machine(NamedTuple):
     world: World = ALONE
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Matrix products in the run's precision."""
+        """A context in which matrix products are done in the run's precision."""
         return autocast_in(self.device.type, self.precision)
 
 
@@ -44,10 +44,10 @@ def autocast_in(device: str, precision: str) -> AbstractContextManager[Any]:
 
 
 def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = ALONE) -> Machine:
-    """Resolve every `auto` of a TrainConfig, and set torch up for the result.
+    """Resolve every `auto` of a TrainConfig, and configure torch for the result.
 
-    `run_flops` of the whole run decide whether to compile. The processes of a `world` share the machine's cores and
-    GPUs. Raises InputError for what this machine does not have.
+    `run_flops`, those of the whole run, decide whether to compile. The processes of a `world` share the machine's cores
+    and GPUs. Raises InputError where the machine lacks what `config` requires.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
@@ -69,18 +69,18 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system, after a run that others follow in the same process (glibc)."""
+    """Return freed memory to the system, between two runs in the same process (glibc)."""
     if hasattr(libc := _libc(), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _keep_freed_memory() -> None:
-    """Keep memory that a step frees for the next one, instead of a page fault for every page (glibc)."""
+    """Keep freed memory for the next step, which then has no page faults (glibc)."""
     if hasattr(libc := _libc(), "mallopt"):
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -92,26 +92,28 @@ def _libc() -> Any:
 
 
 def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> bool:
-    """Resolve `auto`, and print where a compiler is wanted and missing, or where `auto` compiles."""
+    """Resolve `auto`; print that a compiler is missing, or that `auto` compiles."""
     wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
     if not wanted:
         return False
-    there = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
-    if not there:
-        print(f"train.compile: no {'triton' if device == 'cuda' else 'C++ compiler'} here: training without it")
+    found = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
+    if not found:
+        print(
+            f"train.compile: {'triton' if device == 'cuda' else 'C++ compiler'} not found: training without compiling"
+        )
     elif asked == "auto":
-        print("train.compile: the run is long enough for compiling to pay")
-    return there
+        print("train.compile: the run is long enough to save time by compiling")
+    return found
 
 
 def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
-    """Resolve `auto`. Raises InputError for what the chip does not support."""
+    """Resolve `auto`. Raises InputError for a precision that the device does not support."""
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # without these instructions bf16 on a CPU is 10 to 100 times slower than fp32
+    else:  # without these instructions, bf16 on a CPU is 10 to 100 times slower than fp32
         bf16 = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if asked == "auto":
-        if device == "cpu" and bf16:  # with them, four times as fast or half as fast: chips differ
+        if device == "cpu" and bf16:  # with them, it is four times as fast on one chip and half as fast on another
             bf16 = _product_s(torch.bfloat16) < _product_s(torch.float32)
         return "bf16" if bf16 else "fp16" if device == "cuda" else "fp32"
     if asked == "bf16" and not bf16:
@@ -123,12 +125,12 @@ def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
 
 @cache
 def _product_s(dtype: torch.dtype) -> float:
-    """Processor seconds of a matrix product on one core, the least of several, so that other programs do not count."""
-    threads, x, took = torch.get_num_threads(), torch.ones(384, 384, dtype=dtype), []
+    """CPU seconds of a matrix product on one core: the minimum of 12, which other programs affect least."""
+    threads, x, times_s = torch.get_num_threads(), torch.ones(384, 384, dtype=dtype), []
     torch.set_num_threads(1)
     for _ in range(12):
         began = time.thread_time()
         x @ x
-        took.append(time.thread_time() - began)
+        times_s.append(time.thread_time() - began)
     torch.set_num_threads(threads)
-    return min(took)
+    return min(times_s)

@@ -1,7 +1,4 @@
-"""The processes that train one model: started by torchrun, they agree on everything, and rank 0 writes.
-
-A process that was not started by torchrun is a world of its own, for which everything here does nothing.
-"""
+"""Communication between the processes that train one model, which torchrun starts."""
 
 import logging
 import os
@@ -23,15 +20,18 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, PipelineError
 
-POLL_S = 0.25  # between two checks that the other processes live
-GRACE_S = 2.0  # for a process to notice by itself that another one has died
+POLL_S = 0.25  # between two checks that the other processes are alive
+GRACE_S = 2.0  # for the process to end by itself after another one has died
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model together; `local` ones are on this machine."""
+    """The processes that train one model; `local` ones are on this machine.
+
+    In a world of one process, the methods return their arguments without communication.
+    """
 
     rank: int = 0
     size: int = 1
@@ -40,16 +40,16 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this process writes the files."""
         return self.rank == 0
 
     def share(self, items: list[T]) -> list[T]:
-        """This process's part of `items`, whose number is a multiple of the world's size."""
+        """This process's part of `items`, whose number must be a multiple of the world's size."""
         each = len(items) // self.size
         return items[self.rank * each : (self.rank + 1) * each]
 
     def add(self, x: Tensor) -> Tensor:
-        """Replace `x` by its sum over all processes; return it."""
+        """Replace `x` by its sum over all processes, and return it."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -63,7 +63,7 @@ class World:
         return found.tolist()
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """The tensors of all processes, by rank; of one shape, and on the CPU."""
+        """The tensors of all processes in the order of ranks; they have one shape and are on the CPU."""
         if self.size == 1:
             return [x]
         found = [torch.empty_like(x) for _ in range(self.size)]
@@ -71,7 +71,7 @@ class World:
         return found
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0; return its result, or raise its error, in every process."""
+        """Run `work` on rank 0; every process returns its result or raises its PipelineError."""
         if self.size == 1:
             return work()
         outcome: list[T | PipelineError | None] = [None]
@@ -90,7 +90,7 @@ ALONE = World()
 
 
 def world_here() -> World:
-    """The world that torchrun's variables describe; ALONE where there are none."""
+    """The world that torchrun's environment variables describe; ALONE without them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ALONE
     return World(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
@@ -98,22 +98,22 @@ def world_here() -> World:
 
 @contextmanager
 def joined(world: World) -> Iterator[None]:
-    """Connect the processes of `world`; only rank 0 prints, and a process that loses another one raises PeerLost."""
+    """Connect the processes of `world`. Only rank 0 prints. Raises PeerLost where another process dies."""
     if world.size == 1:
         yield
         return
-    store, _, _ = next(rendezvous("env://"))  # torchrun's, which keeps the addresses from before a restart
+    store, _, _ = next(rendezvous("env://"))  # torchrun's store, which still has the addresses from before a restart
     attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=attempt, rank=world.rank, world_size=world.size)
     with _Watch() as watch, redirect_stdout(sys.stdout if world.is_main else None):
         try:
             yield
-        except (Interrupted, DivergedError):  # all processes raise them alike
+        except (Interrupted, DivergedError):  # every process raises the same error
             watch.wait_for_all()
             raise
         except RuntimeError:
-            if watch.lost.wait(4 * POLL_S):  # the connection may have noticed it first
+            if watch.lost.wait(4 * POLL_S):  # the connection may break before the watch sees why
                 raise PeerLost(watch.message) from None
             raise
         watch.wait_for_all()
@@ -121,9 +121,9 @@ def joined(world: World) -> Iterator[None]:
 
 
 class _Watch:
-    """A thread that ends this process when another one of the world, on this machine, has died.
+    """A thread that ends this process when another process of the world on this machine has died.
 
-    On a CPU a broken connection raises an error itself; a GPU would wait for the dead process for minutes.
+    On a CPU a broken connection raises an error by itself; a GPU would wait for the dead process for minutes.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class _Watch:
         self._left.set()
 
     def wait_for_all(self) -> None:
-        """Return once every process has called this: none is then taken for dead when it ends."""
+        """Wait until every process calls this, so that the first one to end is not reported as dead."""
         dist.all_reduce(torch.zeros(1))
 
     def _poll(self) -> None:
@@ -159,7 +159,7 @@ class _Watch:
 def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module` in several processes on this machine, as torchrun does.
 
-    Returns the exit code of the first process to fail, which ends the others. Raises PeerLost where a signal ended it.
+    When one process fails, ends the others and returns its exit code. Raises PeerLost where a signal ended it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -174,7 +174,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    logging.disable(logging.ERROR)  # the processes themselves say what happened
+    logging.disable(logging.ERROR)  # the processes report their errors themselves
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:

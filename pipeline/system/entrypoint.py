@@ -1,4 +1,4 @@
-"""Run a stage or a command: one line on stderr and an exit code for every error that a user can cause."""
+"""Run a stage or a command, and report every error of a user as one line on stderr and an exit code."""
 
 import errno
 import os
@@ -12,32 +12,32 @@ from pathlib import Path
 from pipeline.system.errors import InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
 from pipeline.system.signals import die_with_dvc
 
-RANK_0_SPEAKS_WITHIN_S = 30
+RANK_0_REPORTS_WITHIN_S = 30
 STAGES = Path(__file__).parents[2] / "stages"
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run `main`, which imports what it needs itself, and exit with its code."""
+    """Run `main`, which contains its imports so that their errors are reported, too, and exit with its code."""
     die_with_dvc()
     code = exit_code_of(main)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a Ctrl-C while Python ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback where Ctrl-C comes while Python exits
     sys.exit(code)
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run `main`; return 0, or print an error as one line and return its exit code."""
+    """Run `main` and return 0; on an error, print it as one line and return its exit code."""
     try:
-        if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would hide Python's own module
+        if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would replace Python's own module
             raise InputError(
-                "this is the folder stages/: run `python -m stages.NAME` from the project's folder, above it"
+                "this is the folder stages/: run `python -m stages.NAME` from its parent, the project's folder"
             )
         main()
     except PipelineError as error:
         line = f"error: {error}"
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfSpaceError | PeerLost):
             print(line, file=sys.stderr)
-        elif not isinstance(error, Interrupted):  # a signal stops all of them, and torchrun waits for each
-            time.sleep(RANK_0_SPEAKS_WITHIN_S)  # rank 0 meets this too, and once it has said so torchrun ends this one
+        elif not isinstance(error, Interrupted):  # a signal stops every process, and torchrun waits for all
+            time.sleep(RANK_0_REPORTS_WITHIN_S)  # if rank 0 reports the same error, torchrun ends this process
             print(line, file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
@@ -45,7 +45,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
             raise
         print(f"error: {sys.executable} has no {error.name}: activate .venv, which `make repro` makes", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, such as head, has enough
+    except BrokenPipeError:  # the reader, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's code for SIGPIPE
     except OSError as error:
@@ -65,5 +65,5 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch's own, of a GPU or of a CPU."""
+    """Whether torch raised it for lack of memory, of a GPU or of the CPU."""
     return re.search("out of memory|allocate memory", str(error)) is not None

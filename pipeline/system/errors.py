@@ -1,9 +1,8 @@
-"""Errors that end a command with one line on stderr and an exit code of their own.
+"""Errors that end a command with one line on stderr and an exit code of their own."""
 
-A message reads `<what> <where>: <what to do>`. Exit codes: 0 done, 2 bad input or parameters, 3 data or model fails
-its integrity check, 4 loss or gradient not finite, 5 out of disk or memory, 6 another process holds the run, 7 model or
-registry missing, 8 target not reached, 130 SIGINT, 143 SIGTERM.
-"""
+# A message has the form `<what> <where>: <what to do>`. Exit codes: 0 success, 1 other errors, 2 invalid input or
+# parameters, 3 data or model altered, 4 loss or gradient not finite, 5 out of disk or memory, 6 another process holds
+# the run, 7 model or registry missing, 8 target not reached, 130 SIGINT, 143 SIGTERM.
 
 
 class PipelineError(Exception):
@@ -13,7 +12,7 @@ class PipelineError(Exception):
 
 
 class InputError(PipelineError, ValueError):
-    """A parameter, a file or an argument that the user gave is wrong."""
+    """A parameter, a file or an argument of the user is invalid."""
 
     exit_code = 2
 
@@ -25,13 +24,13 @@ class IntegrityError(PipelineError):
 
 
 class DivergedError(PipelineError):
-    """Loss or gradient is not finite; raised before the update, so that the weights are untouched."""
+    """Loss or gradient is not finite; raised before the update, so that the weights are unchanged."""
 
     exit_code = 4
 
 
 class OutOfSpaceError(PipelineError):
-    """There is not enough disk or memory."""
+    """Disk or memory is not sufficient."""
 
     exit_code = 5
 
@@ -43,7 +42,7 @@ class RunLocked(PipelineError):  # noqa: N818 (an event, not a fault)
 
 
 class ModelMissing(PipelineError):  # noqa: N818
-    """There is no such model, version or registry."""
+    """The model, version or registry does not exist."""
 
     exit_code = 7
 
@@ -59,11 +58,11 @@ class PeerLost(PipelineError):  # noqa: N818
 
 
 class Pruned(PipelineError):  # noqa: N818
-    """A trial was stopped, or spent its budget, before it reached the target."""
+    """A trial was pruned, or used its budget, before it reached the target."""
 
 
 class Interrupted(PipelineError):  # noqa: N818
-    """A signal asked the run to stop; everything is saved."""
+    """A signal stopped the run, which has saved everything."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

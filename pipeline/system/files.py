@@ -16,7 +16,7 @@ from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError, 
 
 MANIFEST = "manifest.json"
 HINT = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f` the stage that makes it"
-UNFINISHED = ".unfinished-"  # prefix of what is being written; the next writer removes leftovers
+UNFINISHED = ".unfinished-"  # prefix of files and folders while they are written; the next writer removes leftovers
 
 
 def sha256_file(path: Path) -> str:
@@ -30,7 +30,7 @@ def sha256_json(value: object) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,7 +40,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it replaces `path` when the block succeeds, and is removed when it fails.
+    """Yield a path to write to. It replaces `path` if the block succeeds, and is removed if it fails.
 
     Raises OutOfSpaceError where the disk is full.
     """
@@ -58,10 +58,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, needed_bytes: int | None = None, manifest: bool = True) -> Iterator[Path]:
-    """Yield a folder to fill; when the block succeeds, it replaces `folder`.
+    """Yield a folder to fill. It replaces `folder` if the block succeeds, and is removed if it fails.
 
-    With `manifest` it gets one, which a folder of folders cannot have. Every file is on the disk before the rename, and
-    the rename before the return. An existing folder is moved away only once its successor is complete. Raises
+    With `manifest`, for a folder without subfolders, a manifest is added. Every file is on the disk before the rename,
+    and the rename before the return. An existing folder is moved away only when its successor is complete. Raises
     OutOfSpaceError where the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def atomic_folder(folder: Path, needed_bytes: int | None = None, manifest: bool 
 
 
 def put_in_place(finished: Path, folder: Path, manifest: bool = True) -> None:
-    """Let a finished folder replace `folder`, as the end of `atomic_folder` does."""
+    """Replace `folder` by a complete folder, as `atomic_folder` does at its end."""
     replaced = folder.parent / f"{UNFINISHED}replaced-{folder.name}"
     try:
         if manifest:
@@ -94,14 +94,14 @@ def put_in_place(finished: Path, folder: Path, manifest: bool = True) -> None:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Remove what a killed writer left in `folder`."""
+    """Remove the unfinished files of a killed writer from `folder`."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def naming_full_disk(folder: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn the system's errors of a full disk into an OutOfSpaceError with the bytes needed and free."""
+    """Raise OutOfSpaceError, with the bytes needed and free, where the system reports a full disk."""
     try:
         yield
     except OSError as error:
@@ -136,14 +136,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the size and SHA-256 of each file in `folder` to its manifest.json."""
+    """Write the size and the SHA-256 of each file in `folder` to its manifest.json."""
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     manifest = {path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def verify_manifest(folder: Path, hint: str = HINT) -> None:
-    """Raise IntegrityError, naming the file, unless `folder` holds exactly what its manifest says."""
+    """Raise IntegrityError, with the file's name, unless `folder` has exactly the files of its manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in manifest.items()}
@@ -156,11 +156,11 @@ def verify_manifest(folder: Path, hint: str = HINT) -> None:
         raise IntegrityError(f"{folder / min(surplus)} is not in its manifest: {hint}")
     for name, (size_bytes, _) in expected.items():
         path = folder / name
-        if name not in present or not path.is_file():  # a name that leads elsewhere is none of the folder's
+        if name not in present or not path.is_file():  # not a file of this folder, such as ../x
             raise IntegrityError(f"{path} is missing: {hint}")
         if path.stat().st_size != size_bytes:
             raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {size_bytes}: {hint}")
-    with ThreadPoolExecutor() as pool:  # there may be thousands, and threads hash them side by side
+    with ThreadPoolExecutor() as pool:  # there may be thousands of files, and hashing releases the GIL
         hashes = pool.map(sha256_file, (folder / name for name in expected))
         for (name, (_, digest)), found in zip(expected.items(), hashes, strict=True):
             if found != digest:
@@ -169,7 +169,7 @@ def verify_manifest(folder: Path, hint: str = HINT) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, X.lock for a thing X; the system releases it when the process ends.
+    """Hold an exclusive lock on the file `path`, X.lock for X; the system releases it when the process ends.
 
     Without `wait`, raises RunLocked with the holder's pid where another process holds it.
     """

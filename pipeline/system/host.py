@@ -1,4 +1,4 @@
-"""What a run records about its machine, and child processes that run this code."""
+"""Information about this machine and the commit, and child processes that run this code."""
 
 import json
 import os
@@ -15,20 +15,20 @@ SOURCE_ROOT = Path(__file__).parents[2]  # the folder that holds pipeline/, stag
 def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "subprocess.Popen[str]":
     """Start `python -m module` of this code, and write `line` to its standard input as JSON.
 
-    It has a process group of its own: Ctrl-C is for this process alone, which then tells the other one.
+    It has its own process group: Ctrl-C reaches only this process, which then stops the child.
     """
     path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "PYTHONPATH": path}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0, text=True, **options)
-    assert process.stdin is not None, "a pipe, as asked for"
+    assert process.stdin is not None, "stdin=PIPE"
     process.stdin.write(json.dumps(line) + "\n")
     process.stdin.flush()
     return process
 
 
 def git_info() -> dict[str, str]:
-    """Commit of the working directory, and whether anything but DVC's own outputs differs from it."""
+    """Commit of the working directory, and whether any file but DVC's outputs differs from it."""
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
     clean = "unknown" if commit is None or changes is None else str(not changes).lower()
@@ -50,7 +50,7 @@ def cpu_name() -> str:
 
 
 def git(*arguments: str, folder: Path = Path()) -> str | None:
-    """What git prints in `folder`, without running the repository's hooks; None where it fails or is missing."""
+    """The output of git in `folder`, without the repository's hooks; None where git fails or is missing."""
     command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -11,10 +11,10 @@ from pipeline.system.errors import Interrupted
 
 
 class StopSignals:
-    """Inside of its block the first signal is only recorded; a later one acts at once, as without the block.
+    """Inside the block, the first signal is only recorded; a second one acts immediately, as outside.
 
     Signals within one second count as one: a dying parent sends its death signal once for each of its threads. SIGHUP,
-    sent when a terminal is closed, stays ignored where `nohup` ignores it.
+    sent when a terminal is closed, remains ignored under `nohup`.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -25,22 +25,22 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._before = {n: signal.signal(n, self._note) for n in self.NUMBERS if n not in ignored}
+        self._before = {n: signal.signal(n, self._receive) for n in self.NUMBERS if n not in ignored}
         return self
 
     def __exit__(self, *error: object) -> None:
         self._restore()
 
     def raise_if_received(self, where: str) -> None:
-        """Raise Interrupted, whose exit code is the signal's, if one was received."""
+        """Raise Interrupted if a signal was received; the exit code is that of the signal."""
         if self.received is not None:
             raise interrupted(self.received, where)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         mute_closed_terminal()
         if self.received is None:
-            self.received, self._noted = number, time.monotonic()
-        elif time.monotonic() - self._noted > self.SAME_S:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > self.SAME_S:
             self._restore()
             os.kill(os.getpid(), number)
 
@@ -50,7 +50,7 @@ class StopSignals:
 
 
 def mute_closed_terminal() -> None:
-    """Discard what is printed to a closed terminal: writing to it would end the process."""
+    """Discard further output to a closed terminal: writing to it would end the process."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
@@ -63,13 +63,13 @@ def interrupted(number: int, where: str) -> Interrupted:
 
 
 def die_with_dvc() -> None:
-    """End with `dvc repro` or torchrun, where that is the parent."""
+    """End this process together with `dvc repro` or torchrun, if one of them started it."""
     if {"DVC_STAGE", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         die_with_parent()
 
 
 def die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies (Linux; elsewhere nothing happens)."""
+    """Let the kernel send SIGTERM to this process when its parent dies; only on Linux."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()

@@ -24,7 +24,7 @@ from pipeline.model import evaluate
 from pipeline.model.evaluate import corpus_loss
 from pipeline.system.device import prepare_machine
 from pipeline.system.distributed import ALONE, joined, launch, world_here
-from pipeline.system.entrypoint import RANK_0_SPEAKS_WITHIN_S, exit_code_of
+from pipeline.system.entrypoint import RANK_0_REPORTS_WITHIN_S, exit_code_of
 from pipeline.system.errors import DivergedError, InputError, PeerLost
 from pipeline.system.files import read_json, sha256_file
 from pipeline.tracking.fingerprint import IDENTITY, Identity
@@ -411,7 +411,7 @@ def test_what_another_rank_alone_meets_is_said_in_the_end(monkeypatch, capsys):
 
     assert exit_code_of(fails) == 2
     assert capsys.readouterr().err == "error: params.yaml: gone\n"
-    assert waited == [RANK_0_SPEAKS_WITHIN_S]
+    assert waited == [RANK_0_REPORTS_WITHIN_S]
 
 
 @pytest.mark.slow

@@ -1,21 +1,21 @@
-"""params.yaml is checked before anything is opened, and all faults come at once."""
+"""params.yaml is read strictly, and all of its errors are reported at once, in one line."""
 
-from pathlib import Path
+from math import inf, nan
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
 from pipeline.config.params import Params, Section, load_params
-from pipeline.config.sections import SECTIONS
 from pipeline.system.errors import InputError
-
-ROOT = Path(__file__).parents[3]
 
 
 class FruitConfig(Section):
     apples: int = Field(ge=1)
     weight_kg: float
+    ripe: bool
+    pears: Literal["all"] | Annotated[int, Field(ge=1, strict=True)]
+    plums: int | None
     names: list[str] = []
 
 
@@ -23,101 +23,81 @@ class StoneConfig(Section):
     hardness: float
 
 
-class BowlConfig(Section):
-    pears: Literal["all"] | Annotated[int, Field(ge=1, strict=True)]
+VALID = {"apples": 3, "weight_kg": 1.5, "ripe": True, "pears": "all", "plums": None}
 
 
-def faults(values, *kinds):
-    with pytest.raises(InputError) as error:
-        Params(values).check(*kinds)
-    return str(error.value)
-
-
-def test_a_sound_section_comes_back_typed_and_frozen():
-    fruit = Params({"fruit": {"apples": 3, "weight_kg": "1e-05"}}).section(FruitConfig)  # as `dvc exp run -S` writes it
+def test_a_valid_section_is_typed_immutable_and_validated_once():
+    params = Params({"fruit": {**VALID, "weight_kg": "1e-05"}})  # as `dvc exp run -S` writes it
+    fruit = params.section(FruitConfig)
     assert fruit.weight_kg == 1e-5
+    assert params.section(FruitConfig) is fruit
     with pytest.raises(ValueError, match="frozen"):
         fruit.apples = 4
 
 
-def test_a_section_is_checked_once():
-    params = Params({"fruit": {"apples": 3, "weight_kg": 1}})
-    params.check(FruitConfig)
-    assert params.section(FruitConfig) is params.section(FruitConfig)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aples": 2}, "aples: unknown key (did you mean apples?)"),
+        ({"a\nb": 2}, "a b: unknown key (known: apples, weight_kg, ripe, pears, plums, names)"),
+        ({"pears": "many"}, "pears: input should be 'all' or input should be a valid integer, got 'many'"),
+        ({"pears": 0}, "pears: input should be 'all' or input should be greater than or equal to 1, got 0"),
+        ({"pears": True}, "pears: input should be 'all' or input should be a valid integer, got True"),
+        ({"weight_kg": nan}, "weight_kg: input should be a finite number, got nan"),
+        ({"weight_kg": inf}, "weight_kg: input should be a finite number, got inf"),
+        ({"weight_kg": None}, "weight_kg: input should be a valid number, got None"),
+        ({"weight_kg": False}, "weight_kg: should be a number, got False"),
+        ({"apples": True}, "apples: should be a number, got True"),
+        ({"plums": True}, "plums: should be a number, got True"),
+        ({"ripe": 1}, "ripe: should be true or false, got 1"),
+    ],
+)
+def test_an_invalid_value_is_reported_with_its_key(changes, message):
+    with pytest.raises(InputError) as error:
+        Params({"fruit": VALID | changes}).check(FruitConfig)
+    assert str(error.value) == f"params.yaml: fruit.{message}"
 
 
-def test_an_unknown_key_is_named_with_the_nearest_one():
-    said = faults({"fruit": {"apples": 1, "weight_kg": 1, "aples": 2}}, FruitConfig)
-    assert "fruit.aples: unknown key (did you mean apples?)" in said
+def test_the_errors_of_all_sections_are_reported_at_once():
+    with pytest.raises(InputError) as error:
+        Params({"fruit": {**VALID, "apples": 0, "names": [1]}}).check(FruitConfig, StoneConfig)
+    assert str(error.value) == (
+        "params.yaml: fruit.apples: input should be greater than or equal to 1, got 0; "
+        "fruit.names.0: input should be a valid string, got 1; stone: section missing"
+    )
 
 
-def test_all_faults_of_all_sections_come_at_once():
-    said = faults({"fruit": {"apples": 0, "names": [1]}}, FruitConfig, StoneConfig)
-    for fault in (
-        "fruit.apples: input should be greater than or equal to 1, got 0",
-        "fruit.weight_kg: missing",
-        "fruit.names.0: input should be a valid string, got 1",
-        "stone: section missing",
-    ):
-        assert fault in said
-    assert "\n" not in said
+def test_an_unknown_section_is_reported():
+    params = Params({"fruits": {}, "fruit": {}, "c\nd": {}})
+    assert params.unknown_sections(FruitConfig, StoneConfig) == [
+        "fruits: unknown section (did you mean fruit?)",
+        "c d: unknown section (known: fruit, stone)",
+    ]
+
+
+BROKEN = ["a: [", "[" * 1000, "? [1]\n: 2\n", "a: \0", b"\xff\xfe\x00"]
+BAD_VALUES = ["2001-99-99", "!!int ''", "!!bool x", "!!timestamp x", "!!float z", "1" + "0" * 5000, "!!python/tuple []"]
 
 
 @pytest.mark.parametrize(
-    ("value", "what"),
+    ("content", "message"),
     [
-        ("many", "input should be 'all' or input should be a valid integer"),
-        (0, "input should be 'all' or input should be greater than or equal to 1"),
-        (True, "input should be 'all' or input should be a valid integer"),
+        ("- a\n- b\n", "holds no sections: expected a mapping, got list"),
+        ("just words", "holds no sections: expected a mapping, got str"),
+        ("a: 1\nb: 2\na: 3\n", "is not YAML: a appears twice"),
+        # an alias, which a few lines would multiply to gigabytes
+        ("fruit:\n  names: &few [a, a]\n  more: [*few, *few]\n", r"is not YAML: \*few: write it out .*line 3"),
+        *((content, "is not YAML") for content in BROKEN),
+        *((f"a: {value}", "is not YAML") for value in BAD_VALUES),
     ],
 )
-def test_what_fits_no_member_of_a_union_is_one_fault_in_the_files_own_words(value, what):
-    said = faults({"bowl": {"pears": value}}, BowlConfig)
-    assert said == f"params.yaml: bowl.pears: {what}, got {value!r}"
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "many", None])
-def test_what_is_no_number_is_refused(value):
-    assert "fruit.weight_kg" in faults({"fruit": {"apples": 1, "weight_kg": value}}, FruitConfig)
-
-
-def test_a_top_level_key_that_nothing_reads_is_named():
-    assert Params({"fruits": {}}).unknown_sections(FruitConfig) == ["fruits: unknown section (did you mean fruit?)"]
-
-
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words", "a: 1\nb: 2\na: 3\n", b"\xff\xfe\x00"])
-def test_a_file_that_is_no_mapping_is_refused_in_a_line(tmp_path, text):
+def test_a_file_that_is_not_a_yaml_mapping_is_refused_in_one_line(tmp_path, content, message):  # B9
     path = tmp_path / "params.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=r"params\.yaml") as error:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"^.*params\.yaml {message}.*$"):
         load_params(path)
-    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_says_where_to_run(tmp_path):
-    with pytest.raises(InputError, match="not found: run from the folder that holds it"):
+    with pytest.raises(InputError, match=r"params.yaml not found: run from the folder that holds it"):
         load_params(tmp_path / "params.yaml")
-
-
-@pytest.mark.security
-def test_an_alias_which_a_few_lines_would_multiply_to_gigabytes_is_refused(tmp_path):  # B9
-    path = tmp_path / "params.yaml"
-    path.write_text("fruit:\n  names: &few [a, a]\n  more: [*few, *few]\n")
-    with pytest.raises(InputError, match=r"params\.yaml is not YAML: \*few: write it out .*line 3"):
-        load_params(path)
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value", "words"),
-    [
-        ("model", "n_layer", True, "model.n_layer: should be a number"),
-        ("train", "seed", False, "train.seed: should be a number"),
-        ("target", "eval_interval", True, "target.eval_interval: should be a number"),
-        ("model", "fold_vocab", 1, "model.fold_vocab: should be true or false"),
-    ],
-)
-def test_true_is_no_number_and_a_number_is_not_true(section, key, value, words):
-    given = load_params(ROOT / "params.yaml").values
-    params = Params({**given, section: {**given[section], key: value}})
-    with pytest.raises(InputError, match=words):
-        params.check(*SECTIONS)

@@ -51,7 +51,7 @@ def test_a_source_of_another_kind_is_refused(source):
 
 
 def test_a_local_text_has_no_mirrors():
-    with pytest.raises(ValueError, match=r"texts/mine.txt has no mirrors.*set corpus.mirrors to \[\]"):
+    with pytest.raises(ValueError, match=r"texts/mine.txt cannot have mirrors.*set corpus.mirrors to \[\]"):
         corpus_config("texts/mine.txt", "https://host/text")
 
 

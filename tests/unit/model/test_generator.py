@@ -1,39 +1,37 @@
-"""Generation: the same as reading everything again for each token, with a KV cache, drafts and batches."""
+"""Generation with a KV cache, drafts and batches gives the same text as the plain way, without any of them."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import random_model
 
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.decoder import KVCache
-from pipeline.model.generator import Generator, context_start
+from pipeline.model.generator import Generator, TextStream, context_start
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, sample
 from pipeline.system.errors import InputError
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
 PROMPTS = ["ROMEO:", "", "First Citizen:\nBefore we proceed any further, hear me speak, and then some more", "O"]
-SETTINGS = [
-    {"temperature": 0},
-    {"temperature": 1, "seed": 3},
-    {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 2**63 - 1},
-]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return lively(GPT(SHAPE, Vocabulary.full(50304)))
+def vocabulary(tokenizer):
+    """Few ids, so that sampling is fast: the first thousand, those of the prompts, and the end of text."""
+    of_prompts = [token for prompt in PROMPTS for token in tokenizer.encode(prompt)]
+    return Vocabulary(np.unique([*range(1000), *of_prompts, tokenizer.eot]), 50304)
 
 
-def lively(model):
-    """Far from its beginning, so that it writes more than one word."""
-    model.initialise(seed=1).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    return model
+@pytest.fixture(scope="module")
+def model(vocabulary):
+    return random_model(SHAPE, vocabulary, noise=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -41,183 +39,185 @@ def generator(model, tokenizer):
     return Generator(model, tokenizer)
 
 
-def written(generator, prompts, sampling):
-    """Ids that each prompt was continued by."""
-    ids = [[] for _ in prompts]
+def write(generator, prompts, sampling):
+    """What the pieces of each sequence add up to."""
+    each = [[] for _ in prompts]
     for piece in generator.stream(prompts, sampling):
-        ids[piece.sequence] += piece.ids
-    return ids
+        each[piece.sequence].append(piece)
+    return [
+        SimpleNamespace(
+            ids=[token for piece in pieces for token in piece.ids],
+            text="".join(piece.text for piece in pieces),
+            ends=[piece.finished for piece in pieces if piece.finished],
+            notices=[piece.notice for piece in pieces if piece.notice],
+        )
+        for pieces in each
+    ]
+
+
+def ids_of(generator, prompts, sampling):
+    return [written.ids for written in write(generator, prompts, sampling)]
 
 
 def uncached(model, tokenizer, prompt, sampling):
-    """The plain way: all of the context through the model for each token."""
-    rows = tokenizer.encode(prompt) or [tokenizer.eot]
-    n_prompt, source = len(rows), torch.Generator().manual_seed(sampling.seed)
+    """The plain way: the whole context through the model for each token."""
+    ids, source = tokenizer.encode(prompt) or [tokenizer.eot], torch.Generator().manual_seed(sampling.seed)
+    compact_ids, used = model.vocabulary.fold(torch.tensor(ids)).tolist(), model.vocabulary.used
     for _ in range(sampling.max_tokens):
+        context = compact_ids[context_start(len(compact_ids), model.trained_length) :]
         with torch.no_grad():
-            logits = model(torch.tensor([rows[context_start(len(rows), model.trained_length) :]]))[0, -1]
-        logits[50257:] = -torch.inf
-        if (row := sample(logits, sampling, rows, source)) == tokenizer.eot:
-            break
-        rows.append(row)
-    return rows[n_prompt:]
+            logits = model(torch.tensor([context]))[0, -1]
+        logits[len(used) :] = -torch.inf
+        compact_ids.append(sample(logits, sampling, compact_ids, source))
+    return used[compact_ids[len(ids) :]].tolist()
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_it_writes_what_reading_all_anew_for_each_token_writes(prompt, settings, model, generator, tokenizer):
-    sampling = Sampling(max_tokens=40, **settings)  # three times what the model can see
-    assert written(generator, [prompt], sampling)[0] == uncached(model, tokenizer, prompt, sampling)
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_a_batch_writes_what_each_prompt_alone_does(settings, generator):
-    sampling = Sampling(max_tokens=30, **settings)
-    alone = [
-        written(generator, [prompt], sampling.model_copy(update={"seed": (sampling.seed + i) % 2**63}))[0]
-        for i, prompt in enumerate(PROMPTS)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0},
+        {"temperature": 1, "seed": 3},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 2**63 - 1},
+    ],
+)
+def test_cache_batches_and_drafts_change_no_token(values, model, generator, tokenizer):
+    sampling = Sampling(max_tokens=26, **values)  # more than twice the trained length
+    seeds = [(sampling.seed + i) % 2**63 for i in range(len(PROMPTS))]
+    plain = [
+        uncached(model, tokenizer, prompt, sampling.model_copy(update={"seed": seed}))
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
     ]
-    assert written(generator, PROMPTS, sampling) == alone
+    assert ids_of(generator, PROMPTS, sampling) == plain
+    right_and_wrong = [*plain[0], *plain[1], 1, 2, 3, *plain[3][:20], *[4, 5] * 10]
+    pieces = list(Generator(model, tokenizer, CorpusIndex(right_and_wrong)).stream(PROMPTS, sampling))
+    assert [[i for piece in pieces if piece.sequence == n for i in piece.ids] for n in range(4)] == plain
+    assert len(pieces) < sum(map(len, plain))  # fewer steps than tokens
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_drafts_from_the_corpus_change_nothing_and_save_steps(settings, model, generator, tokenizer):
-    sampling = Sampling(max_tokens=30, **settings)
-    plain = written(generator, PROMPTS, sampling)
-    learnt = [i for ids in plain[:2] for i in ids] + [1, 2, 3] + plain[3][:20] + [4, 5] * 10  # right and wrong drafts
-    drafting = Generator(model, tokenizer, CorpusIndex(learnt))
-    pieces = list(drafting.stream(PROMPTS, sampling))
-    assert written(drafting, PROMPTS, sampling) == plain
-    assert len(pieces) < 30 * len(PROMPTS)
-
-
-def test_drafts_for_one_sequence_leave_room_for_another_that_is_nearly_done(model, generator, tokenizer):
-    sampling, prompts = Sampling(max_tokens=6, temperature=1), ["ROMEO: O", "O"]
-    first, second = written(generator, prompts, sampling)
-    learnt = tokenizer.encode(prompts[0]) + first[:3] + [7, 7] + second[1:]  # early drafts for one, late for the other
-    assert written(Generator(model, tokenizer, CorpusIndex(learnt)), prompts, sampling) == [first, second]
-
-
-def test_nothing_is_written_that_the_model_was_not_trained_to_see(model, generator, monkeypatch):
-    reserved = []
-    monkeypatch.setattr(
-        KVCache, "reserve", lambda cache, n, whole=KVCache.reserve: reserved.append(n) or whole(cache, n)
-    )
-    written(generator, PROMPTS, Sampling(max_tokens=40))
+def test_the_context_is_never_longer_than_in_training(model, generator, monkeypatch):
+    reserved, reserve = [], KVCache.reserve
+    monkeypatch.setattr(KVCache, "reserve", lambda cache, n: reserved.append(n) or reserve(cache, n))
+    write(generator, PROMPTS, Sampling(max_tokens=40))
     assert max(reserved) == model.trained_length
     assert [context_start(n, 12) for n in (1, 12, 13, 18, 19, 24, 25)] == [0, 0, 6, 6, 12, 12, 18]
     assert {n - context_start(n, 5) for n in range(6, 50)} == {4, 5}  # an odd length, half of it rounded down
     assert {n - context_start(n, 1) for n in range(1, 9)} == {1}  # half of it is no token
 
 
-def test_a_reader_is_told_once_that_the_context_slides(generator):
-    def notices(prompt, n):
-        return [piece.notice for piece in generator.stream([prompt], Sampling(max_tokens=n)) if piece.notice]
-
-    assert notices("O", 5) == []
-    assert notices("O", 40) == [
-        "the text is longer than the model can see: it sees the last 6 to 12 tokens, as many as it was trained on"
-    ]
-    assert [notice[:24] for notice in notices(PROMPTS[2], 40)] == ["the prompt has 18 tokens"]
+def test_one_notice_says_that_the_context_slides(generator):
+    short, sliding = (write(generator, ["O"], Sampling(max_tokens=n))[0].notices for n in (5, 40))
+    limit = "the model reads only the last 6 to 12 tokens, as in training"
+    assert (short, sliding) == ([], [f"the text is longer than the context: {limit}"])
+    (long_prompt,) = write(generator, [PROMPTS[2]], Sampling(max_tokens=40))
+    assert long_prompt.notices == [f"the prompt has 18 tokens, but {limit}"]
 
 
-def test_a_stop_text_ends_one_sequence_and_not_the_others(generator):
-    free = [generator.text(prompt, Sampling(max_tokens=20, seed=i)) for i, prompt in enumerate(PROMPTS)]
-    stop = free[0][len(PROMPTS[0]) + 20 :][:3]
-    texts, ends = list(PROMPTS), {}
-    for piece in generator.stream(PROMPTS, Sampling(max_tokens=20, stop=(stop,))):
-        texts[piece.sequence] += piece.text
-        ends[piece.sequence] = piece.finished
-    assert ends[0] == "stop"
-    assert set(ends.values()) == {"stop", "length"}
-    for text, whole, prompt in zip(texts, free, PROMPTS, strict=True):
-        assert text == prompt + whole[len(prompt) :].partition(stop)[0]
+def test_a_stop_text_ends_only_its_sequence(generator):
+    free = [written.text for written in write(generator, PROMPTS, Sampling(max_tokens=20))]
+    stop = free[0][20:23]
+    stopped = write(generator, PROMPTS, Sampling(max_tokens=20, stop=(stop,)))
+    assert [written.text for written in stopped] == [text.partition(stop)[0] for text in free]
+    assert [written.ends for written in stopped] == [["stop" if stop in text else "length"] for text in free]
+    assert {"length"} < {end for written in stopped for end in written.ends}
 
 
 @pytest.mark.parametrize("drafting", [False, True])
-def test_a_text_ends_where_the_model_samples_the_end_of_its_document(model, generator, tokenizer, drafting):
+def test_a_text_ends_at_the_end_of_text_token(model, generator, tokenizer, vocabulary, drafting):
     sampling = Sampling(max_tokens=20, temperature=1)
-    free = written(generator, PROMPTS, sampling)
-    ending = free[0][5]  # the sixth token of the first text, which shall be the end of a document
-    learnt = [*tokenizer.encode(PROMPTS[0]), *free[0][:5], ending, 7]
-    changed = Generator(model, tokenizer, CorpusIndex(learnt) if drafting else None)
-    changed.vocabulary = Vocabulary.full(50304)
-    changed.vocabulary.used[ending] = tokenizer.eot
-    stop = tokenizer.decode(free[0][:5])[-1] + "☃☃"  # has begun where the document ends, and never comes
-    texts, ends, notices = [""] * len(PROMPTS), {}, set()
-    for piece in changed.stream(PROMPTS, sampling.model_copy(update={"stop": (stop,)})):
-        texts[piece.sequence] += piece.text
-        ends |= {piece.sequence: piece.finished} if piece.finished else {}
-        notices |= {piece.notice} if piece.finished == "end" else set()
-    assert ends[0] == "end"
-    assert notices == {"the model has ended its document"}
-    for text, ids in zip(texts, free, strict=True):
-        assert text == tokenizer.decode(ids[: ids.index(ending)] if ending in ids else ids)
+    free = ids_of(generator, PROMPTS, sampling)
+    ending = free[0][5]  # the sixth token of the first text becomes the end-of-text token
+    corpus = CorpusIndex([*tokenizer.encode(PROMPTS[0]), *free[0][:5], ending, 7]) if drafting else None
+    changed = Generator(model, tokenizer, corpus)
+    changed.vocabulary = Vocabulary(vocabulary.used.numpy(), 50304)
+    changed.vocabulary.used[vocabulary.fold(torch.tensor(ending))] = tokenizer.eot
+    stop = tokenizer.decode(free[0][:5])[-1] + "☃☃"  # it has begun where the document ends, and never comes
+    for written, ids in zip(write(changed, PROMPTS, sampling.model_copy(update={"stop": (stop,)})), free, strict=True):
+        assert written.text == tokenizer.decode(ids[: ids.index(ending)] if ending in ids else ids)
+        assert written.ends == ["end" if ending in ids else "length"]
+        assert ("the model has ended its document" in written.notices) == (ending in ids)
 
 
-def test_pieces_join_to_the_text_of_all_tokens(generator, tokenizer):
-    sampling = Sampling(max_tokens=60, temperature=1)  # random ids: many are parts of characters
-    (ids,) = written(generator, ["O"], sampling)
-    assert "O" + tokenizer.decode(ids) == generator.text("O", sampling)
+@pytest.mark.parametrize("n", [0, 1, 30])
+def test_each_sequence_has_its_tokens_as_text_and_says_once_how_it_ended(n, generator, tokenizer):
+    sampling = Sampling(max_tokens=n, temperature=1)  # random ids: many are parts of characters
+    for written in write(generator, ["O", "o"], sampling):
+        assert (len(written.ids), written.ends) == (n, ["length"])
+        assert written.text == tokenizer.decode(written.ids)
+    assert generator.text("O", sampling) == "O" + write(generator, ["O"], sampling)[0].text
 
 
-def test_the_last_piece_of_each_sequence_says_how_it_ended(generator):
-    for n in (0, 1, 5):
-        pieces = list(generator.stream(["O", "o"], Sampling(max_tokens=n)))
-        assert [piece.finished for piece in pieces if piece.finished] == ["length", "length"]
-        assert sum(len(piece.ids) for piece in pieces) == 2 * n
-
-
-def test_next_tokens_are_the_models_probabilities(model, generator, tokenizer):
-    odds = generator.next_tokens("ROMEO:")
+def test_next_tokens_are_the_models_probabilities(model, generator, tokenizer, vocabulary):
+    expected = torch.zeros(50257)
     with torch.no_grad():
-        logits = model(torch.tensor([tokenizer.encode("ROMEO:")]))[0, -1]
-    assert odds.shape == (50257,)
-    assert torch.allclose(odds, logits[:50257].softmax(0), atol=1e-6)
+        logits = model(vocabulary.fold(torch.tensor([tokenizer.encode("ROMEO:")])))[0, -1]
+    expected[vocabulary.used] = logits[:-1].softmax(0)
+    assert torch.allclose(generator.next_tokens("ROMEO:"), expected, atol=1e-6)
 
 
 def test_token_losses_are_those_of_windows_of_the_trained_length(model, generator):
     ids = list(range(100, 130))
-    losses = generator.token_losses(ids)
     expected = []
     for begin in (0, 12, 24):
         inputs, targets = torch.tensor([ids[begin : begin + 12]]), torch.tensor([ids[begin + 1 : begin + 13]])
         with torch.no_grad():
             expected += model.token_losses(inputs[:, : targets.shape[1]], targets)[0].tolist()
-    assert losses == pytest.approx(expected, abs=1e-4)
-    assert len(losses) == 29
+    assert len(expected) == 29
+    assert generator.token_losses(ids) == pytest.approx(expected, abs=1e-4)
     assert generator.token_losses([5]) == generator.token_losses([]) == []
 
 
-@pytest.mark.security
-def test_the_representative_of_the_unused_ids_is_never_sampled(tokenizer):  # E4
+def test_padding_and_ids_that_the_training_text_lacks_are_never_sampled(tokenizer):  # E4
     known = np.unique(tokenizer.encode("O Romeo, Romeo! wherefore art thou Romeo?"))
-    folded = GPT(SHAPE, Vocabulary(known, 50304)).initialise(seed=1).eval()  # its last row has all but all probability
-    generator = Generator(folded, tokenizer)
-    assert set(written(generator, ["O zebra"], Sampling(max_tokens=50, temperature=1))[0]) <= set(known.tolist())
-    assert generator.next_tokens("O").nonzero().flatten().tolist() == known.tolist()
+    folded = GPT(SHAPE, Vocabulary(known, 50304)).initialise(seed=1).eval()  # its last id has nearly all probability
+    sampling = Sampling(max_tokens=50, temperature=1)
+    assert set(ids_of(Generator(folded, tokenizer), ["O zebra"], sampling)[0]) <= set(known.tolist())
+    assert Generator(folded, tokenizer).next_tokens("O").nonzero().flatten().tolist() == known.tolist()
 
-
-@pytest.mark.security
-def test_a_padded_id_is_never_sampled(tokenizer):  # E4
-    model = GPT(SHAPE, Vocabulary.full(50304)).initialise(seed=1).eval()
+    padded = GPT(SHAPE, Vocabulary.full(50304)).initialise(seed=1).eval()
     with torch.no_grad():
-        model.ln_f.bias.fill_(1)
-        model.wte.weight[50257:] = 100.0  # the padded ids would win by far
-    assert max(written(Generator(model, tokenizer), ["O"], Sampling(max_tokens=20, temperature=1))[0]) < 50257
+        padded.ln_f.bias.fill_(1)
+        padded.wte.weight[50257:] = 100.0  # without a mask, they would nearly always be sampled
+    assert max(ids_of(Generator(padded, tokenizer), ["O"], sampling)[0]) < 50257
 
 
-@pytest.mark.security
-def test_odd_prompts_are_text_or_refused(generator):  # E2
+def test_any_prompt_is_text_or_refused(generator):  # E2
     for prompt in ["<|endoftext|>", "\ud800", "a\0b", "🎭" * 100, "<script>alert(1)</script>", "x" * 1_000_000]:
         assert generator.text(prompt, Sampling(max_tokens=1)).startswith(prompt)
     with pytest.raises(InputError, match="1,000,001 characters"):
         generator.text("x" * 1_000_001, Sampling(max_tokens=1))
 
 
-def test_a_model_in_training_writes_as_in_eval_mode_and_stays_in_training(tokenizer):
-    model = lively(GPT(SHAPE.model_copy(update={"dropout": 0.5}), Vocabulary.full(50304)))
-    sober = written(Generator(model, tokenizer), ["O"], Sampling(max_tokens=10))
+def test_a_model_in_training_writes_as_in_eval_mode_and_remains_in_training(tokenizer, vocabulary):
+    model = random_model(SHAPE.model_copy(update={"dropout": 0.5}), vocabulary, noise=0.3)
+    in_eval_mode = ids_of(Generator(model, tokenizer), ["O"], Sampling(max_tokens=10))
     model.train()
-    assert written(Generator(model, tokenizer), ["O"], Sampling(max_tokens=10)) == sober
+    assert ids_of(Generator(model, tokenizer), ["O"], Sampling(max_tokens=10)) == in_eval_mode
     assert model.training
+
+
+def streamed(stop, chunks):
+    stream = TextStream(stop)
+    return [stream.add(chunk, last=i == len(chunks) - 1) for i, chunk in enumerate(chunks)], stream.stopped
+
+
+@pytest.mark.parametrize(
+    ("stop", "chunks", "pieces", "stopped"),
+    [
+        ([], [b"\xf0\x9f", b"\x8e", b"\xad!"], ["", "", "🎭!"], False),  # one character in three chunks
+        ([], [b"a\xff", b"b\xf0\x9f"], ["a�", "b�"], False),  # not UTF-8
+        (["END", "\n\n"], [b"one\n", b"\ntwoEND", b"x"], ["one", "", ""], True),  # before the first of two
+        (["\nROMEO:"], [b"x\nRO", b"ME", b"S y\n"], ["x", "", "\nROMES y\n"], False),  # held back while it may be one
+        ([""], [b"abc"], ["abc"], False),
+    ],
+)
+def test_a_stream_gives_whole_characters_at_once_and_a_stop_text_never(stop, chunks, pieces, stopped):
+    assert streamed(stop, chunks) == (pieces, stopped)
+
+
+@settings(max_examples=20)
+@given(st.text(), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=3), st.integers(1, 5))
+def test_pieces_join_to_the_text_before_the_first_stop_text(text, stop, size):
+    data = text.encode()
+    chunks = [data[i : i + size] for i in range(0, len(data), size)]
+    first = min((place for each in stop if (place := text.find(each)) >= 0), default=len(text))
+    assert "".join(streamed(stop, chunks)[0]) == text[:first]

@@ -1,23 +1,23 @@
 """Drafts from the training text; that they change no text is shown in test_generator."""
 
 from pipeline.data.corpus_index import CorpusIndex
-from pipeline.model.prompt_lookup import MOST_DRAFT_TOKENS, PromptLookup
+from pipeline.model.prompt_lookup import MAX_DRAFT_TOKENS, PromptLookup
 
 
 def test_a_draft_is_what_follows_the_longest_suffix_in_the_text():
     lookup = PromptLookup(CorpusIndex([1, 2, 3, 4, 5, 6]))
-    assert lookup.draft([9, 2, 3], room=2) == [4, 5]
-    assert lookup.draft([4, 5], room=8) == [6]
-    assert lookup.draft([9, 3], room=8) == []  # one token alone says too little
-    assert lookup.draft([5, 6], room=8) == []  # the text ends there
-    assert lookup.draft([2, 3], room=0) == PromptLookup(None).draft([2, 3], room=2) == []
+    assert lookup.draft([9, 2, 3], limit=2) == [4, 5]
+    assert lookup.draft([4, 5], limit=8) == [6]
+    assert lookup.draft([9, 3], limit=8) == []  # one token alone says too little
+    assert lookup.draft([5, 6], limit=8) == []  # the text ends there
+    assert lookup.draft([2, 3], limit=0) == PromptLookup(None).draft([2, 3], limit=2) == []
 
 
 def test_drafts_are_as_long_as_their_acceptance_makes_worth_it():
     lookup, ids = PromptLookup(CorpusIndex(range(100))), [10, 11]
-    assert len(lookup.draft(ids, 50)) == MOST_DRAFT_TOKENS
+    assert len(lookup.draft(ids, 50)) == MAX_DRAFT_TOKENS
     lengths = []
     for n_accepted in (0, 1, 3, 8):
         lookup.adapt(n_accepted)
         lengths.append(len(lookup.draft(ids, 50)))
-    assert lengths == [1, 3, 7, MOST_DRAFT_TOKENS]
+    assert lengths == [1, 3, 7, MAX_DRAFT_TOKENS]

@@ -37,7 +37,7 @@ def test_the_committed_space_is_sound_and_holds_keys_of_three_kinds(params):
         ("{optim: {schedule: [linear, linaer]}}", "'linaer'"),
         ("{optim: {lr: {low: -1, high: 1}}}", "sweep.space.optim.lr: input should be greater than 0, got -1"),
         ("{optim: {lr: {low: 2, high: 1}}}", "low 2 should be below high 1"),
-        ("{optim: {lr: {low: 0, high: 1, log: true}}}", "begins above 0"),
+        ("{optim: {lr: {low: 0, high: 1, log: true}}}", "has no step, and low above 0"),
         ("{optim: {lr: {low: 0.1, high: 1, lgo: true}}}", "lgo"),
         ("{optim: {lr: {low: .nan, high: 1}}}", "finite"),
         ("{optim: {lr: []}}", "a list of choices"),
@@ -107,7 +107,7 @@ def test_a_value_that_contradicts_the_rest_of_params_yaml_is_named_with_its_key(
 
 
 def test_a_study_is_not_named_as_a_run_is(params):
-    with pytest.raises(InputError, match=r"sweep.study: a run's fingerprint looks like this"):
+    with pytest.raises(InputError, match=r"sweep.study: 16 hexadecimal digits are the name of a run"):
         overridden(params, {"study": "5b24e86fccb57c6b"}).section(SweepConfig)
 
 
