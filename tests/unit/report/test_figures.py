@@ -9,7 +9,7 @@ from matplotlib import image
 from pipeline.report.figures import FIGURES, RunReport, loss_figure, training_figure, write_figures
 from pipeline.report.tables import write_tables
 from pipeline.system.errors import InputError
-from pipeline.tracking.journal import write_rows
+from pipeline.tracking.journal import write_lines
 
 STEP_TOKENS = 256
 
@@ -27,8 +27,8 @@ def write_run(folder: Path, steps: int, met: dict[str, int], clip: float | None 
         times.append({"step": step, "step_s": step_s, "train_s": step * step_s, "wall_s": step * step_s,
                       "memory_bytes": 2**30, "logged_ms": step})  # fmt: skip
     (folder / "models").mkdir()
-    write_rows(folder / "models/steps.jsonl", rows)
-    write_rows(folder / "models/times.jsonl", times)
+    write_lines(folder / "models/steps.jsonl", rows)
+    write_lines(folder / "models/times.jsonl", times)
     results = {
         "corpus_loss": rows[-1]["corpus_loss"],
         "target_loss": 0.1,
