@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fixtures_mlflow import an_identity, append_steps, assert_has_exactly_the_journal, recording, root_of, run_id_of
+from sqlalchemy import Engine, event
 
 from pipeline.system.files import write_json
 from pipeline.tracking.journal import Journal
@@ -144,10 +145,17 @@ def test_a_server_that_stalls_gets_all_records_once_it_answers(store, server, fo
 
 
 def test_a_locked_database_gets_all_records_after_its_release(store, folder, capfd):  # C3
-    with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
-        send_during_a_fault(
-            store, root_of(store), folder, lambda: other.execute("BEGIN EXCLUSIVE"), other.rollback, capfd
-        )
+    def shorten(connection, cursor, statement, parameters, *_):
+        """MLflow waits 20 seconds for a lock."""
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 100"), parameters
+
+    event.listen(Engine, "before_cursor_execute", shorten, retval=True)
+    try:
+        with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
+            lock = partial(other.execute, "BEGIN EXCLUSIVE")
+            send_during_a_fault(store, root_of(store), folder, lock, other.rollback, capfd)
+    finally:
+        event.remove(Engine, "before_cursor_execute", shorten)
 
 
 def test_a_database_on_a_full_disk_gets_all_records_once_there_is_space(store, folder, capfd):  # C3

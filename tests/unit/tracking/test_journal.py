@@ -53,6 +53,7 @@ NOISE = [b"\xff\n", b"\0\0\0\n", NESTED, b"null\n", b"[4]\n", b'{"step": 4}\n', 
 
 @settings(max_examples=20, deadline=None)
 @example(noise=NESTED, at=1, name=STEPS)
+@example(noise=b'{"step": 2}\n', at=1, name=STEPS)
 @given(
     noise=st.binary(max_size=40) | st.sampled_from(NOISE),
     at=st.integers(0, 3),
