@@ -24,6 +24,7 @@ from pipeline.system.errors import Interrupted, ModelMissing
 from pipeline.system.files import read_json, write_text
 from pipeline.tracking.journal import TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_runs import create_run, describe_inputs, describe_run, ensure_run, runs_of
+from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from tests.waiting import wait_until
 
@@ -71,29 +72,34 @@ def test_a_run_has_its_records_samples_parameters_data_and_machine(store, folder
     assert "python" in read_json(artifacts / "environment.json")
 
 
-def test_a_run_whose_id_was_lost_is_closed_and_a_deleted_run_is_replaced(store, folder):
+def test_a_run_is_resumed_and_replaced_if_its_id_was_lost_or_it_was_deleted(store, folder):
     identity, ids = an_identity(), []
     append_steps(Journal(folder), 0, 3)
-    for lose in (lambda: (folder / "mlflow_run_id").unlink(), lambda: store.client.delete_run(ids[-1]), lambda: None):
+    keep, lose_id = (lambda: None), (folder / RUN_ID).unlink
+    for lose in (keep, lose_id, lambda: store.client.delete_run(ids[-1]), keep):
         with recording(root_of(store), folder, identity):
             pass
-        store.client.update_run(run_id_of(folder), status="RUNNING")  # as a kill leaves it
         ids.append(run_id_of(folder))
+        store.client.update_run(ids[-1], status="RUNNING")  # as a kill leaves it
         lose()
-    assert len(set(ids)) == 3
-    assert {run.info.run_id: run.info.status for run in runs_of(store, identity["fingerprint"])} == {
-        ids[0]: "KILLED",
-        ids[2]: "RUNNING",
-    }
+    resumed, again, replaced, last = ids
+    assert resumed == again
+    statuses = {run.info.run_id: run.info.status for run in runs_of(store, identity["fingerprint"])}
+    assert statuses == {resumed: "KILLED", last: "RUNNING"}
+    assert replaced not in (resumed, last)
 
 
-def test_a_recorder_sends_the_rest_of_a_run_that_a_signal_ended(store, folder):  # C1
-    with pytest.raises(Interrupted), Recorder(root_of(store), folder, an_identity(), {}):
-        append_steps(Journal(folder), 0, 3)
-        raise Interrupted("at step 3", signal.SIGTERM)  # training waits a second at most
-    assert wait_until((folder / "mlflow_run_id").is_file, DEADLINE_S)
+@pytest.mark.parametrize("ended", ["killed", "Interrupted: at step 3"])
+def test_a_recorder_sends_the_rest_of_a_training_that_was_stopped(ended, store, folder):  # C1
+    recorder = Recorder(root_of(store), folder, an_identity(), {}).__enter__()
+    append_steps(Journal(folder), 0, 3)
+    if ended == "killed":
+        recorder._process.stdin.close()  # as the system does for a killed process
+    else:
+        recorder.__exit__(None, Interrupted("at step 3", signal.SIGTERM), None)  # waits a second at most
+    assert wait_until((folder / RUN_ID).is_file, DEADLINE_S)
     assert wait_until(lambda: store.client.get_run(run_id_of(folder)).info.status == "KILLED", DEADLINE_S)
-    assert store.client.get_run(run_id_of(folder)).data.tags["ended"] == "Interrupted: at step 3"
+    assert store.client.get_run(run_id_of(folder)).data.tags["ended"] == ended
     assert_has_exactly_the_journal(store, folder)
 
 

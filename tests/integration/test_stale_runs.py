@@ -127,7 +127,7 @@ def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(stor
     killed, finished = make(19, logged=12, status="KILLED"), make(20, logged=12, status="FINISHED")
     unnoted = make(14, logged=12)  # the folder has lost the run's id
     (unnoted.folder / RUN_ID).unlink()
-    unknown, unknown_finished, trial = make(), make(MAX_STEPS), make(name="search/0f")
+    unknown, unknown_finished, trial = make(), make(60), make(name="search/0f")
     of_other_code = make(MAX_STEPS, params={"optim": {"lr": 1}})
     write_text(unknown.folder / "samples" / "step-000010.txt", "ROMEO")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
@@ -141,7 +141,7 @@ def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(stor
         finished: (8, 20, "FINISHED"),
         unnoted: (2, 14, "KILLED"),
         unknown: (12, 12, "KILLED"),
-        unknown_finished: (20, 20, "FINISHED"),
+        unknown_finished: (60, 60, "FINISHED"),  # more than one batch
         of_other_code: (20, 20, "KILLED"),
         trial: (12, 12, "KILLED"),
     }

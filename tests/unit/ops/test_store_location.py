@@ -1,6 +1,6 @@
 """The paths in a moved project's database are updated in one transaction, after a backup, and only inside the project.
 
-The databases have some of MLflow's tables; tests/integration/test_store_location.py uses MLflow's own.
+The databases have some of MLflow's tables; tests/integration/test_doctor.py uses MLflow's own.
 """
 
 import os

@@ -10,17 +10,13 @@ import pytest
 from fixtures_mlflow import an_identity, append_steps, recording
 
 from pipeline.config.params import load_params
-from pipeline.system.distributed import world_here
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, Pruned
 from pipeline.tracking import recorder
 from pipeline.tracking.journal import STEPS, Journal
 from pipeline.tracking.mlflow_runs import BATCH
 from pipeline.tracking.recorder import KILLED, OWNER_PID, ending, record
 from pipeline.training import train
-from tests.trainings import Untracked
 from tests.waiting import wait_until
-
-STEPS_BEFORE = 12  # of the run in `folder`
 
 
 @pytest.mark.parametrize(
@@ -79,7 +75,7 @@ def fakes(monkeypatch):
 def folder(tmp_path):
     """That of a run of 12 steps, which this process has to send."""
     (folder := tmp_path / "run").mkdir()
-    append_steps(journal := Journal(folder), 0, STEPS_BEFORE)
+    append_steps(journal := Journal(folder), 0, 12)
     journal.close()
     (folder / OWNER_PID).write_text(str(os.getpid()))
     return folder
@@ -100,7 +96,7 @@ def test_every_tracker_gets_every_record_once_though_one_fails_for_a_while(folde
     (folder / "samples" / "step-000010.txt").write_text("ROMEO:")
     with recording(folder.parent, folder, identity := an_identity()):
         assert all(failing.failed.acquire(timeout=60) for _ in range(2))  # two failures, one warning
-        append_steps(journal := Journal(folder), STEPS_BEFORE, BATCH + 40)
+        append_steps(journal := Journal(folder), 12, BATCH + 40)
         journal.close()
         assert wait_until(lambda: len(working.records) == BATCH + 40, 60)
         failing.down.clear()
@@ -151,22 +147,12 @@ def test_a_recorder_that_does_not_own_the_run_when_its_turn_comes_sends_nothing(
 
 @pytest.mark.parametrize("owned", [False, True])
 def test_a_start_of_a_finished_run_opens_the_recorder_only_if_the_end_was_not_sent(folder, monkeypatch, owned):
-    opened, state = [], SimpleNamespace(step=STEPS_BEFORE, tokens=96)
-
-    class Opened(Untracked):
-        def __enter__(self):
-            opened.append(self)
-            return self
-
     if not owned:
         (folder / OWNER_PID).unlink()
-    config = SimpleNamespace(target=SimpleNamespace(loss=0.1))
-    run = SimpleNamespace(
-        finished=True, state=state, folder=folder, identity={}, max_steps=12, world=world_here(), config=config
-    )
-    monkeypatch.setattr(train, "Recorder", Opened)
-    monkeypatch.setattr(train, "read_data", lambda *_: None)
+    run, opened = SimpleNamespace(finished=True, folder=folder, state=SimpleNamespace(step=12)), []
     monkeypatch.setattr(train, "open_run", lambda *_: nullcontext(run))
-    monkeypatch.setattr(train, "write_results", lambda *_: None)
+    monkeypatch.setattr(train, "_tracked", lambda run, *_: opened.append(run) or nullcontext([]))
+    for name in ("prepare_machine", "read_data", "write_results"):
+        monkeypatch.setattr(train, name, lambda *_: None)
     train.run_tracked(load_params(), folder, folder, folder)
     assert len(opened) == owned
