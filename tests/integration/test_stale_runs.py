@@ -5,8 +5,6 @@ import re
 import shutil
 import socket
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 from uuid import uuid4
 
 import pytest
@@ -18,7 +16,7 @@ from pipeline.ops import stale_runs
 from pipeline.ops.stale_runs import examine_journals, examine_running
 from pipeline.sweep.mlflow_run import open_study_run
 from pipeline.system.errors import RunLocked
-from pipeline.system.files import locked, write_json, write_text
+from pipeline.system.files import locked, read_json, write_json, write_text
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, TIMES, Journal
 from pipeline.tracking.mlflow_runs import JournalTail, create_run, log_records, runs_of
@@ -27,14 +25,6 @@ from pipeline.tracking.recorder import RECORDER_LOCK
 
 MAX_STEPS = 20  # of 8 tokens
 START_MS = 1_700_000_000_000
-
-
-class Trained(NamedTuple):
-    """The folder of a run, and its id in the store if it is there."""
-
-    folder: Path
-    fingerprint: str
-    run_id: str | None
 
 
 @pytest.fixture
@@ -53,22 +43,21 @@ def params():
 
 @pytest.fixture
 def make(store, root, params):
-    """Makes the folder of a run of some steps; the store has `logged` of them, or None: it has no such run."""
+    """Makes the folder of a run of some steps; the store has `logged` of them, or no such run."""
 
-    def make_run(steps=12, logged=None, name=None, status="RUNNING", **changes):
+    def make_run(steps=12, logged=0, name=None, status="RUNNING", **changes):
         identity = an_identity() | {"params": params} | changes
         folder = root / "checkpoints" / (name or identity["fingerprint"])
         folder.mkdir(parents=True)
         write_json(folder / IDENTITY, identity)
         append_steps(Journal(folder), 0, steps)
-        if logged is None:
-            return Trained(folder, identity["fingerprint"], None)
-        tags = {"host": socket.gethostname(), "run_folder": str(folder)}
-        write_text(folder / RUN_ID, run_id := create_run(store, identity, tags))
-        log_records(store, run_id, JournalTail(folder).read()[:logged])
-        if status != "RUNNING":
-            store.client.set_terminated(run_id, status)
-        return Trained(folder, identity["fingerprint"], run_id)
+        if logged:
+            tags = {"host": socket.gethostname(), "run_folder": str(folder)}
+            write_text(folder / RUN_ID, run_id := create_run(store, identity, tags))
+            log_records(store, run_id, JournalTail(folder).read()[:logged])
+            if status != "RUNNING":
+                store.client.set_terminated(run_id, status)
+        return folder
 
     return make_run
 
@@ -81,59 +70,62 @@ def running(store, root):
 
 def test_runs_left_running_are_closed_unless_a_process_may_still_have_them(store, root, make, monkeypatch):  # C1, D2
     monkeypatch.setattr(store.client, "search_runs", partial(store.client.search_runs, max_results=1))  # many pages
-    ended, removed, trained, sent, elsewhere, unplaced = (make(logged=12) for _ in range(6))
-    (lock := ended.folder.with_suffix(".lock")).write_text("123")
-    shutil.rmtree(removed.folder)
-    store.client.set_tag(elsewhere.run_id, "host", "elsewhere")
-    store.client.delete_tag(unplaced.run_id, "run_folder")
+    folders = [make(logged=12) for _ in range(5)]
+    ended, removed, trained, elsewhere, unplaced = map(run_id_of, folders)
+    (lock := folders[0].with_suffix(".lock")).write_text("123")
+    shutil.rmtree(folders[1])
+    store.client.set_tag(elsewhere, "host", "elsewhere")
+    store.client.delete_tag(unplaced, "run_folder")
     name = f"study-{uuid4().hex[:8]}"
     study = open_study_run(store, None, name, {})
-    locks = [trained.folder.with_suffix(".lock"), sent.folder / RECORDER_LOCK]
     study_lock = root_of(store) / "checkpoints" / f"{name}.lock"
 
     before = running(store, root_of(store))
     assert lock.read_text() == "123"
-    with locked(locks[0]), locked(locks[1]), locked(study_lock):
-        found = running(store, root_of(store))
-        for run_id in (trained.run_id, sent.run_id, study):
-            assert (found[run_id].mark, f"process {os.getpid()}" in found[run_id].what) == ("ok", True)
-            with pytest.raises(RunLocked):
-                before[run_id].fix()  # found before the process had the lock
-            assert store.client.get_run(run_id).info.status == "RUNNING"
+    for held in (folders[2].with_suffix(".lock"), folders[2] / RECORDER_LOCK):
+        with locked(held), locked(study_lock):
+            found = running(store, root_of(store))
+            for run_id in (trained, study):
+                assert (found[run_id].mark, f"process {os.getpid()}" in found[run_id].what) == ("ok", True)
+                with pytest.raises(RunLocked):
+                    before[run_id].fix()  # found before the process had the lock
+                assert store.client.get_run(run_id).info.status == "RUNNING"
     assert running(store, root)[study].mark == "note"  # this project has another store
-    for run in (elsewhere, unplaced):
-        assert (found[run.run_id].mark, found[run.run_id].fix) == ("note", None)
-        store.client.set_terminated(run.run_id)
+    for run_id in (elsewhere, unplaced):
+        assert (found[run_id].mark, found[run_id].fix) == ("note", None)
+        store.client.set_terminated(run_id)
 
-    for run_id in (ended.run_id, removed.run_id, study):
+    for run_id in (ended, removed, study):
         assert before[run_id].mark == "to fix"
         before[run_id].fix()
         run = store.client.get_run(run_id)
         assert (run.info.status, run.data.tags["ended"]) == ("KILLED", "killed")
-    assert store.client.get_run(ended.run_id).info.end_time == START_MS + 7 * 12  # its last record's time
-    assert not removed.folder.exists()
-    assert not removed.folder.with_suffix(".lock").exists()
-    assert not {ended.run_id, removed.run_id, study} & running(store, root_of(store)).keys()
+    assert store.client.get_run(ended).info.end_time == START_MS + 7 * 12  # its last record's time
+    assert not folders[1].exists()
+    assert not folders[1].with_suffix(".lock").exists()
+    assert not {ended, removed, study} & running(store, root_of(store)).keys()
 
 
 def lacking(store, root):
-    """The findings about journals, by the names of their folders."""
-    return {finding.what.split("checkpoints/")[1].split()[0]: finding for finding in examine_journals(store, root)}
+    """The findings about journals, by their folders."""
+    found = {finding.what.split("checkpoints/")[1].split()[0]: finding for finding in examine_journals(store, root)}
+    return {root / "checkpoints" / name: finding for name, finding in found.items()}
 
 
 def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(store, root, make, monkeypatch):  # C3
     make(logged=12)  # complete
-    store.client.delete_run(make(logged=10).run_id)  # by a user
+    store.client.delete_run(run_id_of(make(logged=10)))  # by a user
     killed, finished = make(19, logged=12, status="KILLED"), make(20, logged=12, status="FINISHED")
     unnoted = make(14, logged=12)  # the folder has lost the run's id
-    (unnoted.folder / RUN_ID).unlink()
+    unnoted_id = run_id_of(unnoted)
+    (unnoted / RUN_ID).unlink()
     unknown, unknown_finished, trial = make(), make(60), make(name="search/0f")
     of_other_code = make(MAX_STEPS, params={"optim": {"lr": 1}})
-    write_text(unknown.folder / "samples" / "step-000010.txt", "ROMEO")
+    write_text(unknown / "samples" / "step-000010.txt", "ROMEO")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(stale_runs, "log_records", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        lacking(store, root)[unknown.folder.name].fix()
-    ended = {run: store.client.get_run(run.run_id).info.end_time for run in (killed, finished)}
+        lacking(store, root)[unknown].fix()
+    ended = {folder: store.client.get_run(run_id_of(folder)).info.end_time for folder in (killed, finished)}
 
     found = lacking(store, root)
     expected = {
@@ -145,47 +137,47 @@ def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(stor
         of_other_code: (20, 20, "KILLED"),
         trial: (12, 12, "KILLED"),
     }
-    assert found.keys() == {str(run.folder.relative_to(root / "checkpoints")) for run in expected}
-    for run, (n_missing, n_steps, status) in expected.items():
-        finding = found[str(run.folder.relative_to(root / "checkpoints"))]
-        assert f"lacks {n_missing} of the {n_steps} steps" in finding.what
-        finding.fix()
-        finding.fix()  # by a second process: the run is neither created nor its records sent twice
-        run_id = unnoted.run_id if run is unnoted else run_id_of(run.folder)
-        assert [each.info.run_id for each in runs_of(store, run.fingerprint)] == [run_id]
-        assert store.client.get_run(run_id).info.status == status
-        assert_has_exactly_the_journal(store, run.folder, run_id)
-    assert {run: store.client.get_run(run.run_id).info.end_time for run in ended} == ended
+    assert found.keys() == expected.keys()
+    for folder, (n_missing, n_steps, status) in expected.items():
+        assert f"lacks {n_missing} of the {n_steps} steps" in found[folder].what
+        found[folder].fix()
+        found[folder].fix()  # by a second process: neither the run nor its records are sent twice
+        run_id = unnoted_id if folder is unnoted else run_id_of(folder)
+        runs = runs_of(store, read_json(folder / IDENTITY)["fingerprint"])
+        assert [(run.info.run_id, run.info.status) for run in runs] == [(run_id, status)]
+        assert_has_exactly_the_journal(store, folder, run_id)
+    assert {folder: store.client.get_run(run_id_of(folder)).info.end_time for folder in ended} == ended
 
-    created = store.client.get_run(run_id_of(unknown.folder))
+    created = store.client.get_run(run_id_of(unknown))
     assert (created.info.start_time, created.info.end_time) == (START_MS + 7, START_MS + 7 * 12)
     assert (created.data.tags["rebuilt"], created.data.tags["host"]) == ("true", socket.gethostname())
     (sample,) = store.client.list_artifacts(created.info.run_id, "samples")
     assert sample.path == "samples/step-000010.txt"
-    assert store.client.get_run(run_id_of(trial.folder)).data.tags["study"] == "search"
+    assert store.client.get_run(run_id_of(trial)).data.tags["study"] == "search"
     (finding,) = examine_journals(store, root)
     assert finding.mark == "ok"
 
 
 def test_a_run_in_use_and_folders_that_cannot_be_read_are_left_alone(store, root, make):
     in_use = make()
-    late = lacking(store, root)[in_use.folder.name]
+    late = lacking(store, root)[in_use]
     for name, file, text in (
         ("a", IDENTITY, "{"), ("b", IDENTITY, "[]"), ("c", STEPS, "\0\0\n"), ("d", TIMES, '{"step": 1}\n')
     ):  # fmt: skip
-        (make(name=name).folder / file).write_text(text)
+        (make(name=name) / file).write_text(text)
     n_runs, before = len(store.client.search_runs([store.experiment_id])), modified(root)
-    with locked(in_use.folder.with_suffix(".lock")):
+    with locked(in_use.with_suffix(".lock")):
         found = lacking(store, root)
-        assert found[in_use.folder.name].mark == "ok"
+        assert found[in_use].mark == "ok"
         with pytest.raises(RunLocked):
             late.fix()
-    assert not (in_use.folder / RUN_ID).exists()
+    assert not (in_use / RUN_ID).exists()
     for name in "abcd":
-        assert (found[name].mark, found[name].fix) == ("to fix", None)
-        assert f"checkpoints/{name} cannot be read" in found[name].what
-    assert "lacks 12 of the 12 steps" in lacking(store, root)[in_use.folder.name].what
-    in_use.folder.with_suffix(".lock").unlink()
+        unreadable = found[root / "checkpoints" / name]
+        assert (unreadable.mark, unreadable.fix) == ("to fix", None)
+        assert f"checkpoints/{name} cannot be read" in unreadable.what
+    assert "lacks 12 of the 12 steps" in lacking(store, root)[in_use].what
+    in_use.with_suffix(".lock").unlink()
     assert modified(root) == before
     assert len(store.client.search_runs([store.experiment_id])) == n_runs
 

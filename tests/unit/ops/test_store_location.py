@@ -114,10 +114,3 @@ def test_a_damaged_database_is_named_with_a_hint(copy, damage):
     assert "is damaged" in finding.what
     assert str(finding.hint).startswith("move mlflow.db away")
     assert finding.fix is None
-
-
-def test_a_missing_or_empty_database_is_not_created(tmp_path):
-    assert not [*examine_database(tmp_path)]
-    (tmp_path / "mlflow.db").touch()
-    assert not [*examine_database(tmp_path)]
-    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("mlflow.db", 0)]

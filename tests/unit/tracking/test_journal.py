@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError
 from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRecord, read_steps, varying, write_lines
+from pipeline.tracking.mlflow_runs import JournalTail
 
 
 def record(step, loss=2.5, train_s=1.0):
@@ -133,3 +134,14 @@ def test_the_journal_of_earlier_code_is_read(tmp_path):
 def test_a_missing_journal_says_what_to_run(tmp_path):
     with pytest.raises(InputError, match="holds no steps: run `dvc repro train`"):
         read_steps(tmp_path / STEPS)
+
+
+def test_the_tail_returns_records_once_both_their_lines_are_complete(folder):
+    tail = JournalTail(folder)
+    with (folder / STEPS).open("a") as file:
+        file.write('{"step": 4, "tokens": 45, "loss": 1.0}\n{"step": 5, "tok')
+    assert [values["step"] for values in tail.read()] == [1, 2, 3]
+    assert tail.read() == []
+    with (folder / TIMES).open("a") as file:
+        file.write('{"step": 4, "step_s": 0.5, "logged_ms": 1}\n')
+    assert [values["tokens_per_s"] for values in tail.read()] == [30.0]  # 15 in half a second
