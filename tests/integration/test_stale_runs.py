@@ -140,12 +140,12 @@ def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(stor
     assert found.keys() == expected.keys()
     for folder, (n_missing, n_steps, status) in expected.items():
         assert f"lacks {n_missing} of the {n_steps} steps" in found[folder].what
-        found[folder].fix()
-        found[folder].fix()  # by a second process: neither the run nor its records are sent twice
-        run_id = unnoted_id if folder is unnoted else run_id_of(folder)
-        runs = runs_of(store, read_json(folder / IDENTITY)["fingerprint"])
-        assert [(run.info.run_id, run.info.status) for run in runs] == [(run_id, status)]
-        assert_has_exactly_the_journal(store, folder, run_id)
+        for _ in range(2):  # the second fix, as by another process, changes nothing
+            found[folder].fix()
+            run_id = unnoted_id if folder is unnoted else run_id_of(folder)
+            runs = runs_of(store, read_json(folder / IDENTITY)["fingerprint"])
+            assert [(run.info.run_id, run.info.status) for run in runs] == [(run_id, status)]
+            assert_has_exactly_the_journal(store, folder, run_id)
     assert {folder: store.client.get_run(run_id_of(folder)).info.end_time for folder in ended} == ended
 
     created = store.client.get_run(run_id_of(unknown))
