@@ -62,8 +62,8 @@ def append_steps(journal: Journal, start: int, stop: int, corpus_loss: float | N
 
 
 @contextmanager
-def recording(root: Path, folder: Path, identity: dict[str, Any], error: BaseException | None = None) -> Iterator[None]:
-    """Do what Recorder does in a thread: a process would take seconds to import MLflow."""
+def recording(root: Path, folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Do what Recorder does, in a thread: a process would take seconds to import MLflow."""
     control, ours = os.pipe()
     with open(control) as reader, open(ours, "w", buffering=1) as writer:
         write_text(folder / OWNER_PID, str(os.getpid()))
@@ -73,7 +73,7 @@ def recording(root: Path, folder: Path, identity: dict[str, Any], error: BaseExc
         try:
             yield
         finally:
-            writer.write(json.dumps(ending(error)))
+            writer.write(json.dumps(ending(None)))
             writer.close()
             thread.join(60)
 

@@ -73,10 +73,10 @@ class Recorder:
         self._start = {"identity": identity, "tags": tags}
 
     def __enter__(self) -> Self:
-        self._process = start_module(  # in this session: Linux compares priorities within one
+        self._process = start_module(
             "pipeline.tracking.recorder", *self._arguments, line=self._start, stdout=subprocess.DEVNULL
         )
-        if hasattr(os, "setpriority"):
+        if hasattr(os, "setpriority"):  # it compares processes of one session: the recorder must not get its own
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # the lowest, also for its imports
         write_text(self._run_folder / OWNER_PID, str(self._process.pid))
         return self
@@ -121,9 +121,7 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
             return True
         feeds = [_Feed(name, root, run_folder, start) for name in TRACKERS]
         while True:
-            stopped = bool(
-                select.select([control], [], [], 0)[0]
-            )  # read before the last tick, so that it sends everything
+            stopped, _, _ = select.select([control], [], [], 0)  # before the last tick, so that it sends everything
             end = (json.loads(control.read() or "null") or KILLED) if stopped else None
             arrived = [feed.send(end) for feed in feeds]
             if end:

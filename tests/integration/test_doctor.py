@@ -106,7 +106,7 @@ def test_a_copy_finds_its_own_files_and_the_original_is_not_changed(store, tmp_p
     assert version.source.startswith(str(copy / ARTIFACTS))
     assert verify(copied, version)
     assert identity_of(copied, version)["fingerprint"] == version.tags["fingerprint"]  # `verify --retrain` reads it
-    shutil.rmtree(copy / ARTIFACTS)  # so that the files of before would be read, if any
+    shutil.rmtree(copy / ARTIFACTS)  # the original's files are still there
     with pytest.raises(ModelMissing, match="registers it again"):
         verify(copied, version)
     assert (before / "mlflow.db").read_bytes() == original
