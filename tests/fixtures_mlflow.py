@@ -1,4 +1,4 @@
-"""One MLflow store for the whole session, since making one costs seconds, and tiny trainings to put into it."""
+"""One MLflow store for the whole session, since creating one takes seconds, and tiny trainings to put into it."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from pipeline.registry import artifacts as versions
 from pipeline.system.files import write_json, write_manifest, write_text
 from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_store import Store, open_store
+from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import OWNER_PID, ending, record
 
 
@@ -29,6 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @pytest.fixture(autouse=True)
 def _no_foreign_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test uses the store of the user who runs it."""
     for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -38,7 +40,7 @@ def root_of(store: Store) -> Path:
 
 
 def an_identity() -> dict[str, Any]:
-    """A run that no other test has."""
+    """The identity of a run that no other test uses."""
     return {
         "fingerprint": uuid4().hex[:16],
         "data_sha256": "d" * 64,
@@ -49,7 +51,7 @@ def an_identity() -> dict[str, Any]:
 
 
 def append_steps(journal: Journal, start: int, stop: int, corpus_loss: float | None = None) -> None:
-    """Records of the steps start + 1 to stop; every tenth was measured on the whole text, the last as `corpus_loss`."""
+    """Append records of the steps start + 1 to stop; every tenth has a corpus_loss, the last one the given value."""
     for step in range(start + 1, stop + 1):
         clock = {"step_s": 0.5, "train_s": step / 2, "wall_s": step * 0.6, "memory_bytes": 1000}
         record = StepRecord(step, 8 * step, 5 / step, 1.5, 0.1 / step, **clock)
@@ -60,8 +62,8 @@ def append_steps(journal: Journal, start: int, stop: int, corpus_loss: float | N
 
 
 @contextmanager
-def recording(root: Path, folder: Path, identity: dict[str, Any], error: BaseException | None = None) -> Iterator[None]:
-    """What Recorder does, with a thread in place of a process, which would import MLflow again for two seconds."""
+def recording(root: Path, folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Do what Recorder does, in a thread: a process would take seconds to import MLflow."""
     control, ours = os.pipe()
     with open(control) as reader, open(ours, "w", buffering=1) as writer:
         write_text(folder / OWNER_PID, str(os.getpid()))
@@ -71,30 +73,36 @@ def recording(root: Path, folder: Path, identity: dict[str, Any], error: BaseExc
         try:
             yield
         finally:
-            writer.write(json.dumps(ending(error)))
+            writer.write(json.dumps(ending(None)))
             writer.close()
             thread.join(60)
 
 
-def assert_holds_just_the_journal(store: Store, run_id: str, folder: Path) -> None:
-    """Each step of each metric once, with the journal's own value and time."""
+def run_id_of(folder: Path) -> str:
+    """The id of a folder's run in MLflow."""
+    return (folder / RUN_ID).read_text().strip()
+
+
+def assert_has_exactly_the_journal(store: Store, folder: Path, run_id: str | None = None) -> None:
+    """Each value of each metric is in the run once, with the journal's timestamp."""
+    run_id = run_id or run_id_of(folder)
     expected: dict[str, list[tuple[int, float, int]]] = {}
     lines = zip(*((folder / name).read_text().splitlines() for name in (STEPS, TIMES)), strict=True)
-    for row in (json.loads(step) | json.loads(times) for step, times in lines):
-        for key in row.keys() - {"step", "step_s", "logged_ms"}:
-            expected.setdefault(key, []).append((row["step"], float(row[key]), row["logged_ms"]))
+    for values in (json.loads(step) | json.loads(times) for step, times in lines):
+        for key in values.keys() - {"step", "step_s", "logged_ms"}:
+            expected.setdefault(key, []).append((values["step"], float(values[key]), values["logged_ms"]))
     assert expected.keys() >= {"loss", "grad_norm", "lr", "tokens", "train_s", "wall_s", "memory_bytes"}
     expected["tokens_per_s"] = [(step, 16.0, logged_ms) for step, _, logged_ms in expected["loss"]]  # 8 in 0.5 s
-    found = {key for key in store.client.get_run(run_id).data.metrics if "/" not in key}  # system/... is not of it
-    assert found == expected.keys()
+    metrics = {key for key in store.client.get_run(run_id).data.metrics if "/" not in key}  # without system/...
+    assert metrics == expected.keys()
     for key, history in expected.items():
-        rows = store.client.get_metric_history(run_id, key)
-        assert sorted((row.step, row.value, row.timestamp) for row in rows) == history, key
+        found = store.client.get_metric_history(run_id, key)
+        assert sorted((metric.step, metric.value, metric.timestamp) for metric in found) == history, key
 
 
 @pytest.fixture(name="cheap_versions")
 def _cheap_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a version its own files and little code, without what MLflow adds for serving, which takes a second."""
+    """Give versions their own files and little code, without MLflow's files for serving, which take a second."""
 
     def save_files(whole: Path, project: Path, _run_id: str, _model_id: str) -> None:
         shutil.copytree(project / "models" / "model", whole / "artifacts" / "model")
@@ -108,7 +116,7 @@ def _cheap_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained_project(folder: Path, corpus_loss: float = 0.09, n_tokens: int = 64, salt: int = 0) -> Path:
-    """What the stages before `register` leave: model, journal, tokens, reports, params.yaml and dvc.lock."""
+    """Make the files of the stages before `register`: model, journal, tokens, reports, params.yaml and dvc.lock."""
     (tokens := folder / "data" / "tokens").mkdir(parents=True)
     write_shard(tokens / "train-00000.bin", [[(i + salt) % 50 for i in range(n_tokens)]], 50257)
     write_manifest(tokens)
@@ -119,18 +127,12 @@ def trained_project(folder: Path, corpus_loss: float = 0.09, n_tokens: int = 64,
     append_steps(journal, 0, 20, corpus_loss)
     journal.close()
     reached = {"steps": 20, "tokens": 160} if corpus_loss < 0.1 else None
-    results = {
-        "steps": 20,
-        "tokens": 160,
-        "model_step": 20,
-        "corpus_loss": corpus_loss,
-        "target_loss": 0.1,
-        "rule": "corpus",
-    }
+    to_target = {"batch": None, "average": None, "corpus": reached, "validation": None}
+    losses = {"corpus_loss": corpus_loss, "target_loss": 0.1, "rule": "corpus"}
+    results = {"steps": 20, "tokens": 160, "model_step": 20, **losses, "to_target": to_target}
     identity = {**an_identity(), "data_sha256": data_sha256(tokens)}
-    results["to_target"] = {"batch": None, "average": None, "corpus": reached, "validation": None}
     write_json(folder / "models" / "run.json", {**identity, "n_params": 7, "results": results})
-    metrics = {"fingerprint": identity["fingerprint"], "corpus_loss": corpus_loss, "to_target": results["to_target"]}
+    metrics = {"fingerprint": identity["fingerprint"], "corpus_loss": corpus_loss, "to_target": to_target}
     write_json(folder / "reports" / "metrics.json", metrics)
     write_json(folder / "reports" / "timing.json", {"tokens_per_s": 16.0, "mfu": "unknown"})
     (folder / "reports" / "figures").mkdir()

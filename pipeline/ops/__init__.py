@@ -1,1 +1,1 @@
-"""The doctor, and the chat in the terminal."""
+"""The command `doctor`, and the chat in the terminal."""

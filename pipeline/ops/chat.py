@@ -1,4 +1,4 @@
-"""Continue prompts in the terminal, and show the text as it is written."""
+"""Generate text for prompts in the terminal, and print it token by token."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from pipeline.system.errors import InputError
 
 
 def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
-    """Print the prompt and its continuation, piece by piece; notices and the speed go to stderr."""
+    """Print the prompt and its continuation as it is generated; notices and the speed go to stderr."""
     started, n_tokens, shown = time.perf_counter(), 0, prompt
     for piece in generator.stream([prompt], sampling):
         print(shown + printable(piece.text, also="\n\t"), end="", flush=True)
@@ -23,8 +23,8 @@ def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
 
 
 def converse(generator: Generator, sampling: Sampling) -> None:
-    """Ask for one prompt after another, until Ctrl-D; Ctrl-C ends a continuation."""
-    print("A prompt, and Enter; \\n is a new line, Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+    """Read prompts until Ctrl-D, and print a continuation of each; Ctrl-C ends a continuation."""
+    print("Type a prompt and Enter; \\n is a new line, Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "").replace("\\n", "\n")

@@ -1,4 +1,4 @@
-"""Check the installed packages, this machine, git, DVC, params.yaml and the disk."""
+"""Check the installed packages, git, DVC, params.yaml, this machine and its disk."""
 
 import contextlib
 import io
@@ -25,20 +25,21 @@ from pipeline.training.config import RunConfig
 from pipeline.training.preflight import CHECKPOINTS, saved_bytes
 
 INSTALL = "`python -m pip install --constraint constraints.txt --editable .`"
-TOOLS = {  # that are started by name -> what to do where one cannot be
+MAIN = ("torch", "mlflow", "dvc")  # packages whose versions are shown
+TOOLS = {  # programs that are started by name -> hint if one does not start
     "git": "install it: DVC and the record of a run's code need it",
     "dvc": "`. .venv/bin/activate`, or `make clean-venv repro` where the folder was moved",
 }
 
 
 class Finding(NamedTuple):
-    """`ok`; `note`: worth knowing; `to fix`: an error, which has become `fixed`."""
+    """One result of a check: `ok`, a `note`, an error `to fix`, or an error that was `fixed`."""
 
     mark: Literal["ok", "note", "to fix", "fixed"]
     topic: str
     what: str
     hint: str | None = None  # what the user can do
-    fix: Callable[[], str] | None = None  # does it, and returns a line that says what it did
+    fix: Callable[[], str] | None = None  # fixes the error, and returns a line about what it did
 
     def __str__(self) -> str:
         text = self.what if self.hint is None else f"{self.what}: {self.hint}"
@@ -46,7 +47,7 @@ class Finding(NamedTuple):
 
 
 def examine_packages(root: Path) -> Iterator[Finding]:
-    """Python and the installed packages against pyproject.toml, which may be newer than the installation."""
+    """Whether Python and the installed packages have the versions that pyproject.toml requires."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed, installed = {"Python": SpecifierSet(project["requires-python"])}, {"Python": platform.python_version()}
     for requirement in map(Requirement, project["dependencies"]):
@@ -55,20 +56,18 @@ def examine_packages(root: Path) -> Iterator[Finding]:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 installed[requirement.name] = metadata.version(requirement.name)
     unmet = [
-        f"{name} {version or 'is not installed'}, needed is {specifier}"
+        f"{name} {version or 'is not installed'}, but pyproject.toml requires {specifier or 'it'}"
         for name, specifier in needed.items()
         if not (version := installed.get(name)) or not specifier.contains(version, prereleases=True)
     ]
     yield from (Finding("to fix", "packages", what, INSTALL) for what in unmet)
     if not unmet:
-        named = ", ".join(
-            f"{name} {installed[name]}" for name in ("Python", "torch", "mlflow", "dvc") if name in installed
-        )
+        named = ", ".join(f"{name} {installed[name]}" for name in ("Python", *MAIN) if name in installed)
         yield Finding("ok", "packages", f"{named}; all {len(needed) - 1} packages fit pyproject.toml")
 
 
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """How many cores' time this container may use (cgroups v2); None: no limit."""
+    """The CPU limit of this container in cores (cgroups v2); None if there is no limit."""
     quota, period = path.read_text(encoding="utf-8").split() if path.is_file() else ("max", "")
     return None if quota == "max" else int(quota) / int(period)
 
@@ -78,34 +77,34 @@ def examine_tools(root: Path) -> Iterator[Finding]:
         try:
             done = subprocess.run([name, "--version"], capture_output=True, text=True, check=True, timeout=60)
             yield Finding("ok", name, done.stdout)
-        except (OSError, subprocess.SubprocessError) as error:  # absent, or its interpreter has been moved
-            yield Finding("to fix", name, f"cannot be started ({error})", hint)
+        except (OSError, subprocess.SubprocessError) as error:  # missing, or its interpreter was moved
+            yield Finding("to fix", name, f"does not start ({error})", hint)
     if git_info()["git_commit"] == "unknown":
-        yield Finding("note", "git", f"{root} is no repository with a commit, so that runs cannot record their code")
+        yield Finding("note", "git", f"{root} is not a git repository with a commit: runs cannot record their code")
 
 
 def examine_params(root: Path) -> Iterator[Finding]:
-    """params.yaml, what its section `train` means on this machine, and whether the disk has room for the run."""
+    """Whether params.yaml is valid, what its section `train` means here, and whether the disk has space for a run."""
     params = load_params(root / "params.yaml")
     check_params(params)
-    yield Finding("ok", "params", f"{params.path} is sound")
+    yield Finding("ok", "params", f"{params.path} is valid")
     config = RunConfig.of(params)
-    with contextlib.redirect_stdout(said := io.StringIO()):  # about the compiler
+    with contextlib.redirect_stdout(output := io.StringIO()):  # about the compiler
         machine = prepare_machine(config.train, config.flops)
     name, n, quota = machine.device.type, cores(), cpu_quota()
     if name == "cuda":
         name = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     yield Finding("ok", "device", f"{name}, train.precision {machine.precision}")
-    yield Finding("ok", "threads", f"train.threads {machine.threads}; {n} of {os.cpu_count()} cores may be used")
+    yield Finding("ok", "threads", f"train.threads {machine.threads}; {n} of {os.cpu_count()} cores are usable")
     if machine.threads > (usable := max(1, int(min(n, quota or n)))):
         quota_note = f", and the container's quota is {quota:g}" if quota else ""
-        yield Finding("note", "threads", f"more than may be used{quota_note}", f"train.threads: {usable}")
-    if said.getvalue():
-        yield Finding("note", "compiler", said.getvalue())
+        yield Finding("note", "threads", f"more threads than usable cores{quota_note}", f"train.threads: {usable}")
+    if output.getvalue():
+        yield Finding("note", "compiler", output.getvalue())
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))
     needed = CHECKPOINTS * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free
-    what = f"{free / 1e9:,.1f} GB free in {root}, a run may take {needed / 1e9:,.1f} GB"
+    what = f"{free / 1e9:,.1f} GB free in {root}, a run may need {needed / 1e9:,.1f} GB"
     if free < needed:
         yield Finding("to fix", "disk", what, "make room; `python -m pipeline clean` removes checkpoints")
     else:

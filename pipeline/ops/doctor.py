@@ -1,4 +1,4 @@
-"""Check an installation and its project, print a line for each finding, and fix what can be fixed safely."""
+"""Check an installation and its project, print a line for each finding, and fix errors where this is safe."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,14 +13,14 @@ from pipeline.tracking import mlflow_store
 from pipeline.tracking.mlflow_store import Store, all_found
 
 
-class NotWell(PipelineError):  # noqa: N818 (an outcome, not a fault of the command)
-    """Something is left to fix; exit code 1, since its kinds have codes of their own."""
+class ErrorsLeft(PipelineError):  # noqa: N818 (a result, not a fault of the command)
+    """Errors are left to fix; exit code 1."""
 
 
 def examine(root: Path, fix: bool) -> None:
-    """Print each finding as it is known, and with `fix` fix what can be fixed; without it nothing is changed.
+    """Run all checks and print their findings; with `fix`, apply the fixes. Without it nothing is changed.
 
-    Raises NotWell where something is left to fix.
+    Raises ErrorsLeft if errors are left to fix.
     """
     n_left = n_fixable = 0
     for check in (examine_packages, examine_tools, examine_params, examine_store):
@@ -31,24 +31,24 @@ def examine(root: Path, fix: bool) -> None:
                 n_left, n_fixable = n_left + 1, n_fixable + (finding.fix is not None and not fix)
     if n_left:
         offer = f"; `python -m pipeline doctor --fix` fixes {n_fixable} of them" if n_fixable else ""
-        raise NotWell(f"{n_left} to fix, see above{offer}")
+        raise ErrorsLeft(f"{n_left} to fix, see above{offer}")
 
 
 def examine_store(root: Path) -> Iterator[Finding]:
-    """MLflow's store, and the runs and versions in it."""
+    """Whether MLflow's store can be used, and its runs and versions are complete."""
     uri = mlflow_store.store_uri(root)
     yield from examine_database(root)
     if (database := mlflow_store.own_database(root)) and flaw_of(database):
         return
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not (path.is_file() and path.stat().st_size):
-        yield Finding("note", "store", f"{uri} does not exist yet: `dvc repro` makes it")
+        yield Finding("note", "store", f"{uri} does not exist yet: `dvc repro` creates it")
         return
     with mlflow_store.naming_dead_store(root, "then repeat"):
         client = mlflow_store.connect(uri)
         experiment = client.get_experiment_by_name(mlflow_store.EXPERIMENT)
         if experiment is None:
-            yield Finding("note", "store", f"{uri} holds no run yet: `dvc repro` makes one")
+            yield Finding("note", "store", f"{uri} has no run yet: `dvc repro` creates one")
             return
         store = Store(client, experiment.experiment_id, uri)
         yield Finding("ok", "store", f"{uri} answers")
@@ -59,7 +59,7 @@ def examine_store(root: Path) -> Iterator[Finding]:
 
 
 def examine_versions(store: Store) -> Iterator[Finding]:
-    """Every byte of each version that a `register` made."""
+    """Whether the files of each version that `register` made are unchanged."""
     intact = []
     for model in all_found(store.client.search_registered_models):
         for version in list_versions(store, model.name):
@@ -69,11 +69,11 @@ def examine_versions(store: Store) -> Iterator[Finding]:
                     intact.append(f"{model.name} {version.version}")
                 except (IntegrityError, ModelMissing) as error:
                     yield Finding("to fix", "versions", str(error))
-    yield Finding("ok", "versions", f"{', '.join(intact)}: every byte as registered" if intact else "none yet")
+    yield Finding("ok", "versions", f"{', '.join(intact)}: all files unchanged" if intact else "none yet")
 
 
 def _findings(check: Callable[[Path], Iterator[Finding]], root: Path) -> Iterator[Finding]:
-    """What a check finds; where it fails, that is a finding too."""
+    """The findings of a check, and its error as a finding if it fails."""
     try:
         yield from check(root)
     except (PipelineError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Check the whole of params.yaml, without torch; what only this machine lacks is the doctor's."""
+"""Check all of params.yaml, without torch and without this machine's limits, which the doctor checks."""
 
 from pipeline.config.params import Params
 from pipeline.config.sections import SECTIONS, CorpusConfig, SweepConfig
@@ -9,7 +9,7 @@ from pipeline.training.config import RunConfig
 
 
 def check_params(params: Params) -> None:
-    """Raise one InputError that names every fault in params.yaml."""
+    """Raise one InputError that names all faults in params.yaml."""
     faults = params.unknown_sections(*SECTIONS)
     try:
         params.check(*SECTIONS)

@@ -1,4 +1,4 @@
-"""Close MLflow runs that killed processes left RUNNING, and send records of their journals that the store lacks."""
+"""Close MLflow runs that killed processes left RUNNING, and send journal records that the store lacks."""
 
 import fcntl
 import socket
@@ -17,7 +17,7 @@ from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, StepRecord
 from pipeline.tracking.mlflow_runs import (
     JournalTail,
-    Row,
+    Record,
     create_run,
     describe_inputs,
     log_records,
@@ -36,30 +36,34 @@ FIX = "`python -m pipeline doctor --fix`"
 
 
 def examine_running(store: Store, root: Path) -> Iterator[Finding]:
-    """Runs with the status RUNNING whose process, on this machine, is gone."""
+    """Runs with the status RUNNING: to fix if their process on this machine has ended."""
     found = all_found(store.client.search_runs, [store.experiment_id], "attributes.status = 'RUNNING'")
     for run in found:
         name, folder = f"run {run.info.run_name} ({run.info.run_id})", _folder_of(run, root)
         if folder is None or run.data.tags.get("host", socket.gethostname()) != socket.gethostname():
-            yield Finding("note", "runs", f"{name} is RUNNING, on another machine as far as can be told from here")
+            yield Finding("note", "runs", f"{name} is RUNNING, perhaps on another machine")
         elif holder := run_holder(folder):
             yield Finding("ok", "runs", f"{name} is RUNNING in {holder}")
         else:
             hint = f"{FIX} closes it as KILLED"
             yield Finding(
-                "to fix", "runs", f"{name} is RUNNING, but no process is", hint, partial(_close, store, run, folder)
+                "to fix",
+                "runs",
+                f"{name} is RUNNING, but its process has ended",
+                hint,
+                partial(_close, store, run, folder),
             )
     if not found:
-        yield Finding("ok", "runs", "none was left RUNNING")
+        yield Finding("ok", "runs", "none is RUNNING")
 
 
 def examine_journals(store: Store, root: Path) -> Iterator[Finding]:
-    """Records in the journals of runs and trials that the store lacks."""
+    """The journals of runs and trials: to fix if the store lacks some of their records."""
     n_records, complete = 0, True
     for folder in sorted(path.parent for depth in ("*", "*/*") for path in root.glob(f"checkpoints/{depth}/{STEPS}")):
         name = str(folder.relative_to(root))
         if holder := run_holder(folder):
-            yield Finding("ok", "journals", f"{name} is being written by {holder}")
+            yield Finding("ok", "journals", f"{name} is in use by {holder}")
             continue
         try:
             identity, records = read_json(folder / IDENTITY), JournalTail(folder).read()
@@ -75,11 +79,11 @@ def examine_journals(store: Store, root: Path) -> Iterator[Finding]:
             yield Finding("to fix", "journals", what, f"{FIX} sends them", partial(_send, store, folder, identity))
             complete = False
     if complete:
-        yield Finding("ok", "journals", f"the store has all of their {n_records:,} steps")
+        yield Finding("ok", "journals", f"the store has all {n_records:,} steps")
 
 
 def run_holder(folder: Path) -> str | None:
-    """The process that trains the run of a folder, or sends its records; None: no process. Nothing is changed."""
+    """The process that trains the run or sends its records; None if there is none. Creates and changes no file."""
     for lock in _locks(folder):
         with lock.open() as file:
             try:
@@ -91,7 +95,7 @@ def run_holder(folder: Path) -> str | None:
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a run's locks, those that exist. Raises RunLocked where a process has one."""
+    """Hold those of a run's locks whose files exist. Raises RunLocked if another process holds one."""
     with ExitStack() as stack:
         for lock in _locks(folder):
             stack.enter_context(locked(lock))
@@ -103,7 +107,7 @@ def _locks(folder: Path) -> list[Path]:
 
 
 def _folder_of(run: "Run", root: Path) -> Path | None:
-    """The folder whose lock a run's process holds; None where the run does not say."""
+    """The folder whose lock the run's process holds; None if the run's tags do not name it."""
     tags = run.data.tags
     if "run_folder" in tags:
         return Path(tags["run_folder"])
@@ -119,22 +123,24 @@ def _close(store: Store, run: "Run", folder: Path) -> str:
     return f"run {run.info.run_name} ({run_id}) is KILLED"
 
 
-def _find_run(store: Store, folder: Path, identity: dict[str, Any], records: list[Row]) -> str | None:
-    """The run that a folder names, or else one that holds a part of just its records."""
+def _find_run(store: Store, folder: Path, identity: dict[str, Any], records: list[Record]) -> str | None:
+    """The run whose id is in the folder, or else one whose records are all in the journal."""
     run = noted_run(store, folder)
     return run.info.run_id if run else run_with(store, identity["fingerprint"], records)
 
 
-def _missing(store: Store, run_id: str | None, records: list[Row]) -> list[Row]:
-    """Records that the store lacks; none where a user deleted the run."""
+def _missing(store: Store, run_id: str | None, records: list[Record]) -> list[Record]:
+    """The records that the store lacks; none if a user deleted the run."""
     if run_id is None:
         return records
-    deleted, there = store.client.get_run(run_id).info.lifecycle_stage == "deleted", logged_steps(store, run_id)
-    return [record for record in records if int(record["step"]) not in there and not deleted]
+    if store.client.get_run(run_id).info.lifecycle_stage == "deleted":
+        return []
+    logged = logged_steps(store, run_id)
+    return [record for record in records if int(record["step"]) not in logged]
 
 
 def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
-    """Send what the store lacks of a journal, to a new run where it has none of it."""
+    """Send the records that the store lacks, to a new run if it has none of them."""
     with holding(folder):
         records = JournalTail(folder).read()
         run_id = _find_run(store, folder, identity, records) or _create(store, folder, identity, records)
@@ -147,20 +153,20 @@ def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
     return f"sent {n_missing:,} of {len(records):,} steps of {folder.name} to run {run_id}"
 
 
-def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[Row]) -> str:
-    """Create a run that the store never had, with its inputs and samples."""
+def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[Record]) -> str:
+    """Create a run for a journal, with its inputs and samples, and note its id in the folder."""
     study = {"study": folder.parent.name} if folder.parent.name != "checkpoints" else {}
     tags = {"host": socket.gethostname(), "run_folder": str(folder), "rebuilt": "true"} | study
     run_id = create_run(store, identity, tags, int(records[0]["logged_ms"]))
-    write_text(folder / RUN_ID, f"{run_id}\n")  # at once, so that a repetition finds it
+    write_text(folder / RUN_ID, f"{run_id}\n")  # first, so that a second attempt finds it
     describe_inputs(store, run_id, identity)
     if (folder / "samples").is_dir():
         store.client.log_artifacts(run_id, str(folder / "samples"), "samples")
     return run_id
 
 
-def _is_finished(values: dict[str, Any], records: list[Row]) -> bool:
-    """Whether a journal shows that its run ended by itself; false where the params are of another version."""
+def _is_finished(values: dict[str, Any], records: list[Record]) -> bool:
+    """Whether a journal's run reached its end; False if another version's code wrote its params."""
     params = Params(values)
     try:
         target, windows = params.section(TargetConfig), params.section(WindowsConfig)

@@ -1,6 +1,6 @@
 """Update the absolute paths in MLflow's database after a project was moved or copied.
 
-Only a SQLite file inside the project is changed: one that lies elsewhere may be shared by several checkouts.
+Only a SQLite file inside the project is changed: several checkouts may share one elsewhere.
 """
 
 import sqlite3
@@ -15,7 +15,7 @@ from pipeline.system.errors import RunLocked
 from pipeline.system.files import atomic_file, locked
 from pipeline.tracking.mlflow_store import ARTIFACTS, BUSY_S, made_in, own_database, reading
 
-PLACES = (  # of MLflow's tables: column, and which rows
+PLACES = (  # MLflow's table, its column with paths, and the SQL condition for its rows
     ("experiments", "artifact_location", "TRUE"),
     ("runs", "artifact_uri", "TRUE"),
     ("logged_models", "artifact_location", "TRUE"),
@@ -27,16 +27,16 @@ PLACES = (  # of MLflow's tables: column, and which rows
 
 
 def examine_database(root: Path) -> Iterator[Finding]:
-    """Whether the database is intact, and was made in this folder."""
+    """Whether the database is intact and was made in this folder."""
     if (database := own_database(root)) is None:
         return
     if flaw := flaw_of(database):
         hint = f"move {database.name} away, then `dvc repro -f -s register` makes a new one with the present model"
         yield Finding("to fix", "store", f"{database} is damaged ({flaw})", hint)
     elif before := made_in(root):
-        what, hint, fix = f"{database.name} was made in {before} and names files there", "", None
+        what, hint, fix = f"{database.name} was made in {before} and contains paths there", "", None
         if (root / ARTIFACTS).is_dir():
-            hint = "`python -m pipeline doctor --fix` updates its paths, and keeps a copy of the database as it was"
+            hint = "`python -m pipeline doctor --fix` updates its paths, and keeps a backup of the database"
             fix = partial(relocate, database, before, root)
         else:
             hint = f"move {before / ARTIFACTS} here, or {database.name} away, then `dvc repro -f -s register`"
@@ -46,7 +46,7 @@ def examine_database(root: Path) -> Iterator[Finding]:
 def relocate(database: Path, before: Path, root: Path) -> str:
     """Replace `before` by `root` in every path of the database, in one transaction, after a backup.
 
-    Raises RunLocked where a training, a registration or another program that writes has the store.
+    Raises RunLocked if a training, a registration or another program is writing to the store.
     """
     locks = (root / "checkpoints").rglob("*.lock")
     with ExitStack() as stack:
@@ -55,28 +55,30 @@ def relocate(database: Path, before: Path, root: Path) -> str:
                 stack.enter_context(locked(lock))
         connection = stack.enter_context(closing(sqlite3.connect(database, timeout=BUSY_S, isolation_level=None)))
         try:
-            connection.execute("BEGIN IMMEDIATE")  # nobody else writes from here on
+            connection.execute("BEGIN IMMEDIATE")  # no other process can write from here on
         except sqlite3.OperationalError as error:
-            raise RunLocked(f"{database} cannot be written to ({error}): stop what uses it, `mlflow ui` say") from None
+            raise RunLocked(
+                f"{database} cannot be written ({error}): stop the programs that use it, such as `mlflow ui`"
+            ) from None
         backup = _back_up(database)
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         n_paths = sum(_move(connection, *place, before, root) for place in PLACES if place[0] in tables)
         connection.execute("COMMIT")
-    return f"{n_paths} paths in {database.name} are now below {root}; {backup.name} is the database as it was"
+    return f"{n_paths} paths in {database.name} are now below {root}; {backup.name} is the backup of before"
 
 
 def flaw_of(database: Path) -> str | None:
-    """What SQLite finds wrong in the file."""
+    """The first error that SQLite finds in the file; None if it is intact."""
     try:
         with reading(database) as connection:
             found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     except sqlite3.DatabaseError as error:
-        found = "ok" if "locked" in str(error) else str(error)  # by a writer
+        found = "ok" if "locked" in str(error) else str(error)  # a program is writing to it
     return None if found == "ok" else " ".join(found.split())
 
 
 def _back_up(database: Path) -> Path:
-    """Copy the database to a free name beside it; the copy is complete or absent."""
+    """Copy the database to an unused name beside it; the copy is complete or does not exist."""
     names = (database.with_name(f"{database.name}.before-relocation{f'.{i}' if i else ''}") for i in count())
     free = next(path for path in names if not path.exists())
     with (
@@ -89,7 +91,7 @@ def _back_up(database: Path) -> Path:
 
 
 def _move(connection: sqlite3.Connection, table: str, column: str, rows: str, before: Path, root: Path) -> int:
-    """Replace `before` by `root` where a column's path is, or is below, `before`; return how often."""
+    """Replace `before` by `root` in the paths of a column that are `before` or below it; return their number."""
     sql = (
         f"UPDATE {table} SET {column} = :root || substr({column}, length(:before) + 1) "  # noqa: S608 (of PLACES)
         f"WHERE ({rows}) AND ({column} = :before OR substr({column}, 1, length(:before) + 1) = :before || '/')"

@@ -1,1 +1,1 @@
-"""The journal of a run, its fingerprint, and MLflow."""
+"""The journal and the fingerprint of a run, and its MLflow run."""

@@ -1,8 +1,8 @@
-"""The fingerprint of a run: one hash of the data, the parameters and the code that decide its numbers.
+"""Compute the fingerprint of a run: one hash of the data, parameters and code that decide its numbers.
 
-The fingerprint names the folder of the run's checkpoints and tags the MLflow run and the registered version; it is the
-link between DVC, which must not see random run ids, and MLflow. To resume with the same bits, the machine must agree
-too; that is the identity's `environment`.
+The fingerprint names the folder of the run's checkpoints and is a tag of the MLflow run and the registered version. It
+links DVC, whose outputs must not contain random run ids, to MLflow. A run resumes with the same bits only if the
+identity's `environment` is equal too.
 """
 
 import ast
@@ -16,10 +16,10 @@ from pipeline.system.host import SOURCE_ROOT, cpu_name
 if TYPE_CHECKING:
     from pipeline.system.device import Machine
 
-# The code that decides a number, when a run stops or which model is kept: files, or definitions in them. Left out is
-# what can only refuse a run (checks of parameters and files), what is part of `environment`, and what writes results: a
-# finished run writes them again from its checkpoint. tests/unit/tracking/test_fingerprint.py has the reason of each
-# file that training imports and that is not here.
+# The code that decides a number, when a run stops or which model is kept: files, or definitions in files. Not listed:
+# code that can only refuse a run (checks of parameters and files), code whose effect is in `environment`, and code that
+# writes results (a finished run writes them again from its checkpoint). tests/unit/tracking/test_fingerprint.py gives
+# the reason for each file that training imports and that is not listed.
 DECISIVE = (
     "pipeline/config/sections.py:WindowsConfig.step_tokens",
     "pipeline/config/sections.py:OptimConfig.max_steps",
@@ -31,7 +31,7 @@ DECISIVE = (
     "pipeline/model/gpt.py",
     "pipeline/model/loss.py",
     "pipeline/model/fsdp.py",
-    "pipeline/model/evaluate.py:BATCH_TOKENS",  # the losses that targets, patience and the kept model depend on
+    "pipeline/model/evaluate.py:BATCH_TOKENS",  # losses that decide the target, the patience and the kept model
     "pipeline/model/evaluate.py:corpus_loss",
     "pipeline/model/evaluate.py:_starts",
     "pipeline/system/device.py:Machine.autocast",
@@ -57,18 +57,18 @@ IDENTITY = "identity.json"  # in a run's folder
 
 
 class Identity(TypedDict):
-    """Who a run is; written beside its checkpoints and into models/run.json."""
+    """The content of identity.json beside a run's checkpoints; also part of models/run.json."""
 
     fingerprint: str
     data_sha256: str
     params: dict[str, dict[str, Any]]  # section -> values
     sources: dict[str, str]  # entry of DECISIVE -> its source_hash
     environment: dict[str, str | int]
-    inexact: list[str]  # how the environment changed in the middle of the run, which then cannot be repeated exactly
+    inexact: list[str]  # changes of the environment during the run; if there are any, it cannot be repeated exactly
 
 
 def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") -> Identity:
-    """Identify the run that `sections` of params.yaml describe, on the data and the code that are here."""
+    """The identity of a run of the present code with these sections of params.yaml on these data."""
     params = {section.section_name: section.model_dump(mode="json", exclude={"processes"}) for section in sections}
     sources = {}
     for entry in DECISIVE:
@@ -86,10 +86,10 @@ def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") 
 
 
 def source_hash(text: str, name: str = "") -> str:
-    """SHA-256 of what Python source does, in hex: of all of it, or of the definition `name`, such as `Class.method`.
+    """SHA-256, in hex, of the syntax tree of Python source, or of its definition `name`, such as `Class.method`.
 
-    Formatting, comments, docstrings, annotations, `description=` and messages (what is raised with, asserted with or
-    printed) do not change it. Raises KeyError where there is no such definition.
+    It ignores formatting, comments, docstrings, annotations, `description=`, calls of print, and the messages of raise
+    and assert. Raises KeyError if there is no such definition.
     """
     node: ast.AST = ast.parse(text)
     for part in filter(None, name.split(".")):
@@ -108,7 +108,7 @@ def _names_of(node: ast.AST) -> set[str]:
 
 
 def _content(value: Any) -> Any:
-    """A syntax tree as nested lists, without what decides nothing and without fields that are empty."""
+    """A syntax tree as nested lists, without empty fields and without the parts that the hash ignores."""
     if isinstance(value, list):
         return [_content(item) for item in value if not _is_message(item)]
     if isinstance(value, ast.Raise) and isinstance(value.exc, ast.Call):
@@ -125,7 +125,7 @@ def _content(value: Any) -> Any:
 
 
 def _is_message(node: Any) -> bool:
-    """Whether a part of a syntax tree is a docstring, a call of print or an argument `description=`."""
+    """Whether a node is a docstring, a call of print or an argument `description=`."""
     if isinstance(node, ast.keyword):
         return node.arg == "description"
     value = node.value if isinstance(node, ast.Expr) else None
@@ -135,7 +135,7 @@ def _is_message(node: Any) -> bool:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, one phrase each, such as `optim.lr 0.001 -> 0.002`."""
+    """The differences between two identities, as phrases such as `optim.lr 0.001 -> 0.002`."""
     old, new = flatten(before), flatten(now)
     return [
         f"{key.removeprefix('params.').removeprefix('environment.')} {old.get(key)} -> {new.get(key)}"
@@ -150,7 +150,7 @@ def _environment(machine: "Machine") -> dict[str, str | int]:
     import torch
 
     device = machine.device.type
-    # One kind of CPU adds up a product in another order than the next, and virtual ones share names.
+    # The order in which a CPU sums a product depends on its instruction set; virtual CPUs share names.
     amx = " AMX" * torch.cpu._is_amx_tile_supported()
     cpu = f"{torch.backends.cpu.get_cpu_capability()}{amx}, {cpu_name()}"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu

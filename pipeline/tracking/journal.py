@@ -1,7 +1,7 @@
-"""The record of a training step, and the append-only journal that keeps one for each step of a run.
+"""Keep the records of a run's training steps in an append-only journal.
 
-The journal is two files of JSON lines in the run's folder: `steps.jsonl` holds the fields of a StepRecord that are the
-same whenever the run is repeated, `times.jsonl` the others. Line i of both belongs to step i.
+The journal is two files of JSON lines in the run's folder: `steps.jsonl` has the fields of a StepRecord that are the
+same each time the run is repeated, `times.jsonl` the others. Line i of both files belongs to step i.
 """
 
 import json
@@ -22,16 +22,16 @@ STEPS, TIMES = "steps.jsonl", "times.jsonl"
 
 
 def varying(default: Any) -> Any:
-    """A field that differs when the run is repeated, such as a duration; its place is times.jsonl."""
+    """A field that differs when the run is repeated, such as a duration; it is written to times.jsonl."""
     return field(default=default, metadata={"file": TIMES})
 
 
 @dataclass
 class StepRecord:
-    """What is known of one optimiser step; every field goes into the journal and to MLflow under its own name.
+    """The metrics of one optimiser step; every field goes into the journal and to MLflow under its own name.
 
     A field whose default is None is written only at the steps that have a value for it. A new field must have that
-    default, or journals from before it are refused. Durations are in seconds, without the time between two attempts.
+    default: otherwise older journals are refused. Durations are in seconds, without the time between two attempts.
     """
 
     step: int  # counts from 1
@@ -41,19 +41,21 @@ class StepRecord:
     lr: float  # of AdamW
     validation_loss: float | None = None  # of the held-out text, after the update
     corpus_loss: float | None = None  # of the training text, after the update
-    step_s: float = varying(0.0)  # of this step; a GPU may still be at its update, which the next step then waits for
+    step_s: float = varying(
+        0.0
+    )  # of this step; on a GPU its update may still be running, and the next step waits for it
     train_s: float = varying(0.0)  # of all steps so far
     wall_s: float = varying(0.0)  # since the run's start
     memory_bytes: int = varying(0)
-    logged_ms: int = varying(0)  # the instant, in Unix milliseconds, that MLflow gets
+    logged_ms: int = varying(0)  # Unix time in milliseconds; the metrics' timestamp in MLflow
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Self:
-        """The record with the values of `row`, whose other keys are ignored."""
-        return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The record with these values; keys that are no field are ignored."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
-    def row(self, name: str) -> dict[str, Any]:
-        """The line for the file `name`, STEPS or TIMES."""
+    def line(self, name: str) -> dict[str, Any]:
+        """The values for one line of the file `name`, STEPS or TIMES."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name == "step" or _file_of(f) == name}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -63,51 +65,51 @@ def _file_of(f: "Field[Any]") -> str:
 
 
 class Journal:
-    """The two files of a run, open for appending; a line torn by a kill is cut off when it is opened."""
+    """The two files of a run, open for appending; opening removes a last line that a kill left incomplete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        pairs = zip(_whole_rows(folder / STEPS), _whole_rows(folder / TIMES), strict=False)
+        pairs = zip(_complete_lines(folder / STEPS), _complete_lines(folder / TIMES), strict=False)
         self.records = [StepRecord.of(times | exact) for exact, times in pairs]
         self._open()
 
     def append(self, record: StepRecord) -> None:
         """Add a step's record.
 
-        A step that is already there was taken again after a resume: its exact fields must be equal, and `record` gets
-        the times of the first time. Raises IntegrityError where they are not equal, OutOfSpaceError where the disk is
-        full.
+        If the journal has the step already, the step was repeated after a resume: its fields in steps.jsonl must be
+        equal, and `record` gets the first attempt's fields in times.jsonl. Raises IntegrityError if they are not equal,
+        OutOfSpaceError if the disk is full.
         """
         if record.step <= len(self.records):
             before = self.records[record.step - 1]
-            if (now := record.row(STEPS)) != (then := before.row(STEPS)):
+            if (now := record.line(STEPS)) != (then := before.line(STEPS)):
                 raise IntegrityError(
                     f"step {record.step} came out as {now}, was {then} before the resume in {self.folder}: "
                     "`python -m pipeline clean` and train again"
                 )
-            vars(record).update(before.row(TIMES))
+            vars(record).update(before.line(TIMES))
             return
         assert record.step == len(self.records) + 1, "records come in order"
         self.records.append(record)
         with naming_full_disk(self.folder):
             for name, file in self._files.items():
-                file.write(json.dumps(record.row(name), allow_nan=False) + "\n")
+                file.write(json.dumps(record.line(name), allow_nan=False) + "\n")
                 file.flush()
 
     def cut(self, step: int) -> None:
-        """Forget the records after `step`."""
+        """Remove the records after `step`."""
         self.close()
         del self.records[step:]
         self._open()
 
     def sync(self) -> None:
-        """Force all records to the disk, so that neither a checkpoint nor MLflow is ahead of the journal."""
+        """Flush all records to the disk, so that the journal is never behind a checkpoint or MLflow."""
         for file in self._files.values():
             os.fsync(file.fileno())
 
     def close(self) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # of a line for which the disk had no room: that was reported
+            with suppress(OSError):  # a line did not fit on the disk; `append` reported it
                 file.close()
 
     def _open(self) -> None:
@@ -115,37 +117,37 @@ class Journal:
 
 
 def read_steps(path: Path) -> "pd.DataFrame":
-    """The lines of a steps.jsonl or times.jsonl, indexed by step. Raises InputError where it is missing or empty."""
+    """The lines of a steps.jsonl or times.jsonl, indexed by step. Raises InputError if it is missing or empty."""
     import pandas as pd
 
-    if not path.is_file() or not (rows := _whole_rows(path)):
+    if not (lines := _complete_lines(path)):
         raise InputError(f"{path} holds no steps: run `dvc repro train`")
-    return pd.DataFrame(rows).set_index("step", drop=False)
+    return pd.DataFrame(lines).set_index("step", drop=False)
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, atomically."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, atomically."""
+    write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """All lines up to the first that is torn, or no line of a journal."""
-    rows: list[dict[str, Any]] = []
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines before the first that is incomplete or is not one of a journal; none if there is no file."""
+    found: list[dict[str, Any]] = []
     needed = {"step"} | {f.name for f in fields(StepRecord) if _file_of(f) == path.name and f.default is not None}
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         try:
-            row = json.loads(line) if line.endswith(b"\n") else None
+            values = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or row.get("step") != len(rows) + 1 or not _is_sound(row, needed):
+            values = None
+        if not isinstance(values, dict) or values.get("step") != len(found) + 1 or not _is_valid(values, needed):
             break
-        rows.append(row)
-    return rows
+        found.append(values)
+    return found
 
 
-def _is_sound(row: dict[str, Any], needed: set[str]) -> bool:
-    """Whether a line has the keys that are needed, and only finite numbers."""
-    return needed <= row.keys() and all(type(value) in (int, float) and abs(value) < 1e300 for value in row.values())
+def _is_valid(values: dict[str, Any], needed: set[str]) -> bool:
+    """Whether a line has the needed keys, and only finite numbers."""
+    return needed <= values.keys() and all(type(v) in (int, float) and abs(v) < 1e300 for v in values.values())
 
 
 def _open_cut(path: Path, lines: int) -> TextIO:

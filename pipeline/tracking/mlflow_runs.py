@@ -1,6 +1,6 @@
-"""Write journals and identities to MLflow as runs, each record of each metric exactly once.
+"""Write journals and identities to MLflow as runs, each value of each metric exactly once.
 
-MLflow keeps one of two equal values, and a record's time is the journal's, so that sending again is harmless.
+Values have the journal's timestamps, and MLflow stores equal values once, so that they may be sent again.
 """
 
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 BATCH = 50  # records of up to twenty metrics each; MLflow takes 1,000 metrics in one transaction
-Row = dict[str, float]  # a record: of both of the journal's files
+Record = dict[str, float]  # the values of one step from both of the journal's files
 
 
 class JournalTail:
@@ -26,11 +26,11 @@ class JournalTail:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tokens = 0.0  # at the last record
+        self._tokens = 0.0  # up to the last record that was read
         self._offsets = {STEPS: 0, TIMES: 0}
 
-    def read(self) -> list[Row]:
-        """The complete records since the last call; they are on the disk when it returns."""
+    def read(self) -> list[Record]:
+        """Return the complete records since the last call, after they were flushed to the disk."""
         lines = {name: self._lines(name) for name in self._offsets}
         complete = min(map(len, lines.values()))
         for name, found in lines.items():
@@ -47,29 +47,29 @@ class JournalTail:
             file.seek(self._offsets[name])
             return [line for line in file if line.endswith(b"\n")]
 
-    def _with_speed(self, row: Row) -> Row:
-        """Add tokens_per_s, unless the clock did not move."""
-        tokens, self._tokens = row["tokens"] - self._tokens, row["tokens"]
-        return row | {"tokens_per_s": tokens / row["step_s"]} if row["step_s"] > 0 else row
+    def _with_speed(self, record: Record) -> Record:
+        """Add tokens_per_s, unless the step's duration is 0 (a coarse clock)."""
+        tokens, self._tokens = record["tokens"] - self._tokens, record["tokens"]
+        return record | {"tokens_per_s": tokens / record["step_s"]} if record["step_s"] > 0 else record
 
 
-def log_records(store: Store, run_id: str, rows: list[Row]) -> None:
+def log_records(store: Store, run_id: str, records: list[Record]) -> None:
     """Send records in their order."""
     from mlflow.entities import Metric
 
-    for start in range(0, len(rows), BATCH):
+    for start in range(0, len(records), BATCH):
         metrics = [
-            Metric(key, float(value), int(row["logged_ms"]), int(row["step"]))
-            for row in rows[start : start + BATCH]
-            for key, value in row.items()
+            Metric(key, float(value), int(record["logged_ms"]), int(record["step"]))
+            for record in records[start : start + BATCH]
+            for key, value in record.items()
             if key not in ("step", "step_s", "logged_ms")
         ]
         store.client.log_batch(run_id, metrics=metrics)
 
 
 def logged_steps(store: Store, run_id: str) -> dict[int, int]:
-    """When each step was logged, in Unix milliseconds, of the steps that the store has; batches arrive whole."""
-    return {row.step: row.timestamp for row in store.client.get_metric_history(run_id, "loss")}
+    """The logged steps and their timestamps in Unix milliseconds; the store takes a batch whole or not at all."""
+    return {metric.step: metric.timestamp for metric in store.client.get_metric_history(run_id, "loss")}
 
 
 def create_run(store: Store, identity: dict[str, Any], tags: dict[str, str], started_ms: int | None = None) -> str:
@@ -83,14 +83,14 @@ def create_run(store: Store, identity: dict[str, Any], tags: dict[str, str], sta
 
 
 def identity_tags(identity: dict[str, Any]) -> dict[str, str]:
-    """What a run's tags say about who it is."""
+    """The tags of a run that identify it."""
     tags = {key: identity[key] for key in ("fingerprint", "data_sha256")}
     tags |= {f"environment.{key}": str(value) for key, value in identity["environment"].items()}
     return tags | ({"inexact": "; ".join(identity["inexact"])} if identity.get("inexact") else {})
 
 
 def describe_inputs(store: Store, run_id: str, identity: dict[str, Any]) -> None:
-    """Log parameters and data lineage; again is harmless."""
+    """Log parameters and data lineage; repeating it is harmless."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     params = [Param(key, str(value)) for key, value in flatten(identity["params"]).items()]
@@ -100,37 +100,37 @@ def describe_inputs(store: Store, run_id: str, identity: dict[str, Any]) -> None
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
     try:
         store.client.log_inputs(run_id, inputs)
-    except store_errors():  # MLflow refuses the later of two that log the same data first, at once: now it is there
+    except store_errors():  # two processes created the same dataset at once, and MLflow refused one: now it exists
         store.client.log_inputs(run_id, inputs)
     store.client.log_dict(run_id, identity, "identity.json")
 
 
 def runs_of(store: Store, fingerprint: str) -> list["Run"]:
-    """Runs with this fingerprint, the finished ones first, then the newest."""
+    """Runs with this fingerprint: finished ones first, newer ones before older ones."""
     found = store.client.search_runs([store.experiment_id], f"tags.fingerprint = '{fingerprint}'")
     return sorted(found, key=lambda run: (run.info.status != "FINISHED", -run.info.start_time))
 
 
 def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
-    """Make sure that the store holds the run behind `project`/models with all its records, metrics and reports.
+    """Make sure that the store has the run that made `project`/models, with all its records, metrics and reports.
 
-    `identity` is its run.json. A run that the store lacks is rebuilt from the journal and tagged so. Repeating changes
-    nothing.
+    `identity` is its run.json. A run that the store lacks is created from the journal, with the tag `rebuilt`.
+    Repeating changes nothing.
     """
-    if not (rows := JournalTail(project / "models").read()):
+    if not (records := JournalTail(project / "models").read()):
         raise InputError(f"{project / 'models' / STEPS} holds no steps: run `dvc repro train`")
-    if (run_id := run_with(store, identity["fingerprint"], rows)) is None:
-        run_id = create_run(store, identity, {"rebuilt": "true"}, int(rows[0]["logged_ms"]))
+    if (run_id := run_with(store, identity["fingerprint"], records)) is None:
+        run_id = create_run(store, identity, {"rebuilt": "true"}, int(records[0]["logged_ms"]))
         describe_inputs(store, run_id, identity)
-    log_records(store, run_id, rows[len(logged_steps(store, run_id)) :])
+    log_records(store, run_id, records[len(logged_steps(store, run_id)) :])
     if store.client.get_run(run_id).info.status != "FINISHED":
-        store.client.set_terminated(run_id, "FINISHED", end_time=int(rows[-1]["logged_ms"]))
-    _attach(store, run_id, project, rows[-1])
+        store.client.set_terminated(run_id, "FINISHED", end_time=int(records[-1]["logged_ms"]))
+    _attach(store, run_id, project, records[-1])
     return store.client.get_run(run_id)
 
 
 def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
-    """Where the run behind a model is and what came out. Raises ModelMissing where the store holds none."""
+    """The address, status and last metrics of the run that made a model. Raises ModelMissing if there is none."""
     with naming_dead_store(root):
         store = open_store(root)
         run = next(iter(runs_of(store, fingerprint)), None)
@@ -148,15 +148,15 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
         }
 
 
-def run_with(store: Store, fingerprint: str, rows: list[Row]) -> str | None:
-    """Id of a run that holds none but these records: a training that was repeated has other times."""
-    logged = {(int(row["step"]), int(row["logged_ms"])) for row in rows}
+def run_with(store: Store, fingerprint: str, records: list[Record]) -> str | None:
+    """Id of a run whose records are all among these; a repeated training has other timestamps."""
+    logged = {(int(record["step"]), int(record["logged_ms"])) for record in records}
     ids = (str(run.info.run_id) for run in runs_of(store, fingerprint))
     return next((run_id for run_id in ids if logged_steps(store, run_id).items() <= logged), None)
 
 
-def _attach(store: Store, run_id: str, project: Path, last: Row) -> None:
-    """Log the numbers in metrics.json and timing.json, at the step `last`, and all reports as artifacts."""
+def _attach(store: Store, run_id: str, project: Path, last: Record) -> None:
+    """Log the numbers in metrics.json and timing.json, at the step of `last`, and all reports as artifacts."""
     from mlflow.entities import Metric
 
     reports = project / "reports"

@@ -1,6 +1,6 @@
-"""Open MLflow's store of runs and models, quietly and with bounded waiting.
+"""Open MLflow's store of runs and models, with short timeouts and without its log messages.
 
-Importing MLflow takes seconds, so that it is imported by the functions that need it, never with this module.
+Importing MLflow takes seconds: the functions that need it import it.
 """
 
 import logging
@@ -19,12 +19,12 @@ from pipeline.system.files import locked
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BUSY_S = 2.0  # how long to wait for another writer of a database
-EXPERIMENT = "gpt2-to-target"  # of our own: `mlflow ui` may give the default one a place that clients cannot write to
+BUSY_S = 2.0  # timeout for a lock of a database
+EXPERIMENT = "gpt2-to-target"  # not the default one: `mlflow ui` may give that an artifact folder closed to clients
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"
 
-# Training must not wait minutes for a server, send telemetry, or print progress bars into its own lines.
+# Training must not wait minutes for a server, send telemetry, or print progress bars.
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -40,14 +40,14 @@ class Store(NamedTuple):
 
 
 def project_root() -> Path:
-    """The repository that keeps checkpoints and store, also from within the copies of `dvc exp run --temp`."""
+    """The repository with the checkpoints and the store, also within a copy made by `dvc exp run --temp`."""
     return Path(os.environ.get("DVC_ROOT", "")).absolute()
 
 
 def store_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the mlflow.db that a bare `mlflow ui` opens; relative SQLite files are `root`'s.
+    """MLFLOW_TRACKING_URI, or by default the mlflow.db that `mlflow ui` opens; SQLite paths are relative to `root`.
 
-    Raises InputError where it holds a password, which messages, tags and the page would show.
+    Raises InputError if it contains a password, since messages, tags and the page show the URI.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     if has_password(uri):
@@ -59,7 +59,7 @@ def store_uri(root: Path) -> str:
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client of a store; a database that is missing is created."""
+    """A client of a store; a missing database is created."""
     for name, value in MLFLOW_DEFAULTS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -70,7 +70,7 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def own_database(root: Path) -> Path | None:
-    """The store's SQLite file; None where the store is none, or the file is missing or lies outside of the project."""
+    """The store's SQLite file; None if it is missing or outside the project, or if the store is not a file."""
     uri = store_uri(root)
     path = Path(uri.removeprefix(SQLITE))
     inside = uri.startswith(SQLITE) and path.resolve().is_relative_to(root.resolve())
@@ -79,14 +79,14 @@ def own_database(root: Path) -> Path | None:
 
 @contextmanager
 def reading(database: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that neither creates nor changes the file."""
+    """A read-only connection, which does not create the file."""
     uri = f"file:{quote(str(database))}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S)) as connection:
         yield connection
 
 
 def made_in(root: Path) -> Path | None:
-    """The other folder in which the project was when its database was created; None where it was this one."""
+    """The project's folder when its database was created; None if that was this folder."""
     if (database := own_database(root)) is None:
         return None
     with reading(database) as connection:
@@ -96,43 +96,43 @@ def made_in(root: Path) -> Path | None:
         except sqlite3.DatabaseError:  # no such table, or damaged
             row = None
     place = Path(row[0]) if row and row[0] else Path()
-    if not place.is_absolute() or place.parts[-2:] != ARTIFACTS.parts:  # a server's, or one that a user chose
+    if not place.is_absolute() or place.parts[-2:] != ARTIFACTS.parts:  # chosen by a server or by the user
         return None
     before = place.parents[1]
     return None if before.resolve() == root.resolve() else before
 
 
 def require_usable(root: Path) -> None:
-    """Raise InputError for an address with a password, and for the database of a moved or copied project.
+    """Raise InputError if the store's URI contains a password, or if the project was moved or copied.
 
-    That one would write into the project that it was copied from.
+    The database of a copied project would make MLflow write into the original project.
     """
     if before := made_in(root):
         raise InputError(
             f"{own_database(root)} was made in {before} and keeps its files there: "
-            "`python -m pipeline doctor --fix` makes it use this folder"
+            "`python -m pipeline doctor --fix` changes it to this folder"
         )
 
 
 def open_store(root: Path) -> Store:
-    """Open the store, and create it where it is missing.
+    """Open the store; create it if it is missing.
 
-    Raises one of `store_errors()` where it does not answer, InputError as `require_usable` does.
+    Raises one of `store_errors()` if it does not answer, and InputError as `require_usable` does.
     """
     require_usable(root)
     uri = store_uri(root)
-    with locked(root / "mlruns" / ".lock", wait=True):  # processes that create one database together break it
+    with locked(root / "mlruns" / ".lock", wait=True):  # two processes that create a database at once break it
         client = connect(uri)
         if experiment := client.get_experiment_by_name(EXPERIMENT):
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
             return Store(client, experiment.experiment_id, uri)
-        served = uri.startswith(("http", "databricks"))  # a server knows where it keeps artifacts
+        served = uri.startswith(("http", "databricks"))  # a server chooses where it keeps artifacts
         return Store(client, client.create_experiment(EXPERIMENT, None if served else str(root / ARTIFACTS)), uri)
 
 
 def all_found(search: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """All that a search of MLflow's client finds, page by page: by itself it ends at a hundred, or a thousand."""
+    """All results of a search of MLflow's client, from all pages: one page has at most 100 or 1,000 results."""
     found = [*(page := search(*arguments))]
     while page.token:
         found += (page := search(*arguments, page_token=page.token))
@@ -140,7 +140,7 @@ def all_found(search: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What MLflow lets through when its store is down, locked, slow or full."""
+    """What MLflow raises when its store is down, locked, slow or full."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -149,7 +149,7 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def naming_dead_store(root: Path, hint: str = "then `dvc repro -f -s register`") -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing of one line."""
+    """Turn the store's errors into a ModelMissing with a message of one line."""
     try:
         yield
     except store_errors() as error:
@@ -159,5 +159,5 @@ def naming_dead_store(root: Path, hint: str = "then `dvc repro -f -s register`")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where there is none."""
+    """The first line of an error's message, or its class's name if it has no message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

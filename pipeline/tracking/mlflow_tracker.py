@@ -1,4 +1,4 @@
-"""Keep the MLflow run of a training up to date."""
+"""Write a training's records to its MLflow run."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.system.files import write_text
 from pipeline.system.host import host_info
 from pipeline.tracking.mlflow_runs import (
-    Row,
+    Record,
     create_run,
     describe_inputs,
     identity_tags,
@@ -26,31 +26,32 @@ RUN_ID = "mlflow_run_id"  # file in the run's folder
 
 
 class MlflowTracker:
-    """The MLflow run that belongs to a run folder, found again or created; a Tracker of recorder.py."""
+    """The tracker for MLflow: it continues the run noted in the run folder, or creates one."""
 
     def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str]) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self.store, self.client = (store := open_store(root)), store.client
-        run = noted_run(store, run_folder)  # unless the store has lost it, or a user has deleted it
-        self.run_id = (
-            run.info.run_id if run and run.info.lifecycle_stage == "active" else self._create(run_folder, identity)
-        )
+        run = noted_run(store, run_folder)
+        if run is None or run.info.lifecycle_stage == "deleted":
+            self.run_id = self._create(run_folder, identity)
+        else:
+            self.run_id = run.info.run_id
         self.client.update_run(self.run_id, status="RUNNING")
         for key, value in {**identity_tags(identity), **tags}.items():
             self.client.set_tag(self.run_id, key, value)
         describe_inputs(store, self.run_id, identity)
         self.client.log_dict(self.run_id, host_info(), "environment.json")
         self._logged = len(logged_steps(store, self.run_id))
-        # MLflow's own monitor, without its thread, which would end at the first answer that the store fails to give.
+        # MLflow's own monitor, without its thread, which would end at the store's first failure.
         self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=store.uri)
 
     @staticmethod
     def errors() -> tuple[type[Exception], ...]:
         return store_errors()
 
-    def log_records(self, records: list[Row]) -> None:
-        """Send the records that the store lacks, and the machine's state at that moment."""
+    def log_records(self, records: list[Record]) -> None:
+        """Send the records that the store lacks, and the present system metrics."""
         log_records(self.store, self.run_id, [record for record in records if record["step"] > self._logged])
         self._log_system_metrics(int(records[-1]["step"]))
 
@@ -62,7 +63,7 @@ class MlflowTracker:
         self.client.set_terminated(self.run_id, status)
 
     def _create(self, run_folder: Path, identity: dict[str, Any]) -> str:
-        """Close what a killed process left RUNNING, create a run and note its id."""
+        """Close the runs that a killed process left RUNNING, create a run and note its id."""
         place = {"host": socket.gethostname(), "run_folder": str(run_folder)}
         for run in runs_of(self.store, identity["fingerprint"]):
             if run.info.status == "RUNNING" and place.items() <= run.data.tags.items():
@@ -73,7 +74,7 @@ class MlflowTracker:
         return run_id
 
     def _log_system_metrics(self, step: int) -> None:
-        """Send the machine's state under the names that MLflow's page of system metrics expects."""
+        """Send CPU, memory, disk and GPU usage under the names that MLflow's page of system metrics expects."""
         from mlflow.entities import Metric
 
         self._monitor.collect_metrics()
@@ -85,7 +86,7 @@ class MlflowTracker:
 
 
 def noted_run(store: Store, run_folder: Path) -> "Run | None":
-    """The run that a folder notes, deleted or not; None where it notes none, or the store lost it."""
+    """The run whose id is in the run folder, deleted or not; None if there is no id, or the store lacks the run."""
     from mlflow.exceptions import MlflowException
 
     if not (path := run_folder / RUN_ID).is_file():

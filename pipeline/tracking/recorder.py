@@ -1,9 +1,8 @@
-"""Send what a training run writes into its folder to the trackers, from a process of its own.
+"""Send the records and samples of a training run to the trackers, from a separate process.
 
-The journal is the truth, and a tracker gets its records. Training neither imports MLflow nor waits for it, nor shares
-its interpreter with it: a thread would cost training seconds. The process is `python -m MODULE ROOT RUN_FOLDER TICK_S`.
-Its standard input gives the run's identity and tags and, at the end, how the training ended: two lines of JSON. Where
-the second one is missing the training was killed.
+The process reads them from the run folder, so that training neither imports MLflow nor waits for it; a thread would
+slow training down. It is started as `python -m MODULE ROOT RUN_FOLDER TICK_S`. Its standard input has two lines of
+JSON: the run's identity and tags, and at the end how the training ended. Without the second line, training was killed.
 """
 
 import json
@@ -18,67 +17,67 @@ from typing import Any, Protocol, Self, TextIO
 from pipeline.system.errors import Interrupted, PeerLost, Pruned
 from pipeline.system.files import locked, write_text
 from pipeline.system.host import start_module
-from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Row
+from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Record
 from pipeline.tracking.mlflow_store import first_line, require_usable
 from pipeline.tracking.mlflow_tracker import MlflowTracker
 
-LAST_CALL_S = 60.0  # how long the end of training waits for the trackers
-INTERRUPTED_S = 1.0  # and how long after a signal, when its sender waits
-RECORDER_LOCK = "recorder.lock"  # file in the run's folder; held while the run's records are being sent
-OWNER_PID = "recorder.pid"  # likewise; the process that has to send them, the last one started; gone once FINISHED
+FINISH_S = 60.0  # how long the end of training waits for the trackers
+INTERRUPTED_S = 1.0  # how long it waits after a signal
+RECORDER_LOCK = "recorder.lock"  # file in the run folder, locked while the run's records are being sent
+OWNER_PID = "recorder.pid"  # file in the run folder: the recorder started last, which sends them; removed when FINISHED
 KILLED = {"status": "KILLED", "ended": "killed"}
 
 
 class Tracker(Protocol):
-    """Where records go; created in the recorder's process at each start of a run.
+    """A service that stores a run's records; created in the recorder's process at each start of a training.
 
-    A call that raises one of `errors()` is repeated at the next tick, so that a record may arrive twice, but in order.
-    After another start all records of the run arrive again.
+    A call that raises one of `errors()` is repeated at the next tick, so that records may arrive twice, but in order.
+    Each start sends all records of the run from the beginning.
     """
 
     def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str]) -> None: ...
 
     @staticmethod
     def errors() -> tuple[type[Exception], ...]:
-        """What its calls raise when it cannot be reached."""
+        """What its methods raise when the service cannot be reached."""
         ...
 
-    def log_records(self, records: list[Row]) -> None:
-        """Take some of the journal's records: all fields of StepRecord, and tokens_per_s."""
+    def log_records(self, records: list[Record]) -> None:
+        """Store some of the journal's records: all fields of StepRecord, and tokens_per_s."""
 
     def log_sample(self, path: Path) -> None:
-        """Take a file of texts that the model wrote, samples/step-000050.txt."""
+        """Store a file of texts that the model generated, such as samples/step-000050.txt."""
 
     def end(self, status: str, ended: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED; `ended` says why."""
+        """Close the run with the status FINISHED, FAILED or KILLED; `ended` is the reason."""
 
 
 TRACKERS: dict[str, type[Tracker]] = {"MLflow": MlflowTracker}  # all of them get each run
 
 
 class Recorder:
-    """While it is open, what a training run writes into its folder goes to the trackers.
+    """Starts the process that sends a run's records, and ends it with the training.
 
-    Open it while the run folder's lock is held and after its Journal, which cuts torn lines off. A tracker that is down
-    or slow costs a warning; nothing is lost, for the journal has it. Where this process is killed, the other one
-    notices, sends the rest and marks the run so.
+    Open it while the run folder's lock is held, and after the run's Journal, which removes incomplete lines. A tracker
+    that is down or slow causes a warning; the records stay in the journal. If training is killed, the recorder's
+    process sends the rest and closes the run as KILLED.
     """
 
     def __init__(
         self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str], tick_s: float = 5.0
     ) -> None:
-        """Raises InputError, before anything is started, where the address of MLflow's store cannot be used."""
+        """Raises InputError, before any process is started, if the store's URI cannot be used."""
         require_usable(root)
         self._run_folder = run_folder
         self._arguments = [str(root.absolute()), str(run_folder.absolute()), str(tick_s)]
         self._start = {"identity": identity, "tags": tags}
 
     def __enter__(self) -> Self:
-        self._process = start_module(  # in a session of its own a low priority would count for nothing
+        self._process = start_module(
             "pipeline.tracking.recorder", *self._arguments, line=self._start, stdout=subprocess.DEVNULL
         )
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # training comes first, from the first import on
+        if hasattr(os, "setpriority"):  # it compares processes of one session: the recorder must not get its own
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # the lowest, also for its imports
         write_text(self._run_folder / OWNER_PID, str(self._process.pid))
         return self
 
@@ -86,7 +85,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            wait_s = INTERRUPTED_S if isinstance(error, Interrupted | PeerLost) else LAST_CALL_S
+            wait_s = INTERRUPTED_S if isinstance(error, Interrupted | PeerLost) else FINISH_S
             self._process.communicate(json.dumps(ending(error)), timeout=wait_s)
         except subprocess.TimeoutExpired:
             print("the rest of the run is sent in the background", file=sys.stderr)
@@ -99,7 +98,7 @@ class Recorder:
 
 
 def ending(error: BaseException | None) -> dict[str, str]:
-    """How a run ended: its status in MLflow, and why."""
+    """The status in MLflow of a training that ended with `error`, and the reason."""
     if error is None:
         return {"status": "FINISHED", "ended": "done"}
     if isinstance(error, Pruned):
@@ -109,19 +108,20 @@ def ending(error: BaseException | None) -> dict[str, str]:
 
 
 def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool:
-    """Send what the run folder gets to all trackers, until `control` can be read again; return whether all arrived.
+    """Send the run folder's records to all trackers until `control` has a second line or is closed.
 
-    Where training was started again before this process got the lock, the recorder of that start sends everything.
+    Return whether all of them arrived, or another process has to send them: if training was started again before this
+    process got the lock, that start's recorder sends everything.
     """
     start = json.loads(control.readline())
     if not _owns(run_folder):
         return True
-    with locked(run_folder / RECORDER_LOCK, wait=True):  # the one before may still send what a kill left
+    with locked(run_folder / RECORDER_LOCK, wait=True):  # the previous recorder may still be sending
         if not _owns(run_folder):
             return True
         feeds = [_Feed(name, root, run_folder, start) for name in TRACKERS]
         while True:
-            stopped = bool(select.select([control], [], [], 0)[0])  # asked first, so that the last tick sees all
+            stopped, _, _ = select.select([control], [], [], 0)  # before the last tick, so that it sends everything
             end = (json.loads(control.read() or "null") or KILLED) if stopped else None
             arrived = [feed.send(end) for feed in feeds]
             if end:
@@ -132,23 +132,23 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
 
 
 def _owns(run_folder: Path) -> bool:
-    """Whether this process is the one that has to send the run's records; the folder may be gone."""
+    """Whether this process has to send the run's records; the folder may have been removed."""
     path = run_folder / OWNER_PID
     return path.is_file() and path.read_text(encoding="utf-8") == str(os.getpid())
 
 
 class _Feed:
-    """What one tracker has of a run folder, and what it lacks."""
+    """Sends one run folder's records and samples to one tracker."""
 
     def __init__(self, name: str, root: Path, run_folder: Path, start: dict[str, Any]) -> None:
         self.name, self.root, self.run_folder, self.start = name, root, run_folder, start
         self.tail, self.warned = JournalTail(run_folder), False
         self.tracker: Tracker | None = None
-        self.records: list[Row] = []  # read, but not yet sent
-        self.samples: set[str] = set()  # names of those that were sent
+        self.records: list[Record] = []  # read, but not yet sent
+        self.samples: set[str] = set()  # names of the files that were sent
 
     def send(self, end: dict[str, str] | None) -> bool:
-        """Send what is new, then the end where it has come; return whether the tracker took it all."""
+        """Send what is new, then `end` if given; return whether the tracker stored everything."""
         kind = TRACKERS[self.name]
         try:
             tracker = self.tracker = self.tracker or kind(self.root, self.run_folder, **self.start)

@@ -10,7 +10,10 @@ RUN_KEYS = {"fingerprint", "data_sha256", "params", "environment", "n_params", "
 
 
 def read_run(models: Path) -> dict[str, Any]:
-    """The record of the run behind `models`/model. Raises InputError where it is missing, IntegrityError if unfit."""
+    """Read the record of the run that made `models`/model.
+
+    Raises InputError if it is missing, IntegrityError if it is not such a record.
+    """
     run = read_json(path := models / "run.json")
     if not isinstance(run, dict) or not run.keys() >= RUN_KEYS:
         raise IntegrityError(f"{path} is not the record of a run: `dvc repro` restores it")
@@ -18,7 +21,10 @@ def read_run(models: Path) -> dict[str, Any]:
 
 
 def read_metrics(reports: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """What the stage `evaluate` measured of the model of `run`. Raises IntegrityError where it is about another one."""
+    """Read the metrics that the stage `evaluate` wrote for the model of `run`.
+
+    Raises IntegrityError if they belong to another run.
+    """
     metrics = read_json(path := reports / "metrics.json")
     if not isinstance(metrics, dict) or metrics.get("fingerprint") != run["fingerprint"]:
         raise IntegrityError(

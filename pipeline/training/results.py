@@ -8,7 +8,7 @@ from pipeline.config.sections import ModelConfig, TargetConfig
 from pipeline.model.weights import save_model
 from pipeline.system.device import Machine
 from pipeline.system.files import write_json
-from pipeline.tracking.journal import STEPS, TIMES, StepRecord, write_rows
+from pipeline.tracking.journal import STEPS, TIMES, StepRecord, write_lines
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.run import Run
 from pipeline.training.target import best_step, first_met, is_out_of_patience
@@ -26,7 +26,7 @@ def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
     save_model(models / "model", model, bpe)
     write_json(models / "run.json", {**run.identity, "n_params": config.model.n_params, "results": results})
     for name in (STEPS, TIMES):
-        write_rows(models / name, [record.row(name) for record in records])
+        write_lines(models / name, [record.line(name) for record in records])
     flops = flops_per_token(config.model, run.text.vocabulary.n_rows, config.windows.seq_len)
     mfu = utilisation(throughput(records), flops, run.machine, str(run.identity["environment"]["device"]))
     write_json(timing, time_report(records, first_met(records, config.target), mfu, run.resumes))

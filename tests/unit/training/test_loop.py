@@ -95,7 +95,7 @@ def test_a_restored_state_is_resumed_with_the_same_bits(kind, dropout):
     saved = {stem: {k: v.clone() for k, v in group.items()} for stem, group in interrupted.state.tensors().items()}
     resumed = Loop(name=kind, dropout=dropout)
     resumed.state.restore(saved, interrupted.state.scalars())
-    assert [r.row(STEPS) for r in resumed] == [r.row(STEPS) for r in records[7:]]
+    assert [r.line(STEPS) for r in resumed] == [r.line(STEPS) for r in records[7:]]
     assert equal(straight.weights(), resumed.weights())
 
 

@@ -1,0 +1,142 @@
+"""Stores that fail during a run, or that several processes create: each record arrives in MLflow exactly once."""
+
+import os
+import resource
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import urllib.request
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fixtures_mlflow import an_identity, append_steps, assert_has_exactly_the_journal, recording, root_of, run_id_of
+from sqlalchemy import Engine, event
+
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.mlflow_runs import logged_steps, runs_of
+from tests.waiting import wait_until
+
+DEADLINE_S = 240  # on a loaded machine
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    return folder
+
+
+def n_logged(store, identity):
+    return sum(len(logged_steps(store, run.info.run_id)) for run in runs_of(store, identity["fingerprint"]))
+
+
+@pytest.fixture
+def server(store, tmp_path):
+    """The process of MLflow's own server of the session's store, and its URI."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    options = ["--backend-store-uri", store.uri, "--port", uri.rpartition(":")[2], "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", *options]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, process_group=0)
+
+    def answers():
+        with suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=5):
+            return True
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        return False
+
+    try:
+        assert wait_until(answers, DEADLINE_S), (tmp_path / "log").read_text()
+        yield process, uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def send_during_a_fault(store, root, folder, fail, repair, capfd):
+    """Training continues with one warning while the store fails, and all records arrive when it is repaired."""
+    identity, journal, printed = an_identity(), Journal(folder), []
+
+    def warnings():
+        printed.extend(capfd.readouterr().err.splitlines())
+        return [line for line in printed if line.startswith("warning")]
+
+    with recording(root, folder, identity):
+        append_steps(journal, 0, 20)
+        assert wait_until(lambda: n_logged(store, identity) == 20, DEADLINE_S)
+        try:
+            fail()
+            append_steps(journal, 20, 100)
+            assert wait_until(warnings, DEADLINE_S)
+        finally:
+            repair()
+        append_steps(journal, 100, 110)
+        assert wait_until(lambda: n_logged(store, identity) == 110, DEADLINE_S)
+    (line,) = warnings()
+    assert line.startswith("warning: MLflow fails (")
+    assert store.client.get_run(run_id_of(folder)).info.status == "FINISHED"
+    assert_has_exactly_the_journal(store, folder)
+
+
+def test_a_server_that_stalls_gets_all_records_once_it_answers(store, server, folder, monkeypatch, capfd):  # C3
+    process, uri = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # seconds, instead of ten
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    stall, go_on = (partial(os.killpg, process.pid, number) for number in (signal.SIGSTOP, signal.SIGCONT))
+    send_during_a_fault(store, folder.parent, folder, stall, go_on, capfd)
+
+
+def test_a_locked_database_gets_all_records_after_its_release(store, folder, capfd):  # C3
+    def shorten(connection, cursor, statement, parameters, *_):
+        """MLflow waits 20 seconds for a lock."""
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 100"), parameters
+
+    event.listen(Engine, "before_cursor_execute", shorten, retval=True)
+    try:
+        with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
+            lock = partial(other.execute, "BEGIN EXCLUSIVE")
+            send_during_a_fault(store, root_of(store), folder, lock, other.rollback, capfd)
+    finally:
+        event.remove(Engine, "before_cursor_execute", shorten)
+
+
+def test_a_database_on_a_full_disk_gets_all_records_once_there_is_space(store, folder, capfd):  # C3
+    database = Path(store.uri.removeprefix("sqlite:///"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+
+    send_during_a_fault(
+        store, root_of(store), folder, lambda: limit(database.stat().st_size // 2), lambda: limit(before[0]), capfd
+    )
+
+
+AT_ONCE = """
+import os, sys, time
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store  # once, since it takes seconds; it opens nothing
+from mlflow import MlflowClient
+from pipeline.tracking.mlflow_store import open_store
+create = MlflowClient.create_experiment
+MlflowClient.create_experiment = lambda *names: time.sleep(0.3) or create(*names)  # all four get there
+wait, go = os.pipe()
+for _ in range(4):
+    if os.fork() == 0:
+        os.close(go)
+        os.read(wait, 1)  # until the parent closes the pipe
+        open_store(Path(sys.argv[1]))
+        sys.exit(0)
+os.close(go)
+sys.exit(any([os.wait()[1] for _ in range(4)]))
+"""
+
+
+def test_four_processes_create_a_store_at_once(tmp_path):  # C4
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=DEADLINE_S).returncode == 0
