@@ -88,7 +88,7 @@ def examine_params(root: Path) -> Iterator[Finding]:
     """params.yaml, what its section `train` means on this machine, and whether the disk has room for the run."""
     params = load_params(root / "params.yaml")
     check_params(params)
-    yield Finding("ok", "params", f"{params.path} is sound")
+    yield Finding("ok", "params", f"{params.path} is valid")
     config = RunConfig.of(params)
     with contextlib.redirect_stdout(said := io.StringIO()):  # about the compiler
         machine = prepare_machine(config.train, config.flops)

@@ -1,0 +1,94 @@
+"""A sweep whose worker, whose machine, or which itself is killed loses no trial."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+from optuna.trial import TrialState
+
+from pipeline.sweep.worker import WORKER
+from pipeline.system.errors import InputError
+from tests.studies import ROOT, study_here, sweep_project
+from tests.trainings import change
+from tests.waiting import wait_until
+
+COMMAND = """if True:
+    import sys
+    from pipeline.__main__ import main
+    from pipeline.sweep import controller
+    controller._prepare_tokens = lambda: None  # runs in tests/faults/test_repro.py
+    sys.exit(main())
+    """
+
+
+def start_sweep():
+    command = [sys.executable, "-c", COMMAND, "sweep", "--trials", "3", "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def kill_a_worker():
+    """Kill a worker in a trial that has saved a checkpoint, and return the trial; None when there is no such trial."""
+    try:
+        running = study_here().get_trials(states=(TrialState.RUNNING,)) if Path("optuna.db").is_file() else []
+    except InputError:  # the study has not been created yet
+        running = []
+    for trial in running:
+        if any(Path("checkpoints", "tiny", trial.user_attrs.get("fingerprint", "none")).glob("step-*")):
+            os.kill(int(trial.user_attrs[WORKER].rpartition(":")[2]), signal.SIGKILL)
+            if study_here().trials[trial.number].state is not TrialState.COMPLETE:
+                return trial
+    return None
+
+
+def is_alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def retry_of(trial):
+    return next((t for t in study_here().trials if t.system_attrs.get("failed_trial") == trial.number), None)
+
+
+def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(
+    tmp_path, monkeypatch, store, bpe, tokenizer, shakespeare
+):  # D1, D2
+    sweep_project(tmp_path, bpe, tokenizer, shakespeare)
+    change(tmp_path, **{"target.loss": 2.0, "sweep.heartbeat_timeout_s": 5})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    # A worker is killed: the sweep re-queues its trial at once and starts another worker.
+    sweep = start_sweep()
+    killed = wait_until(lambda: kill_a_worker() or sweep.poll() is not None, 180)
+    assert sweep.poll() is None, sweep.communicate()[0]
+    assert wait_until(lambda: retry_of(killed), 60).params == killed.params
+    # The sweep is killed, and with it a worker that cannot re-queue its trial, as when the machine dies.
+    workers = wait_until(lambda: psutil.Process(sweep.pid).children(), 60)
+    sweep.send_signal(signal.SIGSTOP)
+    lost = wait_until(kill_a_worker, 180)
+    sweep.kill()
+    assert wait_until(lambda: not any(map(is_alive, workers)), 60)  # the other worker ends with the sweep
+    assert study_here().trials[lost.number].state is TrialState.RUNNING
+    sweep.communicate()
+    # The same command retries both trials, from their checkpoints and in their MLflow runs.
+    said, _ = (again := start_sweep()).communicate(timeout=300)
+    assert again.returncode == 0, said
+    trials = study_here().trials
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.FAIL}
+    assert sum(trial.state is TrialState.COMPLETE for trial in trials) in (3, 4)  # two workers may start the last one
+    for trial in (killed, lost):
+        retry = retry_of(trial)
+        while retry.state is TrialState.FAIL:
+            retry = retry_of(retry)
+        assert retry.params == trial.params
+        folder = Path("checkpoints", "tiny", retry.user_attrs["fingerprint"])
+        assert int((folder / "resumes").read_text().split()[0]) >= 5
+        query = f"tags.fingerprint = '{folder.name}'"
+        (run,) = store.client.search_runs([store.experiment_id], query)
+        assert (run.info.status, run.data.tags["trial"]) == ("FINISHED", str(retry.number))
+    assert all(trial.state is TrialState.COMPLETE or retry_of(trial) for trial in trials)
