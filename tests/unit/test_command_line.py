@@ -104,6 +104,7 @@ def test_clean_removes_the_named_run_or_study_or_all_runs(command, checkpoints, 
     assert found == code
     assert said in out + err
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == kept
+    assert not list(checkpoints.glob("*.lock"))
     assert Path("models").is_dir()
 
 

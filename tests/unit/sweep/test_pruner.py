@@ -27,7 +27,8 @@ BUMPY = [(0.0, 10.0), (10.0, 4.0), (20.0, 5.0), (30.0, 1.0)]
         ([(100, 4.75)], BEST, 100 + END - 51),  # halfway between its points at 34 and 68
         ([(50, 9.0), (100, 4.1)], BEST, 100 + END - 68),  # only the last report counts
         ([(50, 0.2)], BEST, 50),  # already lower than the best curve's end
-        ([(5, 4.5)], BUMPY, 5 + 30 - 10 * 5.5 / 6),  # a bump in the best curve does not count
+        ([(5, 4.5)], BUMPY, 5 + 30 - 10 * 5.5 / 6),  # above the bump, which does not count
+        ([(5, 3.0)], BUMPY, 5 + 30 - (20 + 10 / 3)),  # below it: the best fell from 4 to 1 between 20 and 30
     ],
 )
 def test_a_forecast_follows_the_best_curve_from_the_same_loss_on(curve, best, expected):
