@@ -25,7 +25,7 @@ from pipeline.registry.catalog import open_registry, verify_versions
 from pipeline.registry.register import register
 from pipeline.system.files import read_json, sha256_file
 from pipeline.tracking.journal import STEPS, TIMES
-from tests.waiting import wait_until
+from tests.waiting import is_alive, wait_until
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 300  # for any command, on a machine that others use too
@@ -61,13 +61,6 @@ def trainer_of(repro):
 def steps_in(project):
     """Steps of all runs of the project, without those of studies."""
     return sum(path.read_text().count("\n") for path in project.glob(f"checkpoints/*/{TIMES}"))
-
-
-def is_alive(process):
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.fixture(scope="module")

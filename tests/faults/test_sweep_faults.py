@@ -13,7 +13,7 @@ from pipeline.sweep.worker import WORKER
 from pipeline.system.errors import InputError
 from tests.studies import ROOT, study_here, sweep_project
 from tests.trainings import change
-from tests.waiting import wait_until
+from tests.waiting import is_alive, wait_until
 
 COMMAND = """if True:
     import sys
@@ -42,13 +42,6 @@ def kill_a_worker():
             if study_here().trials[trial.number].state is not TrialState.COMPLETE:
                 return trial
     return None
-
-
-def is_alive(process):
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def retry_of(trial):
