@@ -24,8 +24,8 @@ COMMAND = """if True:
     """
 
 
-def start_sweep():
-    command = [sys.executable, "-c", COMMAND, "sweep", "--trials", "3", "--workers", "2"]
+def start_sweep(trials):
+    command = [sys.executable, "-c", COMMAND, "sweep", "--trials", str(trials), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
@@ -56,7 +56,7 @@ def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     # A worker is killed: the sweep re-queues its trial at once and starts another worker.
-    sweep = start_sweep()
+    sweep = start_sweep(trials=100)  # more than a worker could finish alone while the test waits for its end
     killed = wait_until(lambda: kill_a_worker() or sweep.poll() is not None, 180)
     assert sweep.poll() is None, sweep.communicate()[0]
     assert wait_until(lambda: retry_of(killed), 60).params == killed.params
@@ -69,11 +69,11 @@ def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(
     assert study_here().trials[lost.number].state is TrialState.RUNNING
     sweep.communicate()
     # The same command retries both trials, from their checkpoints and in their MLflow runs.
-    said, _ = (again := start_sweep()).communicate(timeout=300)
+    said, _ = (again := start_sweep(trials=3)).communicate(timeout=300)
     assert again.returncode == 0, said
     trials = study_here().trials
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.FAIL}
-    assert sum(trial.state is TrialState.COMPLETE for trial in trials) in (3, 4)  # two workers may start the last one
+    assert 3 <= sum(trial.state is TrialState.COMPLETE for trial in trials) < 50
     for trial in (killed, lost):
         retry = retry_of(trial)
         while retry.state is TrialState.FAIL:

@@ -101,6 +101,15 @@ def test_without_a_pruner_a_trial_reaches_the_target_however_late():
     assert run.reporter.spent == 1000
 
 
+def test_a_trial_that_reaches_the_target_exactly_as_late_as_the_best_is_not_pruned(study, sweep):
+    add(study, value=800.0, curve=BEST)
+    run = Run(study, sweep)
+    run.take_steps(LIKE_THE_BEST[:79])
+    run.add(0.1, corpus_loss=0.09)
+    run.reporter.after_step(run.records[-1])
+    assert run.reporter.spent == 800
+
+
 def test_a_run_that_ends_above_the_target_is_pruned_and_its_end_is_reported(study, sweep):
     run = Run(study, sweep)
     run.take_steps([1.0] * 21)
