@@ -190,6 +190,7 @@ def test_an_altered_cache_entry_is_refused_by_the_stage_that_reads_it(project): 
     # What the message says to do helps.
     subprocess.run(["chmod", "-R", "u+w", ".dvc/cache"], cwd=project, check=True)
     output_of(start(project, "dvc", "repro", "--force", "tokenize"))
+    output_of(start(project, "dvc", "repro"))
     assert tokens.read_bytes() == original
 
 
