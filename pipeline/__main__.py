@@ -1,7 +1,6 @@
-"""The command line: `python -m pipeline`, or `totarget` where the project is installed.
+"""The command line: `python -m pipeline`, or `totarget` when the project is installed."""
 
-Each command imports what it needs itself, so that the quick ones start without torch and MLflow.
-"""
+# Each command imports what it needs, so that the quick ones start without torch and MLflow.
 
 import argparse
 import shutil
@@ -28,7 +27,7 @@ def recipe(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the MLflow run behind the present model."""
+    """Print the MLflow run of the current model."""
     from pipeline.tracking.mlflow_runs import describe_run
     from pipeline.tracking.mlflow_store import project_root
     from pipeline.tracking.run_record import read_run
@@ -38,16 +37,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Check the whole of params.yaml and list every fault."""
+    """Check params.yaml and list every fault."""
     from pipeline.config.params import load_params
     from pipeline.ops.params_check import check_params
 
     check_params(params := load_params())
-    print(f"{params.path} is sound")
+    print(f"{params.path} is valid")
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Encode a share of the text, as one of many tasks on one disk; then `python -m stages.tokenize` joins them."""
+    """Encode one part of the text, as one of several tasks; then `python -m stages.tokenize` joins the parts."""
     from pipeline.config import params, sections
     from pipeline.data.corpus import verify_corpus
     from pipeline.data.encode import Task, write_tokens
@@ -55,11 +54,13 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
     config, task = params.load_params().section(sections.CorpusConfig), Task(arguments.shard, arguments.of)
     if not 0 <= task.first < task.of:
-        raise InputError(f"--shard {task.first} --of {task.of}: N tasks, at least one, are numbered from 0 to N - 1")
+        raise InputError(
+            f"--shard {task.first} --of {task.of}: N tasks are numbered from 0 to N - 1, and N is at least 1"
+        )
     verify_corpus(corpus := Path("data/corpus.txt"))
     tokenizer, folder = load_tokenizer(Path("data/tokenizer")), Path("data/tokens")
     place = write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
-    print(f"{place}: all shards of task {task.first} of {task.of} are there")
+    print(f"{place}: all shards of task {task.first} of {task.of} are written")
 
 
 def sweep(arguments: argparse.Namespace) -> None:
@@ -81,14 +82,14 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 
 def models(arguments: argparse.Namespace) -> None:
-    """List the registered versions; promote one, roll back to the one before, or verify what is stored."""
+    """List the registered versions; promote one, roll back to the previous champion, or verify the stored files."""
     from pipeline.registry import catalog, promotion
 
     action, which = arguments.action, arguments.version
     if action != "verify" and (which is None) == (action == "promote"):
         raise InputError(f"models {action}: {'name a version' if which is None else f'takes no version, got {which}'}")
     if arguments.retrain and (action != "verify" or which is None):
-        raise InputError("--retrain is about one version: `python -m pipeline models verify N --retrain`")
+        raise InputError("--retrain needs one version: `python -m pipeline models verify N --retrain`")
     store, name = _open_registry()
     match action:
         case "list":
@@ -109,7 +110,7 @@ def models(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Continue a prompt with a registered version, shown as it is written; without a prompt, ask for them."""
+    """Continue a prompt with a registered version; without a prompt, read prompts from the terminal."""
     from pipeline.model.generator import load_generator
     from pipeline.model.sampling import Sampling
     from pipeline.ops.chat import converse, show
@@ -136,11 +137,11 @@ def export(arguments: argparse.Namespace) -> None:
     version = catalog.find_version(store, name, arguments.version)
     files, info = artifacts.open_version(store, version), catalog.describe_version(store, version)
     size_mb = exports.export_version(arguments.kind, files, info, arguments.folder) / 1e6
-    print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; its README.md says how to use it")
+    print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; see its README.md")
 
 
 def doctor(arguments: argparse.Namespace) -> None:
-    """Check the environment, params.yaml, MLflow's store and the registered versions, and say what to do."""
+    """Check the environment, params.yaml, MLflow's store and the registered versions, and print how to fix faults."""
     from pipeline.ops.doctor import examine
     from pipeline.tracking.mlflow_store import project_root
 
@@ -166,7 +167,7 @@ def clean(arguments: argparse.Namespace) -> None:
         folder.with_suffix(".lock").unlink()
         print(f"removed {folder.name}, {size / 1e6:,.0f} MB")
     if kept := [path.name for path in folders if path not in to_remove and not name]:
-        print(f"kept {', '.join(kept)}: a study goes only by its name, `python -m pipeline clean {kept[0]}`")
+        print(f"kept {', '.join(kept)}: a study is removed only by name, `python -m pipeline clean {kept[0]}`")
 
 
 COMMANDS = {command.__name__: command for command in (
@@ -175,7 +176,7 @@ COMMANDS = {command.__name__: command for command in (
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; only the command that it names gets its arguments, some of which are slow to import."""
+    """Parse the command line; only the named command gets its arguments, some of which are slow to import."""
     argv = sys.argv[1:] if argv is None else argv
     prog = "totarget" if Path(sys.argv[0]).stem == "totarget" else "python -m pipeline"
     parser = argparse.ArgumentParser(prog=prog, description="Work with settings, searches and registered models.")
@@ -200,11 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
     match command:
         case "recipe":
-            add("name", nargs="?", help="a file of recipes/ without .yaml; none: list them")
+            add("name", nargs="?", help="a file of recipes/ without .yaml; default: list them")
             add("--as-set", action="store_true", help="print -S arguments for `dvc exp run`")
         case "tokenize":
-            add("--shard", metavar="I", type=int, required=True, help="this task's number, from 0")
-            add("--of", metavar="N", type=int, required=True, help="how many tasks there are")
+            add("--shard", metavar="I", type=int, required=True, help="number of this task, from 0")
+            add("--of", metavar="N", type=int, required=True, help="number of tasks")
         case "sweep":
             from pipeline.config.sections import SweepConfig
 
@@ -215,12 +216,12 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
                     add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
         case "models":
             add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"))
-            add("version", nargs="?", help="a number or an alias; verify without: all versions")
-            add("--retrain", action="store_true", help="verify: train again, compare the weights")
+            add("version", nargs="?", help="a number or an alias; verify without one: all versions")
+            add("--retrain", action="store_true", help="verify: train again and compare the weights")
         case "generate":
             from pipeline.model.sampling import Sampling
 
-            add("prompt", nargs="?", help="what to continue; none: ask, again and again")
+            add("prompt", nargs="?", help="the text to continue; default: read prompts from the terminal")
             add("--version", default="champion", help="a number or an alias; champion by default")
             for name, field in Sampling.model_fields.items():
                 flag, many = f"--{name.replace('_', '-')}", "append" if name == "stop" else "store"
@@ -232,7 +233,7 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
         case "doctor":
             add("--fix", action="store_true", help="fix what can be fixed safely")
         case "clean":
-            add("name", nargs="?", help="a run's fingerprint, or a study; none: every run, no study")
+            add("name", nargs="?", help="a run's fingerprint, or a study; default: all runs, no study")
 
 
 def _yaml(text: str) -> Any:

@@ -1,4 +1,3 @@
-"""One thin script for each DVC stage, run as `python -m stages.NAME` from the project's folder.
+"""One short script for each DVC stage, run as `python -m stages.NAME` from the project's folder."""
 
-A stage imports what it needs inside of `main`, so that `run_stage` also handles errors and Ctrl-C during the imports.
-"""
+# A stage imports what it needs inside of `main`, so that `run_stage` also handles errors and Ctrl-C during the imports.

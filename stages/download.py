@@ -1,4 +1,4 @@
-"""Stage `download`: fetch the text and the tokenizer into data/corpus.txt, data/corpus.sha256 and data/tokenizer."""
+"""Stage `download`: download the text and the tokenizer to data/corpus.txt, data/corpus.sha256 and data/tokenizer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Stage `plot`: draw the run's report into reports/figures and reports/plots."""
+"""Stage `plot`: write the run's figures to reports/figures and their data to reports/plots."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Stage `register`: models, data/tokens and reports -> MLflow's run made complete, a version, its aliases."""
+"""Stage `register`: models, data/tokens and reports -> a complete MLflow run, a registered version and its aliases."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Stage `tokenize`: encode data/corpus.txt into data/tokens, and describe it in reports/corpus.json."""
+"""Stage `tokenize`: encode data/corpus.txt to data/tokens, and write statistics to reports/corpus.json."""
 
 from pathlib import Path
 

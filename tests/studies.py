@@ -1,19 +1,27 @@
-"""Build studies, and trials that ended in a given way, for the tests of the sweep."""
+"""Studies in memory, trials that ended in a given state, and a project whose trials are tiny runs."""
 
+import shutil
 from pathlib import Path
 
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from pipeline.config.params import load_params
+from pipeline.config.recipes import apply_recipe
 from pipeline.config.sections import SweepConfig
+from pipeline.data.encode import write_tokens
 from pipeline.sweep.search_space import overridden
-from pipeline.sweep.study import join_study, shared_settings
+from pipeline.sweep.study import find_study, join_study, shared_settings
 from pipeline.training.config import RunConfig
+from tests.trainings import change
 
 ROOT = Path(__file__).parents[1]
 SPACE = {"optim": {"lr": {"low": 0.001, "high": 0.1, "log": True}}}
+DISTRIBUTIONS = {
+    "optim.lr": FloatDistribution(0.001, 0.1, log=True),
+    "optim.schedule": CategoricalDistribution(["linear", "wsd"]),
+}
 
 
 def sweep_config(**changes):
@@ -33,14 +41,40 @@ def new_study(sweep, **arguments):
     return join_study(sweep, shared_by(sweep), InMemoryStorage(), **arguments)
 
 
-def add(study, state=TrialState.COMPLETE, value=None, curve=(), **user_attrs):
-    """Add a trial that ended so."""
+def add(study, state=TrialState.COMPLETE, value=None, curve=(), lr=0.01, schedule="linear", **user_attrs):
+    """Add a trial that has ended."""
     trial = create_trial(
         state=state,
         value=value,
-        params={"optim.lr": 0.01},
-        distributions={"optim.lr": FloatDistribution(0.001, 0.1, log=True)},
+        params={"optim.lr": lr, "optim.schedule": schedule},
+        distributions=DISTRIBUTIONS,
         intermediate_values=dict(curve),
         user_attrs=user_attrs,
     )
     study.add_trial(trial)
+
+
+def fill(study):
+    """Add five trials: the last of three that reached the target is the best."""
+    add(study, value=50_000.0, curve={10_000: 5.0, 50_000: 0.1})
+    add(study, TrialState.PRUNED, curve={10_000: 5.0, 20_000: 4.0}, lr=0.002)
+    add(study, value=60_000.0, curve={10_000: 5.0, 60_000: 0.1}, lr=0.02)
+    add(study, value=40_000.0, curve={10_000: 4.0, 40_000: 0.1}, lr=0.03, schedule="wsd")
+    add(study, TrialState.FAIL, curve={10_000: 5.0, 20_000: 4.0}, lr=0.09)
+    return study
+
+
+def sweep_project(folder, bpe, tokenizer, text):
+    """Make a project with the recipe smoke, its tokens, and a study whose trials take about 20 steps."""
+    shutil.copy(ROOT / "params.yaml", folder)
+    apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
+    settings = {"sweep.study": "tiny", "sweep.sampler": "random", "sweep.pruner": "none", "target.loss": 6.0}
+    space = {"optim": {"lr": {"low": 0.003, "high": 0.006, "log": True}}}
+    change(folder, **settings, **{"sweep.space": space, "checkpoint.interval_steps": 5, "train.threads": 1})
+    shutil.copytree(bpe, folder / "data" / "tokenizer")
+    write_tokens(text, tokenizer, folder / "data" / "tokens", fraction=0.005)
+
+
+def study_here():
+    """The study of the project in the working directory."""
+    return find_study(load_params().section(SweepConfig), Path.cwd())

@@ -1,14 +1,16 @@
-"""waiting: a condition that another process or thread brings about -> what it comes to be, as soon as it holds."""
+"""Wait for conditions that another process or thread fulfils."""
 
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
+
 Found = TypeVar("Found")
 
 
 def wait_until(condition: Callable[[], Found], deadline_s: float) -> Found:
-    """Ask until the answer is true or the time is over; return the last answer. Where there is an event, wait for that.
+    """Ask until the answer is true or the time is over; return the last answer. If there is an event, wait for that.
 
     `assert wait_until(lambda: path.exists() or process.poll() is not None, 60)` is how a dead process ends the wait.
     """
@@ -16,3 +18,11 @@ def wait_until(condition: Callable[[], Found], deadline_s: float) -> Found:
     while not (found := condition()) and time.monotonic() < end:
         time.sleep(0.02)
     return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,1 +1,1 @@
-"""The hyperparameter search."""
+"""Hyperparameter search with Optuna."""

@@ -1,4 +1,4 @@
-"""Run a study's workers, show its trials, and write its best settings into params.yaml."""
+"""Run a study's workers, print its trials, and write the best values into params.yaml."""
 
 import math
 import os
@@ -50,9 +50,10 @@ POLL_S = 0.2
 
 
 def run_sweep(params: Params, sweep: SweepConfig) -> None:
-    """Continue the study until its trials, its time or its patience are spent, or a signal comes.
+    """Run the study until its trials, its time or its patience are used up, or a signal arrives.
 
-    Raises RunLocked where this checkout already works at it; TargetNotReached where no trial has reached the target.
+    Raises RunLocked when another process runs the study in this checkout, TargetNotReached when no trial has reached
+    the target.
     """
     config = RunConfig.of(params)
     check_space(sweep, params)
@@ -63,7 +64,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     with locked(home.parent / f"{sweep.study}.lock"), StopSignals() as stop:
         study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
         if not study.get_trials(deepcopy=False) and not enqueue(study, sweep, values_of(config, list(sweep.axes))):
-            print("the space does not contain the values of params.yaml: they are not tried")
+            print("the values of params.yaml are outside the search space: no trial uses them")
         with naming_dead_store(root, "then sweep again"):
             store = open_store(root)
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep.study, sweep.model_dump())
@@ -71,7 +72,9 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
         study.set_user_attr("trials", sweep.trials)
         threads = max(1, cores() // sweep.workers) if config.train.threads == "auto" else config.train.threads
         configs = [
-            WorkerConfig(str(root), sweep.model_dump(mode="json"), params.values, shared, number, threads, run_id)
+            WorkerConfig(
+                str(root), sweep.model_dump(mode="json"), params.values, shared, number, threads, run_id, os.getpid()
+            )
             for number in range(sweep.workers)
         ]
         print(f"study {sweep.study}: {sweep.workers} workers of {threads} threads", flush=True)
@@ -80,7 +83,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
         with naming_dead_store(root, "then sweep again"):
             close_study_run(store, study, "FINISHED" if stop.received is None else "KILLED", home / "figures")
         print(_summary(study))
-        stop.raise_if_received(f"all kept in {sweep.storage} and {home}")
+        stop.raise_if_received(f"everything saved in {sweep.storage} and {home}")
         _require_best(study)
 
 
@@ -95,7 +98,7 @@ def print_status(sweep: SweepConfig) -> None:
 
 
 def print_best(sweep: SweepConfig) -> None:
-    """Print the best trial, its values, and its MLflow run."""
+    """Print the best trial, its values and its MLflow run."""
     study = find_study(sweep, project_root())
     best = _require_best(study)
     print(_summary(study))
@@ -108,7 +111,7 @@ def print_best(sweep: SweepConfig) -> None:
 def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     """Write the best trial's values into params.yaml, and the trial's name into `sweep.applied`.
 
-    Raises InputError where params.yaml differs from the study in what was not searched.
+    Raises InputError when params.yaml differs from the study in a parameter that was not searched.
     """
     study = find_study(sweep, project_root())
     best = _require_best(study)
@@ -122,7 +125,7 @@ def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
 
 
 def open_dashboard(sweep: SweepConfig) -> None:
-    """Serve Optuna's dashboard on the study's database, to this machine alone, until interrupted."""
+    """Serve Optuna's dashboard for the study's database, on localhost only, until interrupted."""
     from optuna_dashboard import run_server
 
     find_study(sweep, root := project_root())
@@ -131,17 +134,17 @@ def open_dashboard(sweep: SweepConfig) -> None:
 
 
 def _prepare_tokens() -> None:
-    """Bring data/tokens up to date with DVC, so that no trial trains on stale ones."""
+    """Update data/tokens with DVC, so that no trial trains on stale tokens."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]  # another one is done in seconds
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]  # another one takes seconds
     if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode:
-        raise InputError("sweep: `dvc repro tokenize` failed, as shown above: fix that first")
+        raise InputError("sweep: `dvc repro tokenize` failed, see the error above: fix it first")
 
 
 def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> None:
-    """Run the workers until there is no work, the time is spent, or a signal comes; then stop them.
+    """Run the workers until there is no work left, the time is over, or a signal arrives; then stop them.
 
-    The trial of a worker that dies is re-queued at once, and the worker is replaced.
+    When a worker dies, its trial is re-queued at once and the worker is replaced.
     """
     deadline = time.monotonic() + (sweep.budget_s or float("inf"))
     workers = {config.number: start_module(worker.__name__, line=config._asdict()) for config in configs}
@@ -169,7 +172,7 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
 
 
 def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadline: float) -> None:
-    """Wait for trials that others are running, one heartbeat timeout at most: those of a dead machine are re-queued."""
+    """Wait, for one heartbeat timeout at most, for trials on other machines; re-queue those without a heartbeat."""
     deadline = min(deadline, time.monotonic() + sweep.heartbeat_timeout_s + 1)
     while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) and not has_work(study, sweep):
         if stop.received is not None or time.monotonic() > deadline:
@@ -191,7 +194,7 @@ def _summary(study: Study) -> str:
     trials, best = latest_trials(study), best_trial(study)
     states = [trial.state for trial in trials]
     words = (
-        f"study {study.study_name}: {len(trials)} of {study.user_attrs['trials']} trials begun, "
+        f"study {study.study_name}: {len(trials)} of {study.user_attrs['trials']} trials started, "
         f"{states.count(TrialState.COMPLETE)} reached the target, {states.count(TrialState.PRUNED)} did not, "
         f"{states.count(TrialState.FAIL)} failed"
     )
@@ -199,7 +202,7 @@ def _summary(study: Study) -> str:
         return words
     cost = sum(map(_last_step, trials)) / _last_step(best)
     unit = UNITS[study.user_attrs[SHARED]["objective"]]
-    return f"{words}; best: trial {best.number}, {best.value:,.6g} {unit}; all of them took {cost:.1f} times as much"
+    return f"{words}; best: trial {best.number}, {best.value:,.6g} {unit}; all trials together: {cost:.1f} times that"
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "state": states.get(trial.state, trial.state.name.lower()),
-        "value": trial.value if trial.state is TrialState.COMPLETE else math.nan,  # Optuna gives a pruned one its loss
+        "value": trial.value if trial.state is TrialState.COMPLETE else math.nan,  # a pruned trial's is its loss
         "spent": f"{_last_step(trial):,}",
         "loss of last epoch": trial.intermediate_values.get(_last_step(trial)),
         **trial.user_attrs.get("values", {}),
@@ -216,5 +219,5 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _last_step(trial: FrozenTrial) -> int:
-    """What a trial has spent at its last report."""
+    """The step of the last report, which is what the trial has spent."""
     return max(trial.intermediate_values, default=0)

@@ -1,7 +1,4 @@
-"""Draw a study: its learning curves, and Optuna's own figures.
-
-In Optuna's figures a trial that did not reach the target has its forecast as its value.
-"""
+"""Draw a study: its learning curves and Optuna's figures."""
 
 import warnings
 from collections.abc import Callable
@@ -24,7 +21,7 @@ UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
 
 
 def draw_study(study: Study, folder: Path) -> None:
-    """Write each figure that the trials so far allow as NAME.png."""
+    """Write every figure that the trials so far allow to `folder`/NAME.png."""
     save_png(curves_figure(study), folder / "curves.png")
     valued = with_forecasts(study)
     params = {key for trial in valued.trials for key in trial.params}
@@ -44,7 +41,7 @@ def draw_study(study: Study, folder: Path) -> None:
 
 @house_style()
 def curves_figure(study: Study) -> Figure:
-    """Loss of all trials over what they spent; those that were stopped are faded, the best one stands out."""
+    """Plot the loss of all trials over what they spent; pruned trials are faint, the best one is highlighted."""
     figure, best, shared = Figure(), best_trial(study), study.user_attrs[SHARED]
     axes, trials = figure.subplots(), study.get_trials(deepcopy=False)
     for trial in sorted(trials, key=lambda trial: trial == best):
@@ -72,7 +69,7 @@ def curves_figure(study: Study) -> Figure:
 
 
 def with_forecasts(study: Study) -> Study:
-    """A study in memory of the finished trials, in which those that missed the target have their forecast as value."""
+    """Copy the finished trials into a study in memory, where the value of a pruned trial is its forecast."""
     valued = create_study()
     if (best := best_trial(study)) is None:
         return valued

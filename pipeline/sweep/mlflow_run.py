@@ -1,4 +1,4 @@
-"""Keep a study's run in MLflow, the parent of its trials' runs."""
+"""Log a study as an MLflow run, the parent of its trials' runs."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def open_study_run(store: Store, run_id: str | None, study: str, settings: dict[
             store.client.update_run(run_id, status="RUNNING")
             return run_id
         except MlflowException:
-            print(f"MLflow's store {store.uri} has lost the study's run {run_id}: a new one is created")
+            print(f"MLflow's store {store.uri} has no run {run_id} of this study: a new one is created")
     tags = git_info() | {"study": study, "mlflow.source.name": "pipeline/sweep/controller.py"}
     tags["mlflow.source.git.commit"] = tags["git_commit"]
     run = store.client.create_run(store.experiment_id, tags=tags, run_name=f"sweep {study}")

@@ -1,9 +1,4 @@
-"""Check the search space of params.yaml's section `sweep`, and put a trial's values into the parameters.
-
-An axis is `{low, high, log, step}`, of whole numbers where both ends are, or a list of choices. The space has the shape
-of params.yaml. Its key `windows.step_tokens`, the batch in tokens, sets windows.micro_batch_size and
-windows.gradient_accumulation_steps.
-"""
+"""Check the search space of params.yaml, and set a trial's values in the parameters."""
 
 import json
 from pathlib import Path
@@ -14,12 +9,13 @@ from pipeline.config.sections import SweepConfig
 from pipeline.system.errors import InputError
 from pipeline.training.config import RUN_SECTIONS, RunConfig
 
+# The space has the shape of params.yaml, and one key of its own: the batch size in tokens, which sets two parameters.
 STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.micro_batch_size", "windows.gradient_accumulation_steps")
-NOT_SEARCHED = ("target", "checkpoint", "samples")  # the task itself, and what does not change the result
+NOT_SEARCHED = ("target", "checkpoint", "samples")  # they define the task, or do not change the result
 
 
 def overridden(params: Params, given: dict[str, Any]) -> Params:
-    """`params` with the section's values replaced by those given on the command line."""
+    """`params` with the values of section `sweep` that are given on the command line."""
     own = params.values.get(SweepConfig.section_name)
     changed = {key: value for key, value in given.items() if key in SweepConfig.model_fields}
     if not changed or not isinstance(own, dict):
@@ -30,7 +26,7 @@ def overridden(params: Params, given: dict[str, Any]) -> Params:
 
 
 def check_space(sweep: SweepConfig, params: Params) -> None:
-    """Raise one InputError that names each key that cannot be searched, and each value that is not allowed."""
+    """Raise an InputError that names every key that cannot be searched and every value that is not allowed."""
     sections = {kind.section_name: kind for kind in RUN_SECTIONS if kind.section_name not in NOT_SEARCHED}
     known = [f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields] + [STEP_TOKENS]
     faults = []
@@ -49,10 +45,10 @@ def check_space(sweep: SweepConfig, params: Params) -> None:
 
 
 def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int) -> Params:
-    """`params` with `values`, by dotted key, replaced.
+    """Copy `params`, with other values for the dotted keys of `values`.
 
-    STEP_TOKENS becomes as few micro-batches as possible, of at most `micro_batch_tokens` tokens each. Raises InputError
-    where it is not a whole number of windows.
+    STEP_TOKENS is split into as few micro-batches of at most `micro_batch_tokens` tokens as possible. Raises InputError
+    when it is not a whole number of windows.
     """
     changed = {section: dict(own) if isinstance(own, dict) else own for section, own in params.values.items()}
     for key, value in values.items():
@@ -68,23 +64,24 @@ def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int)
 
 
 def values_of(config: RunConfig, keys: list[str]) -> dict[str, Any]:
-    """The values that a run has for `keys`."""
+    """The values of `keys` in a run's settings."""
     own = {section.section_name: section.model_dump(mode="json") for section in config.decisive}
     own["windows"]["step_tokens"] = config.windows.step_tokens
     return {key: own[key.split(".")[0]][key.split(".")[1]] for key in keys}
 
 
 def as_choice(value: Any) -> Any:
-    """A list, such as optim.betas, as JSON, since Optuna's choices are scalars; anything else unchanged."""
+    """Encode a list, such as optim.betas, as JSON, because Optuna's choices are scalars; other values are unchanged."""
     return json.dumps(value) if isinstance(value, list) else value
 
 
 def from_choice(axis: list[Any], chosen: Any) -> Any:
+    """The inverse of `as_choice`."""
     return next(value for value in axis if as_choice(value) == chosen)
 
 
 def _micro_batches(step_tokens: int, length: int, micro_batch_tokens: int) -> tuple[int, int]:
-    """The largest micro-batch, in windows, that divides a step evenly, and how many of them a step takes."""
+    """The largest micro-batch, in windows, that divides a step evenly, and the number of micro-batches in a step."""
     windows, rest = divmod(step_tokens, length)
     if rest or not windows:
         raise InputError(f"{STEP_TOKENS}: {step_tokens} is not a whole number of windows of {length} tokens")

@@ -1,8 +1,4 @@
-"""Open an Optuna study, and say what it searches, what its trials share, and which trial comes next.
-
-A trial that reaches the target is COMPLETE, and its value is what it has spent. One that is stopped, or has spent its
-budget, is PRUNED. One that failed has its `reason`, or is retried by a later trial.
-"""
+"""Open an Optuna study, check the settings that its trials share, and queue its trials."""
 
 import warnings
 from collections.abc import Iterator
@@ -29,17 +25,19 @@ from pipeline.tracking.fingerprint import differences
 from pipeline.tracking.mlflow_store import first_line
 from pipeline.training.config import RunConfig
 
+# States of a trial. COMPLETE: it reached the target, and its value is what it spent. PRUNED: it was stopped, or used up
+# its budget. FAIL: it has a `reason`, or a later trial retries it.
 SHARED = "question"  # user attribute of a study: the settings that all of its trials share
-MAX_RETRIES = 3  # of a trial whose worker died: it may be what kills the workers
+MAX_RETRIES = 3  # of a trial whose worker died: the trial may be the cause
 
 
 def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> RDBStorage:
-    """Open the database, and create it where there is none; the path of a relative SQLite file starts at `root`.
+    """Open the database, or create it; a relative path of an SQLite file starts at `root`.
 
     Optuna re-queues a trial whose worker has sent no heartbeat for `heartbeat_timeout_s` seconds. Raises InputError
-    where the database does not answer.
+    when the database does not answer.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # workers report their trials themselves
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # workers print their trials themselves
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     local = url.startswith("sqlite")
     try:
@@ -61,7 +59,7 @@ def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> RDBStorage
 
 @contextmanager
 def _exclusive(url: str, root: Path) -> Iterator[None]:
-    """Hold a lock for creating the tables: two processes that do so at once break the database."""
+    """Hold a lock while the tables are created: two processes that create them at once break the database."""
     if url.startswith("sqlite"):
         with locked(root / "checkpoints" / ".storage.lock", wait=True):
             yield
@@ -78,7 +76,7 @@ def absolute_url(url: str, root: Path) -> str:
 
 @contextmanager
 def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
-    """Turn the database's errors into an InputError of one line."""
+    """Turn errors of the database into an InputError of one line."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
@@ -86,7 +84,7 @@ def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
 
 
 def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: RDBStorage, worker: int = 0) -> Study:
-    """Open the study, or create it. Raises InputError where its trials share other settings than `shared`."""
+    """Open the study, or create it. Raises InputError when its shared settings are not `shared`."""
     study = optuna.create_study(study_name=sweep.study, storage=storage, load_if_exists=True)
     study.sampler = _sampler(sweep, sweep.seed + 1000 * worker + len(study.get_trials(deepcopy=False)))
     study.pruner = ExtrapolationPruner(sweep.pruner_tolerance) if sweep.pruner == "extrapolation" else NopPruner()
@@ -100,12 +98,12 @@ def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: RDBStorage, 
 def _sampler(sweep: SweepConfig, seed: int) -> BaseSampler:
     if sweep.sampler == "random":
         return RandomSampler(seed=seed)
-    first = min(10, max(1, sweep.trials // 3))  # at random, before there is anything to learn from
+    first = min(10, max(1, sweep.trials // 3))  # random trials, before there is anything to learn from
     return TPESampler(n_startup_trials=first, multivariate=True, constant_liar=sweep.workers > 1, seed=seed)
 
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:
-    """Open the study. Raises InputError where there is none."""
+    """Open the study. Raises InputError when it does not exist."""
     path = Path(absolute_url(sweep.storage, root).removeprefix("sqlite:///"))
     try:
         if sweep.storage.startswith("sqlite:///") and path.parent.is_dir() and not path.exists():
@@ -117,8 +115,12 @@ def find_study(sweep: SweepConfig, root: Path) -> Study:
 
 
 def shared_settings(sweep: SweepConfig, config: RunConfig, data_sha256: str) -> dict[str, Any]:
-    """What makes the trials of a study comparable: objective, space, data, and all parameters that are not searched."""
-    varied = {*sweep.axes, *(BATCH_KEYS if STEP_TOKENS in sweep.axes else ()), "train.threads"}  # workers divide those
+    """The settings that make trials comparable: objective, space, data, and all parameters that are not searched."""
+    varied = {
+        *sweep.axes,
+        *(BATCH_KEYS if STEP_TOKENS in sweep.axes else ()),
+        "train.threads",
+    }  # workers divide the cores
     params = {
         (name := section.section_name): {
             key: value for key, value in section.model_dump(mode="json").items() if f"{name}.{key}" not in varied
@@ -131,15 +133,15 @@ def shared_settings(sweep: SweepConfig, config: RunConfig, data_sha256: str) -> 
 
 
 def require_same(study: Study, shared: dict[str, Any]) -> None:
-    """Raise InputError, which names what differs, unless the trials of `study` share these settings."""
+    """Raise an InputError that names the differences, unless `shared` are the settings of `study`."""
     if changed := differences(study.user_attrs[SHARED], shared):
         raise InputError(
-            f"study {study.study_name} has other settings: {', '.join(changed)}: set them back, or name another --study"
+            f"study {study.study_name} has other settings: {', '.join(changed)}: restore them, or name another --study"
         )
 
 
 def suggest(trial: Trial, sweep: SweepConfig) -> dict[str, Any]:
-    """The trial's value for each key of the space."""
+    """The trial's value of every key of the space."""
     values: dict[str, Any] = {}
     for key, axis in sweep.axes.items():
         if isinstance(axis, list):
@@ -153,7 +155,7 @@ def suggest(trial: Trial, sweep: SweepConfig) -> dict[str, Any]:
 
 
 def enqueue(study: Study, sweep: SweepConfig, values: dict[str, Any]) -> bool:
-    """Queue a trial of `values`, unless the space does not contain them; return whether it does."""
+    """Queue a trial with `values` if the space contains them; return whether it does."""
     axes = sweep.axes.items()
     if not all(values[k] in axis if isinstance(axis, list) else axis.low <= values[k] <= axis.high for k, axis in axes):
         return False
@@ -162,21 +164,21 @@ def enqueue(study: Study, sweep: SweepConfig, values: dict[str, Any]) -> bool:
 
 
 def requeue(study: Study, trial: FrozenTrial, max_retries: int | None = None) -> None:
-    """Fail a trial that its worker left, and queue its settings: they resume from the run's checkpoint."""
+    """Mark an unfinished trial as failed, and queue its settings again: the retry resumes from the checkpoint."""
     if trial.state is TrialState.RUNNING:
         study.tell(trial.number, state=TrialState.FAIL)
     RetryHeartbeatStaleTrialCallback(max_retry=max_retries)(study, trial)
 
 
 def latest_trials(study: Study) -> list[FrozenTrial]:
-    """All trials but those that a later one retries."""
+    """All trials except those that a later trial retries."""
     trials = study.get_trials(deepcopy=False)
     retried = {number for trial in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(trial)}
     return [trial for trial in trials if trial.number not in retried]
 
 
 def has_work(study: Study, sweep: SweepConfig) -> bool:
-    """Whether a worker should start a trial: one is queued, or neither trials nor patience are spent."""
+    """Whether a worker should start a trial: one is queued, or neither trials nor patience are used up."""
     trials, best = latest_trials(study), best_trial(study)
     if any(trial.state is TrialState.WAITING for trial in trials):
         return True

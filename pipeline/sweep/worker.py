@@ -1,9 +1,4 @@
-"""Train a study's trials one after the other, as a child process of a sweep (`python -m pipeline.sweep.worker`).
-
-Its standard input gives its WorkerConfig as JSON. A trial is a training run like any other, in the folder
-`checkpoints/STUDY/FINGERPRINT`: a retry resumes from the checkpoint that it finds there, in the same MLflow run. The
-checkpoints of a finished trial are removed; its journal and samples stay.
-"""
+"""Train the trials of a study one after the other, in a child process of the sweep."""
 
 import json
 import os
@@ -38,23 +33,29 @@ from pipeline.training.target import RULES
 from pipeline.training.train import follow, read_data
 
 REPORTS_PER_EPOCH = 4
-WORKER = "worker"  # user attribute of a trial: the host and the process that train it
+OUT_OF_BUDGET = "its budget is used up"
+WORKER = "worker"  # user attribute of a trial: host and process id of its worker
 
 
 class WorkerConfig(NamedTuple):
-    """What a worker is started with."""
+    """What a worker reads from its standard input, as JSON."""
 
     root: str  # of the project
     sweep: dict[str, Any]
-    params: dict[str, dict[str, Any]]  # of params.yaml when the sweep began
+    params: dict[str, dict[str, Any]]  # of params.yaml when the sweep started
     shared: dict[str, Any]  # settings that all trials share
     number: int  # of the worker, from 0
     threads: int
     parent_run_id: str  # the study's MLflow run
+    sweep_pid: int  # the process that starts the worker
 
 
 class Worker:
-    """Trains trials of a study until there is no more work, or a signal comes."""
+    """Train trials of a study until there is no more work, or a signal arrives.
+
+    A trial is a training run in the folder `checkpoints/STUDY/FINGERPRINT`. A retry resumes from the checkpoint there,
+    in the same MLflow run. When a trial has ended its checkpoints are removed; its journal and its samples are kept.
+    """
 
     def __init__(self, config: WorkerConfig, stop: StopSignals) -> None:
         self.root, self.stop = Path(config.root), stop
@@ -68,13 +69,15 @@ class Worker:
         while self.stop.received is None and has_work(self.study, self.sweep):
             try:
                 self.study.optimize(self._value, n_trials=1, catch=PipelineError, callbacks=[requeue_interrupted])
-            except UpdateFinishedTrialError:
+            except (UpdateFinishedTrialError, ValueError) as error:
+                if isinstance(error, ValueError) and "Cannot tell a FAIL trial" not in str(error):  # Optuna's message
+                    raise
                 silent = f"no heartbeat for {self.sweep.heartbeat_timeout_s:g} s"
                 print(f"a trial of this worker was re-queued, after {silent}", flush=True)
             give_back_memory()
 
     def _value(self, trial: Trial) -> float:
-        """What the trial has spent when it reaches the target. Raises TrialPruned where it does not."""
+        """Train, and return what the trial has spent at the target. Raises TrialPruned when it misses the target."""
         trial.set_user_attr(WORKER, worker_name(os.getpid()))
         try:
             return self._train(trial)
@@ -125,8 +128,8 @@ class Worker:
 class TrialReporter:
     """Report a trial's progress at fixed token intervals, and prune it when it cannot beat the best trial.
 
-    A report is the mean loss over the last epoch, which does not depend on what part of the text is hard, at the step
-    `report_step`. There are four an epoch.
+    A report is the mean loss over the last epoch, so that it does not depend on which part of the text is hard. Its
+    step is `report_step`. There are four reports per epoch.
     """
 
     def __init__(self, trial: Trial, run: Run, sweep: SweepConfig) -> None:
@@ -136,32 +139,32 @@ class TrialReporter:
         self._best = best_trial(trial.study)
 
     def report_past_steps(self) -> None:
-        """Report the steps that an interrupted attempt took."""
+        """Report the steps of an earlier attempt that was interrupted."""
         for record in self.run.records:
             self._note(record)
 
     def after_step(self, record: StepRecord) -> None:
-        """Take note of a step. Raises Pruned where the trial cannot beat the best one any more."""
+        """Process a step. Raises Pruned when the trial cannot beat the best one any more."""
         is_reported = self._note(record)
         if self._is_reached():
             return
         if is_reported and self.trial.should_prune():
-            raise self._pruned("it would end behind")
+            raise self._pruned("its forecast is behind")
         if self.sweep.pruner != "none" and self._best is not None and self.spent >= self._best.value:
             raise self._pruned("it has spent as much as")
 
     def require_target(self) -> None:
-        """Report the end of the run. Raises Pruned where it has not reached the target."""
+        """Report the end of the run. Raises Pruned when it has not reached the target."""
         self._report(len(self.run.records))
         if not self._is_reached():
-            raise self._pruned("its budget is spent")
+            raise self._pruned(OUT_OF_BUDGET)
 
     def _is_reached(self) -> bool:
         target = self.run.config.target
         return RULES[target.rule].is_met(self.run.records, target)
 
     def _note(self, record: StepRecord) -> bool:
-        """Add up what was spent; report it if that is due, and return whether it was."""
+        """Update what was spent; make a report if one is due, and return whether it was."""
         spent = {"tokens": record.tokens, "steps": record.step, "train_s": record.train_s}
         self.spent = spent[self.sweep.objective]
         if is_due := record.step % self._interval == 0:
@@ -180,23 +183,23 @@ class TrialReporter:
 
     def _pruned(self, why: str) -> Pruned:
         self._report(step := len(self.run.records))
-        other = "" if self._best is None or why == "its budget is spent" else f" trial {self._best.number}"
+        other = "" if self._best is None or why == OUT_OF_BUDGET else f" trial {self._best.number}"
         return Pruned(f"{self.run.records[-1].tokens:,} tokens, loss {self._epoch_loss(step):.2f}: {why}{other}")
 
 
 def report_step(spent: float, objective: str) -> int:
-    """What was spent, in the whole numbers that Optuna takes for a report's step: tokens, steps or milliseconds."""
+    """What was spent as an integer, as Optuna needs it for the step of a report: tokens, steps or milliseconds."""
     return round(1000 * spent) if objective == "train_s" else int(spent)
 
 
 def ended_with(values: dict[str, Any], study: Study) -> FrozenTrial | None:
-    """The trial that has ended with the same values, which need no second training; None where there is none."""
+    """The trial that has ended with the same values, which are not trained again; None when there is none."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return next((trial for trial in ended if trial.user_attrs.get("values") == values), None)
 
 
 def requeue_interrupted(study: Study, trial: FrozenTrial) -> None:
-    """Re-queue a trial that a signal ended, as a callback of `study.optimize`: all other failures have a reason."""
+    """Re-queue a trial that a signal ended, as a callback of `study.optimize`: every other failure has a reason."""
     if trial.state is TrialState.FAIL and "reason" not in trial.user_attrs:
         requeue(study, trial)
 
@@ -212,12 +215,14 @@ def announce(trial: Trial, what: str) -> None:
 
 def main() -> None:
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
+    if os.getppid() != config.sweep_pid:  # the sweep has died during the imports, before `die_with_parent`
+        return
     with StopSignals() as stop:
         worker = Worker(config, stop)
         with naming_dead_storage(worker.sweep):
             worker.work()
         if stop.received is not None:
-            sys.exit(128 + stop.received)  # the sweep, which sent it, says the rest
+            sys.exit(128 + stop.received)  # the sweep, which sent it, prints the message
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A stage that dies: no half file under a final name, and what DVC started ends with DVC."""
+"""A stage that dies leaves no half-written file, and a stage ends with the DVC process that started it."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,8 @@ from pipeline.system import files, signals
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.files import UNFINISHED, sha256_file
 from pipeline.training import train as tracked
-from tests.trainings import Untracked
+from tests.trainings import Untracked, change
 
-pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TIMED = {"times.jsonl", "timing.json", "speed.png"}  # their bytes differ from run to run
@@ -46,7 +46,7 @@ def outputs(name):
 
 
 def content(path):
-    """What must be the same each time: the file's hash, or, where it holds times, the keys of its whole rows."""
+    """What must be the same each time: the file's hash, or, where it holds times, the keys of its records."""
     if path.name not in TIMED:
         return sha256_file(path)
     if path.suffix == ".png":
@@ -57,13 +57,13 @@ def content(path):
 
 
 def remove_outputs(name):
-    """As DVC does before it runs a stage."""
+    """Remove what a stage has written, as DVC does before it runs the stage."""
     for path in outputs(name):
         path.unlink()
 
 
 def die_at(call):
-    """Have this process die at its `call`-th call that touches the disk; a file that is just written stays half."""
+    """Let this process die at its `call`-th call that touches the disk, and leave half of a file that it writes."""
     left = iter(range(call - 1, -1, -1))
 
     def deadly(owner, name, half_written):
@@ -84,85 +84,66 @@ def die_at(call):
     deadly(Path, "write_text", half_written=True)
 
 
-def die_everywhere(name, stride):
-    """Let stage `name` die at call 1, 1 + stride, ... until it survives; then its outputs equal those of a clean run.
+AT_LEAST = {"download": 9, "tokenize": 9, "train": 20, "evaluate": 6, "plot": 18}  # calls that touch the disk
+STRIDES = {"download": 1, "tokenize": 2, "train": 4, "evaluate": 1, "plot": 9}  # of all calls, which ones are deadly
+
+
+def die_everywhere():
+    """Let each stage die at call 1, 1 + stride, ... until it survives; then its outputs equal those of a clean run.
 
     Each death is a child's: this process never trains, for torch's threads do not survive a fork.
     """
-    main = import_module(f"stages.{name}").main
     tracked.Recorder = Untracked
-    tokenizer.fetch = lambda sources, path, sha256: shutil.copyfile(
-        Path(os.environ["BPE"], sources[0].split("/")[-1]), path
-    )
-
-    torch.optim.AdamW([torch.zeros(1)])  # once for all children: the first optimiser imports for a second
-
-    def code_of_child(call):
-        if child := os.fork():
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if call:
-            die_at(call)
-        os._exit(exit_code_of(main))
-
-    assert code_of_child(None) == 0
-    clean, deaths = outputs(name), 0
-    assert clean
-    shutil.rmtree("checkpoints", ignore_errors=True)  # so that training, too, starts from step 0
-    while True:
+    tokenizer.fetch = lambda sources, path, _: shutil.copyfile(Path(os.environ["BPE"], sources[0].split("/")[-1]), path)
+    for name in ("data.encode", "data.statistics", "model.evaluate", "report.figures", "report.tables"):
+        import_module(f"pipeline.{name}")  # once for all children
+    torch.optim.AdamW([torch.zeros(1)])  # likewise: the first optimiser imports for a second
+    for name, stride in STRIDES.items():
+        main = import_module(f"stages.{name}").main
+        assert code_of_child(main, None) == 0
+        clean, call = outputs(name), 1
+        assert clean
+        shutil.rmtree("checkpoints", ignore_errors=True)  # so that training, too, starts from step 0
         remove_outputs(name)
-        code = code_of_child(1 + stride * deaths)
-        left = outputs(name)
-        assert all(found == clean[path] for path, found in left.items()), f"half written at call {1 + stride * deaths}"
-        if code != DIED:
-            break
-        deaths += 1
-    assert (code, left.keys()) == (0, clean.keys())
-    assert not [path for place in ("data", "models", "reports") for path in Path(place).rglob(f"{UNFINISHED}*")]
-    print(f"died {deaths} times")
+        while (code := code_of_child(main, call)) == DIED:
+            left = outputs(name)
+            assert all(found == clean[path] for path, found in left.items()), f"{name}: half written at call {call}"
+            remove_outputs(name)
+            call += stride
+        assert (code, outputs(name)) == (0, clean)
+        assert not [path for place in ("data", "models", "reports") for path in Path(place).rglob(f"{UNFINISHED}*")]
+        print(f"{name} survived call {call}")
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, bpe, shakespeare):
-    """A workspace with a short text; the stages' tests run in their order and leave it to the next."""
-    folder = tmp_path_factory.mktemp("stages")
-    (folder / "texts").mkdir()
-    (folder / "texts" / "mine.txt").write_bytes(shakespeare.read_bytes()[:4000])
-    shutil.copy(ROOT / "params.yaml", folder)
-    apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["corpus"].update(source="texts/mine.txt", sha256=None, mirrors=[], fraction=1.0)
-    params["model"].update(n_layer=1, n_embd=16, block_size=32)
-    params["windows"].update(seq_len=32)
-    params["optim"].update(max_tokens=128 * 4)  # 4 steps
-    params["train"].update(threads=1, precision="fp32")
-    params["samples"].update(max_tokens=2)
-    params["evaluate"].update(recall_places=2)
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    return folder
+def code_of_child(main, call):
+    """Exit code of a child that runs a stage and dies at this call."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if call:
+        die_at(call)
+    os._exit(exit_code_of(main))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "stride", "at_least"),
-    [("download", 1, 9), ("tokenize", 1, 9), ("train", 1, 20), ("evaluate", 1, 6), ("plot", 9, 2)],
-)
-def test_a_stage_that_dies_anywhere_leaves_no_half_file_and_then_ends_as_a_clean_run(
-    project, bpe, name, stride, at_least
-):  # B7
-    program = f"from tests.faults.test_dvc_faults import die_everywhere; die_everywhere({name!r}, {stride})"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=project,
-        env=environment(BPE=str(bpe)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_a_stage_that_dies_anywhere_leaves_no_half_file_and_then_ends_as_a_clean_run(tmp_path, bpe, shakespeare):  # B7
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "mine.txt").write_bytes(shakespeare.read_bytes()[:4000])
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    apply_recipe("smoke", tmp_path / "params.yaml", ROOT / "recipes")
+    corpus = {"source": "texts/mine.txt", "sha256": None, "mirrors": [], "fraction": 1.0}
+    change(tmp_path, **{f"corpus.{key}": value for key, value in corpus.items()})
+    change(tmp_path, **{"model.n_layer": 1, "model.n_embd": 16, "model.block_size": 32, "windows.seq_len": 32})
+    change(tmp_path, **{"optim.max_tokens": 128 * 4, "train.threads": 1, "train.precision": "fp32"})  # 4 steps
+    change(tmp_path, **{"samples.max_tokens": 2, "evaluate.recall_places": 2})
+    program = "from tests.faults.test_dvc_faults import die_everywhere; die_everywhere()"
+    env = environment(BPE=str(bpe))
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1].split()[1]) >= at_least
+    survived = {name: int(call) for name, call in re.findall(r"(\w+) survived call (\d+)", done.stdout)}
+    assert survived.keys() == AT_LEAST.keys()
+    assert all(survived[name] > calls for name, calls in AT_LEAST.items()), survived
 
 
-# What DVC started ends with DVC (A10)
+# A stage ends with its DVC process (A10)
 
 PARENT = """if True:
     import subprocess, sys
@@ -172,7 +153,7 @@ PARENT = """if True:
 CHILD = """if True:
     import os, signal, sys
     from pipeline.system.entrypoint import die_with_dvc
-    signal.signal(signal.SIGTERM, lambda *_: (print("told to stop", flush=True), sys.exit()))
+    signal.signal(signal.SIGTERM, lambda *_: (print("received SIGTERM", flush=True), sys.exit()))
     die_with_dvc()
     print("ready", flush=True)
     for line in open(os.environ["FIFO"]):
@@ -180,9 +161,9 @@ CHILD = """if True:
     """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child of its parent's death")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux signals the death of a parent")
 @pytest.mark.parametrize("started_by_dvc", [True, False])
-def test_only_what_dvc_started_is_told_when_its_parent_is_killed(started_by_dvc, tmp_path):  # A10
+def test_only_what_dvc_started_ends_when_its_parent_is_killed(started_by_dvc, tmp_path):  # A10
     os.mkfifo(fifo := tmp_path / "fifo")
     extra = {"FIFO": str(fifo), **({"DVC_STAGE": "train"} if started_by_dvc else {})}
     command, pipe = [sys.executable, "-c", PARENT, CHILD], subprocess.PIPE
@@ -193,7 +174,7 @@ def test_only_what_dvc_started_is_told_when_its_parent_is_killed(started_by_dvc,
             parent.wait()
             if not started_by_dvc:
                 line.write("are you there?\n")
-        assert parent.stdout.read() == ("told to stop\n" if started_by_dvc else "heard\n")  # up to the child's end
+        assert parent.stdout.read() == ("received SIGTERM\n" if started_by_dvc else "heard\n")  # up to the child's end
 
 
 def test_a_parent_that_died_before_the_call_is_noticed(monkeypatch):  # A10

@@ -1,4 +1,4 @@
-"""The architecture: which package imports which, which library belongs where, and what DVC knows of each stage."""
+"""The architecture: which package imports which, which library belongs where, and what dvc.yaml says of each stage."""
 
 import ast
 import inspect
@@ -6,7 +6,6 @@ import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
 import yaml
 
 from pipeline.data.corpus import fetch_corpus
@@ -41,7 +40,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "pip
 
 
 def imports(path):
-    """Dotted names that a file imports, wherever in it; `from a import b` is both a and a.b."""
+    """Dotted names that a file imports, anywhere in it; `from a import b` gives both a and a.b."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / path).with_suffix(".py").read_text())):
         if isinstance(node, ast.Import):
@@ -52,76 +51,68 @@ def imports(path):
     return names
 
 
+IMPORTS = {path: imports(path) for path in MODULES}
+
+
 def packages_in(names):
     return {name.split(".")[1] for name in names if name.startswith("pipeline.")}
 
 
 def test_a_package_imports_only_what_the_table_allows():
-    for path in MODULES:
+    for path, names in IMPORTS.items():
         if package := path.parts[1].removesuffix("__init__"):
-            allowed = {package, *PACKAGES[package].split()}
-            assert packages_in(imports(path)) <= allowed, path
+            assert packages_in(names) <= {package, *PACKAGES[package].split()}, path
 
 
 def test_no_module_is_part_of_an_import_cycle():
     names = {".".join(path.parts).removesuffix(".__init__"): path for path in MODULES}
-    graph = {name: imports(path) & names.keys() - {name} for name, path in names.items()}
+    graph = {name: IMPORTS[path] & names.keys() - {name} for name, path in names.items()}
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_each_library_is_imported_where_it_belongs(library):
-    for path in MODULES:
-        if any(name.split(".")[0] == library for name in imports(path)):
-            assert {path.parts[1], ".".join(path.parts[1:])} & set(LIBRARIES[library].split()), path
+def test_each_library_is_imported_only_where_it_belongs():
+    for path, names in IMPORTS.items():
+        for library in LIBRARIES.keys() & {name.split(".")[0] for name in names}:
+            assert {path.parts[1], ".".join(path.parts[1:])} & set(LIBRARIES[library].split()), (path, library)
 
 
-def test_neither_library_nor_stages_import_the_page():
+def test_pipeline_and_stages_do_not_import_the_page_and_the_page_imports_only_what_it_serves():
     for path in (*MODULES, *(ROOT / "stages").glob("*.py")):
-        assert not {name.split(".")[0] for name in imports(path)} & {"webapp", "app"}
-
-
-def test_the_page_imports_only_what_it_serves():
+        assert not {name.split(".")[0] for name in imports(path)} & {"webapp", "app"}, path
     for path in (ROOT / "app.py", *(ROOT / "webapp").rglob("*.py")):
         assert packages_in(imports(path)) <= {"config", "system", "data", "model", "tracking", "registry"}, path
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_dvc_reruns_a_stage_when_its_code_changes(stage):
+def test_dvc_reruns_a_stage_when_its_code_or_its_params_change():
     """A stage depends on its script, on the packages that the script imports, and on all that these may import."""
-    imported = packages_in(imports(f"stages/{stage}"))
-    reached = imported.union(*(PACKAGES[package].split() for package in imported))
-    declared = {dep for dep in STAGES[stage]["deps"] if dep.startswith(("pipeline", "stages"))}
-    assert declared == {f"stages/{stage}.py", *(f"pipeline/{package}" for package in reached)}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_dvc_reruns_a_stage_when_its_params_change(stage):
-    assert {key.split(".")[0] for key in STAGES[stage].get("params", [])} == sections_read_by(stage)
+    for name, stage in STAGES.items():
+        imported = packages_in(imports(f"stages/{name}"))
+        reached = imported.union(*(PACKAGES[package].split() for package in imported))
+        declared = {dep for dep in stage["deps"] if dep.startswith(("pipeline", "stages"))}
+        assert declared == {f"stages/{name}.py", *(f"pipeline/{package}" for package in reached)}, name
+        assert {key.split(".")[0] for key in stage.get("params", [])} == sections_read_by(name), name
 
 
 def sections_read_by(stage):
-    """Sections whose classes the script asks params.yaml for."""
+    """Sections of params.yaml that the script of a stage reads."""
     source = (ROOT / f"stages/{stage}.py").read_text()
     if "run_tracked" in source:
         return {section.section_name for section in RUN_SECTIONS}
-    asked = {part.split(")")[0] for part in source.split(".section(")[1:]}
-    return {name.removesuffix("Config").lower() for name in asked}
+    return {name.lower() for name in re.findall(r"\.section\((\w+)Config\)", source)}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_is_a_thin_script_that_says_what_it_does(stage):
-    assert (ROOT / f"stages/{stage}.py").read_text().count("\n") < 40
-    assert STAGES[stage]["desc"]
-    assert STAGES[stage]["cmd"] == f"exec python -m stages.{stage}"
+def test_a_stage_is_a_short_script_with_a_description():
+    for name, stage in STAGES.items():
+        assert (ROOT / f"stages/{name}.py").read_text().count("\n") < 40, name
+        assert stage["desc"], name
+        assert stage["cmd"] == f"exec python -m stages.{name}"  # `exec`: no shell between DVC and the stage
 
 
-def test_every_section_of_params_belongs_to_a_stage():
-    assert set(PARAMS) == {
-        section for stage in STAGES.values() for section in stage.get("params", []) if "." not in section
-    } | {"sweep"}
+def test_every_section_of_params_belongs_to_a_stage_or_to_the_sweep():
+    whole = {section for stage in STAGES.values() for section in stage.get("params", []) if "." not in section}
+    assert set(PARAMS) == whole | {"sweep"}
 
 
-def test_text_and_tokenizer_are_fetched_again_only_when_their_source_changes():
+def test_text_and_tokenizer_are_downloaded_again_only_when_their_source_changes():
     read = set(re.findall(r"config\.(\w+)", inspect.getsource(fetch_corpus) + inspect.getsource(download)))
     assert STAGES["download"]["params"] == [f"corpus.{key}" for key in PARAMS["corpus"] if key in read]

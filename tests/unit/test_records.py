@@ -1,4 +1,4 @@
-"""RECORDS.md against what it names, and README's comparison, which is drawn from it."""
+"""RECORDS.md against the recipes, and README's comparison against RECORDS.md."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def table(name, below):
-    """Split of the table in a page that begins with the column `below`, as dicts by column."""
+    """The rows, as dicts by column, of the table of a page whose first column is `below`."""
     lines = (ROOT / name).read_text().split(f"\n| {below} |", 1)[1].split("\n\n")[0].splitlines()
     columns, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
     return [dict(zip([below, *columns], row, strict=True)) for row in rows]
@@ -30,7 +30,7 @@ def test_a_records_steps_with_its_recipe_give_its_tokens(recipe):
     record, settings = LATEST[recipe], yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text())
     windows = WindowsConfig(**{"gradient_accumulation_steps": 1, "order": "shuffled", **settings["windows"]})
     seen = number(record["steps"]) * windows.step_tokens
-    assert 0.99 * seen < number(record["tokens"]) <= seen  # a little less: each pass ends with a shorter window
+    assert 0.99 * seen < number(record["tokens"]) <= seen  # a little less: each epoch ends with a shorter window
     assert number(record["corpus loss"]) < 0.1
     assert number(record["train s"]) < number(record["wall s"])
 

@@ -1,5 +1,6 @@
-"""search_space: what may be searched, and the parameters of a trial."""
+"""The search space: which keys and values are allowed, and the parameters of a trial."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from pipeline.training.config import RunConfig
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params():
     return load_params(ROOT / "params.yaml")
 
@@ -23,7 +24,7 @@ def sweep_of(params, space):
     return overridden(params, {"space": yaml.safe_load(space)}).section(SweepConfig)
 
 
-def test_the_committed_space_is_sound_and_holds_keys_of_three_kinds(params):
+def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
     sweep = params.section(SweepConfig)
     check_space(sweep, params)
     assert {"optim.lr", "optim.schedule", "windows.step_tokens"} <= sweep.axes.keys()
@@ -50,91 +51,62 @@ def test_the_committed_space_is_sound_and_holds_keys_of_three_kinds(params):
         ("{target: {loss: [0.1, 10.0]}}", "sweep.space.target.loss: cannot be searched"),
         ("{samples: {interval_steps: [1]}}", "cannot be searched"),
         ("{windows: {step_tokens: [1000]}}", "1000 is not a whole number of windows of 128 tokens"),
+        ("{windows: {seq_len: [2048]}}", "sweep.space.windows.seq_len 2048 is longer than model.block_size"),
+        ("{optim: {lrr: [1.0], eps: [-1]}}", "lrr: unknown key (did you mean optim.lr?); sweep.space.optim.eps"),
     ],
 )
-def test_what_cannot_be_searched_is_one_line_that_names_it(params, space, complaint):
+def test_what_cannot_be_searched_is_named_in_one_line(params, space, complaint):
     with pytest.raises(InputError) as error:
         check_space(sweep_of(params, space), params)
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_all_faults_of_a_space_come_at_once(params):
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"trials": "many"}, "params.yaml with the command line: sweep.trials"),
+        ({"trials": 0}, "sweep.trials: input should be greater than or equal to 1, got 0"),
+        ({"study": "5b24e86fccb57c6b"}, "sweep.study: a run's fingerprint looks like this"),
+        ({"study": "../x"}, "sweep.study"),  # it is the name of a folder
+        ({"storage": "postgresql://me:s3cret@host/db"}, "sweep: storage holds a password"),
+        ({"storage": "postgresql://host/db?user=me&password=s3cret"}, "PGPASSWORD"),
+    ],
+)
+def test_values_of_the_command_line_are_checked_and_a_password_is_not_shown(params, given, complaint):
     with pytest.raises(InputError) as error:
-        check_space(sweep_of(params, "{optim: {lrr: [1.0], eps: [-1]}}"), params)
-    assert "lrr" in str(error.value)
-    assert "eps" in str(error.value)
+        overridden(params, given).section(SweepConfig)
+    assert complaint in str(error.value)
+    assert "s3cret" not in str(error.value)
 
 
-def test_values_take_the_place_of_those_in_params_yaml_which_stays_as_it_is(params):
-    before = yaml.safe_dump(params.values)
-    changed = with_values(params, {"optim.lr": 0.5, "windows.seq_len": 64}, micro_batch_tokens=8192)
-    assert changed.values["optim"]["lr"] == 0.5
-    assert changed.values["windows"]["seq_len"] == 64
-    assert yaml.safe_dump(params.values) == before
+def test_a_storage_without_a_password_is_accepted_and_a_missing_section_is_not(params):
+    overridden(params, {"storage": "postgresql://me@host/db"}).section(SweepConfig)
+    with pytest.raises(InputError, match="sweep: section missing"):
+        overridden(Params({}), {"trials": 3}).section(SweepConfig)
 
 
 @pytest.mark.parametrize(
     ("step_tokens", "batch", "accumulate"),
     [(128, 1, 1), (2048, 16, 1), (4096, 32, 1), (8192, 32, 2), (12288, 32, 3), (128 * 37, 1, 37)],
 )
-def test_a_batch_in_tokens_is_as_few_forward_passes_as_hold_it(params, step_tokens, batch, accumulate):
+def test_a_batch_in_tokens_is_split_into_as_few_micro_batches_as_possible(params, step_tokens, batch, accumulate):
     windows = with_values(params, {"windows.step_tokens": step_tokens}, micro_batch_tokens=4096).values["windows"]
     assert (windows["micro_batch_size"], windows["gradient_accumulation_steps"]) == (batch, accumulate)
 
 
-def test_a_batch_in_tokens_counts_in_the_trials_own_windows(params):
-    values = {"windows.step_tokens": 2048, "windows.seq_len": 64}
-    assert with_values(params, values, micro_batch_tokens=4096).values["windows"]["micro_batch_size"] == 32
+def test_a_trials_values_replace_those_of_params_yaml_and_are_found_again(params):
+    before = copy.deepcopy(params.values)
+    values = {"optim.lr": 0.25, "optim.betas": [0.8, 0.9], "windows.seq_len": 64, "windows.step_tokens": 2048}
+    changed = with_values(params, values, micro_batch_tokens=4096)
+    assert changed.values["windows"]["micro_batch_size"] == 32  # of the trial's own 64 tokens
+    assert values_of(RunConfig.of(changed), list(values)) == values
+    assert params.values == before
 
 
-def test_a_runs_values_are_those_that_it_was_made_of(params):
-    values = {"optim.lr": 0.25, "optim.betas": [0.8, 0.9], "windows.step_tokens": 4096}
-    config = RunConfig.of(with_values(params, values, micro_batch_tokens=2048))
-    assert values_of(config, list(values)) == values
-
-
-def test_numbers_that_yaml_reads_as_words_are_numbers(params):
-    assert sweep_of(params, "{optim: {lr: [1e-2, 2E+1, 0.5], schedule: [cosine]}}").axes == {
-        "optim.lr": [0.01, 20.0, 0.5],
-        "optim.schedule": ["cosine"],
-    }
-
-
-def test_a_value_that_contradicts_the_rest_of_params_yaml_is_named_with_its_key(params):
-    with pytest.raises(InputError, match=r"sweep\.space\.windows\.seq_len 2048 is longer than model\.block_size"):
-        check_space(sweep_of(params, "{windows: {seq_len: [2048]}}"), params)
-
-
-def test_a_study_is_not_named_as_a_run_is(params):
-    with pytest.raises(InputError, match=r"sweep.study: 16 hexadecimal digits are the name of a run"):
-        overridden(params, {"study": "5b24e86fccb57c6b"}).section(SweepConfig)
-
-
-def test_a_list_is_a_choice_like_any_other():
+def test_choices_may_be_lists_and_numbers_that_yaml_reads_as_words(params):
+    sweep = sweep_of(params, "{optim: {lr: [1e-2, 2E+1, 0.5], schedule: [cosine]}}")
+    assert sweep.axes == {"optim.lr": [0.01, 20.0, 0.5], "optim.schedule": ["cosine"]}
     axis = [[0.9, 0.95], [0.9, 0.99], None, True, "x"]
     assert [from_choice(axis, as_choice(value)) for value in axis] == axis
     assert isinstance(as_choice(axis[0]), str)
-
-
-def test_an_override_is_checked_as_the_file_is_and_named_as_what_it_is(params):
-    with pytest.raises(InputError, match=r"params\.yaml with the command line: sweep\.trials"):
-        overridden(params, {"trials": "many"}).section(SweepConfig)
-    with pytest.raises(InputError, match=r"sweep.trials: input should be greater than or equal to 1, got 0"):
-        overridden(params, {"trials": 0}).section(SweepConfig)
-    with pytest.raises(InputError, match="sweep: section missing"):
-        overridden(Params({}), {"trials": 3}).section(SweepConfig)
-
-
-def test_a_study_name_is_safe_as_a_folders_name(params):
-    with pytest.raises(InputError, match=r"sweep\.study"):
-        overridden(params, {"study": "../x"}).section(SweepConfig)
-
-
-@pytest.mark.security
-@pytest.mark.parametrize("given", ["postgresql://me:s3cret@host/db", "postgresql://host/db?user=me&password=s3cret"])
-def test_a_password_is_refused_where_git_and_every_run_would_keep_it_and_is_not_shown(params, given):
-    with pytest.raises(InputError, match=r"sweep: storage holds a password.*PGPASSWORD") as refused:
-        overridden(params, {"storage": given}).section(SweepConfig)
-    assert "s3cret" not in str(refused.value)
-    overridden(params, {"storage": "postgresql://me@host/db"}).section(SweepConfig)

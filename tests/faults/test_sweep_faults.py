@@ -1,0 +1,98 @@
+"""A sweep whose worker, whose machine, or which itself is killed loses no trial."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.trial import TrialState
+
+from pipeline.sweep.worker import WORKER
+from pipeline.system.errors import InputError
+from tests.studies import ROOT, study_here, sweep_project
+from tests.trainings import change
+from tests.waiting import is_alive, wait_until
+
+COMMAND = """if True:
+    import sys
+    from pipeline.__main__ import main
+    from pipeline.sweep import controller
+    controller._prepare_tokens = lambda: None  # runs in tests/faults/test_repro.py
+    sys.exit(main())
+    """
+
+
+def start_sweep(trials):
+    command = [sys.executable, "-c", COMMAND, "sweep", "--trials", str(trials), "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def running_trials(before_step=10**6):
+    """The running trials whose newest checkpoint is of an earlier step than this."""
+    try:
+        running = study_here().get_trials(states=(TrialState.RUNNING,)) if Path("optuna.db").is_file() else []
+    except InputError:  # the study has not been created yet
+        return []
+    return [trial for trial in running if 0 < newest_checkpoint(trial) < before_step]
+
+
+def newest_checkpoint(trial):
+    """The step of a trial's newest checkpoint; 0 before there is one."""
+    folder = Path("checkpoints", "tiny", trial.user_attrs.get("fingerprint", "none"))
+    return max((int(path.name.removeprefix("step-")) for path in folder.glob("step-*")), default=0)
+
+
+def kill_a_worker():
+    """Kill a worker in the first half of a trial, after a checkpoint; return the trial, or None when there is none."""
+    for trial in running_trials(before_step=30):
+        os.kill(int(trial.user_attrs[WORKER].rpartition(":")[2]), signal.SIGKILL)
+        return trial
+    return None
+
+
+def retry_of(trial):
+    """The last retry of a trial; None before there is one."""
+    newest_first = reversed(study_here().trials)
+    return next((t for t in newest_first if trial.number in RetryHeartbeatStaleTrialCallback.retry_history(t)), None)
+
+
+def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(
+    tmp_path, monkeypatch, store, bpe, tokenizer, shakespeare
+):  # D1, D2
+    sweep_project(tmp_path, bpe, tokenizer, shakespeare)
+    change(tmp_path, **{"target.loss": 3.0, "sweep.heartbeat_timeout_s": 5})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    # A worker is killed: the sweep re-queues its trial at once and starts another worker.
+    sweep = start_sweep(trials=100)  # more than a worker could finish alone while the test waits for its end
+    killed = wait_until(lambda: kill_a_worker() or sweep.poll() is not None, 180)
+    assert sweep.poll() is None, sweep.communicate()[0]
+    assert wait_until(lambda: retry_of(killed), 60).params == killed.params
+    # The sweep is killed, and with it a worker that cannot re-queue its trial, as when the machine dies.
+    assert wait_until(lambda: len(running_trials()) == 2, 180)
+    workers = wait_until(lambda: psutil.Process(sweep.pid).children(), 60)
+    sweep.send_signal(signal.SIGSTOP)
+    lost = wait_until(kill_a_worker, 180)
+    sweep.kill()
+    assert wait_until(lambda: not any(map(is_alive, workers)), 60)  # the other worker ends with the sweep
+    assert study_here().trials[lost.number].state is TrialState.RUNNING
+    sweep.communicate()
+    # The same command retries both trials, from their checkpoints and in their MLflow runs.
+    said, _ = (again := start_sweep(trials=3)).communicate(timeout=300)
+    assert again.returncode == 0, said
+    trials = study_here().trials
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.FAIL}
+    assert 3 <= sum(trial.state is TrialState.COMPLETE for trial in trials) < 50
+    for trial in (killed, lost):
+        retry = retry_of(trial)
+        assert (retry.state, retry.params) == (TrialState.COMPLETE, trial.params)
+        folder = Path("checkpoints", "tiny", retry.user_attrs["fingerprint"])
+        assert int((folder / "resumes").read_text().split()[0]) >= 5
+        query = f"tags.fingerprint = '{folder.name}'"
+        (run,) = store.client.search_runs([store.experiment_id], query)
+        assert (run.info.status, run.data.tags["trial"]) == ("FINISHED", str(retry.number))
+    assert all(trial.state is TrialState.COMPLETE or retry_of(trial) for trial in trials)
