@@ -196,7 +196,7 @@ def test_the_card_says_what_it_is_what_it_took_and_what_it_is_not(version, tmp_p
     for said in (
         "0.0912 nats per token",
         "| 0.895 |",
-        "| corpus: one pass over the whole training text | 117 | 239,014 |",
+        "| corpus: an evaluation on the whole training text | 117 | 239,014 |",
         "| batch: one minibatch below the target | not met | not met |",
         "Tiny Shakespeare, the first 10% of it",
         "da" * 32,
@@ -424,7 +424,7 @@ def test_the_command_exports_the_champion_or_the_version_that_is_named(registere
     run_command(monkeypatch, "export", "hf", str(tmp_path / "hf"))
     assert "version 1, " in capsys.readouterr().out
     verify_manifest(tmp_path / "hf")
-    assert "| corpus: one pass over the whole training text | 20 | 160 |" in (tmp_path / "hf" / "README.md").read_text()
+    assert "| corpus: an evaluation on the whole training text | 20 | 160 |" in (tmp_path / "hf" / "README.md").read_text()
     run_command(monkeypatch, "export", "space", str(tmp_path / "space"), "--version", "1")
     assert load_generator(tmp_path / "space" / "version").trained_length == 16
     with pytest.raises(ModelMissing, match="has no version '9'"):

@@ -166,7 +166,7 @@ def test_any_flipped_bit_of_any_file_is_found_and_passed_over(three, capsys, dat
         loaded = newest_valid(three)
         assert loaded[1]["step"] == 2
         warned = capsys.readouterr().err
-        assert "falling back to the checkpoint before" in warned
+        assert "falling back to the previous checkpoint" in warned
         assert path.name in warned or path.name == "manifest.json"  # which may then name the file that it is about
         assert folder.name in warned
     finally:
