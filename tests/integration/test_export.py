@@ -424,7 +424,9 @@ def test_the_command_exports_the_champion_or_the_version_that_is_named(registere
     run_command(monkeypatch, "export", "hf", str(tmp_path / "hf"))
     assert "version 1, " in capsys.readouterr().out
     verify_manifest(tmp_path / "hf")
-    assert "| corpus: an evaluation on the whole training text | 20 | 160 |" in (tmp_path / "hf" / "README.md").read_text()
+    assert (
+        "| corpus: an evaluation on the whole training text | 20 | 160 |" in (tmp_path / "hf" / "README.md").read_text()
+    )
     run_command(monkeypatch, "export", "space", str(tmp_path / "space"), "--version", "1")
     assert load_generator(tmp_path / "space" / "version").trained_length == 16
     with pytest.raises(ModelMissing, match="has no version '9'"):

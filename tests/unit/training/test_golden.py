@@ -1,7 +1,7 @@
-"""The losses of 20 steps are those of the committed code: whatever changes a number is noticed.
+"""The losses of 20 steps equal those in `golden/*.json`, so a change of the numbers is noticed.
 
-After a change that is meant to change them: `RENEW_GOLDEN=1 pytest tests/unit/training/test_golden.py`, and commit
-`golden/*.json` with the reason.
+After an intended change run `RENEW_GOLDEN=1 pytest tests/unit/training/test_golden.py`, and commit `golden/*.json` with
+the reason.
 """
 
 import json
@@ -24,14 +24,14 @@ from pipeline.training.loop import fresh_state, train_steps
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).with_name("golden")
 STEPS = 20
-# Relative. Kernels for AVX2 and AVX512 and other numbers of threads add up in another order. That moves these losses by
-# up to 2e-7 in fp32 and 2e-4 in bf16, which in turn is up to 1e-3 from fp32. A learning rate that is 1% off moves them
-# by 1e-3, which fp32 finds.
+# Relative. The order of sums depends on the kernels (AVX2, AVX512) and the number of threads. This changes the losses
+# by up to 2e-7 in fp32 and 2e-4 in bf16; bf16 differs from fp32 by up to 1e-3. A learning rate that is 1% off changes
+# them by 1e-3, which the tolerance of fp32 detects.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-3}
 
 
 def losses(precision, name):
-    """A tiny GPT on a text of 300 ids that follow a rule, with dropout off, decay and clipping on, in two batches."""
+    """Train a tiny GPT on 300 regular ids, with weight decay, clipping and gradient accumulation, without dropout."""
     ids = (np.arange(300) ** 2 % 47 + np.arange(300) % 5).astype(np.uint16)
     vocabulary = Vocabulary.of(np.bincount(ids, minlength=60), 60)
     params = load_params(ROOT / "params.yaml")
@@ -58,7 +58,7 @@ def _threads_as_before():
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_the_losses_of_20_steps_are_the_golden_ones(precision, name):
+def test_the_losses_of_20_steps_equal_the_golden_ones(precision, name):
     try:
         found = losses(precision, name)
     except InputError:
