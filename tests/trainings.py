@@ -5,10 +5,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,21 +21,21 @@ STEPS = 12  # of 256 tokens; the target is out of reach, so that a run takes all
 class Untracked:
     """Replaces the recorder where MLflow is not tested."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments):
         pass
 
-    def __enter__(self) -> "Untracked":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         pass
 
 
 class Killed(BaseException):
-    """Ends a training in this process where SIGKILL would end it: the product catches no such exception."""
+    """Ends a training in this process as SIGKILL would: the product catches no such exception."""
 
 
-def change(folder: Path, **values: Any) -> None:
+def change(folder, **values):
     """Set dotted keys, such as `optim.lr`, in `folder`/params.yaml."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
     for key, value in values.items():
@@ -48,34 +45,33 @@ def change(folder: Path, **values: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory, bpe, tokenizer, shakespeare) -> Path:
+def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     """A workspace of the smoke recipe with its tokens: a short run that saves a checkpoint after every third step."""
     from pipeline.data.encode import write_tokens
 
     folder = tmp_path_factory.mktemp("prepared")
     shutil.copy(ROOT / "params.yaml", folder)
     apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
-    short = {"optim.max_tokens": 256 * STEPS, "checkpoint.interval_steps": 3, "model.dropout": 0.1, "train.threads": 1}
-    change(folder, **short, **{"samples.max_tokens": 5})
+    short = {"optim.max_tokens": 256 * STEPS, "checkpoint.interval_steps": 3, "samples.max_tokens": 5}
+    change(folder, **short, **{"model.dropout": 0.1, "train.threads": 1})
     shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
     return folder
 
 
 @pytest.fixture
-def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(prepared, tmp_path, monkeypatch):
     """A copy of `prepared`, as the working directory of a test without MLflow."""
-    shutil.copytree(prepared, tmp_path / "w")
-    monkeypatch.chdir(tmp_path / "w")
+    shutil.copytree(prepared, folder := tmp_path / "a project with späces, 文字 and 🎭")
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("pipeline.training.train.Recorder", Untracked)
-    return tmp_path / "w"
+    return folder
 
 
 @pytest.fixture(scope="session")
-def straight(prepared: Path, tmp_path_factory) -> Iterator[Path]:
+def straight(prepared, tmp_path_factory):
     """A workspace in which the run was trained without an interruption."""
-    folder = tmp_path_factory.mktemp("straight") / "w"
-    shutil.copytree(prepared, folder)
+    shutil.copytree(prepared, folder := tmp_path_factory.mktemp("straight") / "w")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("pipeline.training.train.Recorder", Untracked)
@@ -83,7 +79,7 @@ def straight(prepared: Path, tmp_path_factory) -> Iterator[Path]:
     return folder
 
 
-def train(elastic: bool = False) -> None:
+def train(elastic=False):
     """Run the stage `train` in the working directory."""
     from pipeline.config.params import load_params
     from pipeline.training.train import run_tracked
@@ -91,28 +87,28 @@ def train(elastic: bool = False) -> None:
     run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"), elastic)
 
 
-def run_folder(workspace: Path = Path()) -> Path:
+def run_folder(workspace=Path()):
     (folder,) = (path for path in (workspace / "checkpoints").iterdir() if path.is_dir() and not path.suffix)
     return folder
 
 
-def bits(workspace: Path = Path()) -> dict[str, str]:
+def bits(workspace=Path()):
     """Hashes of what must be equal: model, results, journal and the last checkpoint."""
     last = max(run_folder(workspace).glob("step-*"))
     paths = [workspace / "models" / name for name in ("model/model.safetensors", "run.json", "steps.jsonl")]
     return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in [*paths, *last.iterdir()]}
 
 
-def n_steps(workspace: Path = Path()) -> int:
+def n_steps(workspace=Path()):
     """The number of steps in the journal of the only run, whose folder need not exist yet."""
     return sum(path.read_text().count("\n") for path in (workspace / "checkpoints").glob(f"*/{TIMES}"))
 
 
-def at_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+def at_step(patch, step, act):
     """Call `act` as soon as the journal has the record of `step`."""
     append = Journal.append
 
-    def acting(journal: Journal, record: Any) -> None:
+    def acting(journal, record):
         append(journal, record)
         if record.step == step:
             act()
@@ -120,43 +116,22 @@ def at_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> 
     patch.setattr(Journal, "append", acting)
 
 
-def kill() -> None:
-    raise Killed
+def train_until_killed(after_step):
+    def die():
+        raise Killed
 
-
-def train_until_killed(after_step: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, after_step, kill)
+        at_step(patch, after_step, die)
         train()
-
-
-def at_nth_call(n: int, act: Callable[[], object], calls: list[tuple[Any, str]], half: bool = False) -> None:
-    """Replace the n-th of `calls` by `act`; with `half`, after a call that writes a file has written half of it."""
-    countdown = iter(range(n - 1, -1, -1))
-
-    def counted(original: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            if next(countdown, None) != 0:
-                return original(*arguments, **named)
-            if half and original.__name__ in ("save_file", "write_text"):
-                original(*arguments, **named)
-                path = Path(arguments[1] if original.__name__ == "save_file" else arguments[0])
-                os.truncate(path, path.stat().st_size // 2)
-            return act()
-
-        return call
-
-    for module, name in calls:
-        setattr(module, name, counted(getattr(module, name)))
 
 
 # Processes. A fork of a server that has imported torch starts within a moment; a new interpreter takes seconds.
 
 
-def start(do: Callable[..., None], *arguments: Any, **environment: str) -> BaseProcess:
-    """Run `do` as a stage in another process and in the working directory; its output goes to `output_of` it."""
+def start(do, *arguments, **environment):
+    """Run `do` as a stage in another process and in the working directory; `output_of` reads its output."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.training.train", "tests.trainings"])
+    context.set_forkserver_preload(["pipeline.training.train", "tests.trainings", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # for the server, at its start
         process = context.Process(target=_as_stage, args=(do, arguments, environment))
@@ -164,12 +139,12 @@ def start(do: Callable[..., None], *arguments: Any, **environment: str) -> BaseP
     return process
 
 
-def _as_stage(do: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str]) -> None:
+def _as_stage(do, arguments, environment):
     from pipeline.system.entrypoint import run_stage
     from pipeline.training import train as training
 
     os.environ.update(environment)
-    training.Recorder = Untracked  # type: ignore[assignment,misc]
+    training.Recorder = Untracked
     output = os.open(f"process-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -177,22 +152,22 @@ def _as_stage(do: Callable[..., None], arguments: tuple[Any, ...], environment: 
     run_stage(lambda: do(*arguments))
 
 
-def output_of(process: BaseProcess) -> str:
+def output_of(process):
     return Path(f"process-{process.pid}.log").read_text()
 
 
-def start_world(size: int, do: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
+def end(process):
+    """Wait for a process that ends by itself; return its exit code."""
+    process.join(300)
+    assert not process.is_alive(), output_of(process)
+    return process.exitcode
+
+
+def start_world(size, do, *arguments):
     """Start the processes of one training, with the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
     place |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     return [start(do, *arguments, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
-
-
-def end(process: BaseProcess, deadline_s: float = 120) -> int | None:
-    """Wait for a process that ends by itself; return its exit code."""
-    process.join(deadline_s)
-    assert not process.is_alive(), output_of(process)
-    return process.exitcode

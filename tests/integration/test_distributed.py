@@ -29,7 +29,8 @@ KINDS = {"muon": {"name": "muon"}, "adamw": {}, "sharded": {"shard": True}}
 
 def a_loop(world, name="adamw", shard=False, dropout=0.0):
     shape = SHAPE.updated(dropout=dropout)
-    return Loop(9, 4, 2, TEXT, world, False, shard, shape, name=name, max_grad_norm=0.5, weight_decay=0.1)
+    optim = {"name": name, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    return Loop(9, 4, 2, TEXT, world, shape, where={"shard": shard}, **optim)
 
 
 def numbers(loop):
@@ -114,15 +115,6 @@ def test_a_world_shares_agrees_and_fails_together(two):
     assert first["from_main"] == second["from_main"] == ["only rank", 0]
     assert first["failure"] == second["failure"] == "the error of rank 0"
     assert ["printed by rank 0 only" in output for output in outputs] == [True, False]
-
-
-def test_in_a_world_of_one_process_every_operation_returns_its_argument():
-    with joined(world_here()):
-        assert world_here() == ALONE
-        assert ALONE.share([1, 2]) == [1, 2]
-        assert ALONE.largest(3, 4) == [3, 4]
-        assert ALONE.on_main(lambda: 5) == 5
-        assert ALONE.all_gather(torch.ones(2))[0].sum() == ALONE.add(torch.ones(2)).sum() == 2
 
 
 FAILING = """

@@ -12,16 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig, WindowsConfig
-from pipeline.data.batches import Split, steps_of
+from pipeline.data.batches import Split
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
-from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError
-from pipeline.training.loop import fresh_state, train_steps
+from tests.unit.training.test_loop import MODEL, Loop
 
-ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).with_name("golden")
 STEPS = 20
 # Relative. The order of sums depends on the kernels (AVX2, AVX512) and the number of threads. This changes the losses
@@ -30,23 +26,16 @@ STEPS = 20
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-3}
 
 
+IDS = (np.arange(300) ** 2 % 47 + np.arange(300) % 5).astype(np.uint16)
+TEXT = Split(Tokens("text", [IDS], 60), Vocabulary.of(np.bincount(IDS, minlength=60), 60), torch.device("cpu"))
+
+
 def losses(precision, name):
     """Train a tiny GPT on 300 regular ids, with weight decay, clipping and gradient accumulation, without dropout."""
-    ids = (np.arange(300) ** 2 % 47 + np.arange(300) % 5).astype(np.uint16)
-    vocabulary = Vocabulary.of(np.bincount(ids, minlength=60), 60)
-    params = load_params(ROOT / "params.yaml")
-    optim = params.section(OptimConfig).updated(
-        name=name, lr=0.005, warmup=3, weight_decay=0.1, max_grad_norm=0.5, schedule="cosine", min_lr_ratio=0.1
-    )
-    where = params.section(TrainConfig).updated(
-        seed=1, precision=precision, device="cpu", threads=1, compile=False, shard=False
-    )
-    windows = WindowsConfig(seq_len=16, micro_batch_size=4, gradient_accumulation_steps=2, order="shuffled")
-    shape = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
-    machine = prepare_machine(where)
-    text = Split(Tokens("text", [ids], 60), vocabulary, machine.device)
-    state = fresh_state(shape, vocabulary, optim, where, machine)
-    return [record.loss for record in train_steps(state, steps_of(1, text, windows, 1), STEPS, optim, machine)]
+    optim = {"name": name, "lr": 0.005, "warmup": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "min_lr_ratio": 0.1}
+    shape, where = MODEL.updated(n_layer=2), {"precision": precision}
+    loop = Loop(STEPS, 4, 2, TEXT, shape=shape, seq_len=16, where=where, schedule="cosine", **optim)
+    return [record.loss for record in loop]
 
 
 @pytest.fixture(autouse=True)

@@ -37,18 +37,17 @@ class Loop:
     """A tiny run, which can be iterated."""
 
     def __init__(
-        self, steps=20, batch=2, accumulate=1, text=TEXT, world=ALONE, compile=False, shard=False, shape=MODEL, **optim
+        self, steps=20, batch=2, accumulate=1, text=TEXT, world=ALONE, shape=MODEL, seq_len=8, where=None, **optim
     ):
         params = load_params(ROOT / "params.yaml")
         self.windows = WindowsConfig(
-            seq_len=8, micro_batch_size=batch, gradient_accumulation_steps=accumulate, order="shuffled"
+            seq_len=seq_len, micro_batch_size=batch, gradient_accumulation_steps=accumulate, order="shuffled"
         )
         self.optim = params.section(OptimConfig).updated(**{"lr": 0.01, "warmup": 0, **optim})
-        where = params.section(TrainConfig).updated(
-            precision="fp32", device="cpu", threads=1, compile=compile, shard=shard
-        )
-        self.machine, self.steps, self.text = prepare_machine(where, world=world), steps, text
-        self.state = fresh_state(shape, text.vocabulary, self.optim, where, self.machine)
+        plain = {"seed": 1, "precision": "fp32", "device": "cpu", "threads": 1, "compile": False}
+        train = params.section(TrainConfig).updated(**{**plain, **(where or {})})
+        self.machine, self.steps, self.text = prepare_machine(train, world=world), steps, text
+        self.state = fresh_state(shape, text.vocabulary, self.optim, train, self.machine)
 
     def __iter__(self):
         batches = steps_of(self.state.step + 1, self.text, self.windows, 1, self.machine.world)

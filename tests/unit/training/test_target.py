@@ -128,24 +128,16 @@ def with_rule(rule):
     return Params({**params.values, "target": {**params.values["target"], "rule": rule}})
 
 
-def test_a_new_entry_of_the_table_ends_a_run_and_is_in_its_results(monkeypatch):
-    toy = Rule(lambda records, config: records[-1].grad_norm < config.loss, description="a small gradient")
-    monkeypatch.setitem(RULES, "gradient", toy)
-    target = RunConfig.of(with_rule("gradient")).target
-    history = records([5, 4, 3])
-    history[-1].corpus_loss, history[1].grad_norm = 2.5, 0.01
-    assert [is_finished(history[:n], 9, target) for n in (1, 2)] == [False, True]
-    assert results_of(history, target, 100)["to_target"]["gradient"] == {"steps": 2, "tokens": 20}
-
-
-def test_a_rule_may_use_all_records_of_a_run(monkeypatch):
+def test_a_new_entry_of_the_table_may_use_all_records_ends_a_run_and_is_in_its_results(monkeypatch):
     def twice(records, config):  # two evaluations in a row, any number of steps apart
         losses = [record.corpus_loss for record in records if record.corpus_loss is not None]
         return len(losses) > 1 and max(losses[-2:]) < config.loss
 
-    monkeypatch.setitem(RULES, "twice", Rule(twice, "two evaluations below the target"))
-    history = records([1.0] * 20, corpus=[(5, 0.09), (16, 0.08)])
-    assert first_met(history, TARGET.updated(average_steps=2))["twice"] == 16
+    monkeypatch.setitem(RULES, "twice", Rule(twice, description="two evaluations below the target"))
+    target = RunConfig.of(with_rule("twice")).target
+    history = records([1.0] * 16, corpus=[(5, 0.09), (16, 0.08)])
+    assert [is_finished(history[:n], 99, target) for n in (5, 15, 16)] == [False, False, True]
+    assert results_of(history, target, 100)["to_target"]["twice"] == {"steps": 16, "tokens": 160}
 
 
 def test_an_unknown_rule_is_refused_with_the_nearest_known_one():
