@@ -134,7 +134,8 @@ def start(do, *arguments, **environment):
     context.set_forkserver_preload(["pipeline.training.train", "tests.trainings", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # for the server, at its start
-        process = context.Process(target=_as_stage, args=(do, arguments, environment))
+        # a daemon: pytest terminates it at its end if a test has failed before
+        process = context.Process(target=_as_stage, args=(do, arguments, environment), daemon=True)
         process.start()
     return process
 
