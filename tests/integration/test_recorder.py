@@ -14,7 +14,7 @@ from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import OWNER_PID, TRACKERS, record
 from pipeline.training import train as tracked
-from tests.integration.test_run import Untracked, prepared, run_folder, train, workspace  # noqa: F401 (fixtures)
+from tests.trainings import Untracked, run_folder, train
 from tests.waiting import wait_until
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_was_removed_is_not_made_again_by_a_recorder_that_comes_late(
 
 
 @pytest.mark.fault
-def test_the_next_start_of_a_finished_run_sends_the_end_that_mlflow_lacks_and_no_other_one(workspace, monkeypatch):  # noqa: F811
+def test_the_next_start_of_a_finished_run_sends_the_end_that_mlflow_lacks_and_no_other_one(workspace, monkeypatch):
     opened = []
 
     class Opened(Untracked):
