@@ -20,6 +20,7 @@ from pipeline.data.corpus import fetch_corpus, verify_corpus
 from pipeline.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import locked
+from tests.trainings import prepared, straight, workspace  # noqa: F401 (fixtures for all)
 
 ROOT = Path(__file__).parent.parent
 settings.register_profile("the same examples each time", derandomize=True, max_examples=20, deadline=None)
@@ -103,10 +104,12 @@ def shakespeare(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """SIGINT as a terminal's programs have it; those started in the background have it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT and SIGHUP as in a terminal: programs in the background ignore SIGINT, and those under nohup SIGHUP."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

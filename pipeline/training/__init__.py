@@ -1,1 +1,1 @@
-"""One training run, from params.yaml to a model."""
+"""Training: one run, from params.yaml to a saved model."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are complete or absent."""
+"""Save, verify, load and remove the checkpoints of a run."""
 
 import re
 import shutil
@@ -15,11 +15,11 @@ from pipeline.system.files import UNFINISHED, atomic_folder, read_json, sweep_un
 STATE = "state.json"
 HINT = "it cannot be resumed from"
 Tensors = dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
-Saved = tuple[Tensors, dict[str, Any]]  # what TrainState.tensors and TrainState.scalars give
+Saved = tuple[Tensors, dict[str, Any]]  # the results of TrainState.tensors and TrainState.scalars
 
 
 def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, scalars: dict[str, Any]) -> Path:
-    """Write `run_folder/step-<step>/` atomically; return it. Raises OutOfSpaceError, all earlier ones left intact."""
+    """Write `run_folder/step-<step>/` atomically and return its path. Raises OutOfSpaceError on a full disk."""
     folder = _folder_of(run_folder, step)
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     with atomic_folder(folder, needed) as unfinished:
@@ -30,7 +30,7 @@ def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, scalars: dict
 
 
 def load_checkpoint(run_folder: Path, step: int) -> Saved:
-    """Read back what was saved. Raises IntegrityError, naming the file, unless every byte is as it was written."""
+    """Load the checkpoint of `step`. Raises IntegrityError, with the name of the file, if any byte has changed."""
     folder = _folder_of(run_folder, step)
     verify_manifest(folder, HINT)
     tensors = {path.stem: load_tensors(path, HINT) for path in sorted(folder.glob("*.safetensors"))}
@@ -44,10 +44,10 @@ def checkpoint_steps(run_folder: Path) -> list[int]:
 
 
 def newest_valid(run_folder: Path, best: int | None = None) -> Saved | None:
-    """Load the newest checkpoint that is intact, and warn of each one that is skipped; None where there is none.
+    """Load the newest intact checkpoint and warn of each damaged one; None if the run has no checkpoint.
 
-    One after step `best`, whose model is kept at the end, needs that step's as well. Removes what a killed save left.
-    Raises IntegrityError where none is left.
+    The model of step `best` is kept at the end of the run, so a later checkpoint is valid only if that of `best` is
+    intact too. Removes unfinished folders of a killed save. Raises IntegrityError if all checkpoints are damaged.
     """
     sweep_unfinished(run_folder)
     for step in (steps := checkpoint_steps(run_folder)):
@@ -56,14 +56,14 @@ def newest_valid(run_folder: Path, best: int | None = None) -> Saved | None:
                 verify_manifest(_folder_of(run_folder, best), HINT)
             return load_checkpoint(run_folder, step)
         except IntegrityError as error:
-            print(f"warning: {error}; falling back to the checkpoint before", file=sys.stderr)
+            print(f"warning: {error}; falling back to the previous checkpoint", file=sys.stderr)
     if steps:
         raise IntegrityError(f"no checkpoint in {run_folder} is intact: `python -m pipeline clean {run_folder.name}`")
     return None
 
 
 def keep_newest(run_folder: Path, keep: int, also: int | None) -> None:
-    """Remove all checkpoints but the newest `keep` and that of step `also`; each is renamed before it is deleted."""
+    """Remove all checkpoints except the newest `keep` and that of step `also`. Each is renamed before it is deleted."""
     for step in checkpoint_steps(run_folder)[keep:]:
         if step != also:
             to_remove = run_folder / f"{UNFINISHED}removed-{step}"

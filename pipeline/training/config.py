@@ -1,4 +1,4 @@
-"""All that a training run reads of params.yaml, checked together."""
+"""The sections of params.yaml that a training run reads, checked together."""
 
 from dataclasses import dataclass, fields
 
@@ -21,7 +21,7 @@ from pipeline.training.target import RULES
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All sections that a run reads."""
+    """The sections that a run reads."""
 
     model: ModelConfig
     windows: WindowsConfig
@@ -33,7 +33,7 @@ class RunConfig:
 
     @classmethod
     def of(cls, params: Params) -> "RunConfig":
-        """Check all sections and the agreement between them; raises one InputError with every fault."""
+        """Check each section and the constraints between them. Raises one InputError that lists all faults."""
         params.check(*RUN_SECTIONS)
         config = cls(*(params.section(kind) for kind in RUN_SECTIONS))  # type: ignore[arg-type]
         if faults := config.contradictions():
@@ -41,7 +41,7 @@ class RunConfig:
         return config
 
     def contradictions(self) -> list[str]:
-        """What is wrong between sections that are each right."""
+        """Conflicts between sections that are valid by themselves."""
         batch, processes = self.windows.micro_batch_size, self.train.processes
         faults = self._length_faults()
         for key, name, known in (
@@ -77,7 +77,7 @@ class RunConfig:
 
     @property
     def needs_held_out(self) -> str | None:
-        """The setting that needs a held-out text, in words; None where none does."""
+        """The setting that needs a held-out text, as text for a message; None if no setting does."""
         if RULES[self.target.rule].needs_held_out:
             return f"target.rule is {self.target.rule}"
         patience = self.target.early_stopping_patience
@@ -85,16 +85,16 @@ class RunConfig:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the whole run, about: 6 for each parameter and token."""
+        """FLOPs of the whole run, approximately: 6 * n_params * max_tokens."""
         return 6.0 * self.model.n_params * self.optim.max_tokens
 
     @property
     def digest(self) -> str:
-        """A short name for the settings that decide a run's numbers."""
+        """A short hash of the settings that affect the run's numbers."""
         return sha256_json([section.model_dump(mode="json") for section in self.decisive])[:8]
 
     def origin(self, params: Params) -> dict[str, str]:
-        """Tags of a run whose settings are, unchanged, those that `sweep apply` wrote into `params`; else none."""
+        """The study and trial from which `sweep apply` took the settings; empty if the settings have changed since."""
         section = params.values.get("sweep")
         applied = section.get("applied") if isinstance(section, dict) else None
         study, trial, digest = str(applied).split("/") if str(applied).count("/") == 2 else ("", "", "")
@@ -102,7 +102,7 @@ class RunConfig:
 
     @property
     def decisive(self) -> tuple[Section, ...]:
-        """The sections that decide a run's numbers."""
+        """The sections that affect the run's numbers."""
         return self.model, self.windows, self.optim, self.train, self.target
 
 

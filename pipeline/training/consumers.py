@@ -1,4 +1,4 @@
-"""What happens after each step of a run: evaluation, journal, samples, checkpoints."""
+"""The consumers of a step's record: evaluation, samples and checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from pipeline.training.checkpoint import keep_newest, save_checkpoint
 from pipeline.training.run import Run
 from pipeline.training.target import best_step, evaluation_is_due, needs_corpus_loss
 
-Consumer = Callable[[StepRecord], None]  # is called after each step; what it raises ends the run there
+Consumer = Callable[[StepRecord], None]  # called after each step; an exception ends the run
 
 
 def evaluate(run: Run, record: StepRecord) -> None:
-    """Measure the losses of whole texts where they may decide something, and after the last step."""
+    """Compute the validation and corpus losses when an evaluation is due, and always after the last step."""
     target, held_out = run.config.target, run.text.validation
 
     def loss_on(part: Split) -> float:
@@ -34,7 +34,7 @@ def evaluate(run: Run, record: StepRecord) -> None:
 
 
 def sample(run: Run, record: StepRecord) -> None:
-    """Let the model continue fixed prompts, into the folder from which MLflow gets them."""
+    """Write completions of the fixed prompts to the run's folder `samples`, from which the recorder uploads them."""
     config = run.config.samples
     if not run.finished and (config.interval_steps == 0 or record.step % config.interval_steps):
         return
@@ -48,9 +48,9 @@ def sample(run: Run, record: StepRecord) -> None:
 
 
 class Checkpoints:
-    """Saves every so many steps or seconds, at the best step, after a signal and at the end.
+    """Save a checkpoint at fixed intervals of steps or seconds, at the best step, after a signal and at the end.
 
-    Rank 0's clock is the world's, and a signal that any of its processes received is for all.
+    The interval in seconds is measured by rank 0. A signal received by one process stops all processes.
     """
 
     def __init__(self, run: Run, stop: StopSignals) -> None:
@@ -58,7 +58,7 @@ class Checkpoints:
         self._saved = time.perf_counter()
 
     def save(self, record: StepRecord) -> None:
-        """Save where it is due. Raises Interrupted after a signal, unless the run is finished."""
+        """Save if a checkpoint is due. Raises Interrupted after a signal, unless the run is finished."""
         run, config = self.run, self.run.config.checkpoint
         best = best_step(run.records, run.config.target)
         is_due = config.interval_steps and record.step % config.interval_steps == 0

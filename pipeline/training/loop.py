@@ -1,7 +1,7 @@
 """The training loop: a generator that takes optimiser steps and yields a record after each.
 
-It knows nothing of files, MLflow or Optuna. Evaluation, journal, samples, checkpoints, pruning and stopping at the
-target happen between two records, in the caller; only training is on the loop's clock.
+It does not depend on files, MLflow or Optuna. The caller evaluates, logs, samples, saves, prunes and stops between two
+records; the time that this takes is not part of `step_s`.
 """
 
 import math
@@ -29,7 +29,7 @@ from pipeline.training.optim import build_optimizers, lr_factor, set_lr
 
 
 class Loss(nn.Module):
-    """A model's loss as a module of its own, which is what DistributedDataParallel can replicate."""
+    """The loss as the forward method of a module, as DistributedDataParallel requires."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class Loss(nn.Module):
 
 @dataclass
 class TrainState:
-    """All that a step changes: saved and restored, it yields the same bits as without the interruption.
+    """Everything that a step changes. A run that is saved and restored computes the same bits as an uninterrupted one.
 
-    Every process of `world` has all of it, or, where the model is sharded, a part.
+    Every process of `world` holds the whole state, or its shards if the model is sharded.
     """
 
     SCALARS: ClassVar = ("step", "tokens", "loss_scale", "good_steps")
@@ -63,9 +63,9 @@ class TrainState:
         self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state's tensors by file: weights, optimiser, random numbers of each process.
+        """The state's tensors by file: weights, optimiser state, RNG state of each process.
 
-        All processes must call it together; what is sharded, rank 0 alone gets, on its CPU.
+        A collective operation: all processes must call it. Sharded tensors are gathered on the CPU of rank 0 only.
         """
         slots = {
             f"{self.names[id(parameter)]}/{key}": value
@@ -81,11 +81,11 @@ class TrainState:
         return {**whole, "rng": self._random_states()}
 
     def scalars(self) -> dict[str, Any]:
-        """The state's numbers."""
+        """The state's scalars."""
         return {name: getattr(self, name) for name in self.SCALARS}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, Any]) -> None:
-        """Take over what `tensors()` and `scalars()` gave, in place; the processes may have been more or fewer."""
+        """Load the results of `tensors()` and `scalars()` in place; the number of processes may have changed."""
         weights = self.model.state_dict()
         assert weights.keys() == tensors["weights"].keys(), "of the same model"
         for name, weight in weights.items():
@@ -107,7 +107,7 @@ class TrainState:
             setattr(self, name, scalars[name])
 
     def whole_model(self) -> GPT | None:
-        """The model; where it is sharded, a copy on the CPU of rank 0. All processes must call it together."""
+        """The model, or a full copy on the CPU of rank 0 if it is sharded. A collective operation."""
         if not self.sharded:
             return self.model
         weights = {name: full_tensor(x, keep=self.world.is_main) for name, x in self.model.state_dict().items()}
@@ -119,7 +119,7 @@ class TrainState:
         return model
 
     def _random_states(self) -> dict[str, Tensor]:
-        """The state of each process's random numbers, from which dropout is drawn."""
+        """The RNG state of each process. Dropout depends on it."""
         states = {"cpu": torch.get_rng_state()}
         if self.model.wte.weight.is_cuda:
             states["cuda"] = torch.cuda.get_rng_state()
@@ -128,7 +128,7 @@ class TrainState:
         }
 
     def scale_after(self, finite: bool) -> None:
-        """Halve the fp16 loss scale after an overflow, double it after many steps without one."""
+        """Halve the fp16 loss scale after an overflow; double it after 2000 steps without one."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.loss_scale /= 2
@@ -139,14 +139,14 @@ class TrainState:
 def fresh_state(
     shape: ModelConfig, vocabulary: Vocabulary, optim: OptimConfig, train: TrainConfig, machine: Machine
 ) -> TrainState:
-    """An untrained model and its optimisers, drawn from the seed: the same in every process of the machine's world.
+    """An untrained model and its optimisers. The weights depend on the seed only and are equal in all processes.
 
-    What dropout draws differs between them.
+    The RNG of dropout is seeded differently in each process.
     """
     world = machine.world
     torch.manual_seed(train.seed + world.rank)
     sharded = train.shard and world.size > 1
-    with torch.device("meta" if sharded else machine.device):  # whole, it may be too large for a device
+    with torch.device("meta" if sharded else machine.device):  # the full model may not fit on one device
         model = GPT(shape, vocabulary, train.gradient_checkpointing, machine.compiled)
     if sharded:
         shard(model, model.h, methods=("loss", "token_losses"))
@@ -166,8 +166,8 @@ def train_steps(
     """Take optimiser steps until `max_steps`, yielding a record after each; `state` is mutated.
 
     The caller may log, evaluate, sample, save `state` or stop between records. `steps` begins with the batches of step
-    `state.step + 1`; the processes of a world have a share of the batches each, and yield equal records. Raises
-    DivergedError before the update when loss or gradient is not finite.
+    `state.step + 1`. Each process gets its share of the batches; all yield equal records. Raises DivergedError before
+    the update if the loss or the gradient is not finite.
     """
     first_step = state.step + 1
     for step in range(first_step, max_steps + 1):
@@ -179,7 +179,7 @@ def train_steps(
             _settle(state, batches, machine)
         loss, grad_norm = _gradients(state, batches, optim.max_grad_norm, machine)
         while not math.isfinite(grad_norm) and math.isfinite(loss) and state.loss_scale > 1:
-            state.scale_after(finite=False)  # an fp16 overflow: the same step again
+            state.scale_after(finite=False)  # an fp16 overflow: repeat the step
             loss, grad_norm = _gradients(state, batches, optim.max_grad_norm, machine)
         _check_finite(step, loss, grad_norm, lr := optim.lr * factor)
         for optimizer in state.optimizers:
@@ -190,7 +190,7 @@ def train_steps(
 
 
 def _gradients(state: TrainState, batches: list[Batch], clip: float | None, machine: Machine) -> tuple[float, float]:
-    """Leave the clipped gradients of the mean loss over all batches in the model; return that loss and their norm."""
+    """Compute the gradients of the mean loss over all batches, clip them, and return the loss and the gradient norm."""
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     n_targets = sum(batch.n_targets for batch in batches)
@@ -199,20 +199,21 @@ def _gradients(state: TrainState, batches: list[Batch], clip: float | None, mach
         with _exchange(state, batch is batches[-1]):
             with machine.autocast():
                 part = state.loss(batch.inputs, batch.targets, n_targets)
-            (part * (state.loss_scale * state.world.size)).backward()  # of which the mean over the processes is taken
+            (part * (state.loss_scale * state.world.size)).backward()  # DDP and FSDP average over the processes
         loss += part.detach()
     grad_norm = finish_gradients(state.model, clip, state.loss_scale, state.world)
     state.world.add(loss)
-    loss_now, norm_now = torch.stack([loss, grad_norm]).tolist()  # the one time in a step that a GPU is waited for
+    loss_now, norm_now = torch.stack([loss, grad_norm]).tolist()  # the only synchronisation with the GPU in a step
     return loss_now, norm_now
 
 
 @torch.no_grad()
 def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, world: World = ALONE) -> Tensor:
-    """Undo the loss scale, turn the folded row's gradient into one unused id's, clip; return the norm of all, 0-D.
+    """Unscale and clip the gradients; return their norm before clipping, a 0-D tensor.
 
-    The norm is L2 over all parameters of the full model, before clipping: the folded row counts once for each id. Of
-    sharded gradients each process of `world` holds a part, and all get the norm of the whole.
+    The folded row's gradient is the sum over all unused ids, and is divided by their number. The norm is the L2 norm
+    over all parameters of the unfolded model, so the folded row counts once for each unused id. With sharded gradients
+    every process of `world` gets the norm over all shards.
     """
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if loss_scale != 1:
@@ -228,14 +229,14 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, wo
         world.add(squares)
     norm = squares.sqrt()
     if clip is not None:
-        factor = (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
-        if norm.device.type != "cpu" or factor < 1:  # a GPU would have to be waited for
+        factor = (clip / (norm + 1e-6)).clamp(max=1)  # like torch's clip_grad_norm_
+        if norm.device.type != "cpu" or factor < 1:  # on a GPU the comparison would wait for it
             torch._foreach_mul_(gradients, factor)
     return norm
 
 
 def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:
-    """Have a backward pass take the gradients' mean over the processes only if it is the step's last."""
+    """Average the gradients over the processes in the last backward pass of a step only."""
     if isinstance(state.loss, DistributedDataParallel) and not last:
         return state.loss.no_sync()
     if state.sharded:
@@ -244,9 +245,10 @@ def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:
 
 
 def _settle(state: TrainState, batches: list[Batch], machine: Machine) -> None:
-    """Compute the step's gradients once and discard them: only then does DistributedDataParallel fix its order of sums.
+    """Compute the step's gradients once and discard them.
 
-    Otherwise the first step after a resume would add up in another order than in a run without it.
+    DistributedDataParallel rebuilds its buckets after the first backward pass, which changes the order of its sums.
+    Without this the first step after a resume would differ in the last bits from an uninterrupted run.
     """
     devices = [machine.device] if machine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -257,6 +259,6 @@ def _check_finite(step: int, loss: float, grad_norm: float, lr: float) -> None:
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
             raise DivergedError(
-                f"{name} is {value} at step {step}, lr {lr:.3g}: the weights before it are kept; "
+                f"{name} is {value} at step {step}, lr {lr:.3g}: the weights before this step are kept; "
                 "try a smaller optim.lr or a longer optim.warmup"
             )

@@ -1,4 +1,4 @@
-"""The optimisers and the schedules of the learning rate, by name."""
+"""Optimisers and learning-rate schedules, by name."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.sections import OptimConfig, steps_in
 
-if TYPE_CHECKING:  # checking params.yaml needs the names alone
+if TYPE_CHECKING:  # the check of params.yaml needs only the names
     import torch
     from torch import Tensor
     from torch.optim import Optimizer
@@ -19,27 +19,27 @@ ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 class Optimiser(NamedTuple):
     """An entry of OPTIMIZERS.
 
-    `build` puts each parameter into one group of one optimizer. `slots` are, for each optimizer that it returns, the
-    keys of that one's state of a parameter: tensors of the parameter's shape in fp32, but `step`, which is one number.
+    `build` returns optimizers that together hold each parameter once. `slots` has an entry for each of them: the keys
+    of its state of one parameter. `step` is a scalar; all others are fp32 tensors of the parameter's shape.
     """
 
     build: Callable[["GPT", OptimConfig, "torch.dtype"], list["Optimizer"]]
     slots: tuple[tuple[str, ...], ...]
-    shards: bool = True  # whether it works on the shards of FSDP2
+    shards: bool = True  # whether it supports FSDP2
 
 
 def _adamw(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
-    """AdamW over all parameters."""
+    """AdamW on all parameters."""
     return [_adamw_over(list(model.parameters()), config)]
 
 
 def _muon(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
-    """Muon over the blocks' matrices, with matrix products in `precision`, and AdamW over the rest."""
+    """Muon on the blocks' matrices, with matrix products in `precision`, and AdamW on all other parameters."""
     from pipeline.training.muon import Muon
 
     matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2}
     by_muon = {id(p) for p in matrices.values()}
-    kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight and so on, in every block
+    kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight, ..., the same in every block
     alike = [
         {"params": [p for n, p in matrices.items() if n.endswith(kind)], "pieces": 3 if "c_attn" in kind else 1}
         for kind in sorted(kinds)
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Optimiser] = {
 
 
 def _adamw_over(parameters: "list[Tensor]", config: OptimConfig) -> "Optimizer":
-    """AdamW with weight decay on matrices alone."""
+    """AdamW with weight decay on matrices only."""
     from torch.optim import AdamW
 
     groups = [
@@ -68,7 +68,7 @@ def _adamw_over(parameters: "list[Tensor]", config: OptimConfig) -> "Optimizer":
 
 
 def build_optimizers(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
-    """The optimisers of `optim.name`; each group carries its `peak_lr`."""
+    """Build the optimisers of `optim.name`; each parameter group stores its `peak_lr`."""
     optimizers = OPTIMIZERS[config.name].build(model, config, precision)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -77,7 +77,7 @@ def build_optimizers(model: "GPT", config: OptimConfig, precision: "torch.dtype"
 
 
 def state_slots(optimizers: list["Optimizer"], config: OptimConfig) -> Iterator[tuple["Tensor", str, tuple[int, ...]]]:
-    """Each parameter with the keys of its optimiser's state after a step, and their shapes."""
+    """For each parameter and each key of its optimiser state: the parameter, the key and the shape."""
     for optimizer, slots in zip(optimizers, OPTIMIZERS[config.name].slots, strict=True):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             for slot in slots:
@@ -92,11 +92,11 @@ def set_lr(optimizers: list["Optimizer"], factor: float) -> None:
 
 
 class Schedule(NamedTuple):
-    """An entry of SCHEDULES; `fall` and `rise` take the share of the phase that is over, and return that of the way."""
+    """An entry of SCHEDULES. `fall` and `rise` map the elapsed share of a phase to the share of the way to its end."""
 
     fall: Callable[[float], float]  # from the peak to `optim.min_lr_ratio`
     rise: Callable[[float], float] = lambda share: share  # from `optim.initial_lr` to the peak, in `optim.warmup`
-    has_plateau: bool = False  # the fall takes `optim.decay` at the run's end, not all after the warm-up
+    has_plateau: bool = False  # the fall takes the last `optim.decay` only
 
 
 def _cosine(share: float) -> float:
@@ -113,7 +113,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """Factor on the peak learning rate at `step`, counted from 1, of `total`."""
+    """The learning rate at `step` of `total`, counted from 1, as a share of its peak."""
     schedule, warmup = SCHEDULES[config.schedule], steps_in(config.warmup, total)
     if step <= warmup:
         return config.initial_lr + (1 - config.initial_lr) * schedule.rise(step / warmup)

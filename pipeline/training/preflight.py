@@ -1,4 +1,4 @@
-"""The bytes of memory and disk that a run needs, computed before anything of that size is made."""
+"""Estimate the memory and disk space that a run needs, and refuse a run that does not fit."""
 
 import math
 import shutil
@@ -20,18 +20,18 @@ from pipeline.system.errors import OutOfSpaceError
 from pipeline.training.config import RunConfig
 from pipeline.training.optim import build_optimizers, state_slots
 
-CHECKPOINTS = 4  # at once: the newest two, that of the best step, and the one that is being written
-ENTRY_BYTES = 256  # of a tensor's name and shape in the header of its file, at most
-RANDOM_BYTES = 6_000  # of a process's random numbers, with the names, the manifest and the step beside them
-BPE_BYTES = 1_500_000  # of the tokenizer in a model's folder
+CHECKPOINTS = 4  # at once: the newest two, that of the best step, and the one being written
+ENTRY_BYTES = 256  # upper bound for a tensor's entry in a file header
+RANDOM_BYTES = 6_000  # RNG state of one process, manifest and state.json
+BPE_BYTES = 1_500_000  # the tokenizer's files in a model's folder
 
 
 def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> None:
-    """Raise OutOfSpaceError where a step needs more memory than is free."""
+    """Raise OutOfSpaceError if a step needs more memory than is free."""
     needed, windows = step_bytes(config, vocabulary, machine), config.windows
     batch, length = windows.micro_batch_size, windows.seq_len
     if machine.device.type == "cpu":
-        needed *= machine.world.local_size  # which share it
+        needed *= machine.world.local_size  # these processes share it
     if needed > (free := free_bytes(machine)):
         raise OutOfSpaceError(
             f"windows.micro_batch_size {batch} of windows.seq_len {length} needs {needed / 1e9:,.1f} GB of memory, "
@@ -41,14 +41,14 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
 
 
 def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
-    """Bytes of weights, gradients and optimiser state, and of what a step or an evaluation makes beside them.
+    """Bytes of weights, gradients, optimiser state, activations and logits, for one process of the machine's world.
 
-    For one process of the machine's world, which has its share of the batch and, where the model is sharded, of the
-    former; beside it, all of what is unsharded at a time.
+    A process has its share of the batch. If the model is sharded it has its share of the weights, gradients and
+    optimiser state, plus the blocks that FSDP2 unshards at one time.
     """
     batch = config.windows.micro_batch_size // machine.world.size
     windows = config.windows.updated(micro_batch_size=batch)
-    with FakeTensorMode(), torch.device(machine.device):  # tensors of a shape, without content
+    with FakeTensorMode(), torch.device(machine.device):  # tensors without data
         model = GPT(config.model, vocabulary)
         activations = _kept_bytes(model, windows, machine)
         if config.train.gradient_checkpointing:
@@ -56,25 +56,25 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
             activations = activations // config.model.n_layer + _kept_bytes(model, windows, machine)
         weights, state = _trained_bytes(model, config.optim)
     n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
-    step = activations + 10 * n_logits  # in 16 bits; on a GPU in fp32 too, before and after the softmax
-    evaluation = 8 * BATCH_TOKENS * vocabulary.n_rows  # logits in fp32, before and after the softmax
+    step = activations + 10 * n_logits  # bf16 or fp16; on a GPU also fp32, before and after the softmax
+    evaluation = 8 * BATCH_TOKENS * vocabulary.n_rows  # fp32 logits, before and after the softmax
     held = 2 * weights + sum(state)
     if config.train.shard and machine.world.size > 1:
         block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
         outside = weights - config.model.n_layer * block
-        held = held // machine.world.size + 2 * (outside + 2 * block)  # a block and the next one, and their gradients
-    if machine.device.type == "cpu":  # what is freed there is kept
+        held = held // machine.world.size + 2 * (outside + 2 * block)  # two blocks, with gradients
+    if machine.device.type == "cpu":  # freed memory is not returned to the system
         return held + step + evaluation
     return held + max(step, evaluation)
 
 
 def check_disk(config: RunConfig, vocabulary: Vocabulary, machine: Machine, checkpoints: Path) -> None:
-    """Raise OutOfSpaceError where the disk lacks room for as many checkpoints as are held at once, less those there.
+    """Raise OutOfSpaceError if the disk has no room for CHECKPOINTS checkpoints, minus those that it already holds.
 
-    The model is not counted: it is written when one checkpoint fewer is there, and again by the same command.
+    The final model is not counted: when it is written there is one checkpoint less.
     """
     checkpoint, _ = saved_bytes(config, vocabulary, machine.world.size)
-    held = sum(path.stat().st_size for path in checkpoints.glob("*/*.safetensors"))  # unfinished ones too: they go
+    held = sum(path.stat().st_size for path in checkpoints.glob("*/*.safetensors"))  # unfinished ones will be removed
     needed = CHECKPOINTS * checkpoint - held
     place = next(path for path in checkpoints.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(place).free):
@@ -85,7 +85,7 @@ def check_disk(config: RunConfig, vocabulary: Vocabulary, machine: Machine, chec
 
 
 def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -> tuple[int, int]:
-    """Bytes of disk that a checkpoint takes, and the finished model, which has the full vocabulary; never too few."""
+    """Upper bounds for the disk bytes of a checkpoint and of the finished model, which has the full vocabulary."""
     with FakeTensorMode():
         model = GPT(config.model, vocabulary)
         weights, state = _trained_bytes(model, config.optim)
@@ -95,7 +95,7 @@ def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -
 
 
 def free_bytes(machine: Machine) -> int:
-    """Bytes of memory that the device has left."""
+    """Free memory of the device in bytes."""
     if machine.device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     if machine.device.type == "mps":
@@ -104,14 +104,14 @@ def free_bytes(machine: Machine) -> int:
 
 
 def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
-    """Bytes of a model's weights, and of each tensor of its optimisers' state; the model may be of fake tensors."""
+    """Bytes of the weights, and of each tensor of the optimiser state. The model may consist of fake tensors."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     slots = state_slots(build_optimizers(model, optim, torch.float32), optim)
     return weights, [4 * math.prod(shape) for _, _, shape in slots]
 
 
 def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
-    """What the forward pass over a batch keeps for the backward pass: a constant part, and so much for each window."""
+    """Bytes that a forward pass keeps for the backward pass: a constant, plus a constant for each window."""
     weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
 
     def keeps(n_windows: int) -> int:
@@ -119,7 +119,7 @@ def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            storages[id(storage)] = storage  # held, so that no other gets its id
+            storages[id(storage)] = storage  # the reference keeps the id from being reused
             return tensor
 
         inputs = torch.zeros(n_windows, windows.seq_len, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Show a training run: a bar on a terminal, a plain line now and then elsewhere."""
+"""Show the progress of a run: a bar on a terminal, otherwise a line every ten seconds and at each evaluation."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Shows loss, target, tokens/s and the time left to the end of the schedule, from the given step and tokens on."""
+    """Show loss, target, tokens/s and the time to the end of the schedule, starting after `step` and `tokens`."""
 
     def __init__(self, step: int, tokens: int, max_steps: int, target_loss: float) -> None:
         self.max_steps, self.target_loss = max_steps, target_loss
@@ -21,10 +21,10 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-        mute_closed_terminal()  # what else the run has to say must not end it
+        mute_closed_terminal()  # further output must not end the run
 
     def show(self, record: StepRecord) -> None:
-        """Show a step; an evaluated one, as the last one is, always gets its line."""
+        """Show a step. A step with an evaluation always gets a line."""
         step_tokens, self._tokens = record.tokens - self._tokens, record.tokens
         speed = step_tokens / record.step_s
         self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * speed if self._tokens_per_s else speed

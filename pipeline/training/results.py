@@ -1,4 +1,4 @@
-"""What a finished run reached, its throughput and utilisation, and the files that the stage `train` leaves."""
+"""The results of a finished run: the cost of each target rule, throughput, utilisation, and the files of the stage."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.training.target import best_step, first_met, is_out_of_patience
 
 
 def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
-    """Write the model of the best step, the run's record without times, its journal, and, apart, its times."""
+    """Write the model of the best step, run.json, the journal and, in a separate file, all times."""
     config, records = run.config, run.records
     results = results_of(records, config.target, run.text.train.size)
     if results["model_step"] != run.state.step:
@@ -34,7 +34,7 @@ def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
 
 
 def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens: int) -> dict[str, Any]:
-    """The results in models/run.json: what each rule cost, and of which step the model is that is kept."""
+    """The `results` of models/run.json: the cost of each rule, and the step whose model is kept."""
     best = best_step(records, target)
     assert best is not None, "a run's last step is evaluated"
     return {
@@ -53,7 +53,7 @@ def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens
 
 
 def summary(results: dict[str, Any], records: Sequence[StepRecord], target: TargetConfig) -> str:
-    """The results in a line, and why the run ended where that is not plain."""
+    """The results in one line, and a second line if the run ended without a lower validation loss."""
     cost = results["to_target"][results["rule"]]
     spent, found = cost or results, "reached after" if cost else "not reached in"
     words = (
@@ -65,7 +65,7 @@ def summary(results: dict[str, Any], records: Sequence[StepRecord], target: Targ
     return words
 
 
-# Dense peaks in FLOP/s of the tensor cores, from NVIDIA's data sheets, by a part of the device's name.
+# Peak FLOP/s of dense matrix products, from NVIDIA's data sheets, by a substring of the device's name.
 PEAK_FLOPS = {
     "bf16": {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10G": 70e12},
     "fp16": {"V100": 125e12, "T4": 65e12},
@@ -73,13 +73,13 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(config: ModelConfig, n_rows: int, length: int) -> int:
-    """FLOPs of forward and backward for a token: 6 a weight, and attention's (Chowdhery et al. 2022, appendix B)."""
+    """FLOPs per token, forward and backward: 6 n_weights + 12 L C T (Chowdhery et al. 2022, appendix B)."""
     C, L = config.n_embd, config.n_layer
     return 6 * (L * 12 * C**2 + n_rows * C) + 12 * L * C * length
 
 
 def utilisation(tokens_per_s: float, flops: int, machine: Machine, device_name: str) -> float | str:
-    """Model FLOPs utilisation: share of the device's known peak, or "unknown" where that is not known."""
+    """Model FLOPs utilisation: the achieved share of the device's peak, or "unknown" if the peak is unknown."""
     peaks = PEAK_FLOPS.get(machine.precision, {})
     peak = next((value for name, value in peaks.items() if name in device_name), None)
     return "unknown" if peak is None else round(tokens_per_s * flops / peak, 4)
@@ -88,7 +88,7 @@ def utilisation(tokens_per_s: float, flops: int, machine: Machine, device_name: 
 def time_report(
     records: Sequence[StepRecord], reached: dict[str, int | None], mfu: float | str, resumes: int
 ) -> dict[str, Any]:
-    """The contents of reports/timing.json; `reached`: the step at which each rule was met."""
+    """The content of reports/timing.json; `reached` is the step at which each rule was met."""
 
     def until(record: StepRecord) -> dict[str, float]:
         return {"train_s": round(record.train_s, 3), "wall_s": round(record.wall_s, 3)}
@@ -104,5 +104,5 @@ def time_report(
 
 
 def throughput(records: Sequence[StepRecord]) -> float:
-    """Tokens a second of training time, all steps together."""
+    """Tokens per second of training time, over all steps."""
     return records[-1].tokens / records[-1].train_s

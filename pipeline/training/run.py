@@ -1,4 +1,4 @@
-"""One training run in its folder: its state and its records, resumed from the newest checkpoint."""
+"""A training run in its folder: state and records, resumed from the newest intact checkpoint."""
 
 import time
 from collections.abc import Iterator
@@ -23,17 +23,17 @@ from pipeline.training.loop import TrainState, fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits
 from pipeline.training.target import best_step, is_finished
 
-RESUMES = "resumes"  # a line with the step for each time that the run was resumed
+RESUMES = "resumes"  # one line for each resume: its step
 
 
 @contextmanager
 def open_run(
     config: RunConfig, machine: Machine, text: TrainingData, home: Path, elastic: bool = False
 ) -> Iterator["Run"]:
-    """Hold the folder in `home` of the run that these make, and yield the run, resumed from its newest checkpoint.
+    """Lock the run's folder in `home` and yield the run, resumed from its newest checkpoint.
 
-    Raises OutOfSpaceError where a step would not fit into memory, or what the run saves on the disk; RunLocked where
-    another process trains the same run.
+    Raises OutOfSpaceError if the run does not fit into memory or on the disk, and RunLocked if another process trains
+    the same run.
     """
     check_fits(config, text.vocabulary, machine)
     identity = identify(text.sha256, config.decisive, machine)
@@ -52,9 +52,9 @@ def open_run(
 
 
 def claim_folder(folder: Path, identity: Identity, elastic: bool = False) -> tuple[Identity, list[str]]:
-    """Make the run's folder, or accept it; return the run's identity, and how its environment has changed.
+    """Create the run's folder or take it over; return the run's identity and the changes of its environment.
 
-    A folder of another environment is renamed, and kept; an `elastic` run resumes in it.
+    The folder of another environment is renamed and kept, unless the run is `elastic`: then it resumes there.
     """
     changed: list[str] = []
     if (folder / IDENTITY).is_file():
@@ -66,7 +66,7 @@ def claim_folder(folder: Path, identity: Identity, elastic: bool = False) -> tup
             identity = {**identity, "inexact": before["inexact"]}
         else:
             kept = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
-            with locked(folder / RECORDER_LOCK, wait=True):  # the last attempt may still be sent
+            with locked(folder / RECORDER_LOCK, wait=True):  # a recorder may still read the folder
                 folder.rename(kept)
             print(
                 f"environment changed ({', '.join(changed)}): starting from step 0. "
@@ -79,7 +79,7 @@ def claim_folder(folder: Path, identity: Identity, elastic: bool = False) -> tup
 
 
 class Run:
-    """A run in its folder: what it is made of, its state, its journal and its records so far."""
+    """A run: its settings and data, its folder, state, journal and records so far."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Run:
         identity: Identity,
         changed: list[str],
     ) -> None:
-        """Resume it; `changed`: how its environment has changed since its last attempt."""
+        """Resume the run; `changed` lists the changes of its environment since the last attempt."""
         self.config, self.machine, self.text, self.folder, self.identity = config, machine, text, folder, identity
         self.world = machine.world
         self.state = self._fresh_state()
@@ -114,16 +114,16 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step met the target rule, or spent the budget or the patience."""
+        """Whether the last step met the target rule, or used up the budget or the patience."""
         return bool(self.records) and is_finished(self.records, self.max_steps, self.config.target)
 
     @property
     def resumes(self) -> int:
-        """How often the run was resumed."""
+        """The number of resumes."""
         return len(path.read_text().split()) if (path := self.folder / RESUMES).exists() else 0
 
     def steps(self) -> Iterator[StepRecord]:
-        """Take the steps that are left of the budget, and yield the record of each."""
+        """Take the remaining steps of the budget and yield a record after each."""
         config = self.config
         batches = steps_of(self.state.step + 1, self.text.train, config.windows, config.train.seed, self.world)
         for record in train_steps(self.state, batches, self.max_steps, config.optim, self.machine):
@@ -131,7 +131,7 @@ class Run:
             yield record
 
     def log(self, record: StepRecord) -> None:
-        """Complete the last record with its times, and put it into the journal."""
+        """Add times and memory to the newest record and append it to the journal."""
         on_gpu = self.machine.device.type == "cuda"
         record.train_s = record.step_s + (self.records[-2].train_s if len(self.records) > 1 else 0.0)
         record.wall_s = self._wall_before_s + time.perf_counter() - self._started
@@ -141,14 +141,14 @@ class Run:
             self.journal.append(record)
 
     def note_resume(self) -> None:
-        """Print and count that the run is resumed, if it is."""
+        """If the run is resumed, print this and count it."""
         if (step := self.state.step) and self.world.is_main:
             print(f"resumes from step {step} of {self.max_steps}, in {self.folder}")
             with (self.folder / RESUMES).open("a") as resumes:
                 resumes.write(f"{step}\n")
 
     def print_changes(self) -> None:
-        """Print how the run differs from the one that was begun before it."""
+        """Print the differences from the newest other run."""
         others = set(self.folder.parent.glob(f"*/{IDENTITY}")) - {self.folder / IDENTITY}
         if last := max(others, key=lambda path: path.stat().st_mtime, default=None):
             changed = ", ".join(differences(read_json(last), self.identity))
@@ -161,7 +161,7 @@ class Run:
         return state
 
     def _resume(self, changed: list[str]) -> None:
-        """Restore the newest checkpoint that can be resumed from, if there is one: rank 0 decides which."""
+        """Restore the newest valid checkpoint, if there is one. Rank 0 chooses it for all processes."""
         loaded: Saved | None = None
 
         def find() -> list[StepRecord]:
@@ -184,9 +184,9 @@ class Run:
             self.state.restore(*(loaded or load_checkpoint(self.folder, len(self.records))))
 
     def _change_environment(self, journal: Journal, step: int, changed: list[str]) -> None:
-        """Note that the run is resumed after `step` in another environment.
+        """Record that the run is resumed after `step` in another environment.
 
-        The steps after it that were taken already will come out otherwise: MLflow's run keeps them, and a new one
+        Later steps of the old environment are not repeated exactly. They stay in their MLflow run, and a new MLflow run
         begins.
         """
         if journal.records[step:]:

@@ -1,4 +1,4 @@
-"""The target rules, and from a run's records: whether it is finished, when to evaluate it, which model is kept."""
+"""The target rules: from a run's records, decide when to evaluate, when to stop and which model to keep."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
@@ -8,15 +8,15 @@ import numpy as np
 from pipeline.config.sections import TargetConfig
 from pipeline.tracking.journal import StepRecord
 
-Records = Sequence[StepRecord]  # of a run, up to some step
+Records = Sequence[StepRecord]  # of a run, from step 1 to the current step
 
 
 class Rule(NamedTuple):
     """An entry of RULES."""
 
-    is_met: Callable[[Records, TargetConfig], bool]  # by the last of all records so far
+    is_met: Callable[[Records, TargetConfig], bool]  # whether the last record meets the rule
     description: str  # for cards and the page
-    needs_held_out: bool = False  # such a rule also keeps the model of the lowest validation loss
+    needs_held_out: bool = False  # if so, the model of the lowest validation loss is kept
 
 
 def _average_is_below(records: Records, config: TargetConfig) -> bool:
@@ -39,18 +39,18 @@ RULES: dict[str, Rule] = {
     ),
     "corpus": Rule(
         lambda records, config: _is_below(records[-1].corpus_loss, config),
-        description="one pass over the whole training text",
+        description="an evaluation on the whole training text",
     ),
     "validation": Rule(
         lambda records, config: _is_below(records[-1].validation_loss, config),
-        description="one pass over the text that was held out",
+        description="an evaluation on the held-out text",
         needs_held_out=True,
     ),
 }
 
 
 def is_finished(records: Records, max_steps: int, config: TargetConfig) -> bool:
-    """Whether the step of the last record met the run's rule, or spent its budget or its patience."""
+    """Whether the last step met the run's target rule, or used up its budget or its patience."""
     return (
         records[-1].step >= max_steps
         or RULES[config.rule].is_met(records, config)
@@ -59,7 +59,7 @@ def is_finished(records: Records, max_steps: int, config: TargetConfig) -> bool:
 
 
 def first_met(records: Records, config: TargetConfig) -> dict[str, int | None]:
-    """The first step at which each rule was met, None where it was not."""
+    """The first step at which each rule was met, or None."""
     parts = [_UpTo(records, n) for n in range(1, len(records) + 1)]
     return {
         name: next((part[-1].step for part in parts if rule.is_met(part, config)), None) for name, rule in RULES.items()
@@ -67,7 +67,7 @@ def first_met(records: Records, config: TargetConfig) -> dict[str, int | None]:
 
 
 class _UpTo(Sequence[StepRecord]):
-    """The first `n` records, without copying them."""
+    """A view of the first `n` records."""
 
     def __init__(self, records: Records, n: int) -> None:
         self.records, self.n = records, n
@@ -85,7 +85,7 @@ class _UpTo(Sequence[StepRecord]):
 
 
 def is_out_of_patience(records: Records, config: TargetConfig) -> bool:
-    """Whether the last `early_stopping_patience` evaluations found no lower validation loss than those before them."""
+    """Whether the last `early_stopping_patience` evaluations did not lower the minimum of the validation loss."""
     if (patience := config.early_stopping_patience) is None:
         return False
     losses = [record.validation_loss for record in records if record.validation_loss is not None]
@@ -94,9 +94,9 @@ def is_out_of_patience(records: Records, config: TargetConfig) -> bool:
 
 
 def best_step(records: Records, config: TargetConfig) -> int | None:
-    """The step whose evaluation found the lowest loss, the first of equals; None before the first evaluation.
+    """The step with the lowest evaluated loss, the first one if several are equal; None before the first evaluation.
 
-    Under a rule that needs a held-out text it is the validation loss, under the others the corpus loss.
+    A rule that needs a held-out text compares validation losses; the other rules compare corpus losses.
     """
     name = "validation_loss" if RULES[config.rule].needs_held_out else "corpus_loss"
     losses = [(loss, record.step) for record in records if (loss := getattr(record, name)) is not None]
@@ -104,9 +104,9 @@ def best_step(records: Records, config: TargetConfig) -> int | None:
 
 
 def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:
-    """Whether an evaluation is due after the step of the last record; a run's last step is always evaluated.
+    """Whether an evaluation is due after the last record. (A run's last step is always evaluated.)
 
-    `held_out`: whether there is a held-out text, whose loss is then measured once an epoch at least.
+    With a held-out text (`held_out`), an evaluation is due at least once an epoch.
     """
     step = records[-1].step
     if config.eval_interval is not None:
@@ -115,21 +115,21 @@ def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, co
 
 
 def needs_corpus_loss(records: Records, config: TargetConfig) -> bool:
-    """Whether the evaluation after the last record, its validation loss known, also needs the corpus loss.
+    """Whether the current evaluation also needs the corpus loss; the validation loss is already in the last record.
 
-    Where the model is kept by its validation loss and evaluations come at fixed steps, the corpus loss decides nothing:
-    it is measured only where this model may be the one that is kept.
+    If the rule uses the validation loss and evaluations come at fixed steps, the corpus loss affects no decision. It is
+    then measured only if the current model is the best so far.
     """
     decides = not RULES[config.rule].needs_held_out or config.eval_interval is None
     return decides or best_step(records, config) == records[-1].step
 
 
 def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig) -> bool:
-    """Whether measuring the corpus loss is worth its cost after the step of the last record.
+    """Whether measuring the corpus loss is worth its cost after the last record.
 
-    The minibatches' running mean lags behind the corpus loss. So the first evaluation is due when it is below three
-    times the target. One that finds the loss c sets the next to when the mean has fallen by the factor that c still has
-    to fall, or to one epoch later at the latest.
+    The running mean m of the minibatches' losses lags behind the corpus loss c. The first evaluation is due when
+    m < 3 * target. After an evaluation with c = c0 and m = m0, the next one is due when m / m0 <= target / c0, or after
+    one epoch.
     """
     span = min(config.average_steps, steps_per_epoch)
     if len(records) < span:

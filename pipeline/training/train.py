@@ -1,4 +1,4 @@
-"""Train one run with all that consumes its records, until its target is met or its budget is spent."""
+"""The stage `train`: train one run, with its consumers, until it meets its target or uses up its budget."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,11 +21,11 @@ from pipeline.training.run import Run, open_run
 
 
 def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic: bool = False) -> None:
-    """Train as `params` say on `data`/tokens; write the model, run.json and the journal to `models`, times to `timing`.
+    """Train on `data`/tokens; write the model, run.json and the journal to `models`, and all times to `timing`.
 
-    An `elastic` run resumes from checkpoints of another environment, and says that it is not exact. Raises Interrupted
-    after a signal, everything saved; DivergedError where the loss is not finite; RunLocked where another process trains
-    the same run; PeerLost where one of the processes of this training is gone.
+    An `elastic` run resumes from checkpoints of another environment and is marked as inexact. Raises Interrupted after
+    a signal, when everything is saved; DivergedError if the loss is not finite; RunLocked if another process trains the
+    same run; PeerLost if another process of this training has died.
     """
     config, world = RunConfig.of(params), world_here()
     if (batch := config.windows.micro_batch_size) % world.size:
@@ -41,7 +41,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
                 print(f"the run is finished, at step {run.state.step}: nothing to train")
             elif run.state.step == 0 and world.is_main:
                 run.print_changes()
-            if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may lack its end
+            if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may not have the end of the run yet
                 with _tracked(run, root, config.origin(params)) as consumers:
                     if not run.finished:
                         follow(run, stop, *consumers)
@@ -49,7 +49,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
 
 
 def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
-    """Read what a run learns from `data`. Raises InputError where nothing is held out and the target needs it."""
+    """Read the training data. Raises InputError if the settings need a held-out text and there is none."""
     model = config.model
     text = TrainingData.read(
         data / "tokens", data / "tokenizer", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
@@ -60,7 +60,7 @@ def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
 
 
 def follow(run: Run, stop: StopSignals, *others: Consumer) -> None:
-    """Take the run's steps until it is finished; each is evaluated where that is due, and given to all consumers."""
+    """Take the run's steps until it is finished. After each step evaluate if due, then call all consumers."""
     run.note_resume()
     consumers: list[Consumer] = [run.log, partial(sample, run), *others, Checkpoints(run, stop).save]
     for record in run.steps():
@@ -73,7 +73,7 @@ def follow(run: Run, stop: StopSignals, *others: Consumer) -> None:
 
 @contextmanager
 def _tracked(run: Run, root: Path, tags: dict[str, str]) -> Iterator[list[Consumer]]:
-    """While MLflow is kept up to date, the consumers that show the run; rank 0 alone has them."""
+    """Run the recorder and yield the consumers that show progress; only rank 0 has them."""
     if not run.world.is_main:
         yield []
         return

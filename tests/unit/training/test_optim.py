@@ -1,11 +1,11 @@
-"""Optimisers and schedules against the plain formulas."""
+"""Optimisers and learning-rate schedules against formulas and against torch."""
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.config.params import load_params
-from pipeline.config.sections import ModelConfig, OptimConfig, steps_in
+from pipeline.config.sections import ModelConfig, OptimConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
@@ -14,7 +14,7 @@ from pipeline.training.loop import finish_gradients
 from pipeline.training.muon import POLYNOMIALS, Muon, orthogonalise
 from pipeline.training.optim import SCHEDULES, Schedule, build_optimizers, lr_factor, set_lr
 
-CONVERGENT = (1.875, -1.25, 0.375)  # whose repetition brings every singular value to 1
+CONVERGENT = (1.875, -1.25, 0.375)  # applied repeatedly, it moves every singular value to 1
 
 
 def config(**changes):
@@ -32,61 +32,37 @@ def model():
     return GPT(shape, Vocabulary.full(50257)).initialise(seed=1)
 
 
-def test_warmup_rises_in_equal_steps_to_the_peak():
-    assert factors(schedule="constant", warmup=4)[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+@pytest.mark.parametrize(
+    ("total", "changes", "expected"),
+    [
+        (100, {"schedule": "constant", "warmup": 4}, {1: 0.25, 2: 0.5, 3: 0.75, 4: 1, 5: 1, 100: 1}),
+        (4, {"schedule": "linear", "warmup": 0}, {1: 1, 2: 0.75, 3: 0.5, 4: 0.25}),  # there is no step at zero
+        (1001, {"schedule": "cosine", "warmup": 0, "min_lr_ratio": 0.2}, {1: 1, 501: 0.6, 1001: 0.2}),
+        (100, {"schedule": "wsd", "warmup": 10, "decay": 20}, {9: 0.9, 10: 1, 80: 1, 81: 1, 82: 0.95, 100: 0.05}),
+        (
+            100,
+            {"schedule": "onecycle", "warmup": 20, "initial_lr": 0.1, "min_lr_ratio": 0.02},
+            {10: 0.55, 20: 1, 21: 1, 61: 0.51, 100: 0.02},
+        ),
+        (100, {"schedule": "linear", "warmup": 0.1}, {5: 0.5, 10: 1, 11: 1, 56: 0.5}),  # a tenth of the run
+    ],
+)
+def test_a_schedule_has_the_factors_of_its_formula(total, changes, expected):
+    curve = factors(total, **changes)
+    assert {step: curve[step - 1] for step in expected} == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_share_of_the_run_is_as_many_steps_as_it_comes_to():
-    assert np.array_equal(factors(schedule="linear", warmup=0.1), factors(schedule="linear", warmup=10))
-    assert steps_in(0.02, 528) == 11
-
-
-def test_linear_falls_in_equal_steps_and_takes_no_step_at_zero():
-    assert factors(total=4, schedule="linear", warmup=0) == pytest.approx([1, 0.75, 0.5, 0.25])
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "onecycle", "wsd"])
-def test_a_fall_ends_at_the_final_share(schedule):
-    assert factors(total=1000, schedule=schedule, warmup=0, min_lr_ratio=0.1)[-1] == pytest.approx(0.1, abs=0.005)
-
-
-def test_cosine_is_half_way_down_in_the_middle():
-    curve = factors(total=1001, schedule="cosine", warmup=0, min_lr_ratio=0.2)
-    assert curve[500] == pytest.approx(0.6, abs=1e-2)
-    assert (np.diff(curve) < 0).all()
-
-
-def test_onecycle_equals_torch():
-    # torch's div_factor 10 starts at a tenth, its final_div_factor 50 ends at a fiftieth of that
-    curve = factors(total=200, schedule="onecycle", warmup=20, initial_lr=0.1, min_lr_ratio=0.002)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=202, pct_start=20.5 / 201, div_factor=10, final_div_factor=50
-    )
-    reference = []
-    for _ in range(200):
-        optimizer.step()
-        scheduler.step()
-        reference.append(optimizer.param_groups[0]["lr"])
-    assert curve == pytest.approx(np.array(reference), abs=0.04)
-
-
-def test_wsd_is_flat_until_its_decay():
-    curve = factors(schedule="wsd", warmup=10, decay=20)
-    assert (curve[9:80] == 1).all()
-    assert curve[-1] == pytest.approx(0.05)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "onecycle", "wsd"])
-@pytest.mark.parametrize("total", [1, 2, 528])
-def test_every_factor_lies_between_zero_and_one(schedule, total):
-    curve = factors(total=total, schedule=schedule)
-    assert ((curve > 0) & (curve <= 1)).all()
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_every_factor_is_above_0_and_at_most_1_and_a_fall_ends_at_min_lr_ratio(schedule):
+    for total in (1, 2, 528):
+        curve = factors(total, schedule=schedule)
+        assert ((curve > 0) & (curve <= 1)).all()
+    last = factors(1000, schedule=schedule, warmup=0, min_lr_ratio=0.1)[-1]
+    assert last == pytest.approx(1 if schedule == "constant" else 0.1, abs=0.005)
 
 
 @pytest.mark.parametrize("changes", [{"warmup": 1.5}, {"betas": [0.9, 1.0]}, {"lr": -1}])
-def test_what_cannot_be_is_refused(changes):
+def test_an_invalid_value_is_refused(changes):
     with pytest.raises(ValueError, match=r"share below 1|below 1|greater than 0"):
         config(**changes)
 
@@ -97,14 +73,14 @@ def test_what_cannot_be_is_refused(changes):
     ({"name": "lion"}, r"optim.name: unknown value 'lion' \(known: muon, adamw.*\)"),
     ({"schedule": "step"}, r"optim.schedule: unknown value 'step' \(known: constant, linear, cosine, onecycle.*\)"),
 ])  # fmt: skip
-def test_what_the_run_has_no_room_or_no_table_for_is_refused_in_one_line(changes, fault):
+def test_a_schedule_longer_than_the_run_and_an_unknown_name_are_refused_in_one_line(changes, fault):
     params = load_params()
     params.values["optim"].update(changes)
     with pytest.raises(InputError, match=f"^params.yaml: {fault}$"):
         RunConfig.of(params)
 
 
-def test_a_schedule_is_added_in_the_table_alone(monkeypatch):
+def test_a_new_entry_of_the_table_is_a_schedule(monkeypatch):
     monkeypatch.setitem(SCHEDULES, "sqrt", Schedule(fall=lambda share: share**0.5, has_plateau=True))
     params = load_params()
     params.values["optim"]["schedule"] = "sqrt"
@@ -114,7 +90,7 @@ def test_a_schedule_is_added_in_the_table_alone(monkeypatch):
     assert (np.diff(curve[80:]) < 0).all()
 
 
-def test_muon_has_the_blocks_matrices_and_adamw_the_rest(model):
+def test_muon_updates_the_blocks_matrices_and_adamw_the_rest(model):
     adamw, muon = build_optimizers(model, config(name="muon"), torch.float32)
     by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
     by_adamw = {id(p) for group in adamw.param_groups for p in group["params"]}
@@ -131,16 +107,18 @@ def test_only_matrices_decay(model):
     }
 
 
-def test_each_group_follows_its_own_peak(model):
-    optimizers = build_optimizers(model, config(name="muon", lr=0.002, muon_lr=0.01), torch.float32)
-    set_lr(optimizers, 0.5)
-    assert [group["lr"] for o in optimizers for group in o.param_groups] == pytest.approx(
-        [0.001] * 2 + [0.005] * 4  # matrices and vectors; the four matrices of a block
-    )
+def test_each_group_follows_its_own_peak_and_only_the_fused_matrix_is_split(model):
+    adamw, muon = build_optimizers(model, config(name="muon", lr=0.002, muon_lr=0.01), torch.float32)
+    set_lr([adamw, muon], 0.5)
+    assert [group["lr"] for group in adamw.param_groups] == pytest.approx([0.001] * 2)  # matrices, vectors
+    assert [group["lr"] for group in muon.param_groups] == pytest.approx([0.005] * 4)  # the matrices of a block
+    assert {tuple(group["params"][0].shape): group["pieces"] for group in muon.param_groups} == {
+        (48, 16): 3, (16, 16): 1, (64, 16): 1, (16, 64): 1,
+    }  # fmt: skip
 
 
 def one_by_one(x, polynomials):
-    """The same in the plain order, on one matrix."""
+    """`orthogonalise` for one matrix, without the products of polynomials."""
     x = x / x.norm()
     x = x / torch.linalg.matrix_norm(x @ x.T) ** 0.5
     for a, b, c in polynomials:
@@ -164,7 +142,7 @@ def test_orthogonalising_a_batch_applies_the_polynomials_to_the_singular_values(
         torch.testing.assert_close(ours, u * s @ vt)
 
 
-def test_the_polynomials_bring_singular_values_between_a_fifth_and_two():
+def test_the_polynomials_map_singular_values_to_between_a_fifth_and_two():
     s = torch.logspace(0, -2.3, 1000)  # down to 0.005
     for a, b, c in POLYNOMIALS:
         s = a * s + b * s**3 + c * s**5
@@ -173,52 +151,38 @@ def test_the_polynomials_bring_singular_values_between_a_fifth_and_two():
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (64, 64)])
-def test_orthogonalising_in_bf16_is_as_near_to_the_truth_as_the_plain_order(shape):
-    generator = torch.Generator().manual_seed(1)  # a gradient of few directions is the hard case
+def test_orthogonalising_in_bf16_is_as_accurate_as_one_polynomial_after_the_other(shape):
+    generator = torch.Generator().manual_seed(1)  # a gradient of low rank is the hard case
     few = torch.randn(2, shape[0], 4, generator=generator) @ torch.randn(2, 4, shape[1], generator=generator)
     batch = few + 1e-3 * torch.randn(few.shape, generator=generator)
     for mine, x in zip(orthogonalise(batch.bfloat16(), POLYNOMIALS), batch, strict=True):
-        true, theirs = one_by_one(x.double(), POLYNOMIALS), one_by_one(x.bfloat16(), POLYNOMIALS)
-        assert (mine - true).norm() < 1.1 * (theirs - true).norm()
+        exact, plain = one_by_one(x.double(), POLYNOMIALS), one_by_one(x.bfloat16(), POLYNOMIALS)
+        assert (mine - exact).norm() < 1.1 * (plain - exact).norm()
 
 
-def test_only_the_fused_matrix_is_taken_apart(model):
-    _, muon = build_optimizers(model, config(name="muon"), torch.float32)
-    assert {tuple(group["params"][0].shape): group["pieces"] for group in muon.param_groups} == {
-        (48, 16): 3, (16, 16): 1, (64, 16): 1, (16, 64): 1,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"])  # square, tall, wide
-def test_muon_equals_torch_on_every_shape(model, name, lr):
+@pytest.mark.parametrize(
+    ("name", "pieces", "lr", "weight_decay"),
+    [
+        ("attn.c_proj", 1, 0.02, 0.0),  # square
+        ("mlp.c_fc", 1, torch.tensor(0.02), 10.0),  # tall
+        ("mlp.c_proj", 1, 0.02, 10.0),  # wide
+        ("attn.c_attn", 3, 0.02, 10.0),  # queries, keys and values
+    ],
+)
+def test_muon_equals_torch_on_every_shape(model, name, pieces, lr, weight_decay):
     ours = model.h[0].get_submodule(name).weight
-    theirs = torch.nn.Parameter(before := ours.detach().clone())
-    ours.grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
-    theirs.grad, before = ours.grad.clone(), before.clone()
-    Muon([{"params": [ours], "pieces": 1}], lr, 0.95, 0.0, torch.bfloat16, [CONVERGENT] * 20).step()
-    torch.optim.Muon([theirs], 0.02, 0.0, 0.95, ns_coefficients=CONVERGENT, ns_steps=20).step()
-    assert (ours - theirs).norm() < 0.05 * (theirs - before).norm()  # both in bf16, up to convergence
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 10.0])
-def test_muon_equals_torch_with_queries_keys_and_values_apart(model, weight_decay):
-    ours = Muon(
-        [{"params": [block.attn.c_attn.weight for block in model.h], "pieces": 3}], 0.02, 0.9, weight_decay,
-        torch.bfloat16, [CONVERGENT] * 20,
-    )  # fmt: skip
-    (whole,) = ours.param_groups[0]["params"]
-    apart = [torch.nn.Parameter(piece.clone()) for piece in whole.detach().chunk(3)]
-    torchs = torch.optim.Muon(apart, 0.02, weight_decay, 0.9, ns_coefficients=CONVERGENT, ns_steps=20)
-    generator, before = torch.Generator().manual_seed(1), whole.detach().clone()
+    theirs = [torch.nn.Parameter(piece.clone()) for piece in ours.detach().chunk(pieces)]
+    muon = Muon([{"params": [ours], "pieces": pieces}], lr, 0.9, weight_decay, torch.bfloat16, [CONVERGENT] * 20)
+    torchs = torch.optim.Muon(theirs, 0.02, weight_decay, 0.9, ns_coefficients=CONVERGENT, ns_steps=20)
+    generator, before = torch.Generator().manual_seed(1), ours.detach().clone()
     for _ in range(3):
-        whole.grad = torch.randn(whole.shape, generator=generator)
-        for piece, gradient in zip(apart, whole.grad.clone().chunk(3), strict=True):
+        ours.grad = torch.randn(ours.shape, generator=generator)
+        for piece, gradient in zip(theirs, ours.grad.clone().chunk(pieces), strict=True):
             piece.grad = gradient
-        ours.step()
+        muon.step()
         torchs.step()
-    moved = torch.cat(list(apart)) - before
-    assert ((whole - before) - moved).norm() / moved.norm() < 0.05  # both in bf16, up to convergence
+    moved = torch.cat(theirs) - before
+    assert ((ours - before) - moved).norm() / moved.norm() < 0.05  # both in bf16, to convergence
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 100.0])  # no clipping, a norm above, a norm below

@@ -1,4 +1,4 @@
-"""Progress: plain lines, now and then, where there is no terminal."""
+"""The progress of a run without a terminal: lines of text."""
 
 from contextlib import closing
 
@@ -10,7 +10,7 @@ def record(step, **losses):
     return StepRecord(step=step, tokens=100 * step, loss=1.0, grad_norm=1.0, lr=0.1, step_s=0.5, **losses)
 
 
-def test_lines_are_printed_first_and_at_evaluations_but_not_at_every_step(capsys):
+def test_a_line_is_printed_at_the_first_step_and_at_evaluations(capsys):
     with closing(Progress(0, 0, 10, 0.1)) as progress:
         for step in range(1, 11):
             progress.show(record(step, corpus_loss=0.5 if step % 5 == 0 else None))

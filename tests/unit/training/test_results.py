@@ -1,4 +1,4 @@
-"""Throughput and utilisation: training time alone, and no guess where the peak is not known."""
+"""Throughput, utilisation and the times in reports/timing.json."""
 
 import torch
 
@@ -11,16 +11,13 @@ GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_siz
 BF16 = Machine(torch.device("cpu"), "bf16", 1)
 
 
-def test_flops_are_six_a_weight_and_attentions_own():
+def test_flops_per_token_equal_the_formula_for_gpt2():
     weights = 12 * 12 * 768**2 + 50257 * 768  # the blocks' matrices and the head
     assert flops_per_token(GPT2, 50257, 1024) == 6 * weights + 12 * 12 * 768 * 1024
 
 
-def test_utilisation_is_the_share_of_a_known_peak():
+def test_utilisation_is_the_share_of_the_devices_peak_or_unknown():
     assert utilisation(1e6, 10**8, BF16, "cuda NVIDIA H200") == round(1e14 / 989e12, 4)
-
-
-def test_an_unknown_device_is_unknown():
     assert utilisation(1e6, 10**8, BF16, "cpu AVX512") == "unknown"
 
 

@@ -1,0 +1,66 @@
+"""A run's folder and its environment, and the number of processes of a run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.params import Params, load_params
+from pipeline.system import distributed
+from pipeline.system.distributed import World
+from pipeline.system.errors import InputError
+from pipeline.tracking.fingerprint import IDENTITY, Identity
+from pipeline.training import train as training
+from pipeline.training.run import claim_folder
+from stages.train import main
+from tests.trainings import ROOT, change
+
+
+def identity(processes):
+    return Identity(
+        fingerprint="f", data_sha256="d", params={}, sources={}, environment={"processes": processes}, inexact=[]
+    )
+
+
+def test_another_environment_takes_over_a_folder_only_if_the_run_is_elastic(tmp_path, capsys):
+    two, one = (identity(processes) for processes in (2, 1))
+    folder = tmp_path / "f"
+    assert claim_folder(folder, two) == (two, [])
+    assert claim_folder(folder, one, elastic=True) == (one, ["processes 2 -> 1"])
+    (folder / "step-00000003").mkdir()
+    assert claim_folder(folder, two) == (two, [])
+    said = capsys.readouterr().out
+    assert "environment changed (processes 1 -> 2): starting from step 0. Old checkpoints are in" in said
+    assert (tmp_path / "f.1" / "step-00000003").is_dir()
+    assert [path.name for path in folder.iterdir()] == [IDENTITY]
+
+
+def test_a_run_that_is_inexact_once_stays_inexact(tmp_path):
+    changed = {**identity(1), "inexact": ["processes 2 -> 1 after step 7"]}
+    claim_folder(tmp_path / "f", changed)
+    assert claim_folder(tmp_path / "f", identity(1)) == (changed, [])
+    again, what = claim_folder(tmp_path / "f", identity(2), elastic=True)
+    assert (again["inexact"], what) == (changed["inexact"], ["processes 1 -> 2"])
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(monkeypatch):
+    params = load_params(ROOT / "params.yaml")
+    params.values["windows"]["micro_batch_size"] = 5
+    monkeypatch.setattr(training, "world_here", lambda: World(rank=0, size=2))
+    with pytest.raises(InputError, match=r"^2 processes do not divide windows.micro_batch_size 5 evenly: change one"):
+        training.run_tracked(params, Path("data"), Path("models"), Path("timing.json"))
+    params = Params({**params.values, "train": {**params.values["train"], "processes": 2}}, params.path)
+    with pytest.raises(InputError, match=r"train.processes 2 do not divide windows.micro_batch_size 5 evenly$"):
+        training.run_tracked(params, Path("data"), Path("models"), Path("timing.json"))
+
+
+def test_the_stage_launches_its_processes_and_exits_with_their_code(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    change(tmp_path, **{"train.processes": 2})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "--elastic"])
+    launched = []
+    monkeypatch.setattr(distributed, "launch", lambda *arguments: launched.append(arguments) or 7)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert (exit_.value.code, launched) == (7, [(2, "stages.train", ["--elastic"])])
