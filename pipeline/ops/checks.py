@@ -19,8 +19,9 @@ from packaging.specifiers import SpecifierSet
 from pipeline.config.params import load_params
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops.params_check import check_params
-from pipeline.system.device import cores, prepare_machine
+from pipeline.system.device import prepare_machine
 from pipeline.system.host import git_info
+from pipeline.system.limits import cores
 from pipeline.training.config import RunConfig
 from pipeline.training.preflight import CHECKPOINTS, saved_bytes
 
@@ -66,12 +67,6 @@ def examine_packages(root: Path) -> Iterator[Finding]:
         yield Finding("ok", "packages", f"{named}; all {len(needed) - 1} packages fit pyproject.toml")
 
 
-def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """The CPU limit of this container in cores (cgroups v2); None if there is no limit."""
-    quota, period = path.read_text(encoding="utf-8").split() if path.is_file() else ("max", "")
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def examine_tools(root: Path) -> Iterator[Finding]:
     for name, hint in TOOLS.items():
         try:
@@ -91,14 +86,13 @@ def examine_params(root: Path) -> Iterator[Finding]:
     config = RunConfig.of(params)
     with contextlib.redirect_stdout(output := io.StringIO()):  # about the compiler
         machine = prepare_machine(config.train, config.flops)
-    name, n, quota = machine.device.type, cores(), cpu_quota()
+    name, n = machine.device.type, cores()
     if name == "cuda":
         name = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     yield Finding("ok", "device", f"{name}, train.precision {machine.precision}")
     yield Finding("ok", "threads", f"train.threads {machine.threads}; {n} of {os.cpu_count()} cores are usable")
-    if machine.threads > (usable := max(1, int(min(n, quota or n)))):
-        quota_note = f", and the container's quota is {quota:g}" if quota else ""
-        yield Finding("note", "threads", f"more threads than usable cores{quota_note}", f"train.threads: {usable}")
+    if machine.threads > n:
+        yield Finding("note", "threads", "more threads than usable cores", f"train.threads: {n}")
     if output.getvalue():
         yield Finding("note", "compiler", output.getvalue())
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))

@@ -16,6 +16,7 @@ from torch.utils._triton import has_triton
 from pipeline.config.sections import TrainConfig
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
+from pipeline.system.limits import cores
 
 # Estimated FLOPs of a run from which torch.compile saves more time than it costs. On a CPU it saves none
 # (benchmarks/LOG.md).
@@ -66,11 +67,6 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
         torch.use_deterministic_algorithms(True)
     compiled = not config.shard and _compiled(config.compile, name, run_flops)
     return Machine(device, _precision(config.precision, name), threads, compiled, world)
-
-
-def cores() -> int:
-    """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def give_back_memory() -> None:
