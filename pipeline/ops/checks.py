@@ -84,7 +84,7 @@ def examine_params(root: Path) -> Iterator[Finding]:
     check_params(params)
     yield Finding("ok", "params", f"{params.path} is valid")
     config = RunConfig.of(params)
-    with contextlib.redirect_stdout(output := io.StringIO()):  # about the compiler
+    with contextlib.redirect_stdout(output := io.StringIO()):  # about the GPU and the compiler
         machine = prepare_machine(config.train, config.flops)
     name, n = machine.device.type, cores()
     if name == "cuda":
@@ -93,8 +93,8 @@ def examine_params(root: Path) -> Iterator[Finding]:
     yield Finding("ok", "threads", f"train.threads {machine.threads}; {n} of {os.cpu_count()} cores are usable")
     if machine.threads > n:
         yield Finding("note", "threads", "more threads than usable cores", f"train.threads: {n}")
-    if output.getvalue():
-        yield Finding("note", "compiler", output.getvalue())
+    for line in output.getvalue().splitlines():
+        yield Finding("note", line.removeprefix("train.").partition(":")[0], line)
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))
     needed = CHECKPOINTS * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free

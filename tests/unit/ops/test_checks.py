@@ -82,7 +82,7 @@ def test_more_threads_than_usable_cores_are_a_note(monkeypatch, project, cores, 
 def test_a_missing_compiler_is_a_note(monkeypatch, project):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = {finding.topic: finding for finding in examine_params(project("compile: auto", "compile: true"))}
-    assert "C++ compiler not found" in found["compiler"].what
+    assert "C++ compiler not found" in found["compile"].what
 
 
 def test_invalid_params_are_refused(project):
