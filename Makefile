@@ -45,4 +45,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is %d.%d: Python 3.11 or newer is needed, name one with PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@test -e .git || { $(BIN)/dvc config --local core.no_scm true && \
+		echo "no .git here: DVC works without git, and runs record no commit"; }
 	touch $@

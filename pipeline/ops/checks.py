@@ -75,7 +75,14 @@ def examine_tools(root: Path) -> Iterator[Finding]:
         except (OSError, subprocess.SubprocessError) as error:  # missing, or its interpreter was moved
             yield Finding("to fix", name, f"does not start ({error})", hint)
     if git_info()["git_commit"] == "unknown":
-        yield Finding("note", "git", f"{root} is not a git repository with a commit: runs cannot record their code")
+        hint = (
+            None
+            if (root / ".git").exists()
+            else "`git init`, or for DVC without git: dvc config --local core.no_scm true"
+        )
+        yield Finding(
+            "note", "git", f"{root} is not a git repository with a commit: runs cannot record their code", hint
+        )
 
 
 def examine_params(root: Path) -> Iterator[Finding]:
