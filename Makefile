@@ -3,8 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# One process for each core, at most four, each with whole files. OpenMP threads sleep while they wait.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# One process for each core, at most four, each with whole files in the order of tests/conftest.py. OpenMP threads sleep
+# while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 
 .PHONY: repro app sweep dashboard test check faults lint format clean-venv
 
