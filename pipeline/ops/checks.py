@@ -75,14 +75,9 @@ def examine_tools(root: Path) -> Iterator[Finding]:
         except (OSError, subprocess.SubprocessError) as error:  # missing, or its interpreter was moved
             yield Finding("to fix", name, f"does not start ({error})", hint)
     if git_info()["git_commit"] == "unknown":
-        hint = (
-            None
-            if (root / ".git").exists()
-            else "`git init`, or for DVC without git: dvc config --local core.no_scm true"
-        )
-        yield Finding(
-            "note", "git", f"{root} is not a git repository with a commit: runs cannot record their code", hint
-        )
+        without = "`git init`, or for DVC without git: dvc config --local core.no_scm true"
+        what = f"{root} is not a git repository with a commit: runs cannot record their code"
+        yield Finding("note", "git", what, None if (root / ".git").exists() else without)
 
 
 def examine_params(root: Path) -> Iterator[Finding]:
