@@ -144,7 +144,14 @@ def project(tmp_path_factory, bpe, shakespeare):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stride", "at_least"),
-    [("download", 1, 9), ("tokenize", 1, 9), ("train", 1, 20), ("evaluate", 1, 6), ("plot", 9, 2)],
+    [
+        ("download", 1, 4),
+        ("download_tokenizer", 1, 5),
+        ("tokenize", 1, 9),
+        ("train", 1, 20),
+        ("evaluate", 1, 6),
+        ("plot", 9, 2),
+    ],
 )
 def test_a_stage_that_dies_anywhere_leaves_no_half_file_and_then_ends_as_a_clean_run(
     project, bpe, name, stride, at_least

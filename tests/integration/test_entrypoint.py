@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("stage", ["download", "tokenize", "train", "evaluate", "register"])
+@pytest.mark.parametrize("stage", ["download", "download_tokenizer", "tokenize", "train", "evaluate", "register"])
 def test_a_stage_refuses_bad_parameters_before_it_opens_anything(folder, stage):  # B9
     params = yaml.safe_load((folder / "params.yaml").read_text())
     for section in params.values():
