@@ -6,7 +6,8 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -34,19 +35,34 @@ def find_files(source: str) -> list[Path]:
 
     Hidden files and the README.md of the top folder are ignored. Raises InputError if no file is found.
     """
-    path, root = Path(source), PurePosixPath(source).parts[0]
+    path, (root, *parts) = Path(source), PurePosixPath(source).parts
     if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
         return [path]
-    try:
-        found = [*(path.rglob("*") if path.is_dir() else Path().glob(source))]
-    except ValueError as error:
-        raise InputError(f"{source} is not a glob ({error}): fix corpus.source") from None
-    visible = (file for file in found if not any(part.startswith(".") for part in file.parts))
-    files = sorted(file for file in visible if file.is_file() and file != Path(root, "README.md"))
+    if any("**" in part and part != "**" for part in parts):
+        raise InputError(f"{source}: ** must be a whole part, as in {root}/**/*.txt: fix corpus.source")
+    found = _matching(path, ["**"]) if path.is_dir() else _matching(Path(root), parts)
+    files = sorted({file for file in found if file != Path(root, "README.md")})
     if not files:
         what = "contains no texts" if path.is_dir() else "matches no file"
         raise InputError(f"{source} {what}: add texts or set another corpus.source")
     return files
+
+
+def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield the visible files below `folder` that a glob's `parts` match, also twice; `**` matches any folders.
+
+    It replaces `Path.glob`, in which `**` has another meaning from Python 3.13 on.
+    """
+    part, *others = parts
+    if part == "**" and others:
+        yield from _matching(folder, others)
+    for path in folder.iterdir():
+        if path.name.startswith(".") or not fnmatchcase(path.name, part):
+            continue
+        if path.is_dir() and (below := parts if part == "**" else others):
+            yield from _matching(path, below)
+        elif path.is_file() and not others:
+            yield path
 
 
 def read_documents(path: Path, name: str, changes: Counter[str]) -> Iterator[bytes]:

@@ -69,6 +69,8 @@ def test_a_glob_matches_visible_texts_and_not_the_readme_of_texts():
         put(name, name)
     assert fetched("texts/*.txt") == b"a.txt\0b.txt"
     assert fetched("texts/**/d*.txt") == fetched("texts/deep/") == b"deep/d.txt"
+    assert fetched("texts/**") == fetched("texts/**/*") == fetched("texts/**/**") == fetched("texts")
+    assert fetched("texts/**/*p/*") == b"deep/d.txt"
     assert fetched("texts/*") == fetched("texts/?.*") == b"a.txt\0b.txt\0c.md"
     assert fetched("texts") == b"a.txt\0b.txt\0c.md\0deep/d.txt\0glob/a1.txt\0glob/a[1].txt"
     assert fetched("texts/glob/a[1].txt") == b"glob/a[1].txt"  # a file has precedence over a glob
@@ -154,7 +156,11 @@ REFUSED = {
     "missing": ("texts/none.txt", None, r"texts/none.txt cannot be read \(No such file or directory\)"),
     "empty folder": ("texts/empty", ("empty/.keep", ""), "texts/empty contains no texts"),
     "no match": ("texts/*.gz", None, "texts/\\*.gz matches no file"),
-    "bad glob": ("texts/**x", None, "texts/\\*\\*x is not a glob"),
+    "part of a name in **": (
+        "texts/**x",
+        None,
+        r"texts/\*\*x: \*\* must be a whole part, as in texts/\*\*/\*.txt: fix",
+    ),
     "no text": ("texts/b.jsonl", ("b.jsonl", records("")), "texts/b.jsonl contains no text"),
     "mixed encodings": ("texts/mix", ("mix/b.txt", "aé".encode("latin-1")), "texts/mix/b.txt is not UTF-8 at byte 1"),
     "encoding of JSONL": ("texts/mix", ("mix/b.jsonl", LINES.encode() + b"\xff"), "b.jsonl is not UTF-8 at byte 16"),
