@@ -28,8 +28,8 @@ HEAD_BYTES = 512
 MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd"}
 MEDIA = "an image, sound or video, not a text: remove it from the texts"
 FORMATS = {  # how a file begins -> what it is, and what to do
-    MAGIC[".gz"]: "compressed with gzip: end its name with .gz",
-    MAGIC[".zst"]: "compressed with zstd: end its name with .zst",
+    MAGIC[".gz"]: "compressed with gzip: save it under a name that ends with .gz",
+    MAGIC[".zst"]: "compressed with zstd: save it under a name that ends with .zst",
     rb"BZh\d|\xfd7zXZ\0": "compressed with bzip2 or xz: use gzip or zstd",
     rb"version https://git-lfs": "a Git LFS pointer: fetch the text with `git lfs pull`",
     rb"/annex/objects/": "a git-annex pointer: fetch the text with `git annex get`",

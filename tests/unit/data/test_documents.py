@@ -194,7 +194,11 @@ REFUSED = {
         "a Git LFS pointer",
     ),
     "DVC pointer": ("texts/mix", ("mix/b.txt.dvc", "outs:"), "b.txt.dvc is DVC's pointer to a text"),
-    "no suffix gz": ("texts/mix", ("mix/b.txt", GZ(MANY)), "b.txt is compressed with gzip: end its name with .gz"),
+    "no suffix gz": (
+        "texts/mix",
+        ("mix/b.txt", GZ(MANY)),
+        "b.txt is compressed with gzip: save it under a name that ends with .gz",
+    ),
     "twice gz": ("texts/mix", ("mix/b.gz", GZ(GZ(MANY))), "b.gz is compressed with gzip"),
     "zip": ("texts/b.docx", ("b.docx", b"PK\3\4..."), "b.docx is an archive, as a .docx or .epub is"),
     "tar": ("texts/b.tar.gz", ("b.tar.gz", GZ(b"b.txt".ljust(257, b"\0") + b"ustar")), "b.tar.gz is an archive"),
