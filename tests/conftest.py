@@ -77,7 +77,7 @@ def bpe(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def copy_project(wheels: Path) -> Callable[[Path], None]:  # noqa: F811
-    """Copies what is in the checkout, committed or not, to a folder, where the stage `download` finds its sources."""
+    """Copies what is in the checkout, committed or not, to a folder, where both download stages find their sources."""
 
     def copy(folder: Path) -> None:
         listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
