@@ -213,7 +213,7 @@ def _read_url(source: str) -> Iterator[bytes]:
             wait_s = _wait_s(error.headers)
             later = f", retry after {wait_s:.0f} s" if wait_s > MAX_PAUSE_S else ""
             raise _BusyError(f"could not download {source}: {reason}{later}", wait_s) from None
-        if not received:
+        if not received and not isinstance(error, ConnectionError):  # one that was made, and then dropped
             raise InputError(f"could not download {source}: {reason}") from None
         raise _IncompleteDownloadError(f"download of {source} ended after {received:,} bytes ({reason})") from None
     if total and received < total:

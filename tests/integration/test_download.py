@@ -44,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(404)
         if name == "agent" and self.headers["User-Agent"].startswith("Python"):
             return self.send_error(403)
+        if name == "dropped-once" and self.server.seen[name] == 1:
+            return None
         if name == "slow":
             self.server.over.wait(0.5)
         if name in ("login", "loop") or (name in WAITS and (name == "busy" or self.server.seen[name] == 1)):
@@ -124,7 +126,9 @@ def test_b1_a_download_that_fails_names_all_sources_and_keeps_the_previous_file(
     assert (tmp_path / "corpus.txt").read_text() == "before"
 
 
-@pytest.mark.parametrize(("name", "waited_s"), [("cut-once", 0), ("busy-once", 2), ("busy-until", 0)])
+@pytest.mark.parametrize(
+    ("name", "waited_s"), [("cut-once", 0), ("dropped-once", 0), ("busy-once", 2), ("busy-until", 0)]
+)
 def test_an_incomplete_or_refused_download_is_tried_again_after_the_time_that_the_server_asks_for(
     server, tmp_path, monkeypatch, name, waited_s
 ):
