@@ -265,7 +265,10 @@ class SweepConfig(Section):
     trials: int = Field(ge=1, description="number of trials, including those of earlier calls")
     budget_s: float | None = Field(gt=0, description="seconds after which this call ends; null: no limit")
     patience: int | None = Field(ge=1, description="end after so many trials without improvement; null: no limit")
-    workers: int = Field(ge=1, le=1024, description="number of processes, which share the cores")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
+        union_mode="left_to_right",
+        description="number of processes, which share cores and GPUs; auto: one for each GPU",
+    )
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
     pruner_tolerance: float = Field(

@@ -37,6 +37,7 @@ from pipeline.sweep.study import (
     shared_settings,
 )
 from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
+from pipeline.system.device import gpu_ids
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
 from pipeline.system.host import start_module
@@ -70,14 +71,15 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep.study, sweep.model_dump())
         study.set_user_attr("mlflow_run_id", run_id)
         study.set_user_attr("trials", sweep.trials)
-        threads = max(1, cores() // sweep.workers) if config.train.threads == "auto" else config.train.threads
+        gpus = gpu_ids() if config.train.device in ("auto", "cuda") else []
+        n_workers = max(1, len(gpus)) if sweep.workers == "auto" else sweep.workers
+        threads = max(1, cores() // n_workers) if config.train.threads == "auto" else config.train.threads
+        given = str(root), sweep.updated(workers=n_workers).model_dump(mode="json"), params.values, shared
         configs = [
-            WorkerConfig(
-                str(root), sweep.model_dump(mode="json"), params.values, shared, number, threads, run_id, os.getpid()
-            )
-            for number in range(sweep.workers)
+            WorkerConfig(*given, number, threads, run_id, os.getpid(), gpus[number % len(gpus)] if gpus else None)
+            for number in range(n_workers)
         ]
-        print(f"study {sweep.study}: {sweep.workers} workers of {threads} threads", flush=True)
+        print(f"study {sweep.study}: {n_workers} workers of {threads} threads, {len(gpus)} GPUs", flush=True)
         _supervise(study, sweep, configs, stop)
         draw_study(study, home / "figures")
         with naming_dead_store(root, "then sweep again"):
@@ -167,7 +169,7 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
                 print(f"worker {process.pid} died, exit code {process.returncode}", flush=True)
             if not workers and not stopping:
                 _wait_for_others(study, sweep, stop, deadline)
-            if not stopping and deaths <= MAX_RETRIES * sweep.workers and has_work(study, sweep):
+            if not stopping and deaths <= MAX_RETRIES * len(configs) and has_work(study, sweep):
                 workers[number] = start_module(worker.__name__, line=configs[number]._asdict())
 
 

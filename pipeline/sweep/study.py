@@ -99,7 +99,7 @@ def _sampler(sweep: SweepConfig, seed: int) -> BaseSampler:
     if sweep.sampler == "random":
         return RandomSampler(seed=seed)
     first = min(10, max(1, sweep.trials // 3))  # random trials, before there is anything to learn from
-    return TPESampler(n_startup_trials=first, multivariate=True, constant_liar=sweep.workers > 1, seed=seed)
+    return TPESampler(n_startup_trials=first, multivariate=True, constant_liar=sweep.workers != 1, seed=seed)
 
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:

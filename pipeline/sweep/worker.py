@@ -48,6 +48,7 @@ class WorkerConfig(NamedTuple):
     threads: int
     parent_run_id: str  # the study's MLflow run
     sweep_pid: int  # the process that starts the worker
+    gpu: str | None = None  # its CUDA_VISIBLE_DEVICES; None: all GPUs
 
 
 class Worker:
@@ -217,6 +218,8 @@ def main() -> None:
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
     if os.getppid() != config.sweep_pid:  # the sweep has died during the imports, before `die_with_parent`
         return
+    if config.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu  # torch reads it when it first uses CUDA
     with StopSignals() as stop:
         worker = Worker(config, stop)
         with naming_dead_storage(worker.sweep):

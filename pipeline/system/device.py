@@ -98,6 +98,12 @@ def _cuda_problem() -> str | None:
     return None if free >= CONTEXT_BYTES else f"other programs leave {free / 1e9:.2f} GB of GPU memory free"
 
 
+def gpu_ids() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system, between two runs in the same process (glibc)."""
     if hasattr(libc := _libc(), "malloc_trim"):

@@ -2,17 +2,20 @@
 
 import io
 import json
+import os
 import sys
 from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from pipeline.config.sections import TargetConfig
 from pipeline.sweep import worker
 from pipeline.sweep.pruner import curve_of
-from pipeline.sweep.worker import TrialReporter, WorkerConfig, ended_with, requeue_interrupted
+from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig, ended_with, requeue_interrupted
+from pipeline.system.device import gpu_ids
 from pipeline.system.errors import Pruned
 from pipeline.tracking.journal import StepRecord
 from tests.studies import add, new_study, sweep_config
@@ -152,3 +155,24 @@ def test_a_worker_whose_sweep_died_before_it_could_notice_opens_nothing(monkeypa
     config = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(config._asdict())))
     worker.main()  # with `sweep={}` it would fail
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 0, []), (None, 2, ["0", "1"]), ("3,GPU-8f2a", 2, ["3", "GPU-8f2a"]), ("2,-1", 1, ["2"]), ("", 0, [])],
+)
+def test_a_worker_sees_only_its_gpu(visible, count, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_ids() == expected
+    seen = []
+    monkeypatch.setattr(Worker, "__init__", lambda *_: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.setattr(Worker, "sweep", sweep_config(), raising=False)
+    monkeypatch.setattr(Worker, "work", lambda _: None)
+    for gpu in expected or [None]:
+        config = WorkerConfig("", {}, {}, {}, 0, 1, "", os.getppid(), gpu)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(config._asdict()) + "\n"))
+        worker.main()
+    assert seen == (expected or [visible])
