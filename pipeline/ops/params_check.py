@@ -9,7 +9,7 @@ from pipeline.training.config import RunConfig
 
 
 def check_params(params: Params) -> None:
-    """Raise one InputError that names all faults in params.yaml."""
+    """Raise one InputError that lists all errors in params.yaml."""
     faults = params.unknown_sections(*SECTIONS)
     try:
         params.check(*SECTIONS)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 BUSY_S = 2.0  # timeout for a lock of a database
-EXPERIMENT = "gpt2-to-target"  # not the default one: `mlflow ui` may give that an artifact folder closed to clients
+EXPERIMENT = "gpt2-to-target"  # `mlflow ui` may give the default one an artifact folder that clients cannot use
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"
 
@@ -127,7 +127,7 @@ def open_store(root: Path) -> Store:
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
             return Store(client, experiment.experiment_id, uri)
-        served = uri.startswith(("http", "databricks"))  # a server chooses where it keeps artifacts
+        served = uri.startswith(("http", "databricks"))  # a server chooses the location of its artifacts
         return Store(client, client.create_experiment(EXPERIMENT, None if served else str(root / ARTIFACTS)), uri)
 
 
@@ -149,7 +149,7 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def naming_dead_store(root: Path, hint: str = "then `dvc repro -f -s register`") -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing with a message of one line."""
+    """Raise ModelMissing, with a message of one line, for the store's errors."""
     try:
         yield
     except store_errors() as error:

@@ -57,7 +57,7 @@ def test_a_recipe_changes_only_values_which_are_valid_and_laptop_resets_them(nam
     assert bool(held_out) is bool(RunConfig.of(load_params(params)).needs_held_out)
     apply_recipe("laptop", params, RECIPES)
     assert params.read_text() == before
-    assert apply_recipe("laptop", params, RECIPES).endswith("has the values of recipe laptop already")
+    assert apply_recipe("laptop", params, RECIPES).endswith("already has the values of recipe laptop")
 
 
 def test_a_recipe_resets_the_keys_of_others_and_a_file_elsewhere_sets_only_its_own(params):
