@@ -63,9 +63,7 @@ def marked_html(served: Served, ids: Sequence[int], prompt_length: int) -> str:
     """The text of `ids`, with a muted prompt and marks on copied passages; a click or a key opens a passage."""
     passages, end = {}, prompt_length
     for passage in served.corpus.passages(ids, MIN_PASSAGE):
-        if (
-            passage.end > end
-        ):  # of two that overlap, the first mark has the shared tokens; a click shows all of a passage
+        if passage.end > end:  # the first of two overlapping marks has the shared tokens; a click shows all of each
             passages[max(passage.begin, end)] = passage
             end = passage.end
     places = sorted({prompt_length, *passages, *(passage.end for passage in passages.values())})

@@ -66,9 +66,7 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     if info["history"].get("loss"):
         save_png(curve_figure(info["history"], float(info["tags"]["target_loss"])), folder / CURVE)
     text = TokenFolder(artifacts / "tokens").train
-    n_prompt = min(
-        PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text)
-    )  # the other half is for the continuation
+    n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half: the continuation
     described = {
         **config,
         "n_params": sum(tensor.numel() for tensor in weights.values()),

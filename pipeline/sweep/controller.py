@@ -136,14 +136,8 @@ def open_dashboard(sweep: SweepConfig) -> None:
 def _prepare_tokens() -> None:
     """Update data/tokens with DVC, so that no trial trains on stale tokens."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [
-        sys.executable,
-        "-m",
-        "dvc",
-        "--wait-for-lock",
-        "repro",
-        "tokenize",
-    ]  # another dvc repro of this stage takes seconds
+    # The wait for another DVC command's lock is short: its `tokenize` takes seconds.
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]
     if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode:
         raise InputError("sweep: `dvc repro tokenize` failed, see the error above: fix it first")
 
@@ -192,9 +186,7 @@ def _require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        hint = (
-            "correct the space" if failed else "raise optim.max_tokens, widen the space, or raise the number of trials"
-        )
+        hint = "correct the space" if failed else "raise optim.max_tokens, widen the space, or allow more trials"
         raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {hint}")
     return best
 

@@ -101,9 +101,7 @@ class Worker:
         if same is not None and same.state is TrialState.PRUNED:
             raise Pruned(f"same values as trial {same.number}, which was pruned")
         if same is not None:
-            announce(
-                trial, f"same values as trial {same.number}, which needed {same.value:,.6g} {self.sweep.objective}"
-            )
+            announce(trial, f"same values as trial {same.number}, {same.value:,.6g} {self.sweep.objective}")
             return float(same.value)
         config = RunConfig.of(with_values(self.params, values, self.sweep.micro_batch_tokens))
         machine = prepare_machine(config.train, config.flops)

@@ -113,9 +113,8 @@ def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
     else:  # without these instructions, bf16 on a CPU is 10 to 100 times slower than fp32
         bf16 = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if asked == "auto":
-        if (
-            device == "cpu" and bf16
-        ):  # with them, bf16 is four times as fast as fp32 on one chip and half as fast on another
+        # With them, bf16 is four times as fast as fp32 on one chip, and half as fast on another.
+        if device == "cpu" and bf16:
             bf16 = _product_s(torch.bfloat16) < _product_s(torch.float32)
         return "bf16" if bf16 else "fp16" if device == "cuda" else "fp32"
     if asked == "bf16" and not bf16:

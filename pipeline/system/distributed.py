@@ -102,9 +102,8 @@ def joined(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    store, _, _ = next(
-        rendezvous("env://")
-    )  # torchrun's store, which still has the addresses of the attempt before a restart
+    # torchrun's store. After a restart it still has the addresses of the previous attempt.
+    store, _, _ = next(rendezvous("env://"))
     attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=attempt, rank=world.rank, world_size=world.size)

@@ -111,7 +111,7 @@ def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
 
 
 def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
-    """Bytes that a forward pass keeps for the backward pass: measured with 1 and 2 windows, and extrapolated."""
+    """Bytes that a forward pass keeps for the backward pass: computed for 1 and 2 windows, and extrapolated."""
     weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
 
     def keeps(n_windows: int) -> int:
