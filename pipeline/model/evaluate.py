@@ -157,7 +157,7 @@ def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bo
 
 
 def _starts(split: Split, length: int, shift: int = 0) -> list[list[int]]:
-    """Where the fixed windows of the text from token `shift` begin, in batches."""
+    """Start positions of the fixed windows of the text from token `shift`, in batches."""
     starts = [shift + length * i for i in range(n_windows(split.size - shift, length))]
     batch = max(1, BATCH_TOKENS // length)
     return [starts[begin : begin + batch] for begin in range(0, len(starts), batch)]

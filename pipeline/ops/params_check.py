@@ -1,4 +1,4 @@
-"""Check all of params.yaml, without torch and without this machine's limits, which the doctor checks."""
+"""Check all of params.yaml without torch. The limits of this machine are checked by the doctor."""
 
 from pipeline.config.params import Params
 from pipeline.config.sections import SECTIONS, CorpusConfig, SweepConfig

@@ -154,7 +154,7 @@ def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
 
 
 def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[Record]) -> str:
-    """Create a run for a journal, with its inputs and samples, and note its id in the folder."""
+    """Create a run for a journal, with its inputs and samples, and write its id into the folder."""
     study = {"study": folder.parent.name} if folder.parent.name != "checkpoints" else {}
     tags = {"host": socket.gethostname(), "run_folder": str(folder), "rebuilt": "true"} | study
     run_id = create_run(store, identity, tags, int(records[0]["logged_ms"]))

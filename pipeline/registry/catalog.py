@@ -135,7 +135,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
 
 
 def require_valid_tags(tags: dict[str, str], label: str) -> None:
-    """Raise IntegrityError if a tag that others read as a number is missing or not a number."""
+    """Raise IntegrityError if a tag of TAG_KINDS is not of its type, or is missing; tags of type int are optional."""
     for tag, kind in TAG_KINDS.items():
         try:
             kind(tags[tag] if tag in tags or kind is not int else 0)

@@ -161,7 +161,7 @@ def _tokenizer_config(n_positions: int) -> dict[str, Any]:
 
 
 def _write_params(artifacts: Path, folder: Path) -> dict[str, Any]:
-    """Copy params.yaml without the address of the studies, which may hold a host and a password; return its values."""
+    """Copy params.yaml without `sweep.storage`, which may contain a host and a password; return its values."""
     path = folder / "params.yaml"
     shutil.copyfile(artifacts / "params.yaml", path)
     if "storage" in load_params(path).values.get("sweep", {}):

@@ -102,7 +102,7 @@ def _checkout(version: "ModelVersion", files: Path, repository: Path, folder: Pa
     changed = "" if version.tags.get("tree_clean") == "true" else ", with changes that were not committed"
     try:
         if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
-            print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
+            print(f"training with the present code, which has the same fingerprint {fingerprint}", flush=True)
             yield SOURCE_ROOT
         elif is_here:
             print(f"training with the code of commit {commit}; the version was trained with it{changed}", flush=True)

@@ -222,7 +222,7 @@ def main() -> None:
         with naming_dead_storage(worker.sweep):
             worker.work()
         if stop.received is not None:
-            sys.exit(128 + stop.received)  # the sweep, which sent it, prints the message
+            sys.exit(128 + stop.received)  # the sweep sent the signal, and prints the message
 
 
 if __name__ == "__main__":

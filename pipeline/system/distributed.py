@@ -142,7 +142,7 @@ class _Watch:
         self._left.set()
 
     def wait_for_all(self) -> None:
-        """Wait until every process calls this, so that the first one to end is not reported as dead."""
+        """Wait until every process calls this, so that a process that ends first is not reported as dead."""
         dist.all_reduce(torch.zeros(1))
 
     def _poll(self) -> None:

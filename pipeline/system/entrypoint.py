@@ -17,7 +17,7 @@ STAGES = Path(__file__).parents[2] / "stages"
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run `main`, which contains its imports so that their errors are reported, too, and exit with its code."""
+    """Run `main` and exit with its code. `main` contains its imports, so that their errors are reported too."""
     die_with_dvc()
     code = exit_code_of(main)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C arrives while Python exits

@@ -1,8 +1,8 @@
 """Compute the fingerprint of a run: one hash of the data, parameters and code that decide its numbers.
 
 The fingerprint names the folder of the run's checkpoints and is a tag of the MLflow run and the registered version. It
-links DVC, whose outputs must not contain random run ids, to MLflow. A run resumes with the same bits only if the
-identity's `environment` is equal too.
+links DVC to MLflow, because DVC's outputs must not contain MLflow's random run ids. A run resumes with the same bits
+only if the identity's `environment` is equal too.
 """
 
 import ast

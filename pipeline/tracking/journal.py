@@ -41,9 +41,8 @@ class StepRecord:
     lr: float  # of AdamW
     validation_loss: float | None = None  # of the held-out text, after the update
     corpus_loss: float | None = None  # of the training text, after the update
-    step_s: float = varying(
-        0.0
-    )  # of this step; on a GPU its update may still be running, and the next step waits for it
+    # On a GPU the update may still be running at the end of `step_s`; the next step then waits for it.
+    step_s: float = varying(0.0)
     train_s: float = varying(0.0)  # of all steps so far
     wall_s: float = varying(0.0)  # since the run's start
     memory_bytes: int = varying(0)

@@ -31,7 +31,7 @@ KILLED = {"status": "KILLED", "ended": "killed"}
 class Tracker(Protocol):
     """A service that stores a run's records; created in the recorder's process at each start of a training.
 
-    A call that raises one of `errors()` is repeated at the next tick, so that records may arrive twice, but in order.
+    A call that raises one of `errors()` is repeated at the next tick. So records may arrive twice, but always in order.
     Each start sends all records of the run from the beginning.
     """
 
