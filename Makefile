@@ -3,8 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# One process for each core, at most four, each with whole files. OpenMP threads sleep while they wait.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# One process for each core, at most four, each with whole files in the order of tests/conftest.py. OpenMP threads sleep
+# while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 
 .PHONY: repro app sweep dashboard test check faults lint format clean-venv
 
@@ -45,4 +47,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is %d.%d: Python 3.11 or newer is needed, name one with PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@test -e .git || { $(BIN)/dvc config --local core.no_scm true && \
+		echo "no .git here: DVC works without git, and runs record no commit"; }
 	touch $@

@@ -45,8 +45,9 @@ from pipeline.config.params import load_params
 from pipeline.config.sections import OptimConfig, TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
-from pipeline.system.device import cores, prepare_machine
+from pipeline.system.device import prepare_machine
 from pipeline.system.distributed import joined, launch, world_here
+from pipeline.system.limits import cores
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.results import PEAK_FLOPS, flops_per_token
 

@@ -146,7 +146,7 @@ def workspace(recipe: str) -> Path:
     for name in ("laptop", recipe):  # laptop resets what another recipe has set in params.yaml
         apply_recipe(name, folder / "params.yaml", ROOT / "recipes")
     if not (folder / "data" / "tokens").is_dir():
-        for stage in ("download", "tokenize"):
+        for stage in ("download", "download_tokenizer", "tokenize"):
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, check=True)
     return folder

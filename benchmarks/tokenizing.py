@@ -3,9 +3,9 @@
     pip install datasets
     python -m benchmarks.tokenizing [--gigabytes 2] [--files 8] [--rounds 1] [--only NAME ...]
 
-The text consists of Tiny Shakespeare's lines (`dvc repro download` fetches them), shuffled, with numbers inserted so
-that it does not repeat. The files differ. Each contestant runs in its own process, in turn, and reads the files and
-writes tokens to the disk, in two steps that are timed separately:
+The text consists of Tiny Shakespeare's lines, shuffled, with numbers inserted so that it does not repeat
+(`dvc repro download download_tokenizer` fetches the lines and the tokenizer). The files differ. Each contestant runs
+in its own process, in turn, and reads the files and writes tokens to the disk, in two steps that are timed separately:
 
 - `prepare` makes the input of the tokenizer: one normalised text in this project, Arrow tables of lines in `datasets`;
 - `tokenize` makes the tokens: token files in this project, Arrow tables in `datasets`.

@@ -1,4 +1,4 @@
-"""Stage `download`: download the text and the tokenizer to data/corpus.txt, data/corpus.sha256 and data/tokenizer."""
+"""Stage `download`: download the text to data/corpus.txt and data/corpus.sha256."""
 
 from pathlib import Path
 
@@ -9,11 +9,8 @@ def main() -> None:
     from pipeline.config.params import load_params
     from pipeline.config.sections import CorpusConfig
     from pipeline.data.corpus import fetch_corpus
-    from pipeline.data.tokenizer import fetch_tokenizer
 
-    config = load_params().section(CorpusConfig)
-    fetch_corpus(config, Path("data/corpus.txt"))
-    fetch_tokenizer(config.tokenizer, Path("data/tokenizer"))
+    fetch_corpus(load_params().section(CorpusConfig), Path("data/corpus.txt"))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,13 @@ def main() -> None:
 
     config = load_params().section(EvaluateConfig)
     run = read_run(Path("models"))
-    metrics, by_position = evaluate_model(Path("models/model"), Path("data/tokens"), run, config)
+    metrics, position_loss = evaluate_model(Path("models/model"), Path("data/tokens"), run, config)
     write_json(Path("reports/metrics.json"), metrics)
-    write_json(Path("reports/position_loss.json"), by_position)
+    write_json(Path("reports/position_loss.json"), position_loss)
+    print(
+        f"corpus loss {metrics['corpus_loss']:.4f}, in shifted windows {metrics['shifted_loss']:.4f}; "
+        f"recited exactly: {metrics['verbatim_recall']:.1%} of continuations"
+    )
 
 
 if __name__ == "__main__":

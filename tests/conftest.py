@@ -27,6 +27,15 @@ settings.register_profile("the same examples each time", derandomize=True, max_e
 settings.load_profile("the same examples each time")
 
 
+LONG_FILES = ("test_repro.py", "test_sweep_faults.py", "test_soak.py")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-randomly
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first: with several processes, one would wait for the others at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fetch what the chosen tests need and is not there yet; from then on nothing reaches another machine."""
     needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
@@ -68,7 +77,7 @@ def bpe(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def copy_project(wheels: Path) -> Callable[[Path], None]:  # noqa: F811
-    """Copies what is in the checkout, committed or not, to a folder, where the stage `download` finds its sources."""
+    """Copies what is in the checkout, committed or not, to a folder, where both download stages find their sources."""
 
     def copy(folder: Path) -> None:
         listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]

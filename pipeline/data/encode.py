@@ -1,7 +1,6 @@
 """Encode the corpus into token files, in shards, on all cores, resuming after the last finished shard."""
 
 import mmap
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from pipeline.system.files import (
     sha256_json,
     write_json,
 )
+from pipeline.system.limits import cores
 
 SHARD_BYTES = 1 << 26  # of text per shard
 BLOCK_BYTES = 1 << 20  # of text per call of the tokenizer; limits the memory
@@ -67,7 +67,7 @@ def write_tokens(
     key = [sha256_file(corpus), tokenizer.name, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
     working = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
     (working / "tokens").mkdir(parents=True, exist_ok=True)
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = workers or cores()
     first, of = task or Task()
     shards = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
     size_bytes = sum(shard.stop - shard.start for shard in shards)

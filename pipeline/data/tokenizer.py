@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy.typing as npt
 import tiktoken
 
 from pipeline.config.params import nearest
-from pipeline.data.corpus import REFETCH, fetch
+from pipeline.data.corpus import fetch
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_folder, sha256_file
+
+REFETCH = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f download_tokenizer`"
 
 
 class Tokenizer(Protocol):
@@ -116,7 +119,7 @@ class GPT2Tokenizer(Tokenizer):
     def load(cls, folder: Path) -> Self:
         for name, expected in BPE_SHA256.items():
             if not (path := folder / name).is_file():
-                raise InputError(f"{path} not found: run `dvc repro download`, which fetches it")
+                raise InputError(f"{path} not found: run `dvc repro download_tokenizer`, which fetches it")
             if (found := sha256_file(path)) != expected:
                 raise IntegrityError(f"{path} is not GPT-2's (SHA-256 {found}, expected {expected}): {REFETCH}")
         tokens = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
@@ -162,11 +165,28 @@ def require_known(name: str) -> None:
 
 
 def fetch_tokenizer(name: str, folder: Path) -> None:
-    """Download the files of the tokenizer `name` into `folder`. Raises InputError or IntegrityError."""
+    """Write the files of the tokenizer `name` into `folder`: those that it holds if they are right, else a download.
+
+    Raises InputError or IntegrityError if the download fails.
+    """
     require_known(name)
+    kind = TOKENIZERS[name]
     with atomic_folder(folder) as unfinished:
-        TOKENIZERS[name].fetch(unfinished)
+        if _has_files(folder, kind):
+            for file in kind.files:
+                shutil.copyfile(folder / file, unfinished / file)
+        else:
+            kind.fetch(unfinished)
     print(f"{folder}: the tokenizer {name}")
+
+
+def _has_files(folder: Path, kind: type[Tokenizer]) -> bool:
+    """Whether all files of a tokenizer are in `folder`, unaltered."""
+    try:
+        kind.load(folder)
+    except (InputError, IntegrityError):
+        return False
+    return all((folder / name).is_file() for name in kind.files)
 
 
 def tokenizer_in(folder: Path) -> type[Tokenizer]:
@@ -174,7 +194,7 @@ def tokenizer_in(folder: Path) -> type[Tokenizer]:
     for kind in TOKENIZERS.values():
         if any((folder / name).is_file() for name in kind.files):
             return kind
-    raise InputError(f"{folder} contains no tokenizer: run `dvc repro download`, which fetches it")
+    raise InputError(f"{folder} contains no tokenizer: run `dvc repro download_tokenizer`, which fetches it")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

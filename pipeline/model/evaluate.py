@@ -103,7 +103,7 @@ def corpus_loss(
         starts = batches[min(begin + world.rank, len(batches) - 1)]
         inputs, targets, _ = make_batch(split, starts, length)
         with autocast:
-            total = model.token_losses(inputs, targets).double().sum().cpu()
+            total = model.token_losses(inputs, targets).cpu().double().sum()  # MPS has no float64
         sums += world.all_gather(total)
     return sum(x.item() for x in sums[: len(batches)]) / (split.size - 1 - shift)
 
@@ -117,10 +117,10 @@ def window_figures(model: GPT, split: Split, length: int, autocast: AbstractCont
         inputs, targets, _ = make_batch(split, starts, length)
         with autocast:
             hidden = model.hidden(inputs)  # (B, T, C)
-            losses = model.losses_of(hidden, targets).double()  # (B, T)
+            losses = model.losses_of(hidden, targets).cpu().double()  # (B, T)
             hits += int((model.head(hidden).argmax(dim=2) == targets).sum())
         sums.append(losses.sum().item())
-        position_sums += losses.sum(dim=0).cpu()
+        position_sums += losses.sum(dim=0)
         n += (targets != IGNORED).sum(dim=0).cpu()
     return WindowFigures(sum(sums) / (split.size - 1), (position_sums / n.clamp(min=1)).tolist(), hits / int(n.sum()))
 

@@ -19,8 +19,9 @@ from packaging.specifiers import SpecifierSet
 from pipeline.config.params import load_params
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops.params_check import check_params
-from pipeline.system.device import cores, prepare_machine
+from pipeline.system.device import prepare_machine
 from pipeline.system.host import git_info
+from pipeline.system.limits import cores
 from pipeline.training.config import RunConfig
 from pipeline.training.preflight import CHECKPOINTS, saved_bytes
 
@@ -66,12 +67,6 @@ def examine_packages(root: Path) -> Iterator[Finding]:
         yield Finding("ok", "packages", f"{named}; all {len(needed) - 1} packages fit pyproject.toml")
 
 
-def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """The CPU limit of this container in cores (cgroups v2); None if there is no limit."""
-    quota, period = path.read_text(encoding="utf-8").split() if path.is_file() else ("max", "")
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def examine_tools(root: Path) -> Iterator[Finding]:
     for name, hint in TOOLS.items():
         try:
@@ -80,7 +75,9 @@ def examine_tools(root: Path) -> Iterator[Finding]:
         except (OSError, subprocess.SubprocessError) as error:  # missing, or its interpreter was moved
             yield Finding("to fix", name, f"does not start ({error})", hint)
     if git_info()["git_commit"] == "unknown":
-        yield Finding("note", "git", f"{root} is not a git repository with a commit: runs cannot record their code")
+        without = "`git init`, or for DVC without git: dvc config --local core.no_scm true"
+        what = f"{root} is not a git repository with a commit: runs cannot record their code"
+        yield Finding("note", "git", what, None if (root / ".git").exists() else without)
 
 
 def examine_params(root: Path) -> Iterator[Finding]:
@@ -89,18 +86,17 @@ def examine_params(root: Path) -> Iterator[Finding]:
     check_params(params)
     yield Finding("ok", "params", f"{params.path} is valid")
     config = RunConfig.of(params)
-    with contextlib.redirect_stdout(output := io.StringIO()):  # about the compiler
+    with contextlib.redirect_stdout(output := io.StringIO()):  # about the GPU and the compiler
         machine = prepare_machine(config.train, config.flops)
-    name, n, quota = machine.device.type, cores(), cpu_quota()
+    name, n = machine.device.type, cores()
     if name == "cuda":
         name = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     yield Finding("ok", "device", f"{name}, train.precision {machine.precision}")
     yield Finding("ok", "threads", f"train.threads {machine.threads}; {n} of {os.cpu_count()} cores are usable")
-    if machine.threads > (usable := max(1, int(min(n, quota or n)))):
-        quota_note = f", and the container's quota is {quota:g}" if quota else ""
-        yield Finding("note", "threads", f"more threads than usable cores{quota_note}", f"train.threads: {usable}")
-    if output.getvalue():
-        yield Finding("note", "compiler", output.getvalue())
+    if machine.threads > n:
+        yield Finding("note", "threads", "more threads than usable cores", f"train.threads: {n}")
+    for line in output.getvalue().splitlines():
+        yield Finding("note", line.removeprefix("train.").partition(":")[0], line)
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))
     needed = CHECKPOINTS * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free

@@ -12,7 +12,7 @@ from pipeline.config.params import Params
 from pipeline.config.sections import OptimConfig, TargetConfig, WindowsConfig
 from pipeline.ops.checks import Finding
 from pipeline.system.errors import InputError, PipelineError
-from pipeline.system.files import locked, read_json, write_text
+from pipeline.system.files import flock, locked, read_json, write_text
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, StepRecord
 from pipeline.tracking.mlflow_runs import (
@@ -87,7 +87,7 @@ def run_holder(folder: Path) -> str | None:
     for lock in _locks(folder):
         with lock.open() as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return f"process {file.read().strip() or 'unknown'}"
     return None

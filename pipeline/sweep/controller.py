@@ -37,10 +37,10 @@ from pipeline.sweep.study import (
     shared_settings,
 )
 from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
-from pipeline.system.device import cores
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
 from pipeline.system.host import start_module
+from pipeline.system.limits import cores
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import naming_dead_store, open_store, project_root
 from pipeline.training.config import RunConfig

@@ -16,10 +16,13 @@ from torch.utils._triton import has_triton
 from pipeline.config.sections import TrainConfig
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
+from pipeline.system.limits import cores
 
 # Estimated FLOPs of a run from which torch.compile saves more time than it costs. On a CPU it saves none
 # (benchmarks/LOG.md).
 COMPILE_FLOPS = {"cuda": 3e16}
+NO_GPU = "no NVIDIA GPU was found"
+CONTEXT_BYTES = 2**29  # GPU memory that CUDA and its kernels need without any tensor, approximately
 
 
 class Machine(NamedTuple):
@@ -49,10 +52,16 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     `run_flops`, those of the whole run, decide whether to compile. The processes of a `world` share the machine's cores
     and GPUs. Raises InputError if the machine lacks what `config` requires.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = config.device if config.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise InputError(f"train.device: this machine has no {name}: choose auto or cpu")
+    mps, name = torch.backends.mps.is_available(), config.device
+    problem = _cuda_problem() if name in ("auto", "cuda") else None
+    if name == "auto":
+        name = "cuda" if problem is None else "mps" if mps else "cpu"
+        if problem not in (None, NO_GPU):
+            print(f"train.device: using the {name.upper()}: {problem}")
+    elif name == "cuda" and problem is not None:
+        raise InputError(f"train.device: cuda cannot be used, {problem}: choose auto or cpu")
+    elif name == "mps" and not mps:
+        raise InputError("train.device: this machine has no mps: choose auto or cpu")
     device = torch.device(name) if world.size == 1 or name != "cuda" else torch.device(name, world.local_rank)
     if name == "cuda":
         if world.local_size > (there := torch.cuda.device_count()):
@@ -68,9 +77,25 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     return Machine(device, _precision(config.precision, name), threads, compiled, world)
 
 
-def cores() -> int:
-    """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cuda_problem() -> str | None:
+    """Why CUDA cannot be used, or None if it can."""
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") is None:
+            return NO_GPU
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        return f"the driver may be too old for CUDA {torch.version.cuda}, with which torch is built"
+    if torch.version.hip is None:
+        built_for = [int(arch.partition("_")[2].rstrip("af")) for arch in torch.cuda.get_arch_list()]
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            if built_for and 10 * major + minor < (oldest := min(built_for)):
+                return f"GPU {index} has compute capability {major}.{minor}, torch is built for {oldest / 10} or newer"
+    try:
+        free = torch.cuda.mem_get_info()[0]
+    except RuntimeError as error:
+        return f"the GPU does not answer ({str(error).splitlines()[0]})"
+    return None if free >= CONTEXT_BYTES else f"other programs leave {free / 1e9:.2f} GB of GPU memory free"
 
 
 def give_back_memory() -> None:

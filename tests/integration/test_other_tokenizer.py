@@ -19,7 +19,7 @@ from pipeline.registry.register import register
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
 from pipeline.training import train
-from stages import download, evaluate, tokenize
+from stages import download, download_tokenizer, evaluate, tokenize
 from tests.trainings import Untracked, change
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +39,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
     for name in "ab":
         Path("texts", f"{name}.txt").write_text(TEXT)
     download.main()
+    download_tokenizer.main()
     tokenize.main()
     train.run_tracked(load_params(), Path("data"), Path("models"), Path("reports/timing.json"))
     evaluate.main()

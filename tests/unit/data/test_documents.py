@@ -55,12 +55,22 @@ def test_a_folder_of_all_kinds_becomes_one_text_in_the_order_of_its_paths(capsys
     put("mix/a.txt.gz", "\ufefffirst\n")
     put("mix/c/d.txt", "fourth")
     put("mix/c/e.md", "fifth")
+    put("mix/c/f.json", records("sixth", "seventh"))
+    put("mix/c/g.ndjson.gz", records("eighth"))
+    put("mix/c/h.log", records("ninth"))
+    put("mix/c/h.log.dvc", "outs:")
+    Path("texts/mix/c/i.txt").symlink_to(put("../tenth", "tenth").resolve())
     for empty in ("mix/c/empty.txt", "mix/c/empty.jsonl"):
         put(empty, "")
     for hidden in ("mix/.hidden", "mix/.git/config"):
         put(hidden, b"\xff")
-    assert fetched("texts/mix") == b"first\n\0second\0third\n\0fourth\0fifth"
-    notes = "from texts/mix; 5 documents in 6 files; CRLF replaced by LF: 1; byte order marks removed: 1"
+    assert (
+        fetched("texts/mix")
+        == b'first\n\0second\0third\n\0fourth\0fifth\0sixth\0seventh\0eighth\0{"text": "ninth"}\n\0tenth'
+    )
+    notes = (
+        "from texts/mix; 10 documents in 10 files; CRLF replaced by LF: 1; byte order marks removed: 1; files of JSON"
+    )
     assert notes in capsys.readouterr().out
 
 
@@ -69,6 +79,8 @@ def test_a_glob_matches_visible_texts_and_not_the_readme_of_texts():
         put(name, name)
     assert fetched("texts/*.txt") == b"a.txt\0b.txt"
     assert fetched("texts/**/d*.txt") == fetched("texts/deep/") == b"deep/d.txt"
+    assert fetched("texts/**") == fetched("texts/**/*") == fetched("texts/**/**") == fetched("texts")
+    assert fetched("texts/**/*p/*") == b"deep/d.txt"
     assert fetched("texts/*") == fetched("texts/?.*") == b"a.txt\0b.txt\0c.md"
     assert fetched("texts") == b"a.txt\0b.txt\0c.md\0deep/d.txt\0glob/a1.txt\0glob/a[1].txt"
     assert fetched("texts/glob/a[1].txt") == b"glob/a[1].txt"  # a file has precedence over a glob
@@ -154,7 +166,11 @@ REFUSED = {
     "missing": ("texts/none.txt", None, r"texts/none.txt cannot be read \(No such file or directory\)"),
     "empty folder": ("texts/empty", ("empty/.keep", ""), "texts/empty contains no texts"),
     "no match": ("texts/*.gz", None, "texts/\\*.gz matches no file"),
-    "bad glob": ("texts/**x", None, "texts/\\*\\*x is not a glob"),
+    "part of a name in **": (
+        "texts/**x",
+        None,
+        r"texts/\*\*x: \*\* must be a whole part, as in texts/\*\*/\*.txt: fix",
+    ),
     "no text": ("texts/b.jsonl", ("b.jsonl", records("")), "texts/b.jsonl contains no text"),
     "mixed encodings": ("texts/mix", ("mix/b.txt", "aé".encode("latin-1")), "texts/mix/b.txt is not UTF-8 at byte 1"),
     "encoding of JSONL": ("texts/mix", ("mix/b.jsonl", LINES.encode() + b"\xff"), "b.jsonl is not UTF-8 at byte 16"),
@@ -172,6 +188,26 @@ REFUSED = {
     "invalid block in gz": ("texts/mix", ("mix/b.gz", GZ(MANY)[:10] + b"\xff" * 9), "b.gz is truncated or corrupt"),
     "not gz": ("texts/mix", ("mix/b.txt.gz", b"plain text"), "mix/b.txt.gz is truncated or corrupt"),
     "truncated zst": ("texts/mix", ("mix/b.jsonl.zst", ZST(MANY)[:-3]), "b.jsonl.zst is truncated or corrupt"),
+    "LFS pointer": (
+        "texts/mix",
+        ("mix/b.jsonl.gz", b"version https://git-lfs.github.com/spec/v1"),
+        "a Git LFS pointer",
+    ),
+    "DVC pointer": ("texts/mix", ("mix/b.txt.dvc", "outs:"), "b.txt.dvc is DVC's pointer to a text"),
+    "no suffix gz": (
+        "texts/mix",
+        ("mix/b.txt", GZ(MANY)),
+        "b.txt is compressed with gzip: save it under a name that ends with .gz",
+    ),
+    "twice gz": ("texts/mix", ("mix/b.gz", GZ(GZ(MANY))), "b.gz is compressed with gzip"),
+    "zip": ("texts/b.docx", ("b.docx", b"PK\3\4..."), "b.docx is an archive, as a .docx or .epub is"),
+    "tar": ("texts/b.tar.gz", ("b.tar.gz", GZ(b"b.txt".ljust(257, b"\0") + b"ustar")), "b.tar.gz is an archive"),
+    "PDF": ("texts/b.txt", ("b.txt", "%PDF-1.4"), "b.txt is a PDF"),
+    "image": ("texts/b.txt", ("b.txt", b"\x89PNG\r\n"), "b.txt is an image"),
+    "SVG": ("texts/b.svg", ("b.svg", '<?xml version="1.0"?>\n<svg>'), "b.svg is an image"),
+    "Parquet": ("texts/b.txt", ("b.txt", b"PAR1\x15"), "b.txt is a table or database: write its texts as JSON Lines"),
+    "CSV": ("texts/b.csv.zst", ("b.csv.zst", "text,label"), "b.csv.zst is a table: write its texts as JSON Lines"),
+    "JSON array": ("texts/b.json", ("b.json", '[\n{"text": "a"}\n]'), "b.json line 1 begins a JSON array: write one"),
     "empty zst": ("texts/mix", ("mix/b.jsonl.zst", b""), "mix/b.jsonl.zst is truncated or corrupt"),
     "reserved bit in zst": ("texts/mix", ("mix/b.zst", flipped(ZST(MANY), 4, 8)), "b.zst is truncated or corrupt"),
     "not zst": ("texts/mix", ("mix/b.jsonl.zst", b"plain text"), "mix/b.jsonl.zst is truncated or corrupt"),
@@ -190,6 +226,19 @@ def test_b2_b5_a_file_that_is_not_a_text_is_named_and_leaves_no_corpus(source, f
         fetched(source)
     assert caught.value.exit_code == code
     assert list(Path("data").iterdir()) == []
+
+
+def test_a_link_to_a_folder_is_refused_since_dvc_sees_no_change_in_it():
+    put("../elsewhere/a.txt", "a")
+    put("b.txt", "b")
+    Path("texts/books").symlink_to(Path("elsewhere").resolve())
+    for source in ("texts", "texts/books", "texts/books/a.txt", "texts/*/*.txt", "texts/**/a.txt", "texts/b*/a.txt"):
+        with pytest.raises(InputError, match="texts/books is a link to a folder, in which DVC sees no change: copy it"):
+            fetched(source)
+    assert fetched("texts/*.txt") == fetched("texts/*") == b"b"
+    Path("texts/gone.txt").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"texts/gone.txt cannot be read \(No such"):
+        fetched("texts/*.txt")
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)

@@ -100,12 +100,34 @@ def test_an_altered_or_missing_bpe_file_is_named_with_the_command_that_fetches_i
     altered = bytearray((folder / name).read_bytes())
     altered[len(altered) // 2] ^= 1
     (folder / name).write_bytes(altered)
-    with pytest.raises(IntegrityError, match=rf"{name} is not GPT-2's .*dvc repro -f download") as caught:
+    with pytest.raises(IntegrityError, match=rf"{name} is not GPT-2's .*dvc repro -f download_tokenizer") as caught:
         load_tokenizer(folder)
     assert caught.value.exit_code == 3
     (folder / name).unlink()
-    with pytest.raises(InputError, match=f"{name} not found: run `dvc repro download`"):
+    with pytest.raises(InputError, match=f"{name} not found: run `dvc repro download_tokenizer`"):
         load_tokenizer(folder)
+
+
+def test_files_that_are_there_are_kept_and_need_no_network(bpe, byte_tokenizer, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(sources, path, sha256):
+        fetched.append(path.name)
+        shutil.copy(bpe / path.name, path)
+
+    monkeypatch.setattr(module, "fetch", fetch)
+    folder = tmp_path / "tokenizer"
+    for _ in range(2):
+        fetch_tokenizer("gpt2", folder)
+    assert fetched == [*BPE_SHA256]
+    (folder / "manifest.json").unlink()  # as after a copy by hand
+    fetch_tokenizer("gpt2", folder)
+    assert (len(fetched), (folder / "manifest.json").is_file()) == (2, True)
+    for damage in (lambda: (folder / "vocab.bpe").write_text("x"), lambda: fetch_tokenizer("bytes", folder)):
+        damage()
+        fetched.clear()
+        fetch_tokenizer("gpt2", folder)
+        assert fetched == [*BPE_SHA256]
 
 
 def test_a_tokenizer_is_found_by_its_files(bpe, byte_tokenizer, tmp_path):
@@ -113,5 +135,5 @@ def test_a_tokenizer_is_found_by_its_files(bpe, byte_tokenizer, tmp_path):
     assert [load_tokenizer(folder).name for folder in (bpe, tmp_path / "tokenizer")] == ["gpt2", "bytes"]
     with pytest.raises(InputError, match=r"corpus.tokenizer: unknown tokenizer 'byte' \(did you mean bytes\?\)"):
         fetch_tokenizer("byte", tmp_path / "tokenizer")
-    with pytest.raises(InputError, match="contains no tokenizer: run `dvc repro download`"):
+    with pytest.raises(InputError, match="contains no tokenizer: run `dvc repro download_tokenizer`"):
         load_tokenizer(tmp_path)

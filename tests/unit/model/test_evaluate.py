@@ -1,5 +1,6 @@
 """The figures of an evaluation equal those of plain formulas."""
 
+import copy
 from collections import Counter
 from contextlib import nullcontext
 from itertools import islice
@@ -17,7 +18,9 @@ from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
 from pipeline.model.evaluate import corpus_loss, evaluate_model, recall_starts, verbatim_recall, window_figures
+from pipeline.model.generator import Generator
 from pipeline.model.gpt import GPT
+from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
 from pipeline.system import files
 from pipeline.system.device import prepare_machine
@@ -77,6 +80,36 @@ def test_one_pass_gives_the_corpus_loss_bit_for_bit_the_loss_by_position_and_the
             for i in range(0, 199, T)
         )
     assert figures.top1_accuracy == pytest.approx(hits / 199)
+
+
+class NoFloat64(torch.Tensor):
+    """A tensor of a device that has no float64, as MPS."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        if function is torch.Tensor.double or any(x is torch.float64 for x in (*args, *(kwargs or {}).values())):
+            raise TypeError("this device has no float64")
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_a_device_without_float64_gives_the_same_figures_and_texts(model, tokenizer):
+    without = copy.deepcopy(model)
+    for layer in list(without.modules()):
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, torch.nn.Parameter(weight.detach().as_subclass(NoFloat64), requires_grad=False))
+    assert isinstance(without(IDS[None, :T]), NoFloat64)  # the control: it is passed on
+    for figures in (window_figures, corpus_loss):
+        assert figures(without, SPLIT, T, nullcontext()) == figures(model, SPLIT, T, nullcontext())
+    starts = [0, 5, 40]
+    assert verbatim_recall(without, SPLIT, starts, nullcontext()) == verbatim_recall(
+        model, SPLIT, starts, nullcontext()
+    )
+    texts = [Generator(m, tokenizer).text("!", Sampling(max_tokens=5, seed=1)) for m in (without, model)]
+    assert texts[0] == texts[1]
+    assert torch.equal(*(Generator(m, tokenizer).next_tokens("!") for m in (without, model)))
 
 
 def recited(model, given):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.ops import checks
-from pipeline.ops.checks import cpu_quota, examine_packages, examine_params, examine_tools
+from pipeline.ops.checks import examine_packages, examine_params, examine_tools
 from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -70,27 +70,20 @@ def test_missing_and_moved_programs_and_a_missing_repository_are_named(tmp_path,
     assert [(finding.mark, finding.topic) for finding in (git, dvc)] == [("to fix", "git"), ("to fix", "dvc")]
     assert "if the folder was moved" in dvc.hint
     assert (repository.mark, "not a git repository" in repository.what) == ("note", True)
+    assert "dvc config --local core.no_scm true" in repository.hint
 
 
-@pytest.mark.parametrize(("text", "quota"), [("max 100000", None), ("150000 100000", 1.5), (None, None)])
-def test_the_cpu_quota_of_a_container_is_read(tmp_path, text, quota):
-    if text:
-        (tmp_path / "cpu.max").write_text(f"{text}\n")
-    assert cpu_quota(tmp_path / "cpu.max") == quota
-
-
-@pytest.mark.parametrize(("cores", "quota", "hint"), [(2, None, "2"), (8, 2.5, "2"), (3, 8.0, None)])
-def test_more_threads_than_usable_cores_are_a_note(monkeypatch, project, cores, quota, hint):
+@pytest.mark.parametrize(("cores", "hint"), [(2, "train.threads: 2"), (3, None)])
+def test_more_threads_than_usable_cores_are_a_note(monkeypatch, project, cores, hint):
     monkeypatch.setattr(checks, "cores", lambda: cores)
-    monkeypatch.setattr(checks, "cpu_quota", lambda: quota)
     found = examine_params(project("threads: auto", "threads: 3"))
-    assert [finding.hint for finding in found if finding.mark == "note"] == ([f"train.threads: {hint}"] if hint else [])
+    assert [finding.hint for finding in found if finding.mark == "note"] == ([hint] if hint else [])
 
 
 def test_a_missing_compiler_is_a_note(monkeypatch, project):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = {finding.topic: finding for finding in examine_params(project("compile: auto", "compile: true"))}
-    assert "C++ compiler not found" in found["compiler"].what
+    assert "C++ compiler not found" in found["compile"].what
 
 
 def test_invalid_params_are_refused(project):

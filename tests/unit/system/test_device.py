@@ -1,5 +1,8 @@
 """Device, precision and compilation are chosen by what the machine has; what it lacks is refused."""
 
+import re
+import shutil
+
 import pytest
 import torch
 
@@ -22,6 +25,48 @@ def config(monkeypatch):
 def test_what_the_machine_lacks_is_refused(changes, config):
     with pytest.raises(InputError, match=r"train\.(device|precision)"):
         prepare_machine(config.updated(**changes))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"),
+    [
+        ({"is_available": False}, "no NVIDIA GPU was found"),
+        ({"is_available": False, "smi": True, "build": None}, r"torch .+ is built without CUDA"),
+        ({"is_available": False, "smi": True}, "the driver may be too old for CUDA 13.0"),
+        ({"get_device_capability": (6, 0)}, "GPU 0 has compute capability 6.0, torch is built for 7.5 or newer"),
+        ({"mem_get_info": (10**8, 10**10)}, "other programs leave 0.10 GB of GPU memory free"),
+        (
+            {"mem_get_info": RuntimeError("CUDA error: out of memory\nmore")},
+            r"does not answer \(CUDA error: out of memory\)",
+        ),
+        ({}, None),
+        ({"get_device_capability": (12, 0)}, None),  # newer than the build: its kernels are compiled for it
+        ({"get_arch_list": []}, None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_refused_and_auto_takes_the_cpu(cuda, reason, config, monkeypatch, capsys):
+    """Replaces what torch reports of CUDA."""
+    found = {"is_available": True, "device_count": 1, "get_device_capability": (8, 0), "mem_get_info": (10**10, 10**10)}
+    found |= {"get_arch_list": ["sm_75", "sm_80", "sm_90a", "compute_90"], "set_device": None}
+    for name, value in (found | {"is_bf16_supported": True} | cuda).items():
+        if hasattr(torch.cuda, name):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: raise_or_return(value))
+    monkeypatch.setattr(torch.version, "cuda", cuda.get("build", "13.0"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(shutil, "which", lambda name: "smi" if cuda.get("smi") and name == "nvidia-smi" else None)
+    config = config.updated(compile=False, deterministic=False)
+    assert prepare_machine(config).device.type == ("cpu" if reason else "cuda")
+    if reason:
+        said = capsys.readouterr().out
+        assert said == "" if "no NVIDIA" in reason else re.search(f"^train.device: using the CPU: .*{reason}", said)
+        with pytest.raises(InputError, match=f"train.device: cuda cannot be used, .*{reason}"):
+            prepare_machine(config.updated(device="cuda"))
+
+
+def raise_or_return(value):
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
 @pytest.mark.parametrize(
@@ -54,6 +99,7 @@ def test_a_gpu_compiles_long_runs(asked, share, compiled, monkeypatch, capsys):
 
 
 def test_a_cpu_compiles_only_where_set_and_with_a_compiler(config, monkeypatch, capsys):
+    config = config.updated(device="cpu")
     for path in ("/usr/bin/c++", None):
         monkeypatch.setattr(device.shutil, "which", lambda name, path=path: path)
         assert not prepare_machine(config, 1e30).compiled

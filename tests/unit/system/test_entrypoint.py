@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -71,3 +72,9 @@ def test_a_second_signal_acts_immediately(monkeypatch, interruptible):
         assert stop.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_windows_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert exit_code_of(raising(ModuleNotFoundError("fcntl"))) == 2
+    assert capsys.readouterr().err == "error: this program runs on Linux and macOS: on Windows, run it in WSL 2\n"

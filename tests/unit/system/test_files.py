@@ -1,5 +1,7 @@
 """Files are complete or absent, a manifest finds every change, and a lock has one holder."""
 
+import errno
+import fcntl
 import json
 import os
 from contextlib import suppress
@@ -110,3 +112,14 @@ def test_a_lock_has_one_holder_whose_process_is_named(tmp_path):
     for _ in range(2):  # released at the end of the block
         with locked(tmp_path / "run.lock"), pytest.raises(RunLocked, match=f"run is held by process {os.getpid()}:"):
             locked(tmp_path / "run.lock").__enter__()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for wait in (False, True):
+        with pytest.raises(InputError, match=f"the disk of {tmp_path} cannot lock files \\(.+\\): move the project"):
+            locked(tmp_path / "run.lock", wait).__enter__()
