@@ -83,12 +83,12 @@ def load_params(path: Path = PARAMS) -> Params:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
-        raise InputError(f"{path} not found: run from the folder that holds it") from None
+        raise InputError(f"{path} not found: run from the project folder") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML raises the last four for a date such as 2001-99-99, a tag such as !!bool, or thousands of brackets
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds no sections: expected a mapping, got {type(values).__name__}")
+        raise InputError(f"{path} contains no sections: expected a mapping, got {type(values).__name__}")
     return Params(values, path)
 
 

@@ -81,7 +81,7 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
     path = Path(name) if name.endswith(".yaml") else folder / f"{Path(name).name}.yaml"
     if not path.is_file():
         known = list(list_recipes(folder))
-        raise InputError(f"no recipe {name}{did_you_mean(name, known)}: {folder} holds {', '.join(known) or 'none'}")
+        raise InputError(f"no recipe {name}{did_you_mean(name, known)}: {folder} contains {', '.join(known) or 'none'}")
     return path
 
 

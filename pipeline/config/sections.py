@@ -283,7 +283,7 @@ class SweepConfig(Section):
     def _no_password(self) -> Self:
         if has_password(self.storage):
             raise ValueError(
-                "storage holds a password, which git and every run would store: remove it, "
+                "storage contains a password, which git and every run would store: remove it, "
                 "PostgreSQL's clients read it from ~/.pgpass or PGPASSWORD"
             )
         return self

@@ -68,10 +68,10 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, 
     """Raise IntegrityError unless the tensors `found` in a file are fp32 and have these names and shapes."""
     fault = ""
     if names := sorted(found.keys() ^ shapes.keys()):
-        fault = f"{'holds' if names[0] in found else 'lacks'} {names[0]}"
+        fault = f"{'contains' if names[0] in found else 'lacks'} {names[0]}"
     for name, tensor in found.items():
         if not fault and (tensor.dtype, tensor.shape) != (torch.float32, shapes[name]):
-            fault = f"holds {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
+            fault = f"contains {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
     if fault:
         raise IntegrityError(f"{path} does not fit its config.json: it {fault}: {hint}")
 

@@ -120,7 +120,7 @@ def read_steps(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     if not (lines := _complete_lines(path)):
-        raise InputError(f"{path} holds no steps: run `dvc repro train`")
+        raise InputError(f"{path} contains no steps: run `dvc repro train`")
     return pd.DataFrame(lines).set_index("step", drop=False)
 
 

@@ -118,7 +118,7 @@ def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
     Repeating changes nothing.
     """
     if not (records := JournalTail(project / "models").read()):
-        raise InputError(f"{project / 'models' / STEPS} holds no steps: run `dvc repro train`")
+        raise InputError(f"{project / 'models' / STEPS} contains no steps: run `dvc repro train`")
     if (run_id := run_with(store, identity["fingerprint"], records)) is None:
         run_id = create_run(store, identity, {"rebuilt": "true"}, int(records[0]["logged_ms"]))
         describe_inputs(store, run_id, identity)

@@ -52,7 +52,7 @@ def store_uri(root: Path) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     if has_password(uri):
         raise InputError(
-            "MLFLOW_TRACKING_URI holds a password: leave it out, and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_URI contains a password: leave it out, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD for a server, or write it to ~/.pgpass for PostgreSQL"
         )
     return f"{SQLITE}{root / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri

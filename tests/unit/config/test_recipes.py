@@ -104,7 +104,7 @@ def test_block_lists_and_missing_values_are_replaced(params):
         ("optim: 3", "optim: no such key"),
         ("optim: {lr: {peak: 1}}", "optim.lr.peak: no such key"),
         ("optim:\n  betas:\n  - 0.9\n  - 0.99\n", "optim.betas: write the value on one line"),
-        ("- optim", "holds no sections"),
+        ("- optim", "contains no sections"),
         ("optim: {", "is not YAML"),
     ],
 )
@@ -119,7 +119,9 @@ def test_recipes_are_listed_with_their_purpose_and_an_unknown_one_gets_a_hint():
     listed = list_recipes(RECIPES)
     assert listed["smoke"].startswith("The whole pipeline in about 20 seconds of work")
     assert all(listed.values())
-    with pytest.raises(InputError, match=r"no recipe latop \(did you mean laptop\?\): .*recipes holds .*laptop.*smoke"):
+    with pytest.raises(
+        InputError, match=r"no recipe latop \(did you mean laptop\?\): .*recipes contains .*laptop.*smoke"
+    ):
         find_recipe("latop", RECIPES)
 
 

@@ -69,7 +69,7 @@ def test_what_cannot_be_searched_is_named_in_one_line(params, space, complaint):
         ({"trials": 0}, "sweep.trials: input should be greater than or equal to 1, got 0"),
         ({"study": "5b24e86fccb57c6b"}, "sweep.study: 16 hexadecimal digits are the fingerprint of a run"),
         ({"study": "../x"}, "sweep.study"),  # it is the name of a folder
-        ({"storage": "postgresql://me:s3cret@host/db"}, "sweep: storage holds a password"),
+        ({"storage": "postgresql://me:s3cret@host/db"}, "sweep: storage contains a password"),
         ({"storage": "postgresql://host/db?user=me&password=s3cret"}, "PGPASSWORD"),
     ],
 )

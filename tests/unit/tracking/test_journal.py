@@ -132,7 +132,7 @@ def test_the_journal_of_earlier_code_is_read(tmp_path):
 
 
 def test_a_missing_journal_says_what_to_run(tmp_path):
-    with pytest.raises(InputError, match="holds no steps: run `dvc repro train`"):
+    with pytest.raises(InputError, match="contains no steps: run `dvc repro train`"):
         read_steps(tmp_path / STEPS)
 
 
