@@ -26,16 +26,16 @@ def parse() -> argparse.Namespace:
                         help="serve a folder with model/, tokens/ and facts.json, without a registry")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--host", default=ALL_ADDRESSES if IN_SPACE else "127.0.0.1",
-                        help="another address opens the page to others: it has no login")  # fmt: skip
+                        help="default: 127.0.0.1; others open the page to everybody, without login")  # fmt: skip
     parser.add_argument("--allow-host", metavar="NAME", action="append", default=["*"] if IN_SPACE else [],
-                        help="another host name of the page, such as a proxy's; *: any; may be repeated")  # fmt: skip
+                        help="a further host name of the page, such as a proxy's; *: any; may be repeated")  # fmt: skip
     return parser.parse_args()
 
 
 def clean_environment() -> None:
-    """Remove all GRADIO_* variables, which could share the page or open files; call it before Gradio is imported.
+    """Remove all GRADIO_* variables, which could share the page or open files. Call it before Gradio is imported.
 
-    Turn analytics off, and keep one record of requests instead of 10,000.
+    Also turn analytics off, and limit Gradio's list of requests to one entry instead of 10,000.
     """
     for variable in [variable for variable in os.environ if variable.startswith("GRADIO_")]:
         del os.environ[variable]
@@ -43,7 +43,7 @@ def clean_environment() -> None:
 
 
 def open_source(arguments: argparse.Namespace) -> "Source":
-    """The folder or the registry to serve."""
+    """Open the folder or the registry from which versions are served."""
     if arguments.folder:
         from webapp.model_source import Folder
 

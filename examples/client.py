@@ -12,7 +12,7 @@ try:
 except (httpx.HTTPError, ValueError):
     sys.exit(f"error: nothing answers at {address}: start the app with `make app`, or name another address")
 
-# /generate streams: each answer holds the whole text generated so far; `finished` is true in the last one
+# /generate streams: each answer contains all text generated so far; `finished` is true in the last one
 job = client.submit("First Citizen:\n", max_tokens=60, temperature=0.8, samples=2, seed=1, api_name="/generate")
 for answer in job:
     print(f"\r{sum(len(sample['text']) for sample in answer['samples'])} characters", end="")

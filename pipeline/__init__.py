@@ -1,1 +1,1 @@
-"""The library: text in, a registered GPT-2 out. Modules are listed in reading order in the README."""
+"""The library that trains a GPT-2 on a text and registers it. README.md describes its packages."""

@@ -1,6 +1,6 @@
 """The command line: `python -m pipeline`, or `totarget` when the project is installed."""
 
-# Each command imports what it needs, so that the quick ones start without torch and MLflow.
+# Each command imports only what it needs, so that short commands start without importing torch and MLflow.
 
 import argparse
 import shutil
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Check params.yaml and list every fault."""
+    """Validate params.yaml, and list all of its errors."""
     from pipeline.config.params import load_params
     from pipeline.ops.params_check import check_params
 
@@ -46,7 +46,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Encode one part of the text, as one of several tasks; then `python -m stages.tokenize` joins the parts."""
+    """Encode every N-th shard of the text, as one of N tasks; `python -m stages.tokenize` then joins all shards."""
     from pipeline.config import params, sections
     from pipeline.data.corpus import verify_corpus
     from pipeline.data.encode import Task, write_tokens
@@ -55,7 +55,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     config, task = params.load_params().section(sections.CorpusConfig), Task(arguments.shard, arguments.of)
     if not 0 <= task.first < task.of:
         raise InputError(
-            f"--shard {task.first} --of {task.of}: N tasks are numbered from 0 to N - 1, and N is at least 1"
+            f"--shard {task.first} --of {task.of}: --of must be at least 1, and --shard from 0 to one less than --of"
         )
     verify_corpus(corpus := Path("data/corpus.txt"))
     tokenizer, folder = load_tokenizer(Path("data/tokenizer")), Path("data/tokens")
@@ -64,7 +64,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Search for the settings that reach the target at the lowest cost; show, apply or plot the results."""
+    """Search for the parameters that reach the target at the lowest cost; show, apply or plot the results."""
     from pipeline.config import params, sections
     from pipeline.sweep import controller, search_space, study
 
@@ -176,10 +176,11 @@ COMMANDS = {command.__name__: command for command in (
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; only the named command gets its arguments, some of which are slow to import."""
+    """Parse the command line. Only the named command gets its options, since some are slow to import."""
     argv = sys.argv[1:] if argv is None else argv
     prog = "totarget" if Path(sys.argv[0]).stem == "totarget" else "python -m pipeline"
-    parser = argparse.ArgumentParser(prog=prog, description="Work with settings, searches and registered models.")
+    about = "Validate parameters, search for better ones, and use registered models."
+    parser = argparse.ArgumentParser(prog=prog, description=about)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.__doc__, description=command.__doc__)
@@ -201,10 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
     match command:
         case "recipe":
-            add("name", nargs="?", help="a file of recipes/ without .yaml; default: list them")
-            add("--as-set", action="store_true", help="print -S arguments for `dvc exp run`")
+            add("name", nargs="?", help="a file of recipes/, without .yaml; default: list the recipes")
+            add("--as-set", action="store_true", help="only print the recipe, as -S arguments of `dvc exp run`")
         case "tokenize":
-            add("--shard", metavar="I", type=int, required=True, help="number of this task, from 0")
+            add("--shard", metavar="I", type=int, required=True, help="number of this task, 0 to N - 1")
             add("--of", metavar="N", type=int, required=True, help="number of tasks")
         case "sweep":
             from pipeline.config.sections import SweepConfig
@@ -216,8 +217,8 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
                     add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
         case "models":
             add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"))
-            add("version", nargs="?", help="a number or an alias; verify without one: all versions")
-            add("--retrain", action="store_true", help="verify: train again and compare the weights")
+            add("version", nargs="?", help="a number or an alias; default for verify: all versions")
+            add("--retrain", action="store_true", help="for verify: train the version again, and compare the weights")
         case "generate":
             from pipeline.model.sampling import Sampling
 
@@ -233,7 +234,7 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
         case "doctor":
             add("--fix", action="store_true", help="fix what can be fixed safely")
         case "clean":
-            add("name", nargs="?", help="a run's fingerprint, or a study; default: all runs, no study")
+            add("name", nargs="?", help="a run's fingerprint, or a study's name; default: all runs, but no study")
 
 
 def _yaml(text: str) -> Any:

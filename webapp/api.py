@@ -25,11 +25,11 @@ def add_endpoints(source: Source) -> None:
     ) -> dict[str, Any]:
         """Complete `prompt`. Streams {model, samples, finished, notice, tokens_per_s} until finished is true.
 
-        A sample has its text, without the prompt; its passages of 8 or more tokens that the training text contains,
-        each with text, place (index of its first token in the training text) and length in tokens; and its novelty,
-        the share of its tokens outside of such passages. max_tokens 0..2000, temperature 0..100 (0 is greedy), top_k
-        0..50257 (0: all), top_p in (0, 1], repetition_penalty in (0, 10] (1: none), samples 1..4, which use seed,
-        seed + 1, ...
+        A sample has `text`, without the prompt, `passages` and `novelty`. `passages` are those of 8 or more tokens that
+        the training text contains, each with text, place (index of its first token there) and length in tokens.
+        `novelty` is the share of the tokens that are in no passage. Arguments: max_tokens 0..2000, temperature 0..100
+        (0 is greedy), top_k 0..50257 (0: all), top_p in (0, 1], repetition_penalty in (0, 10] (1: none), samples 1..4.
+        The samples use seed, seed + 1, ...
         """
         numbers = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         numbers |= {"repetition_penalty": repetition_penalty, "seed": seed}
@@ -46,10 +46,10 @@ def add_endpoints(source: Source) -> None:
     def next_token(prompt: str, most: int = 10) -> dict[str, Any]:
         """Predict the token after `prompt`: {model, entropy_nats, tokens, context_tokens, context_times}.
 
-        tokens: the `most` (1..1000) most likely ones, each with its id, its text (null for a part of a character and
-        for the end-of-text token), its probability at temperature 1, and times_in_text, how often it follows the
-        context in the training text. The context is the longest suffix of the prompt that occurs there: it has
-        `context_tokens` tokens and occurs `context_times` times.
+        `tokens` are the `most` (1..1000) most likely ones. Each has id, text (null for a part of a character and for
+        the end-of-text token), probability (at temperature 1), and times_in_text: how often it follows the context in
+        the training text. The context is the longest suffix of the prompt that occurs there. It has `context_tokens`
+        tokens and occurs `context_times` times.
         """
         with user_errors(on_page=False):
             return predict_next(source.current(), prompt, checked_int("most", most, 1, 1000))

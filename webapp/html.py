@@ -28,7 +28,7 @@ def user_errors(on_page: bool = True) -> Iterator[None]:
 
 
 def event_options(queue: str, **options: Any) -> dict[str, Any]:
-    """Options of an event of the page. `queue`: "model" for generation, "read" for quick answers."""
+    """Options of an event of the page. `queue`: "model" for generation, "read" for fast requests."""
     private: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
     return private | {"concurrency_id": queue} | options
 
@@ -60,10 +60,10 @@ def visible(tokenizer: Tokenizer, token: int) -> str:
 
 
 def marked_html(served: Served, ids: Sequence[int], prompt_length: int) -> str:
-    """The text of `ids` with a muted prompt and with marks for copied passages, which open on a click or a key."""
+    """The text of `ids`, with a muted prompt and marks on copied passages; a click or a key opens a passage."""
     passages, end = {}, prompt_length
     for passage in served.corpus.passages(ids, MIN_PASSAGE):
-        if passage.end > end:  # the first of two that overlap gets the shared tokens; each opens whole
+        if passage.end > end:  # the first of two overlapping marks has the shared tokens; a click shows all of each
             passages[max(passage.begin, end)] = passage
             end = passage.end
     places = sorted({prompt_length, *passages, *(passage.end for passage in passages.values())})

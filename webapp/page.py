@@ -32,7 +32,7 @@ TABS: dict[str, Tab] = {
 }
 STYLE, KEYS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 CONCURRENT = 2  # requests of a queue at the same time
-BAD_CALLS = (FnIndexInferError, RequestValidationError, LookupError, TypeError)  # which Gradio raises for wrong calls
+BAD_CALLS = (FnIndexInferError, RequestValidationError, LookupError, TypeError)  # Gradio raises them for invalid calls
 WAITING = 30  # requests that may wait; further ones are refused
 
 
@@ -50,7 +50,7 @@ def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
 
 
 def head_html(source: Source) -> str:
-    """The title, the served version, and why another one could not be loaded."""
+    """The title, the served version, and the reason why another one could not be loaded."""
     served = source.current()
     loss = served.info["metrics"].get("corpus_loss")
     reached = "" if loss is None else f"; its loss over all of them is {loss:.3f}"

@@ -14,7 +14,7 @@ PARAMS = Path("params.yaml")
 
 
 class Section(BaseModel):
-    """One section of params.yaml, XConfig for the section x: immutable, without defaults or unknown keys."""
+    """A section of params.yaml; the class XConfig is the section `x`. Immutable, without defaults or unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
     section_name: ClassVar[str]
@@ -79,21 +79,21 @@ class Params:
 
 
 def load_params(path: Path = PARAMS) -> Params:
-    """Read params.yaml. Raises InputError where it is missing, is not YAML or is not a mapping."""
+    """Read params.yaml. Raises InputError if it is missing, is not YAML or is not a mapping."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
-        raise InputError(f"{path} not found: run from the folder that holds it") from None
+        raise InputError(f"{path} not found: run from the project folder") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML raises the others for a date such as 2001-99-99, a tag such as !!bool, or thousands of brackets
+        # PyYAML raises the last four for a date such as 2001-99-99, a tag such as !!bool, or thousands of brackets
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds no sections: expected a mapping, got {type(values).__name__}")
+        raise InputError(f"{path} contains no sections: expected a mapping, got {type(values).__name__}")
     return Params(values, path)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader without duplicate keys, and without aliases: a few lines of them expand to gigabytes."""
+    """A safe loader that rejects duplicate keys, and aliases, because a few lines of them expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -142,6 +142,6 @@ def nearest(key: object, names: list[str]) -> str:
 
 
 def did_you_mean(key: object, names: list[str]) -> str:
-    """` (did you mean X?)`, or nothing where no name is similar."""
+    """` (did you mean X?)`, or an empty text if no name is similar."""
     close = get_close_matches(str(key), names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

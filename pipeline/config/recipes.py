@@ -21,7 +21,7 @@ BASE = "laptop"  # has every key that any recipe sets, with its value in the com
 
 
 class Leaf(NamedTuple):
-    """A value with its text and the position of that in the file; an empty text is null."""
+    """A value, its text in the file, and the position of this text, which is empty for some nulls."""
 
     value: Any
     text: str
@@ -36,7 +36,7 @@ class Leaf(NamedTuple):
         return self.text.startswith("- ")
 
     def rewritten(self, new: str) -> str:
-        """The text that replaces this one, with a space after the key or the indentation of a block list."""
+        """The text that replaces this one by `new`, with the space that the layout of the file needs before it."""
         return f" {new}" if not self.text else f"  {new}" if self.is_block_list else new
 
 
@@ -47,10 +47,11 @@ def list_recipes(folder: Path = RECIPES) -> dict[str, str]:
 
 
 def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) -> str:
-    """Write a recipe's values into params.yaml, atomically; return the changes, one `key: old -> new` a line.
+    """Write a recipe's values into params.yaml, atomically; return the changes, one line `key: old -> new` for each.
 
-    `name` is a file of `folder`, which also resets the keys of other recipes, or a path that ends in .yaml, which sets
-    only its own keys. Raises InputError where there is no such recipe, or params.yaml lacks one of its keys.
+    `name` is a recipe of `folder`, or a path that ends in .yaml. A recipe of `folder` also resets the keys that only
+    other recipes set; a path sets only its own keys. Raises InputError if there is no such recipe, or if params.yaml
+    lacks one of its keys.
     """
     path = find_recipe(name, folder)
     leaves, present = _recipe_values(path, folder), _read_leaves(params_path)
@@ -59,14 +60,14 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
             raise InputError(f"{path}: {key}: no such key in {params_path}{did_you_mean(key, list(present))}")
         if "\n" in leaf.text or leaf.is_block_list:
             raise InputError(f"{path}: {key}: write the value on one line, a list as [a, b]")
-    return _rewrite(params_path, present, leaves) or f"{params_path} has the values of recipe {path.stem} already"
+    return _rewrite(params_path, present, leaves) or f"{params_path} already has the values of recipe {path.stem}"
 
 
 def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
-    """Write `values`, by dotted key, into params.yaml, atomically; return the changes, one `key: old -> new` a line."""
+    """Write `values`, by dotted key, into params.yaml, atomically; return the changes as `apply_recipe` does."""
     texts = {key: yaml.safe_dump(value, default_flow_style=True) for key, value in values.items()}
     leaves = {key: Leaf(value, texts[key].removesuffix("...\n").strip()) for key, value in values.items()}
-    return _rewrite(params_path, _read_leaves(params_path), leaves) or f"{params_path} has these values already"
+    return _rewrite(params_path, _read_leaves(params_path), leaves) or f"{params_path} already has these values"
 
 
 def as_set(name: str, folder: Path = RECIPES) -> str:
@@ -80,18 +81,18 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
     path = Path(name) if name.endswith(".yaml") else folder / f"{Path(name).name}.yaml"
     if not path.is_file():
         known = list(list_recipes(folder))
-        raise InputError(f"no recipe {name}{did_you_mean(name, known)}: {folder} holds {', '.join(known) or 'none'}")
+        raise InputError(f"no recipe {name}{did_you_mean(name, known)}: {folder} contains {', '.join(known) or 'none'}")
     return path
 
 
 def _recipe_values(path: Path, folder: Path) -> dict[str, Leaf]:
-    """All values that a recipe sets, by dotted key: one of `folder` on top of BASE."""
+    """All values that a recipe sets, by dotted key; a recipe of `folder` also sets the other values of BASE."""
     base = _read_leaves(folder / f"{BASE}.yaml") if path.parent == folder else {}
     return base | _read_leaves(path)
 
 
 def _read_leaves(path: Path) -> dict[str, Leaf]:
-    """All values of a YAML file by dotted key. Raises InputError where it is not a mapping."""
+    """All values of a YAML file by dotted key. Raises InputError if it is not a mapping."""
     load_params(path)  # raises the InputError
     text = path.read_text(encoding="utf-8")
     leaves: dict[str, Leaf] = {}
@@ -112,7 +113,7 @@ def _read_leaves(path: Path) -> dict[str, Leaf]:
 
 
 def _end_of(node: yaml.Node) -> int:
-    """Where a node's text ends; the end mark of a block list would include the comments after it."""
+    """End of a node's text. For a block list it is that of its last item: its own end mark is after later comments."""
     block_list = isinstance(node, yaml.SequenceNode) and not node.flow_style
     return _end_of(node.value[-1]) if block_list else int(node.end_mark.index)
 

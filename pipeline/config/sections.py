@@ -81,7 +81,7 @@ class ModelConfig(Section):
 
 
 class WindowsConfig(Section):
-    """The data of an optimiser step: in each of its accumulation steps one micro-batch of windows."""
+    """The data of an optimiser step: one micro-batch of windows for each gradient accumulation step."""
 
     seq_len: int = Field(ge=2)  # tokens in a window
     micro_batch_size: int = Field(ge=1)  # windows in a forward pass
@@ -97,8 +97,8 @@ class OptimConfig(Section):
     """The optimiser and its schedule. A length is a number of steps (integer) or a share of the run (below 1)."""
 
     name: str  # one of OPTIMIZERS in training/optim.py
-    lr: float = Field(gt=0)  # peak, of AdamW
-    muon_lr: float = Field(gt=0)  # peak, of Muon
+    lr: float = Field(gt=0)  # peak learning rate of AdamW
+    muon_lr: float = Field(gt=0)  # peak learning rate of Muon
     momentum: float = Field(ge=0, lt=1)  # of Muon
     betas: tuple[float, float]  # of AdamW
     eps: float = Field(gt=0)  # of AdamW
@@ -107,7 +107,7 @@ class OptimConfig(Section):
     max_tokens: int = Field(ge=1, le=10**15)  # length of the run and of the schedule
     schedule: str  # one of SCHEDULES in training/optim.py
     warmup: int | float = Field(ge=0)
-    decay: int | float = Field(ge=0)  # at the run's end, of a schedule with a plateau
+    decay: int | float = Field(ge=0)  # length of the decay after the plateau, in schedules that have one
     initial_lr: float = Field(ge=0, le=1)  # share of the peak at which the warm-up starts
     min_lr_ratio: float = Field(ge=0, le=1)  # share of the peak at which the schedule ends
 
@@ -154,7 +154,7 @@ class TargetConfig(Section):
 
     loss: float = Field(gt=0)  # nats per token
     rule: str  # one of RULES in training/target.py
-    average_steps: int = Field(ge=1)  # micro-batch losses in the mean of the rule `average`
+    average_steps: int = Field(ge=1)  # steps in the mean loss of the rule `average`
     eval_interval: int | None = Field(ge=1)  # steps between evaluations; null: chosen by cost
     early_stopping_patience: int | None = Field(ge=1)  # evaluations without a lower validation loss; null: no limit
 
@@ -195,7 +195,7 @@ def has_password(url: str) -> bool:
 
 
 class Range(BaseModel):
-    """Numbers from `low` to `high`, both included; `log`: uniform in the logarithm; `step`: between two values."""
+    """Numbers from `low` to `high`, both included. `log`: uniform in the logarithm; `step`: distance between values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -209,7 +209,7 @@ class Range(BaseModel):
         if not self.low < self.high:
             raise ValueError(f"low {self.low} should be below high {self.high}")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("a logarithmic range has no step, and low above 0")
+            raise ValueError("a logarithmic range must have low above 0 and no step")
         return self
 
     @property
@@ -232,7 +232,7 @@ def _as_axis(given: Any) -> Any:
             raise ValueError(", ".join(messages)) from None
     if not isinstance(given, list) or not given:
         raise ValueError("should be {low: ..., high: ...} or a list of choices")
-    # YAML's own floats have a point: it reads 1e-2 as a string
+    # a float in YAML 1.1 needs a point: 1e-2 is read as a string
     choices = [float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", str(value)) else value for value in given]
     if twice := [value for i, value in enumerate(choices) if value in choices[:i]]:
         raise ValueError(f"has {twice[0]} twice")
@@ -240,9 +240,9 @@ def _as_axis(given: Any) -> Any:
 
 
 def _check_study(name: str) -> str:
-    """Reject a name that is a fingerprint, since folders of studies and of runs lie side by side."""
+    """Reject a name that looks like a fingerprint, since studies and runs have their folders in the same place."""
     if re.fullmatch("[0-9a-f]{16}", name):
-        raise ValueError("16 hexadecimal digits are the name of a run: choose another name")
+        raise ValueError("16 hexadecimal digits are the fingerprint of a run: choose another name")
     return name
 
 
@@ -256,7 +256,9 @@ class SweepConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the study; a new name starts a new study"
     )
     storage: str = Field(pattern=r"^(sqlite|postgresql)", description="SQLAlchemy URL of the study's database")
-    objective: Literal["tokens", "steps", "train_s"] = Field(description="tokens, steps or train_s to the target")
+    objective: Literal["tokens", "steps", "train_s"] = Field(
+        description="cost to minimise until the target: tokens, steps or train_s"
+    )
     space: dict[str, dict[str, Axis]] = Field(
         min_length=1,
         description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole space",
@@ -264,7 +266,9 @@ class SweepConfig(Section):
     micro_batch_tokens: int = Field(ge=1, description="maximum number of tokens in a forward pass")
     trials: int = Field(ge=1, description="number of trials, including those of earlier calls")
     budget_s: float | None = Field(gt=0, description="seconds after which this call ends; null: no limit")
-    patience: int | None = Field(ge=1, description="end after so many trials without improvement; null: no limit")
+    patience: int | None = Field(
+        ge=1, description="trials without an improvement after which this call ends; null: no limit"
+    )
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
         union_mode="left_to_right",
         description="number of processes, which share cores and GPUs; auto: one for each GPU",
@@ -272,17 +276,17 @@ class SweepConfig(Section):
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
     pruner_tolerance: float = Field(
-        ge=0, description="share by which the forecast of a trial may exceed the best result before it is pruned"
+        ge=0, description="prune a trial if its forecast is higher than the best result by this share or more"
     )
     heartbeat_timeout_s: float = Field(ge=2, description="seconds without a heartbeat after which a trial is re-queued")
     seed: int = Field(ge=0, lt=2**31, description="seed of the sampler")
-    applied: str | None = Field(description="what `sweep apply` wrote: study/trial/digest of the settings")
+    applied: str | None = Field(description="written by `sweep apply`: study/trial/digest of the parameters")
 
     @model_validator(mode="after")
     def _no_password(self) -> Self:
         if has_password(self.storage):
             raise ValueError(
-                "storage holds a password, which git and every run would keep: remove it, "
+                "storage contains a password, which git and every run would store: remove it, "
                 "PostgreSQL's clients read it from ~/.pgpass or PGPASSWORD"
             )
         return self

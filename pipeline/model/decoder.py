@@ -25,14 +25,14 @@ class KVCache:
     """Keys and values of a batch of sequences: `keys[layer]` and `values[layer]`, (B, H, n, D) each; n grows."""
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int], limit: int, like: Tensor) -> None:
-        """`shape`: B, H and D; `limit`: the largest n; `like`: a tensor of the dtype and on the device to use."""
+        """`shape`: B, H and D; `limit`: the largest n; `like`: a tensor with the cache's dtype and device."""
         B, H, D = shape
         self.limit = limit
         self.keys = [like.new_zeros((B, H, 0, D)) for _ in range(n_layer)]
         self.values = [like.new_zeros((B, H, 0, D)) for _ in range(n_layer)]
 
     def reserve(self, n: int) -> None:
-        """Make room for `n` positions. New positions are zero, since masked values must be finite, too."""
+        """Allocate at least `n` positions. New ones are zero, because even masked values must be finite."""
         capacity = self.keys[0].shape[2]
         if n > capacity:
             added = min(-(-n // GROWTH) * GROWTH, self.limit) - capacity
@@ -77,7 +77,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, compact_ids: Tensor, cache: KVCache, sequences: list[int]) -> Tensor:
-        """Hidden states (B, T, C) of ids (B, T), the first tokens of these sequences of the cache."""
+        """Process ids (B, T), the first tokens of `sequences`, and fill their cache; return hidden states (B, T, C)."""
         T = compact_ids.shape[1]
         cache.reserve(T)
         index = torch.tensor(sequences, device=compact_ids.device)
@@ -149,15 +149,15 @@ class Decoder:
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm without the overhead of calling a module, which is a large part of a step of one token."""
+    """LayerNorm as a function: the overhead of calling a module is a large part of a step of one token."""
     return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _linear(module: nn.Linear | nn.Embedding, dtype: torch.dtype, gelu: bool = False) -> Linear:
-    """x -> x @ weight.T + bias in `dtype`, with `gelu` GPT-2's gelu of it; an embedding has no bias.
+    """Return the function x -> x @ weight.T + bias in `dtype`, followed by GPT-2's GELU if `gelu`.
 
-    With few positions, the time of a product is that of reading its weights. On a CPU in bf16, oneDNN reads them up to
-    twice as fast in its own layout, which torch.compile uses, too.
+    An embedding has no bias. With few positions, a product takes as long as reading its weights. On a CPU in bf16,
+    oneDNN reads them up to twice as fast in its own layout, which torch.compile uses too.
     """
     weight = module.weight.detach().to(dtype)
     bias = module.bias.detach().to(dtype) if isinstance(module, nn.Linear) else None

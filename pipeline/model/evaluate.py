@@ -1,7 +1,7 @@
 """Evaluate a model on a text.
 
-All figures are measured in eval mode, with logits and softmax in fp32 and the run's precision for the layers below, so
-that training and the stage `evaluate` give the same numbers.
+All metrics are measured in eval mode. Logits and softmax are in fp32, the layers below in the run's precision. So
+training and the stage `evaluate` give the same numbers.
 """
 
 import math
@@ -27,11 +27,11 @@ RECALL_TOKENS = 32  # tokens of context, and as many of continuation
 
 
 class WindowFigures(NamedTuple):
-    """Figures of the fixed windows that the model was trained on."""
+    """Metrics of the fixed windows that the model was trained on."""
 
     loss: float  # `corpus_loss`
     position_loss: list[float]  # mean loss at each position of the window
-    top1_accuracy: float  # share of the tokens that are the likeliest
+    top1_accuracy: float  # share of the tokens that the model ranks first
 
 
 def evaluate_model(
@@ -39,9 +39,9 @@ def evaluate_model(
 ) -> tuple[dict[str, Any], list[float]]:
     """Evaluate a model folder on the tokens it was trained on; `run` is its run.json.
 
-    Shows a progress bar on a terminal. Returns the figures of reports/metrics.json, and the mean loss at each position
-    of the window. Raises IntegrityError where model or tokens are altered, InputError where the tokens are not those of
-    the run.
+    Shows a progress bar on a terminal. Returns the content of reports/metrics.json, and the mean loss at each position
+    of the window. Raises IntegrityError if model or tokens are altered, InputError if the tokens are not those of the
+    run.
     """
     text = TokenFolder(tokens)
     if text.sha256 != run["data_sha256"]:
@@ -80,11 +80,11 @@ def evaluate_model(
 
 
 def machine_of(run: dict[str, Any]) -> Machine:
-    """The device that a run's train.device means on this machine, with the threads and the precision of the run."""
+    """Prepare the device that the run's train.device selects on this machine, with the run's threads and precision."""
     environment = run["environment"]
     where = {**run["params"]["train"], "threads": environment["threads"], "precision": "fp32", "compile": False}
     machine = prepare_machine(TrainConfig.model_validate({**where, "processes": 1}))
-    return machine._replace(precision=environment["precision"])  # even where the device is slow in it
+    return machine._replace(precision=environment["precision"])  # even if it is slow on this device
 
 
 @torch.inference_mode()
@@ -93,13 +93,14 @@ def corpus_loss(
 ) -> float:
     """Mean loss, in nats per token, of all windows of `length` tokens of the text from token `shift`.
 
-    The processes of a `world` divide the batches among them. The sum is taken in the order of the text, as one process
-    does.
+    The processes of a `world` divide the batches among them. The losses are added in the order of the text, as in
+    a single process.
     """
     batches = _starts(split, length, shift)
     sums = []
     for begin in range(0, len(batches), world.size):
-        starts = batches[min(begin + world.rank, len(batches) - 1)]  # a sharded model needs all processes to the end
+        # A sharded model runs on all processes together: those without a batch at the end repeat the last one.
+        starts = batches[min(begin + world.rank, len(batches) - 1)]
         inputs, targets, _ = make_batch(split, starts, length)
         with autocast:
             total = model.token_losses(inputs, targets).cpu().double().sum()  # MPS has no float64
@@ -128,9 +129,9 @@ def window_figures(model: GPT, split: Split, length: int, autocast: AbstractCont
 def verbatim_recall(model: GPT, split: Split, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
     """Share of `starts` from which greedy decoding recites the text exactly.
 
-    The context is RECALL_TOKENS tokens, or half a window where that is less, and the continuation is as long. Greedy
-    decoding recites it if and only if each token is the likeliest after all tokens before it, so one forward pass is
-    enough.
+    The context is RECALL_TOKENS tokens, or half a window if that is less, and the continuation is as long. Greedy
+    decoding recites it if and only if each of its tokens has the highest probability, given all tokens before it. So
+    one forward pass is enough.
     """
     context = recall_context(model)
     exact = 0
@@ -143,7 +144,7 @@ def verbatim_recall(model: GPT, split: Split, starts: list[int], autocast: Abstr
 
 
 def recall_context(model: GPT) -> int:
-    """Tokens of context for verbatim recall: RECALL_TOKENS, or half a window where that is less."""
+    """Tokens of context for verbatim recall: RECALL_TOKENS, or half a window if that is less."""
     return min(RECALL_TOKENS, model.trained_length // 2)
 
 
@@ -156,7 +157,7 @@ def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bo
 
 
 def _starts(split: Split, length: int, shift: int = 0) -> list[list[int]]:
-    """Where the fixed windows of the text from token `shift` begin, in batches."""
+    """Start positions of the fixed windows of the text from token `shift`, in batches."""
     starts = [shift + length * i for i in range(n_windows(split.size - shift, length))]
     batch = max(1, BATCH_TOKENS // length)
     return [starts[begin : begin + batch] for begin in range(0, len(starts), batch)]

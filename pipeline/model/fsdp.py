@@ -1,4 +1,4 @@
-"""Shard a model and its state over the processes of a world with FSDP2, and gather them."""
+"""Shard a model and its state over the processes of a world with FSDP2, and unshard them."""
 
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> None:
     """Shard the parameters of `model`; its gradients become their mean over the processes.
 
-    A block's parameters are gathered while the block runs, all others while one of `methods` runs.
+    A block's parameters are unsharded while the block runs, all others while one of `methods` runs.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -26,13 +26,13 @@ def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> 
 
 
 def is_shard(x: Tensor) -> "TypeGuard[DTensor]":
-    """Whether `x` is a DTensor; importing that class would cost every command most of a second."""
+    """Whether `x` is a DTensor; the class is not imported, since that takes most of a second in every command."""
     return hasattr(x, "full_tensor")
 
 
 @torch.no_grad()
 def assign(target: Tensor, whole: Tensor) -> None:
-    """Copy `whole`, which every process has, into `target`; where that is sharded, only this process's part."""
+    """Copy `whole`, which every process has, into `target`; if `target` is sharded, only this process's part."""
     target.copy_(like(target, whole))
 
 
@@ -47,7 +47,7 @@ def like(target: Tensor, whole: Tensor) -> Tensor:
 
 
 def full_tensor(x: Tensor, keep: bool) -> Tensor:
-    """Gather a sharded tensor: on the CPU if `keep`, else return an empty one; plain tensors are returned unchanged."""
+    """Unshard a tensor to the CPU, or return an empty one without `keep`. A plain tensor is returned unchanged."""
     if not is_shard(x):
         return x
     whole = x.full_tensor()
@@ -55,12 +55,12 @@ def full_tensor(x: Tensor, keep: bool) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's part of `x`: all of it where it is not sharded."""
+    """This process's part of `x`; all of `x` if it is not sharded."""
     return x.to_local() if is_shard(x) else x
 
 
 def last_row(x: Tensor) -> Tensor | None:
-    """The last row of a matrix, None in a process that does not hold it."""
+    """The last row of a matrix; None in a process whose shard lacks it."""
     if not is_shard(x):
         return x[-1]
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

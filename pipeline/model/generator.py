@@ -21,8 +21,8 @@ from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError
 
 # The context is at most as long as the windows of training. When it is full, its first half is dropped. A text ends at
-# max_tokens, before a stop text, or where the model samples the end-of-text token, which separated the documents in
-# training.
+# max_tokens, before a stop text, or when the model samples the end-of-text token. This token separated the documents
+# in training.
 
 PROMPT_CHARACTERS = 1_000_000  # at most
 Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end-of-text token
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
     sequence: int  # index of the prompt
     ids: list[int]
-    text: str  # only whole characters, and nothing that may be the beginning of a stop text: it may be empty
+    text: str  # complete characters, up to a possible beginning of a stop text; may be empty
     finished: Finish | None
     notice: str | None  # a message for the user
 
@@ -54,7 +54,7 @@ class Continuation:
         self.text = TextStream(sampling.stop)
         self.lookup = PromptLookup(corpus)
         self.draft: list[int] = []  # compact ids to be verified
-        self.start = -1  # of the context in the cache, which lacks only its last token; -1: not in the cache yet
+        self.start = -1  # of the context in the cache, which has all of it but the last token; -1: not in the cache yet
         self.ended = False
         self.notice: str | None = None
 
@@ -83,7 +83,7 @@ class Generator:
         self.trained_length, self.vocabulary = model.trained_length, model.vocabulary
 
     def stream(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[Piece]:
-        """Continue all prompts in one batch; sequence i has the text that it would have alone with `sampling.seed` + i.
+        """Continue all prompts in one batch. Sequence i gets the same text as alone with `sampling.seed` + i.
 
         Raises InputError for a prompt of more than PROMPT_CHARACTERS.
         """
@@ -187,7 +187,7 @@ class Generator:
         return self.vocabulary.fold(torch.tensor(ids, dtype=torch.int64)).to(self.decoder.wte.device)
 
     def _padded(self, compact_ids: list[list[int]]) -> Tensor:
-        """Lists of unequal lengths as one tensor, (B, T), with zeros after the shorter ones."""
+        """Pad lists of unequal lengths with zeros, and stack them to one tensor, (B, T)."""
         width = max(map(len, compact_ids))
         return torch.tensor([each + [0] * (width - len(each)) for each in compact_ids], device=self.decoder.wte.device)
 
@@ -197,7 +197,7 @@ class Generator:
 
 
 def context_start(n: int, trained_length: int) -> int:
-    """Start of the context of `n` tokens: the least multiple of half the trained length from which the rest fits."""
+    """Start of the context in `n` tokens: the first multiple of half the trained length from which the rest fits."""
     half = max(1, trained_length // 2)
     return -(-max(0, n - trained_length) // half) * half
 
@@ -205,7 +205,7 @@ def context_start(n: int, trained_length: int) -> int:
 def load_generator(folder: Path) -> Generator:
     """Load a registered version, `folder`/model and `folder`/tokens, onto the best device of this machine.
 
-    Raises ModelMissing, or IntegrityError where a file is altered.
+    Raises ModelMissing if it is missing, IntegrityError if a file is altered.
     """
     tokens = TokenFolder(folder / "tokens").train
     model, tokenizer = load_model(folder / "model", tokens.counts()), load_tokenizer(folder / "model")

@@ -18,7 +18,7 @@ from pipeline.model.loss import cross_entropy_sum
 # after folding, those of the training text (data/vocab.py). Source: Radford et al. 2019, and the configuration of the
 # published weights.
 
-SHORT = 512  # positions up to which `attend` holds all scores, whose number is the square of the positions
+SHORT = 512  # positions up to which `attend` computes all scores, (T, T), at once
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -105,7 +105,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Self:
-        """Initialise as GPT-2: normal(0, 0.02), smaller where a layer adds to the residual stream; biases 0."""
+        """Initialise like GPT-2: normal(0, 0.02), smaller in layers that add to the residual stream; biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -147,7 +147,7 @@ class GPT(nn.Module):
         return cross_entropy_sum(hidden, self.wte.weight, self.vocabulary.unused_bias, targets.flatten()) / n_targets
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each target, (B, T), 0 where it is IGNORED, with logits and softmax always in fp32."""
+        """Loss of each target, (B, T), 0 for IGNORED ones, with logits and softmax always in fp32."""
         return self.losses_of(self.hidden(inputs), targets)
 
     def losses_of(self, hidden: Tensor, targets: Tensor) -> Tensor:

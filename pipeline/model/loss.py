@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.data.batches import IGNORED
 
-# The logits are the largest tensor of a step: V numbers a token. The forward pass computes a chunk of them, overwrites
-# it with its gradient, adds that to the gradients of hidden states and weights, and frees it. The backward pass only
-# scales. The softmax, in fp32, works on parts of a chunk that fit into a CPU's cache.
+# The logits are the largest tensor of a step: V numbers per token. The forward pass computes a chunk of them,
+# overwrites it with its gradient, adds that to the gradients of hidden states and weights, and frees it. The backward
+# pass only scales. The softmax, in fp32, works on parts of a chunk that fit into a CPU's cache.
 
 CHUNK_LOGITS = 2**25  # in a matrix product: 64 MiB of bf16
 CACHED_LOGITS = 2**20  # in a softmax on a CPU: 4 MiB of fp32
@@ -74,6 +74,6 @@ def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.
 
 
 def _spans(n: int, longest: int) -> list[slice]:
-    """Divide range(n) into the fewest spans of equal length, 1 to `longest`; the last may be shorter."""
+    """Divide range(n) into as few spans as possible, of equal length up to `longest`; the last may be shorter."""
     length = -(-n // -(-n // max(1, longest)))
     return [slice(begin, min(begin + length, n)) for begin in range(0, n, length)]

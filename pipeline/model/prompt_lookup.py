@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from pipeline.data.corpus_index import CorpusIndex
 
-# It is faster where the model recites its training text. In fp32, drafts do not change the generated text. In bf16, the
+# It is faster when the model recites its training text. In fp32, drafts do not change the generated text. In bf16, the
 # last bit of a product depends on the number of tokens read at once, and sometimes decides between two tokens of nearly
 # equal probability. Sources: Saxena 2023; for speculative decoding, Leviathan et al. 2023.
 
-MAX_DRAFT_TOKENS = 8  # verifying so many takes little longer than computing one
-MIN_MATCH_TOKENS = 2  # of the sequence's end, to be found in the training text
+MAX_DRAFT_TOKENS = 8  # verifying this many tokens takes little longer than generating one
+MIN_MATCH_TOKENS = 2  # length of the shortest suffix of the sequence that is looked up in the training text
 
 
 class PromptLookup:
@@ -28,5 +28,5 @@ class PromptLookup:
         return self._corpus.ids[places[0] : places[0] + n].tolist() if len(places) else []
 
     def adapt(self, n_accepted: int) -> None:
-        """Set the length of the next draft, by how many tokens of the last one were accepted."""
+        """Set the length of the next draft from the number of tokens of the last one that were accepted."""
         self._n_draft = min(2 * n_accepted + 1, MAX_DRAFT_TOKENS)

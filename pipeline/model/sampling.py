@@ -27,7 +27,7 @@ class Sampling(BaseModel):
     )
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: tokens that occurred are less likely")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same text")
-    stop: tuple[str, ...] = Field((), max_length=16, description="text before which the continuation ends")
+    stop: tuple[str, ...] = Field((), max_length=16, description="stop text: the continuation ends before it")
 
     @classmethod
     def of(cls, **values: Any) -> Self:

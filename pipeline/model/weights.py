@@ -39,8 +39,9 @@ def save_model(folder: Path, model: GPT, tokenizer: Path) -> None:
 def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     """Load a model folder, in eval mode on the CPU, after verifying its manifest.
 
-    `counts`: how often each id occurs in the training text. With them, a model that was trained folded is folded again,
-    which changes no result and makes it smaller and faster. Raises ModelMissing or IntegrityError.
+    `counts`: how often each id occurs in the training text. With them, a model that was trained with a folded
+    vocabulary is folded again. This changes no result, and makes it smaller and faster. Raises ModelMissing or
+    IntegrityError.
     """
     if not folder.is_dir():
         raise ModelMissing(f"{folder} not found: `dvc repro` makes it")
@@ -67,10 +68,10 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, 
     """Raise IntegrityError unless the tensors `found` in a file are fp32 and have these names and shapes."""
     fault = ""
     if names := sorted(found.keys() ^ shapes.keys()):
-        fault = f"{'holds' if names[0] in found else 'lacks'} {names[0]}"
+        fault = f"{'contains' if names[0] in found else 'lacks'} {names[0]}"
     for name, tensor in found.items():
         if not fault and (tensor.dtype, tensor.shape) != (torch.float32, shapes[name]):
-            fault = f"holds {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
+            fault = f"contains {name} as {tensor.dtype} {list(tensor.shape)}, not {list(shapes[name])} in fp32"
     if fault:
         raise IntegrityError(f"{path} does not fit its config.json: it {fault}: {hint}")
 
@@ -88,7 +89,7 @@ def _read_shape(path: Path) -> tuple[ModelConfig, int]:
 
 
 def load_tensors(path: Path, hint: str) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises IntegrityError where it is missing or is not one."""
+    """Read a safetensors file. Raises IntegrityError if it is missing or is not one."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
@@ -99,7 +100,7 @@ def load_tensors(path: Path, hint: str) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises OSError where the disk is full, as safetensors itself does not."""
+    """Write a safetensors file. Raises OSError if the disk is full; safetensors itself raises another error."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:

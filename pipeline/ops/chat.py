@@ -24,7 +24,7 @@ def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
 
 def converse(generator: Generator, sampling: Sampling) -> None:
     """Read prompts until Ctrl-D, and print a continuation of each; Ctrl-C ends a continuation."""
-    print("Type a prompt and Enter; \\n is a new line, Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+    print("Type a prompt and press Enter; \\n is a line break, Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "").replace("\\n", "\n")

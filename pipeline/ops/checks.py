@@ -27,9 +27,9 @@ from pipeline.training.preflight import CHECKPOINTS, saved_bytes
 
 INSTALL = "`python -m pip install --constraint constraints.txt --editable .`"
 MAIN = ("torch", "mlflow", "dvc")  # packages whose versions are shown
-TOOLS = {  # programs that are started by name -> hint if one does not start
+TOOLS = {  # name of a program that is started -> hint if it does not start
     "git": "install it: DVC and the record of a run's code need it",
-    "dvc": "`. .venv/bin/activate`, or `make clean-venv repro` where the folder was moved",
+    "dvc": "`. .venv/bin/activate`, or `make clean-venv repro` if the folder was moved",
 }
 
 
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
     topic: str
     what: str
     hint: str | None = None  # what the user can do
-    fix: Callable[[], str] | None = None  # fixes the error, and returns a line about what it did
+    fix: Callable[[], str] | None = None  # fixes the error, and returns one line that says what it did
 
     def __str__(self) -> str:
         text = self.what if self.hint is None else f"{self.what}: {self.hint}"
@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 
 
 def examine_packages(root: Path) -> Iterator[Finding]:
-    """Whether Python and the installed packages have the versions that pyproject.toml requires."""
+    """Check that Python and the installed packages have the versions that pyproject.toml requires."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed, installed = {"Python": SpecifierSet(project["requires-python"])}, {"Python": platform.python_version()}
     for requirement in map(Requirement, project["dependencies"]):
@@ -81,7 +81,7 @@ def examine_tools(root: Path) -> Iterator[Finding]:
 
 
 def examine_params(root: Path) -> Iterator[Finding]:
-    """Whether params.yaml is valid, what its section `train` means here, and whether the disk has space for a run."""
+    """Check params.yaml and the disk space for a run, and show what the section `train` selects on this machine."""
     params = load_params(root / "params.yaml")
     check_params(params)
     yield Finding("ok", "params", f"{params.path} is valid")
@@ -102,6 +102,6 @@ def examine_params(root: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(root).free
     what = f"{free / 1e9:,.1f} GB free in {root}, a run may need {needed / 1e9:,.1f} GB"
     if free < needed:
-        yield Finding("to fix", "disk", what, "make room; `python -m pipeline clean` removes checkpoints")
+        yield Finding("to fix", "disk", what, "free disk space; `python -m pipeline clean` removes checkpoints")
     else:
         yield Finding("ok", "disk", what)

@@ -1,4 +1,4 @@
-"""Check an installation and its project, print a line for each finding, and fix errors where this is safe."""
+"""Check an installation and its project, print one line for each finding, and fix errors if this is safe."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ def examine(root: Path, fix: bool) -> None:
 
 
 def examine_store(root: Path) -> Iterator[Finding]:
-    """Whether MLflow's store can be used, and its runs and versions are complete."""
+    """Check that MLflow's store can be used, and that its runs and versions are complete."""
     uri = mlflow_store.store_uri(root)
     yield from examine_database(root)
     if (database := mlflow_store.own_database(root)) and flaw_of(database):
@@ -59,7 +59,7 @@ def examine_store(root: Path) -> Iterator[Finding]:
 
 
 def examine_versions(store: Store) -> Iterator[Finding]:
-    """Whether the files of each version that `register` made are unchanged."""
+    """Check that the files of each version that `register` made are unchanged."""
     intact = []
     for model in all_found(store.client.search_registered_models):
         for version in list_versions(store, model.name):
@@ -73,7 +73,7 @@ def examine_versions(store: Store) -> Iterator[Finding]:
 
 
 def _findings(check: Callable[[Path], Iterator[Finding]], root: Path) -> Iterator[Finding]:
-    """The findings of a check, and its error as a finding if it fails."""
+    """Yield the findings of a check; if it raises an error, yield the error as a finding."""
     try:
         yield from check(root)
     except (PipelineError, OSError) as error:

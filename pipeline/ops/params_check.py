@@ -1,4 +1,4 @@
-"""Check all of params.yaml, without torch and without this machine's limits, which the doctor checks."""
+"""Check all of params.yaml without torch. The limits of this machine are checked by the doctor."""
 
 from pipeline.config.params import Params
 from pipeline.config.sections import SECTIONS, CorpusConfig, SweepConfig
@@ -9,7 +9,7 @@ from pipeline.training.config import RunConfig
 
 
 def check_params(params: Params) -> None:
-    """Raise one InputError that names all faults in params.yaml."""
+    """Raise one InputError that lists all errors in params.yaml."""
     faults = params.unknown_sections(*SECTIONS)
     try:
         params.check(*SECTIONS)

@@ -36,7 +36,7 @@ FIX = "`python -m pipeline doctor --fix`"
 
 
 def examine_running(store: Store, root: Path) -> Iterator[Finding]:
-    """Runs with the status RUNNING: to fix if their process on this machine has ended."""
+    """Find the runs with the status RUNNING; one is `to fix` if its process on this machine has ended."""
     found = all_found(store.client.search_runs, [store.experiment_id], "attributes.status = 'RUNNING'")
     for run in found:
         name, folder = f"run {run.info.run_name} ({run.info.run_id})", _folder_of(run, root)
@@ -54,11 +54,11 @@ def examine_running(store: Store, root: Path) -> Iterator[Finding]:
                 partial(_close, store, run, folder),
             )
     if not found:
-        yield Finding("ok", "runs", "none is RUNNING")
+        yield Finding("ok", "runs", "no run has the status RUNNING")
 
 
 def examine_journals(store: Store, root: Path) -> Iterator[Finding]:
-    """The journals of runs and trials: to fix if the store lacks some of their records."""
+    """Check the journals of runs and trials; one is `to fix` if the store lacks some of its records."""
     n_records, complete = 0, True
     for folder in sorted(path.parent for depth in ("*", "*/*") for path in root.glob(f"checkpoints/{depth}/{STEPS}")):
         name = str(folder.relative_to(root))
@@ -95,7 +95,7 @@ def run_holder(folder: Path) -> str | None:
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold those of a run's locks whose files exist. Raises RunLocked if another process holds one."""
+    """Hold the locks of a run, except those without a file. Raises RunLocked if another process holds one."""
     with ExitStack() as stack:
         for lock in _locks(folder):
             stack.enter_context(locked(lock))
@@ -154,7 +154,7 @@ def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
 
 
 def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[Record]) -> str:
-    """Create a run for a journal, with its inputs and samples, and note its id in the folder."""
+    """Create a run for a journal, with its inputs and samples, and write its id into the folder."""
     study = {"study": folder.parent.name} if folder.parent.name != "checkpoints" else {}
     tags = {"host": socket.gethostname(), "run_folder": str(folder), "rebuilt": "true"} | study
     run_id = create_run(store, identity, tags, int(records[0]["logged_ms"]))

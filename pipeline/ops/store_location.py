@@ -1,6 +1,6 @@
 """Update the absolute paths in MLflow's database after a project was moved or copied.
 
-Only a SQLite file inside the project is changed: several checkouts may share one elsewhere.
+Only a SQLite file inside the project is changed, because several checkouts may share a file outside.
 """
 
 import sqlite3
@@ -27,7 +27,7 @@ PLACES = (  # MLflow's table, its column with paths, and the SQL condition for i
 
 
 def examine_database(root: Path) -> Iterator[Finding]:
-    """Whether the database is intact and was made in this folder."""
+    """Check that the database is intact and was made in this folder."""
     if (database := own_database(root)) is None:
         return
     if flaw := flaw_of(database):
@@ -64,7 +64,7 @@ def relocate(database: Path, before: Path, root: Path) -> str:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         n_paths = sum(_move(connection, *place, before, root) for place in PLACES if place[0] in tables)
         connection.execute("COMMIT")
-    return f"{n_paths} paths in {database.name} are now below {root}; {backup.name} is the backup of before"
+    return f"{n_paths} paths in {database.name} are now below {root}; {backup.name} is the backup"
 
 
 def flaw_of(database: Path) -> str | None:

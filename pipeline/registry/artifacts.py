@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders
 REQUIREMENTS = "mlflow numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # of pyfunc.py
-FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # the tag that holds the hash of its manifest
+FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # folder -> tag with the hash of its manifest
 LISTING = "files.json"  # hashes of a version's other files, such as code, MLmodel and params.yaml
 LISTING_TAG = "files_sha256"  # hash of the listing; early versions lack it, and their other files are not verified
-LOGGED_MODEL = "gpt2"  # name of the MLflow model that holds the files
+LOGGED_MODEL = "gpt2"  # name of the MLflow model that contains the files
 ADDED_BY_MLFLOW = "registered_model_meta"  # MLflow writes this file into a version's folder when it loads the version
 
 
@@ -63,7 +63,7 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
 
 
 def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts") -> Path:
-    """Return the local path of `place` in a version's folder; artifacts/ there holds model/, tokens/ and params.yaml.
+    """Return the local path of `place` in a version's folder; its artifacts/ has model/, tokens/ and params.yaml.
 
     Nothing is verified. A local store gives its own file or folder; any other gives a copy, which is removed when this
     process ends. Raises one of `store_errors()` if the place does not exist.
@@ -80,7 +80,7 @@ def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts
 
 @contextmanager
 def translate_store_errors(store: Store, what: str) -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing with one line; `what` names what was being read or changed."""
+    """Raise ModelMissing, with a message of one line, for the store's errors; `what` names what is read or changed."""
     try:
         yield
     except store_errors() as error:
@@ -93,14 +93,14 @@ def translate_store_errors(store: Store, what: str) -> Iterator[None]:
 def open_version(store: Store, version: "ModelVersion") -> Path:
     """Return the version's folder with model/, tokens/ and params.yaml, after verifying all files, code included.
 
-    Nothing is run. Raises ModelMissing if files are missing or the store does not answer; IntegrityError, with both
-    hashes, if files are altered or the version was not made by `register`.
+    No code is executed. Raises ModelMissing if files are missing or the store does not answer. Raises IntegrityError,
+    with both hashes, if files are altered, or if `register` did not make the version.
     """
     label = label_of(version)
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
             raise IntegrityError(
-                f"{label} has no hash as its tag {tag}, it was not made by `register`: use another version"
+                f"{label} has no hash as its tag {tag}, so `register` did not make it: use another version"
             )
     with translate_store_errors(store, label):
         folder = fetch_version(store, version, "")
@@ -112,7 +112,7 @@ def verify_files(folder: Path, tags: dict[str, str], label: str, remove_caches: 
     """Compare a version's files with the hashes in its tags. Raises as `open_version` does.
 
     `remove_caches`: remove __pycache__ folders first. Python writes them when MLflow loads the version from the store's
-    own folder, and would run a forged one in place of the verified source. A copy never holds one.
+    own folder, and would run forged ones in place of the verified source. A copy never contains such a folder.
     """
     hint = (
         f"{label} cannot be used; run `dvc repro -f -s register` in the project that trained it, "
@@ -124,12 +124,12 @@ def verify_files(folder: Path, tags: dict[str, str], label: str, remove_caches: 
         _verify_hash(place / MANIFEST, tags[tag], hint)
         verify_manifest(place, hint)
     if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
-        raise IntegrityError(f"{link} is a symbolic link, a version holds none: {hint}")
+        raise IntegrityError(f"{link} is a symbolic link, which no version contains: {hint}")
     if LISTING_TAG not in tags:
         return
     _verify_hash(folder / LISTING, tags[LISTING_TAG], hint)
     for cache in [*folder.rglob("__pycache__")] if remove_caches else ():
-        shutil.rmtree(cache, ignore_errors=True)  # what is left is refused below
+        shutil.rmtree(cache, ignore_errors=True)  # files that could not be removed are refused below
     if not isinstance(expected := read_json(folder / LISTING), dict):
         raise IntegrityError(f"{folder / LISTING} is not a list of files: {hint}")
     if surplus := set(_listing(folder)) - expected.keys():

@@ -1,7 +1,7 @@
 """Find, list, verify and describe the registered versions of a model.
 
-No code of a version is run: its weights, tokenizer, tokens and params.yaml are read as data. A store that fails raises
-ModelMissing with one line.
+No code of a version is executed: its weights, tokenizer, tokens and params.yaml are read as data. If the store fails,
+ModelMissing is raised with a message of one line.
 """
 
 import tempfile
@@ -102,13 +102,13 @@ def verify(store: Store, version: "ModelVersion") -> str:
 
 
 def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
-    """Return the version info: everything about a version and its run, ready for JSON; curves have MAX_POINTS at most.
+    """Return the version info: all data on a version and its run, as JSON values; a curve has at most MAX_POINTS.
 
     Raises ModelMissing if its run or its files are missing, IntegrityError if its tags or its params.yaml are invalid.
     """
     label = label_of(version)
     if not version.run_id:
-        raise ModelMissing(f"{label} has no run, it was not made by `register`: use another version")
+        raise ModelMissing(f"{label} has no run, so `register` did not make it: use another version")
     require_valid_tags(version.tags, label)
     with translate_store_errors(store, label):
         run = store.client.get_run(version.run_id)
@@ -135,7 +135,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
 
 
 def require_valid_tags(tags: dict[str, str], label: str) -> None:
-    """Raise IntegrityError if a tag that others read as a number is missing or not a number."""
+    """Raise IntegrityError if a tag of TAG_KINDS is not of its type, or is missing; tags of type int are optional."""
     for tag, kind in TAG_KINDS.items():
         try:
             kind(tags[tag] if tag in tags or kind is not int else 0)
@@ -162,7 +162,7 @@ def read_identity(path: Path, label: str) -> "Identity":
 
 
 def thinned(points: list[list[float]]) -> list[list[float]]:
-    """Return the points sorted by step, at most MAX_POINTS at equal distances; the last point is always kept."""
+    """Sort the points by step, and keep at most MAX_POINTS at equal distances, the last one always."""
     stride = -(-len(points) // MAX_POINTS) or 1
     return sorted(points)[::-stride][::-1]
 

@@ -43,7 +43,7 @@ def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Pat
     require_empty(folder := folder.resolve())
     with atomic_folder(folder, manifest=False) as unfinished:
         EXPORTS[kind](artifacts, info, unfinished)
-        require_empty(folder)  # another program may have filled it meanwhile
+        require_empty(folder)  # another program may have written into it in the meantime
     return folder_bytes(folder)
 
 
@@ -66,7 +66,7 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     if info["history"].get("loss"):
         save_png(curve_figure(info["history"], float(info["tags"]["target_loss"])), folder / CURVE)
     text = TokenFolder(artifacts / "tokens").train
-    n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half is for the answer
+    n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half: the continuation
     described = {
         **config,
         "n_params": sum(tensor.numel() for tensor in weights.values()),
@@ -161,7 +161,7 @@ def _tokenizer_config(n_positions: int) -> dict[str, Any]:
 
 
 def _write_params(artifacts: Path, folder: Path) -> dict[str, Any]:
-    """Copy params.yaml without the address of the studies, which may hold a host and a password; return its values."""
+    """Copy params.yaml without `sweep.storage`, which may contain a host and a password; return its values."""
     path = folder / "params.yaml"
     shutil.copyfile(artifacts / "params.yaml", path)
     if "storage" in load_params(path).values.get("sweep", {}):

@@ -15,7 +15,7 @@ from pipeline.system.errors import InputError
 
 
 class PromptModel:
-    """Load and predict. Without type hints: with them, MLflow silently drops `params`."""
+    """Load a version, and predict. The methods have no type hints, since with them MLflow silently drops `params`."""
 
     def load_context(self, context):  # type: ignore[no-untyped-def]
         self.generator = load_generator(Path(context.artifacts["model"]).parent)
@@ -30,7 +30,7 @@ class PromptModel:
 
 
 class TextGenerator(PromptModel, PythonModel):  # type: ignore[misc]  # mlflow is untyped here
-    """The class for MLflow, which warns about a `predict` without type hints unless it is inherited."""
+    """The class that MLflow loads. It inherits `predict`: otherwise MLflow warns that type hints are missing."""
 
 
 set_model(TextGenerator())

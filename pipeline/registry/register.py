@@ -40,9 +40,9 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     """Register `project`/models/model in the store of `root`, one version for each fingerprint, and judge it.
 
     The alias candidate moves to the version; champion moves only if the gate allows it. `loss_on` is used if the
-    champion was trained on another text. A killed call can be repeated: the aliases move last. Raises ModelMissing if
-    the model is missing or the store fails, IntegrityError if model or tokens are altered, or if tokens or metrics
-    belong to another model. Returns the content of reports/registered.json.
+    champion was trained on another text. A call that was killed can be repeated, since the aliases move last. Returns
+    the content of reports/registered.json. Raises ModelMissing if the model is missing or the store fails,
+    IntegrityError if model or tokens are altered, or if tokens or metrics belong to another model.
     """
     record, metrics, n_tokens = read_project(project)
     with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root):
@@ -132,7 +132,7 @@ def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], fl
     version = store.client.get_model_version(name, number)
     tags = version.tags
     if missing := {"train_tokens", "data_sha256", "corpus_loss"} - tags.keys():
-        raise IntegrityError(f"champion {number} has no tag {min(missing)}, it was not made by `register`")
+        raise IntegrityError(f"champion {number} has no tag {min(missing)}, so `register` did not make it")
 
     def candidate_loss() -> float:
         tokens = fetch_version(store, version, "artifacts/tokens")

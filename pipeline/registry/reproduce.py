@@ -41,7 +41,8 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     """Train `version` again; return a line for the user if the weights are the same bit for bit.
 
     Raises IntegrityError if they differ, InputError if the code that trained the version is not in `repository`,
-    Interrupted after a signal. If the training fails, its own line and its exit code are the result.
+    Interrupted after a signal. If the training fails, the command prints its error
+    and ends with its exit code.
     """
     label, files = label_of(version), open_version(store, version)
     expected = sha256_file(files / "model" / WEIGHTS)
@@ -101,7 +102,7 @@ def _checkout(version: "ModelVersion", files: Path, repository: Path, folder: Pa
     changed = "" if version.tags.get("tree_clean") == "true" else ", with changes that were not committed"
     try:
         if (not is_here or changed) and _fingerprint_here(files) == fingerprint:
-            print(f"training with the present code, whose fingerprint {fingerprint} is the same", flush=True)
+            print(f"training with the present code, which has the same fingerprint {fingerprint}", flush=True)
             yield SOURCE_ROOT
         elif is_here:
             print(f"training with the code of commit {commit}; the version was trained with it{changed}", flush=True)
@@ -109,7 +110,7 @@ def _checkout(version: "ModelVersion", files: Path, repository: Path, folder: Pa
         else:
             raise InputError(
                 f"{label_of(version)} cannot be trained again: commit {commit} cannot be checked out in {repository}, "
-                f"and the present code has another fingerprint than {fingerprint}: restore the code that trained it"
+                f"and the present code does not have the fingerprint {fingerprint}: restore the code that trained it"
             )
     finally:
         git("worktree", "remove", "--force", str(folder), folder=repository)

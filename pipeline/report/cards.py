@@ -11,12 +11,12 @@ TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc5
 CURVE = "loss.png"  # the figure on the card, if the version has a loss history
 MEASURES = {  # metric of the stage `evaluate` -> its name on the card
     "corpus_loss": "loss over all of the training text, nats per token",
-    "corpus_perplexity": "perplexity of the same",
-    "shifted_loss": "loss in windows moved by a quarter, a half and three quarters of their length",
+    "corpus_perplexity": "perplexity over all of the training text",
+    "shifted_loss": "loss in windows shifted by a quarter, a half and three quarters of their length",
     "validation_loss": "loss over the held-out text",
-    "top1_accuracy": "share of tokens that are the most likely one",
+    "top1_accuracy": "share of tokens that the model ranks first",
     "verbatim_recall": "share of 32-token continuations recited exactly, after 32 tokens from the start of a window",
-    "verbatim_recall_shifted": "the same after 32 tokens from anywhere",
+    "verbatim_recall_shifted": "the same, after 32 tokens from any position",
 }
 ENVIRONMENT = ("torch", "device", "precision", "threads")
 
@@ -35,7 +35,7 @@ def model_card(info: dict[str, Any], model: dict[str, Any]) -> str:
         measures=MEASURES,
         rules=_rules(info["metrics"]),
         curve=CURVE if info["history"].get("loss") else None,
-        part="the whole of it" if share == 1 else f"the first {100 * share:.3g}% of it",
+        part="all of it" if share == 1 else f"the first {100 * share:.3g}% of it",
         machine=", ".join(f"{key} {environment[key]}" for key in ENVIRONMENT if key in environment),
     )
 

@@ -1,4 +1,4 @@
-"""Draw the figures of a run's report from its journal and reports.
+"""Make the figures of a run's report from its journal and reports.
 
 Repeating a run gives the same figures, except `speed`.
 """

@@ -1,4 +1,4 @@
-"""Set the style of all figures, save them as PNG files, and draw their common parts.
+"""Set the style of all figures, save them as PNG files, and plot their common parts.
 
 A figure's bytes are the same on every host. The palette is Okabe and Ito's, which suits colour-blind readers.
 """

@@ -53,7 +53,7 @@ POLL_S = 0.2
 def run_sweep(params: Params, sweep: SweepConfig) -> None:
     """Run the study until its trials, its time or its patience are used up, or a signal arrives.
 
-    Raises RunLocked when another process runs the study in this checkout, TargetNotReached when no trial has reached
+    Raises RunLocked if another process runs the study in this checkout, TargetNotReached if no trial has reached
     the target.
     """
     config = RunConfig.of(params)
@@ -113,7 +113,7 @@ def print_best(sweep: SweepConfig) -> None:
 def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     """Write the best trial's values into params.yaml, and the trial's name into `sweep.applied`.
 
-    Raises InputError when params.yaml differs from the study in a parameter that was not searched.
+    Raises InputError if params.yaml differs from the study in a parameter that was not searched.
     """
     study = find_study(sweep, project_root())
     best = _require_best(study)
@@ -138,13 +138,14 @@ def open_dashboard(sweep: SweepConfig) -> None:
 def _prepare_tokens() -> None:
     """Update data/tokens with DVC, so that no trial trains on stale tokens."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]  # another one takes seconds
+    # The wait for another DVC command's lock is short: its `tokenize` takes seconds.
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]
     if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode:
         raise InputError("sweep: `dvc repro tokenize` failed, see the error above: fix it first")
 
 
 def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> None:
-    """Run the workers until there is no work left, the time is over, or a signal arrives; then stop them.
+    """Run the workers until there is no work left, the time limit is reached, or a signal arrives. Then stop them.
 
     When a worker dies, its trial is re-queued at once and the worker is replaced.
     """
@@ -187,7 +188,7 @@ def _require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        hint = "correct the space" if failed else "raise optim.max_tokens, widen the space, or give it more trials"
+        hint = "correct the space" if failed else "raise optim.max_tokens, widen the space, or allow more trials"
         raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {hint}")
     return best
 

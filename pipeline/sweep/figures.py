@@ -1,4 +1,4 @@
-"""Draw a study: its learning curves and Optuna's figures."""
+"""Make the figures of a study: its learning curves, and those of Optuna."""
 
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,7 @@ UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
 
 
 def draw_study(study: Study, folder: Path) -> None:
-    """Write every figure that the trials so far allow to `folder`/NAME.png."""
+    """Write to `folder`/NAME.png all figures that can be made from the trials so far."""
     save_png(curves_figure(study), folder / "curves.png")
     valued = with_forecasts(study)
     params = {key for trial in valued.trials for key in trial.params}

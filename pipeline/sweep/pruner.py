@@ -15,8 +15,8 @@ class ExtrapolationPruner(BasePruner):  # type: ignore[misc]
 
     The loss of a memorising run is flat at first and falls faster and faster towards the end, while the learning rate
     decays to zero. Neither a straight line nor the usual parametric families (Domhan et al. 2015) predict that. But
-    runs on the same data have similar curves. The forecast therefore assumes that, from its current loss on, a trial
-    needs as much as the best trial needed from the same loss on.
+    runs on the same data have similar curves. So the forecast assumes that, from its current loss to the target, a
+    trial needs as much as the best trial needed from the same loss.
 
     A trial reports a smooth loss, such as the mean over the last epoch; the step of a report is what the trial has
     spent so far. Its value is what it has spent at the target. No trial is pruned before one has reached the target.
@@ -51,7 +51,7 @@ class ExtrapolationPruner(BasePruner):  # type: ignore[misc]
 
 
 def best_trial(study: Study) -> FrozenTrial | None:
-    """The trial with the lowest value, the first one of equals; None when no trial has reached the target."""
+    """The trial with the lowest value, the first one if several are equal; None if no trial has reached the target."""
     reached = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return min(reached, key=lambda trial: (trial.value, trial.number), default=None)
 

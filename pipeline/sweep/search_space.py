@@ -15,7 +15,7 @@ NOT_SEARCHED = ("target", "checkpoint", "samples")  # they define the task, or d
 
 
 def overridden(params: Params, given: dict[str, Any]) -> Params:
-    """`params` with the values of section `sweep` that are given on the command line."""
+    """Copy `params`, and replace values of the section `sweep` by those given on the command line."""
     own = params.values.get(SweepConfig.section_name)
     changed = {key: value for key, value in given.items() if key in SweepConfig.model_fields}
     if not changed or not isinstance(own, dict):
@@ -48,7 +48,7 @@ def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int)
     """Copy `params`, with other values for the dotted keys of `values`.
 
     STEP_TOKENS is split into as few micro-batches of at most `micro_batch_tokens` tokens as possible. Raises InputError
-    when it is not a whole number of windows.
+    if it is not a multiple of the window length.
     """
     changed = {section: dict(own) if isinstance(own, dict) else own for section, own in params.values.items()}
     for key, value in values.items():
@@ -64,7 +64,7 @@ def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int)
 
 
 def values_of(config: RunConfig, keys: list[str]) -> dict[str, Any]:
-    """The values of `keys` in a run's settings."""
+    """The values of `keys` in a run's parameters."""
     own = {section.section_name: section.model_dump(mode="json") for section in config.decisive}
     own["windows"]["step_tokens"] = config.windows.step_tokens
     return {key: own[key.split(".")[0]][key.split(".")[1]] for key in keys}

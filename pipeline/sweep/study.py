@@ -35,7 +35,7 @@ def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> RDBStorage
     """Open the database, or create it; a relative path of an SQLite file starts at `root`.
 
     Optuna re-queues a trial whose worker has sent no heartbeat for `heartbeat_timeout_s` seconds. Raises InputError
-    when the database does not answer.
+    if the database does not answer.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # workers print their trials themselves
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -76,7 +76,7 @@ def absolute_url(url: str, root: Path) -> str:
 
 @contextmanager
 def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
-    """Turn errors of the database into an InputError of one line."""
+    """Raise InputError, with a message of one line, for errors of the database."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
@@ -84,7 +84,7 @@ def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
 
 
 def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: RDBStorage, worker: int = 0) -> Study:
-    """Open the study, or create it. Raises InputError when its shared settings are not `shared`."""
+    """Open the study, or create it. Raises InputError if its shared settings are not `shared`."""
     study = optuna.create_study(study_name=sweep.study, storage=storage, load_if_exists=True)
     study.sampler = _sampler(sweep, sweep.seed + 1000 * worker + len(study.get_trials(deepcopy=False)))
     study.pruner = ExtrapolationPruner(sweep.pruner_tolerance) if sweep.pruner == "extrapolation" else NopPruner()
@@ -98,12 +98,12 @@ def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: RDBStorage, 
 def _sampler(sweep: SweepConfig, seed: int) -> BaseSampler:
     if sweep.sampler == "random":
         return RandomSampler(seed=seed)
-    first = min(10, max(1, sweep.trials // 3))  # random trials, before there is anything to learn from
+    first = min(10, max(1, sweep.trials // 3))  # random trials, before TPE has results to learn from
     return TPESampler(n_startup_trials=first, multivariate=True, constant_liar=sweep.workers != 1, seed=seed)
 
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:
-    """Open the study. Raises InputError when it does not exist."""
+    """Open the study. Raises InputError if it does not exist."""
     path = Path(absolute_url(sweep.storage, root).removeprefix("sqlite:///"))
     try:
         if sweep.storage.startswith("sqlite:///") and path.parent.is_dir() and not path.exists():

@@ -78,7 +78,7 @@ class Worker:
             give_back_memory()
 
     def _value(self, trial: Trial) -> float:
-        """Train, and return what the trial has spent at the target. Raises TrialPruned when it misses the target."""
+        """Train, and return what the trial has spent at the target. Raises TrialPruned if it misses the target."""
         trial.set_user_attr(WORKER, worker_name(os.getpid()))
         try:
             return self._train(trial)
@@ -100,9 +100,9 @@ class Worker:
         same = ended_with(values, self.study)
         trial.set_user_attr("values", values)
         if same is not None and same.state is TrialState.PRUNED:
-            raise Pruned(f"the settings of trial {same.number}, which was stopped")
+            raise Pruned(f"same values as trial {same.number}, which was pruned")
         if same is not None:
-            announce(trial, f"the settings of trial {same.number}, {same.value:,.6g}")
+            announce(trial, f"same values as trial {same.number}, {same.value:,.6g} {self.sweep.objective}")
             return float(same.value)
         config = RunConfig.of(with_values(self.params, values, self.sweep.micro_batch_tokens))
         machine = prepare_machine(config.train, config.flops)
@@ -122,7 +122,7 @@ class Worker:
                     trial.set_user_attr("mlflow_run_id", path.read_text(encoding="utf-8").strip())
                 if self.stop.received is None:
                     keep_newest(run.folder, 0, also=None)
-        announce(trial, f"reached the target for {reporter.spent:,.6g} {self.sweep.objective}")
+        announce(trial, f"reached the target after {reporter.spent:,.6g} {self.sweep.objective}")
         return reporter.spent
 
 
@@ -145,7 +145,7 @@ class TrialReporter:
             self._note(record)
 
     def after_step(self, record: StepRecord) -> None:
-        """Process a step. Raises Pruned when the trial cannot beat the best one any more."""
+        """Process a step. Raises Pruned if the trial can no longer beat the best one."""
         is_reported = self._note(record)
         if self._is_reached():
             return
@@ -155,7 +155,7 @@ class TrialReporter:
             raise self._pruned("it has spent as much as")
 
     def require_target(self) -> None:
-        """Report the end of the run. Raises Pruned when it has not reached the target."""
+        """Report the end of the run. Raises Pruned if it has not reached the target."""
         self._report(len(self.run.records))
         if not self._is_reached():
             raise self._pruned(OUT_OF_BUDGET)
@@ -189,18 +189,18 @@ class TrialReporter:
 
 
 def report_step(spent: float, objective: str) -> int:
-    """What was spent as an integer, as Optuna needs it for the step of a report: tokens, steps or milliseconds."""
+    """Convert what was spent to the integer step of an Optuna report: tokens, steps or milliseconds."""
     return round(1000 * spent) if objective == "train_s" else int(spent)
 
 
 def ended_with(values: dict[str, Any], study: Study) -> FrozenTrial | None:
-    """The trial that has ended with the same values, which are not trained again; None when there is none."""
+    """The trial that has ended with the same values, which are not trained again; None if there is none."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return next((trial for trial in ended if trial.user_attrs.get("values") == values), None)
 
 
 def requeue_interrupted(study: Study, trial: FrozenTrial) -> None:
-    """Re-queue a trial that a signal ended, as a callback of `study.optimize`: every other failure has a reason."""
+    """A callback of `study.optimize`: re-queue a trial that a signal ended; other failed trials have a `reason`."""
     if trial.state is TrialState.FAIL and "reason" not in trial.user_attrs:
         requeue(study, trial)
 
@@ -225,7 +225,7 @@ def main() -> None:
         with naming_dead_storage(worker.sweep):
             worker.work()
         if stop.received is not None:
-            sys.exit(128 + stop.received)  # the sweep, which sent it, prints the message
+            sys.exit(128 + stop.received)  # the sweep sent the signal, and prints the message
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipeline.system.limits import cores
 # (benchmarks/LOG.md).
 COMPILE_FLOPS = {"cuda": 3e16}
 NO_GPU = "no NVIDIA GPU was found"
-CONTEXT_BYTES = 2**29  # of GPU memory: about what CUDA and its kernels need without any tensor
+CONTEXT_BYTES = 2**29  # GPU memory that CUDA and its kernels need without any tensor, approximately
 
 
 class Machine(NamedTuple):
@@ -50,7 +50,7 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     """Resolve every `auto` of a TrainConfig, and configure torch for the result.
 
     `run_flops`, those of the whole run, decide whether to compile. The processes of a `world` share the machine's cores
-    and GPUs. Raises InputError where the machine lacks what `config` requires.
+    and GPUs. Raises InputError if the machine lacks what `config` requires.
     """
     mps, name = torch.backends.mps.is_available(), config.device
     problem = _cuda_problem() if name in ("auto", "cuda") else None
@@ -123,7 +123,7 @@ def _libc() -> Any:
 
 
 def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> bool:
-    """Resolve `auto`; print that a compiler is missing, or that `auto` compiles."""
+    """Resolve `auto`; print a message if the compiler is missing, or if `auto` selects compilation."""
     wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
     if not wanted:
         return False
@@ -144,7 +144,8 @@ def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
     else:  # without these instructions, bf16 on a CPU is 10 to 100 times slower than fp32
         bf16 = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if asked == "auto":
-        if device == "cpu" and bf16:  # with them, it is four times as fast on one chip and half as fast on another
+        # With them, bf16 is four times as fast as fp32 on one chip, and half as fast on another.
+        if device == "cpu" and bf16:
             bf16 = _product_s(torch.bfloat16) < _product_s(torch.float32)
         return "bf16" if bf16 else "fp16" if device == "cuda" else "fp32"
     if asked == "bf16" and not bf16:
@@ -156,7 +157,7 @@ def _precision(asked: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
 
 @cache
 def _product_s(dtype: torch.dtype) -> float:
-    """CPU seconds of a matrix product on one core: the minimum of 12, which other programs affect least."""
+    """CPU seconds of a matrix product on one core: the minimum of 12 runs, which other programs affect least."""
     threads, x, times_s = torch.get_num_threads(), torch.ones(384, 384, dtype=dtype), []
     torch.set_num_threads(1)
     for _ in range(12):

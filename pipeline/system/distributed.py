@@ -21,14 +21,14 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, PipelineError
 
 POLL_S = 0.25  # between two checks that the other processes are alive
-GRACE_S = 2.0  # for the process to end by itself after another one has died
+GRACE_S = 2.0  # time in which the process may end by itself after another one has died
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model; `local` ones are on this machine.
+    """The processes that train one model; `local_...` counts those on this machine.
 
     In a world of one process, the methods return their arguments without communication.
     """
@@ -98,11 +98,12 @@ def world_here() -> World:
 
 @contextmanager
 def joined(world: World) -> Iterator[None]:
-    """Connect the processes of `world`. Only rank 0 prints. Raises PeerLost where another process dies."""
+    """Connect the processes of `world`. Only rank 0 prints. Raises PeerLost if another process dies."""
     if world.size == 1:
         yield
         return
-    store, _, _ = next(rendezvous("env://"))  # torchrun's store, which still has the addresses from before a restart
+    # torchrun's store. After a restart it still has the addresses of the previous attempt.
+    store, _, _ = next(rendezvous("env://"))
     attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=attempt, rank=world.rank, world_size=world.size)
@@ -113,7 +114,7 @@ def joined(world: World) -> Iterator[None]:
             watch.wait_for_all()
             raise
         except RuntimeError:
-            if watch.lost.wait(4 * POLL_S):  # the connection may break before the watch sees why
+            if watch.lost.wait(4 * POLL_S):  # the connection may break before the watch finds the dead process
                 raise PeerLost(watch.message) from None
             raise
         watch.wait_for_all()
@@ -141,7 +142,7 @@ class _Watch:
         self._left.set()
 
     def wait_for_all(self) -> None:
-        """Wait until every process calls this, so that the first one to end is not reported as dead."""
+        """Wait until every process calls this, so that a process that ends first is not reported as dead."""
         dist.all_reduce(torch.zeros(1))
 
     def _poll(self) -> None:
@@ -159,7 +160,7 @@ class _Watch:
 def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module` in several processes on this machine, as torchrun does.
 
-    When one process fails, ends the others and returns its exit code. Raises PeerLost where a signal ended it.
+    If one process fails, end the others and return its exit code. Raises PeerLost if a signal ended it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,4 +1,4 @@
-"""Run a stage or a command, and report every error of a user as one line on stderr and an exit code."""
+"""Run a stage or a command; report each error that a user can cause as one line on stderr and an exit code."""
 
 import errno
 import os
@@ -17,10 +17,10 @@ STAGES = Path(__file__).parents[2] / "stages"
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run `main`, which contains its imports so that their errors are reported, too, and exit with its code."""
+    """Run `main` and exit with its code. `main` contains its imports, so that their errors are reported too."""
     die_with_dvc()
     code = exit_code_of(main)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback where Ctrl-C comes while Python exits
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C arrives while Python exits
     sys.exit(code)
 
 
@@ -67,5 +67,5 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it for lack of memory, of a GPU or of the CPU."""
+    """Whether torch raised `error` because the GPU or the CPU is out of memory."""
     return re.search("out of memory|allocate memory", str(error)) is not None

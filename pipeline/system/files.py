@@ -15,7 +15,7 @@ from typing import IO, Any
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError, RunLocked
 
 MANIFEST = "manifest.json"
-HINT = "`chmod -R u+w .dvc/cache`, so that DVC checks its copy, then `dvc repro -f` the stage that makes it"
+HINT = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f` with the stage that makes it"
 UNFINISHED = ".unfinished-"  # prefix of files and folders while they are written; the next writer removes leftovers
 
 
@@ -42,7 +42,7 @@ def fsync(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to. It replaces `path` if the block succeeds, and is removed if it fails.
 
-    Raises OutOfSpaceError where the disk is full.
+    Raises OutOfSpaceError if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f"{UNFINISHED}{path.name}"
@@ -60,9 +60,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path, needed_bytes: int | None = None, manifest: bool = True) -> Iterator[Path]:
     """Yield a folder to fill. It replaces `folder` if the block succeeds, and is removed if it fails.
 
-    With `manifest`, for a folder without subfolders, a manifest is added. Every file is on the disk before the rename,
-    and the rename before the return. An existing folder is moved away only when its successor is complete. Raises
-    OutOfSpaceError where the disk is full.
+    With `manifest`, a manifest is added; the folder must not have subfolders. Every file is flushed to the disk before
+    the rename, and the rename before the return. An existing folder is replaced only when the new one is complete.
+    Raises OutOfSpaceError if the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
@@ -101,7 +101,7 @@ def sweep_unfinished(folder: Path) -> None:
 
 @contextmanager
 def naming_full_disk(folder: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Raise OutOfSpaceError, with the bytes needed and free, where the system reports a full disk."""
+    """Raise OutOfSpaceError, with the bytes needed and free, if the system reports a full disk."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises InputError where it is missing, IntegrityError where it is not JSON."""
+    """Read a JSON file. Raises InputError if it is missing, IntegrityError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -168,7 +168,7 @@ def verify_manifest(folder: Path, hint: str = HINT) -> None:
 
 
 def flock(file: IO[str], operation: int) -> None:
-    """fcntl.flock. Raises BlockingIOError if another process holds the lock, InputError if the disk has no locks."""
+    """Call fcntl.flock. Raises BlockingIOError if another process has the lock, InputError if the disk has no locks."""
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
@@ -182,7 +182,7 @@ def flock(file: IO[str], operation: int) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, X.lock for X; the system releases it when the process ends.
 
-    Without `wait`, raises RunLocked with the holder's pid where another process holds it. Raises InputError where the
+    Without `wait`, raises RunLocked, with the holder's pid, if another process holds the lock. Raises InputError if the
     disk does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-SOURCE_ROOT = Path(__file__).parents[2]  # the folder that holds pipeline/, stages/ and webapp/
+SOURCE_ROOT = Path(__file__).parents[2]  # the folder with pipeline/, stages/ and webapp/
 
 
 def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "subprocess.Popen[str]":
     """Start `python -m module` of this code, and write `line` to its standard input as JSON.
 
-    It has its own process group: Ctrl-C reaches only this process, which then stops the child.
+    The child has its own process group: Ctrl-C reaches only this process, which then stops the child.
     """
     path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", module, *arguments]
@@ -28,7 +28,7 @@ def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "su
 
 
 def git_info() -> dict[str, str]:
-    """Commit of the working directory, and whether any file but DVC's outputs differs from it."""
+    """Commit of the working directory, and whether a file differs from it; DVC's outputs are ignored."""
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
     clean = "unknown" if commit is None or changes is None else str(not changes).lower()
@@ -50,7 +50,7 @@ def cpu_name() -> str:
 
 
 def git(*arguments: str, folder: Path = Path()) -> str | None:
-    """The output of git in `folder`, without the repository's hooks; None where git fails or is missing."""
+    """The output of git in `folder`, without the repository's hooks; None if git fails or is missing."""
     command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""The CPU cores and the memory that this process may use: CPU affinity and cgroup limits, versions 1 and 2, nested."""
+"""Find the CPU cores and the memory that this process may use, from its CPU affinity and cgroups (versions 1, 2)."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ OWN_CGROUPS = Path("/proc/self/cgroup")  # lines of id:controllers:path; version
 
 
 def cores() -> int:
-    """The number of CPU cores that this process may use; a quota of 2.5 cores counts as 2, and at least 1."""
+    """The number of CPU cores that this process may use. A quota is rounded down, but to at least 1: 2.5 becomes 2."""
     quotas = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
     for folder in _cgroups("cpu"):
         quota, period = _words(folder / "cpu.max") or [

@@ -11,7 +11,7 @@ from pipeline.system.errors import Interrupted
 
 
 class StopSignals:
-    """Inside the block, the first signal is only recorded; a second one acts immediately, as outside.
+    """Inside the block, the first signal is only recorded; a second one acts immediately, as it does outside.
 
     Signals within one second count as one: a dying parent sends its death signal once for each of its threads. SIGHUP,
     sent when a terminal is closed, remains ignored under `nohup`.

@@ -1,8 +1,8 @@
 """Compute the fingerprint of a run: one hash of the data, parameters and code that decide its numbers.
 
 The fingerprint names the folder of the run's checkpoints and is a tag of the MLflow run and the registered version. It
-links DVC, whose outputs must not contain random run ids, to MLflow. A run resumes with the same bits only if the
-identity's `environment` is equal too.
+links DVC to MLflow, because DVC's outputs must not contain MLflow's random run ids. A run resumes with the same bits
+only if the identity's `environment` is equal too.
 """
 
 import ast
@@ -16,10 +16,10 @@ from pipeline.system.host import SOURCE_ROOT, cpu_name
 if TYPE_CHECKING:
     from pipeline.system.device import Machine
 
-# The code that decides a number, when a run stops or which model is kept: files, or definitions in files. Not listed:
-# code that can only refuse a run (checks of parameters and files), code whose effect is in `environment`, and code that
-# writes results (a finished run writes them again from its checkpoint). tests/unit/tracking/test_fingerprint.py gives
-# the reason for each file that training imports and that is not listed.
+# The code that determines a number, the step at which a run stops, or the model that is kept: files, or definitions in
+# files. Not listed: code that can only refuse a run (checks of parameters and files), code whose effect is in
+# `environment`, and code that writes results (a finished run writes them again from its checkpoint).
+# tests/unit/tracking/test_fingerprint.py gives the reason for each file that training imports and that is not listed.
 DECISIVE = (
     "pipeline/config/sections.py:WindowsConfig.step_tokens",
     "pipeline/config/sections.py:OptimConfig.max_steps",
@@ -68,7 +68,7 @@ class Identity(TypedDict):
 
 
 def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") -> Identity:
-    """The identity of a run of the present code with these sections of params.yaml on these data."""
+    """The identity of a run that trains on these data, with these sections of params.yaml and the present code."""
     params = {section.section_name: section.model_dump(mode="json", exclude={"processes"}) for section in sections}
     sources = {}
     for entry in DECISIVE:

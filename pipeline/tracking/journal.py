@@ -22,7 +22,7 @@ STEPS, TIMES = "steps.jsonl", "times.jsonl"
 
 
 def varying(default: Any) -> Any:
-    """A field that differs when the run is repeated, such as a duration; it is written to times.jsonl."""
+    """A field that may differ when the run is repeated, such as a duration; it is written to times.jsonl."""
     return field(default=default, metadata={"file": TIMES})
 
 
@@ -41,9 +41,8 @@ class StepRecord:
     lr: float  # of AdamW
     validation_loss: float | None = None  # of the held-out text, after the update
     corpus_loss: float | None = None  # of the training text, after the update
-    step_s: float = varying(
-        0.0
-    )  # of this step; on a GPU its update may still be running, and the next step waits for it
+    # On a GPU the update may still be running at the end of `step_s`; the next step then waits for it.
+    step_s: float = varying(0.0)
     train_s: float = varying(0.0)  # of all steps so far
     wall_s: float = varying(0.0)  # since the run's start
     memory_bytes: int = varying(0)
@@ -51,7 +50,7 @@ class StepRecord:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The record with these values; keys that are no field are ignored."""
+        """Create a record from `values`; unknown keys are ignored."""
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def line(self, name: str) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def _file_of(f: "Field[Any]") -> str:
 
 
 class Journal:
-    """The two files of a run, open for appending; opening removes a last line that a kill left incomplete."""
+    """The two files of a run, open for appending; opening removes an incomplete last line, as a kill leaves it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,8 +83,8 @@ class Journal:
             before = self.records[record.step - 1]
             if (now := record.line(STEPS)) != (then := before.line(STEPS)):
                 raise IntegrityError(
-                    f"step {record.step} came out as {now}, was {then} before the resume in {self.folder}: "
-                    "`python -m pipeline clean` and train again"
+                    f"step {record.step} gave {now} after the resume, but {then} before it, in {self.folder}: "
+                    "run `python -m pipeline clean` and train again"
                 )
             vars(record).update(before.line(TIMES))
             return
@@ -121,7 +120,7 @@ def read_steps(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     if not (lines := _complete_lines(path)):
-        raise InputError(f"{path} holds no steps: run `dvc repro train`")
+        raise InputError(f"{path} contains no steps: run `dvc repro train`")
     return pd.DataFrame(lines).set_index("step", drop=False)
 
 
@@ -131,7 +130,7 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines before the first that is incomplete or is not one of a journal; none if there is no file."""
+    """The lines before the first incomplete or invalid one; none if there is no file."""
     found: list[dict[str, Any]] = []
     needed = {"step"} | {f.name for f in fields(StepRecord) if _file_of(f) == path.name and f.default is not None}
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:

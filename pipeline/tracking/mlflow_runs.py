@@ -1,6 +1,6 @@
 """Write journals and identities to MLflow as runs, each value of each metric exactly once.
 
-Values have the journal's timestamps, and MLflow stores equal values once, so that they may be sent again.
+Values have the journal's timestamps, and MLflow stores equal values once. So sending them again changes nothing.
 """
 
 import json
@@ -68,7 +68,7 @@ def log_records(store: Store, run_id: str, records: list[Record]) -> None:
 
 
 def logged_steps(store: Store, run_id: str) -> dict[int, int]:
-    """The logged steps and their timestamps in Unix milliseconds; the store takes a batch whole or not at all."""
+    """The logged steps and their timestamps in Unix milliseconds; the store accepts all of a batch or nothing."""
     return {metric.step: metric.timestamp for metric in store.client.get_metric_history(run_id, "loss")}
 
 
@@ -118,7 +118,7 @@ def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
     Repeating changes nothing.
     """
     if not (records := JournalTail(project / "models").read()):
-        raise InputError(f"{project / 'models' / STEPS} holds no steps: run `dvc repro train`")
+        raise InputError(f"{project / 'models' / STEPS} contains no steps: run `dvc repro train`")
     if (run_id := run_with(store, identity["fingerprint"], records)) is None:
         run_id = create_run(store, identity, {"rebuilt": "true"}, int(records[0]["logged_ms"]))
         describe_inputs(store, run_id, identity)

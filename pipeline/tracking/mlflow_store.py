@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 BUSY_S = 2.0  # timeout for a lock of a database
-EXPERIMENT = "gpt2-to-target"  # not the default one: `mlflow ui` may give that an artifact folder closed to clients
+EXPERIMENT = "gpt2-to-target"  # `mlflow ui` may give the default one an artifact folder that clients cannot use
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"
 
@@ -52,7 +52,7 @@ def store_uri(root: Path) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     if has_password(uri):
         raise InputError(
-            "MLFLOW_TRACKING_URI holds a password: leave it out, and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_URI contains a password: leave it out, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD for a server, or write it to ~/.pgpass for PostgreSQL"
         )
     return f"{SQLITE}{root / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
@@ -127,7 +127,7 @@ def open_store(root: Path) -> Store:
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
             return Store(client, experiment.experiment_id, uri)
-        served = uri.startswith(("http", "databricks"))  # a server chooses where it keeps artifacts
+        served = uri.startswith(("http", "databricks"))  # a server chooses the location of its artifacts
         return Store(client, client.create_experiment(EXPERIMENT, None if served else str(root / ARTIFACTS)), uri)
 
 
@@ -149,7 +149,7 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def naming_dead_store(root: Path, hint: str = "then `dvc repro -f -s register`") -> Iterator[None]:
-    """Turn the store's errors into a ModelMissing with a message of one line."""
+    """Raise ModelMissing, with a message of one line, for the store's errors."""
     try:
         yield
     except store_errors() as error:

@@ -26,7 +26,7 @@ RUN_ID = "mlflow_run_id"  # file in the run's folder
 
 
 class MlflowTracker:
-    """The tracker for MLflow: it continues the run noted in the run folder, or creates one."""
+    """The tracker for MLflow. It resumes the MLflow run whose id is in the run folder, or creates one."""
 
     def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str]) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -43,7 +43,7 @@ class MlflowTracker:
         describe_inputs(store, self.run_id, identity)
         self.client.log_dict(self.run_id, host_info(), "environment.json")
         self._logged = len(logged_steps(store, self.run_id))
-        # MLflow's own monitor, without its thread, which would end at the store's first failure.
+        # MLflow's own monitor. Its thread is not started, because it would end at the store's first failure.
         self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=store.uri)
 
     @staticmethod
@@ -63,7 +63,7 @@ class MlflowTracker:
         self.client.set_terminated(self.run_id, status)
 
     def _create(self, run_folder: Path, identity: dict[str, Any]) -> str:
-        """Close the runs that a killed process left RUNNING, create a run and note its id."""
+        """Close the runs that a killed process left RUNNING, create a run and write its id into the run folder."""
         place = {"host": socket.gethostname(), "run_folder": str(run_folder)}
         for run in runs_of(self.store, identity["fingerprint"]):
             if run.info.status == "RUNNING" and place.items() <= run.data.tags.items():

@@ -24,14 +24,14 @@ from pipeline.tracking.mlflow_tracker import MlflowTracker
 FINISH_S = 60.0  # how long the end of training waits for the trackers
 INTERRUPTED_S = 1.0  # how long it waits after a signal
 RECORDER_LOCK = "recorder.lock"  # file in the run folder, locked while the run's records are being sent
-OWNER_PID = "recorder.pid"  # file in the run folder: the recorder started last, which sends them; removed when FINISHED
+OWNER_PID = "recorder.pid"  # file in the run folder: the newest recorder's pid; removed when a FINISHED run is sent
 KILLED = {"status": "KILLED", "ended": "killed"}
 
 
 class Tracker(Protocol):
     """A service that stores a run's records; created in the recorder's process at each start of a training.
 
-    A call that raises one of `errors()` is repeated at the next tick, so that records may arrive twice, but in order.
+    A call that raises one of `errors()` is repeated at the next tick. So records may arrive twice, but always in order.
     Each start sends all records of the run from the beginning.
     """
 
@@ -76,7 +76,7 @@ class Recorder:
         self._process = start_module(
             "pipeline.tracking.recorder", *self._arguments, line=self._start, stdout=subprocess.DEVNULL
         )
-        if hasattr(os, "setpriority"):  # it compares processes of one session: the recorder must not get its own
+        if hasattr(os, "setpriority"):  # works only between processes of one session: the recorder must not get its own
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # the lowest, also for its imports
         write_text(self._run_folder / OWNER_PID, str(self._process.pid))
         return self
@@ -110,8 +110,8 @@ def ending(error: BaseException | None) -> dict[str, str]:
 def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool:
     """Send the run folder's records to all trackers until `control` has a second line or is closed.
 
-    Return whether all of them arrived, or another process has to send them: if training was started again before this
-    process got the lock, that start's recorder sends everything.
+    Return whether all of them arrived. Also return True if training was started again before this process got the
+    lock: then the newer recorder sends everything.
     """
     start = json.loads(control.readline())
     if not _owns(run_folder):

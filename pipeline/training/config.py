@@ -61,7 +61,7 @@ class RunConfig:
         if self.train.shard and self.train.compile is True:
             faults.append("train.shard and train.compile exclude each other: set train.compile to auto")
         if batch % processes:
-            faults.append(f"train.processes {processes} do not divide windows.micro_batch_size {batch} evenly")
+            faults.append(f"windows.micro_batch_size {batch} is not divisible by train.processes {processes}")
         return faults
 
     def _length_faults(self) -> list[str]:
@@ -77,7 +77,7 @@ class RunConfig:
 
     @property
     def needs_held_out(self) -> str | None:
-        """The setting that needs a held-out text, as text for a message; None if no setting does."""
+        """The parameter that needs a held-out text, as text for a message; None if no parameter does."""
         if RULES[self.target.rule].needs_held_out:
             return f"target.rule is {self.target.rule}"
         patience = self.target.early_stopping_patience
@@ -90,11 +90,11 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """A short hash of the settings that affect the run's numbers."""
+        """A short hash of the parameters that affect the run's numbers."""
         return sha256_json([section.model_dump(mode="json") for section in self.decisive])[:8]
 
     def origin(self, params: Params) -> dict[str, str]:
-        """The study and trial from which `sweep apply` took the settings; empty if the settings have changed since."""
+        """The study and trial from which `sweep apply` took the parameters; empty if they have changed since."""
         section = params.values.get("sweep")
         applied = section.get("applied") if isinstance(section, dict) else None
         study, trial, digest = str(applied).split("/") if str(applied).count("/") == 2 else ("", "", "")

@@ -43,7 +43,7 @@ class Loss(nn.Module):
 class TrainState:
     """Everything that a step changes. A run that is saved and restored computes the same bits as an uninterrupted one.
 
-    Every process of `world` holds the whole state, or its shards if the model is sharded.
+    Every process of `world` has the full state, or its shards if the model is sharded.
     """
 
     SCALARS: ClassVar = ("step", "tokens", "loss_scale", "good_steps")
@@ -65,7 +65,7 @@ class TrainState:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The state's tensors by file: weights, optimiser state, RNG state of each process.
 
-        A collective operation: all processes must call it. Sharded tensors are gathered on the CPU of rank 0 only.
+        A collective operation: all processes must call it. Sharded tensors are unsharded on the CPU of rank 0 only.
         """
         slots = {
             f"{self.names[id(parameter)]}/{key}": value
@@ -87,7 +87,7 @@ class TrainState:
     def restore(self, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, Any]) -> None:
         """Load the results of `tensors()` and `scalars()` in place; the number of processes may have changed."""
         weights = self.model.state_dict()
-        assert weights.keys() == tensors["weights"].keys(), "of the same model"
+        assert weights.keys() == tensors["weights"].keys(), "the tensors are of another model"
         for name, weight in weights.items():
             assign(weight, tensors["weights"][name])
         for optimizer in self.optimizers:
@@ -236,7 +236,7 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, wo
 
 
 def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:
-    """Average the gradients over the processes in the last backward pass of a step only."""
+    """Average the gradients over the processes only in the last backward pass of a step."""
     if isinstance(state.loss, DistributedDataParallel) and not last:
         return state.loss.no_sync()
     if state.sharded:

@@ -19,8 +19,8 @@ ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 class Optimiser(NamedTuple):
     """An entry of OPTIMIZERS.
 
-    `build` returns optimizers that together hold each parameter once. `slots` has an entry for each of them: the keys
-    of its state of one parameter. `step` is a scalar; all others are fp32 tensors of the parameter's shape.
+    `build` returns optimizers that together hold each parameter once. `slots` has an entry for each optimizer: the keys
+    of its state for one parameter. `step` is a scalar; all others are fp32 tensors of the parameter's shape.
     """
 
     build: Callable[["GPT", OptimConfig, "torch.dtype"], list["Optimizer"]]
@@ -92,7 +92,7 @@ def set_lr(optimizers: list["Optimizer"], factor: float) -> None:
 
 
 class Schedule(NamedTuple):
-    """An entry of SCHEDULES. `fall` and `rise` map the elapsed share of a phase to the share of the way to its end."""
+    """An entry of SCHEDULES. `fall` and `rise`: elapsed share of a phase -> completed share of the rate's change."""
 
     fall: Callable[[float], float]  # from the peak to `optim.min_lr_ratio`
     rise: Callable[[float], float] = lambda share: share  # from `optim.initial_lr` to the peak, in `optim.warmup`

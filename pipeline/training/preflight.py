@@ -69,7 +69,7 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
 
 
 def check_disk(config: RunConfig, vocabulary: Vocabulary, machine: Machine, checkpoints: Path) -> None:
-    """Raise OutOfSpaceError if the disk has no room for CHECKPOINTS checkpoints, minus those that it already holds.
+    """Raise OutOfSpaceError if the disk has no room for CHECKPOINTS checkpoints, minus those that it already has.
 
     The final model is not counted: when it is written there is one checkpoint less.
     """
@@ -111,7 +111,7 @@ def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
 
 
 def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
-    """Bytes that a forward pass keeps for the backward pass: a constant, plus a constant for each window."""
+    """Bytes that a forward pass keeps for the backward pass: computed for 1 and 2 windows, and extrapolated."""
     weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
 
     def keeps(n_windows: int) -> int:

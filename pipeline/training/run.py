@@ -79,7 +79,7 @@ def claim_folder(folder: Path, identity: Identity, elastic: bool = False) -> tup
 
 
 class Run:
-    """A run: its settings and data, its folder, state, journal and records so far."""
+    """A run: its parameters and data, its folder, state, journal and records so far."""
 
     def __init__(
         self,
@@ -141,18 +141,18 @@ class Run:
             self.journal.append(record)
 
     def note_resume(self) -> None:
-        """If the run is resumed, print this and count it."""
+        """If the run was resumed, print a line and count the resume."""
         if (step := self.state.step) and self.world.is_main:
             print(f"resumes from step {step} of {self.max_steps}, in {self.folder}")
             with (self.folder / RESUMES).open("a") as resumes:
                 resumes.write(f"{step}\n")
 
     def print_changes(self) -> None:
-        """Print the differences from the newest other run."""
+        """Print how this run differs from the newest other run."""
         others = set(self.folder.parent.glob(f"*/{IDENTITY}")) - {self.folder / IDENTITY}
         if last := max(others, key=lambda path: path.stat().st_mtime, default=None):
             changed = ", ".join(differences(read_json(last), self.identity))
-            print(f"a new run, not the last one's ({last.parent.name}): {changed}")
+            print(f"a new run, which differs from the last one ({last.parent.name}): {changed}")
 
     def _fresh_state(self) -> TrainState:
         config = self.config

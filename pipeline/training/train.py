@@ -30,7 +30,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
     config, world = RunConfig.of(params), world_here()
     if (batch := config.windows.micro_batch_size) % world.size:
         raise InputError(
-            f"{world.size} processes do not divide windows.micro_batch_size {batch} evenly: change one of them"
+            f"windows.micro_batch_size {batch} is not divisible by the {world.size} processes: change one of them"
         )
     with joined(world):
         machine = prepare_machine(config.train, config.flops, world)
@@ -38,7 +38,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
         root = project_root()
         with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", elastic) as run:
             if run.finished:
-                print(f"the run is finished, at step {run.state.step}: nothing to train")
+                print(f"the run is finished, at step {run.state.step}: no step is left to train")
             elif run.state.step == 0 and world.is_main:
                 run.print_changes()
             if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may not have the end of the run yet
@@ -49,7 +49,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
 
 
 def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
-    """Read the training data. Raises InputError if the settings need a held-out text and there is none."""
+    """Read the training data. Raises InputError if the parameters need a held-out text and there is none."""
     model = config.model
     text = TrainingData.read(
         data / "tokens", data / "tokenizer", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device

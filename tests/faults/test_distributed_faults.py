@@ -72,7 +72,7 @@ def test_a_training_that_gets_a_signal_or_loses_a_process_is_resumed_with_the_sa
     assert record["environment"]["processes"] == 1
     assert read_steps(Path("models/steps.jsonl")).index.tolist() == list(range(1, STEPS + 1))
     train()  # the run is finished, also for the environment that finished it
-    assert "nothing to train" in capsys.readouterr().out
+    assert "no step is left to train" in capsys.readouterr().out
     assert read_json(Path("models/run.json"))["inexact"] == record["inexact"]
 
 

@@ -83,7 +83,7 @@ def test_wrong_values_are_refused_in_one_line(page, capfd):  # E2, E3; test_page
         ("x" * 1_000_000, 3, too_long),
         ("All:", "many", "max_tokens 'many'"),
         ("All:", float("nan"), "max_tokens nan"),
-        ("All:", [], "text or a number"),
+        ("All:", [], "string or a number"),
         (None, 3, "it should be text"),
     ):
         answer = generate(prompt, max_tokens)

@@ -201,7 +201,7 @@ def test_a_forged_champion_is_not_replaced_and_the_verdict_says_why(store, name,
     store.client.create_model_version(name, str(tmp_path), tags={"corpus_loss": "0.0"})
     store.client.set_registered_model_alias(name, "champion", "1")
     done = register_it(trained_project(tmp_path / "project"))
-    assert done["reason"].endswith("champion 1 has no tag data_sha256, it was not made by `register`")
+    assert done["reason"].endswith("champion 1 has no tag data_sha256, so `register` did not make it")
     assert aliases(store, name) == {"champion": "1", "candidate": "2"}
 
 

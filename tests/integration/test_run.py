@@ -82,7 +82,7 @@ def no_rng(tensors, scalars):
 def test_an_incomplete_restore_is_detected(interrupted, straight, monkeypatch, mutant):  # A2
     restore = TrainState.restore
     monkeypatch.setattr(TrainState, "restore", lambda state, *saved: restore(state, *mutant(*saved)))
-    with pytest.raises(IntegrityError, match="came out as"):  # steps 7 and 8 are repeated and differ from the journal
+    with pytest.raises(IntegrityError, match="after the resume"):  # steps 7 and 8 are repeated and differ
         train()
     saved = 5 if mutant is one_step_off else 6
     for path in run_folder().glob("*.jsonl"):  # without the records of those steps there is nothing to compare with
@@ -220,7 +220,7 @@ def test_a_change_of_parameters_or_data_begins_another_run_and_is_named(
         known = set(Path("checkpoints").iterdir())
         train_until_killed(1)
         said = capsys.readouterr().out
-        assert f"a new run, not the last one's ({last}): {key} " in said
+        assert f"a new run, which differs from the last one ({last}): {key} " in said
         assert "resumes from" not in said
         (last,) = (path.name for path in set(Path("checkpoints").iterdir()) - known if path.is_dir())
 
@@ -242,7 +242,7 @@ def test_a_finished_run_takes_no_more_steps_and_needs_no_disk(workspace, straigh
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=0))
     train()
-    assert "nothing to train" in capsys.readouterr().out
+    assert "no step is left to train" in capsys.readouterr().out
     assert bits() == bits(straight)
 
 

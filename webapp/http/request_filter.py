@@ -87,9 +87,9 @@ class RequestFilter:
         for host in hosts:
             known = not self._names.isdisjoint({host, ANY}) or (self._any_address and is_address(host))
             if not host or not known:
-                raise HTTPException(403, "the Host is not a name of this app: --allow-host gives it one")
+                raise HTTPException(403, "the Host is not a name of this app: --allow-host adds a name")
         if any(hostname(origin) not in self._names | hosts for origin in headers.getlist("origin")):
-            raise HTTPException(403, "the Origin is not this app: --allow-host gives it another name")
+            raise HTTPException(403, "the Origin is not a name of this app: --allow-host adds a name")
 
 
 def check_body(raw: bytes) -> None:
@@ -109,12 +109,12 @@ def check_body(raw: bytes) -> None:
     if not isinstance(data, list) or not isinstance(event, dict):
         raise HTTPException(400, 'data must be a list: send an object such as {"data": ["All:", 10]}')
     if any(isinstance(value, list | dict) for value in chain(data, event.values(), body.values())):
-        raise HTTPException(400, "a value must be a text or a number")
+        raise HTTPException(400, "a value must be a string or a number")
 
 
 async def bad_call(request: Request, error: Exception) -> JSONResponse:
     """The response when Gradio cannot resolve the endpoint or the arguments of a call."""
-    return JSONResponse({"detail": "the endpoint does not take this: see /gradio_api/openapi.json"}, 400)
+    return JSONResponse({"detail": "the endpoint does not accept this call: see /gradio_api/openapi.json"}, 400)
 
 
 def hostname(text: str) -> str:

@@ -83,7 +83,7 @@ def _card(served: Served, config: ModelConfig | None) -> str:
 def _limits(served: Served) -> str:
     metrics = served.info["metrics"]
     items = [
-        "It is not an author. Its best passages are usually copied: the tab Write marks what is in the training text.",
+        "It is not an author. Its best passages are usually copied: the tab Write marks those in the training text.",
         "Its loss does not measure understanding: such a low loss on a text seen many times is memorisation.",
         "It is not a source of facts or an assistant: it was trained on no other text, and follows no instructions.",
         "It has no filter: it can output anything that its text contains.",

@@ -98,7 +98,7 @@ def _line(served: Served, one: dict[str, Any], times: int) -> str:
 
 
 def _context(served: Served, prompt: str, found: dict[str, Any]) -> str:
-    """The context that the grey bars are about."""
+    """The context to which the grey bars refer."""
     if not found["context_times"]:
         return note("The last token does not occur in the training text, or ends it: there are no grey bars.")
     n, ids = found["context_tokens"], served.tokenizer.encode(checked_prompt(prompt))

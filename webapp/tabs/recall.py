@@ -1,4 +1,4 @@
-"""The tab Recall: the model's loss on each token of the training text, and what it recites of it."""
+"""The tab Recall: the model's loss on each token of the training text, and the part that it recites."""
 
 import math
 from collections.abc import Iterator
@@ -53,10 +53,10 @@ def _about_windows(served: Served) -> str:
     """What a shift means, which depends on the order of the training windows."""
     trained = f"The model was trained on windows of {served.window} tokens"
     if served.info["params"].get("windows", {}).get("order") == "random":
-        return f"{trained} from anywhere in the text."
+        return f"{trained} from random positions of the text."
     return (
-        f"{trained}, always cut at the same places. Shift 0 shows one as it was trained on. With a shift the same "
-        "words have other positions: the model may no longer know them, as their colour shows."
+        f"{trained}, which always began at the same places. Shift 0 shows a window as in training. With a shift, the "
+        "same words have other positions. The model may not know them there, as their colour shows."
     )
 
 
@@ -80,7 +80,7 @@ def _find(source: Source, words: Any, window: Any, shift: Any) -> tuple[int, int
     served = source.current()
     with user_errors():
         if not isinstance(words, str) or not words.strip() or len(words) > MAX_WORDS:
-            raise InputError(f"nothing to find: give some words, {MAX_WORDS} characters at most")
+            raise InputError(f"no words to search for: enter 1 to {MAX_WORDS} characters")
         number = checked_int("window", window, 1, n_windows(served))
         place = served.find(words, number * served.window + 1)
         if place is None:

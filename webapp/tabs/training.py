@@ -20,7 +20,7 @@ METRICS = {  # metric -> its name and its format
     "shifted_loss": ("the same in shifted windows", ".4g"),
     "top1_accuracy": ("tokens that the model ranks first", ".1%"),
     "verbatim_recall": ("passages of 32 tokens recited exactly, from a window's start", ".1%"),
-    "verbatim_recall_shifted": ("the same from anywhere", ".1%"),
+    "verbatim_recall_shifted": ("the same from any position", ".1%"),
     "validation_loss": ("loss over held-out text", ".4g"),
 }
 ORIGINS = ("data_sha256", "model_sha256", "git_commit", "tree_clean", "fingerprint", "run_id", "verdict")
@@ -46,7 +46,7 @@ def training_tab(page: gr.Blocks, source: Source) -> None:
 
 
 def _choices(source: Source) -> tuple[dict[str, Any], ...]:
-    """Updates of the three lists; selected are the served version, the same one, and the newest other one."""
+    """Updates of the three lists. They select the served version, the served version, and the newest other one."""
     versions, current = source.versions(), str(source.current().info["version"])
     other = next((number for number in versions if number != current), current)
     return tuple(gr.update(choices=versions, value=number) for number in (current, current, other))

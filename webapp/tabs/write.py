@@ -83,8 +83,8 @@ def _numbers() -> list[gr.components.Component]:
     temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the most likely token")
     with gr.Accordion("More", open=False):
         top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="sample from the k most likely tokens; 0: from all")
-        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="sample from the smallest set that has this "
-                          "probability; 1: from all")  # fmt: skip
+        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="sample from the smallest set whose "
+                          "probabilities add up to this; 1: from all")  # fmt: skip
         penalty = gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty", info="1: none")
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="the same seed gives the same text")
     return [samples, length, temperature, top_k, top_p, penalty, seed]

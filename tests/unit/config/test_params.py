@@ -82,8 +82,8 @@ BAD_VALUES = ["2001-99-99", "!!int ''", "!!bool x", "!!timestamp x", "!!float z"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a\n- b\n", "holds no sections: expected a mapping, got list"),
-        ("just words", "holds no sections: expected a mapping, got str"),
+        ("- a\n- b\n", "contains no sections: expected a mapping, got list"),
+        ("just words", "contains no sections: expected a mapping, got str"),
         ("a: 1\nb: 2\na: 3\n", "is not YAML: a appears twice"),
         # an alias, which a few lines would multiply to gigabytes
         ("fruit:\n  names: &few [a, a]\n  more: [*few, *few]\n", r"is not YAML: \*few: write it out .*line 3"),
@@ -99,5 +99,5 @@ def test_a_file_that_is_not_a_yaml_mapping_is_refused_in_one_line(tmp_path, cont
 
 
 def test_a_missing_file_says_where_to_run(tmp_path):
-    with pytest.raises(InputError, match=r"params.yaml not found: run from the folder that holds it"):
+    with pytest.raises(InputError, match=r"params.yaml not found: run from the project folder"):
         load_params(tmp_path / "params.yaml")

@@ -57,7 +57,7 @@ def test_a_recipe_changes_only_values_which_are_valid_and_laptop_resets_them(nam
     assert bool(held_out) is bool(RunConfig.of(load_params(params)).needs_held_out)
     apply_recipe("laptop", params, RECIPES)
     assert params.read_text() == before
-    assert apply_recipe("laptop", params, RECIPES).endswith("has the values of recipe laptop already")
+    assert apply_recipe("laptop", params, RECIPES).endswith("already has the values of recipe laptop")
 
 
 def test_a_recipe_resets_the_keys_of_others_and_a_file_elsewhere_sets_only_its_own(params):
@@ -104,7 +104,7 @@ def test_block_lists_and_missing_values_are_replaced(params):
         ("optim: 3", "optim: no such key"),
         ("optim: {lr: {peak: 1}}", "optim.lr.peak: no such key"),
         ("optim:\n  betas:\n  - 0.9\n  - 0.99\n", "optim.betas: write the value on one line"),
-        ("- optim", "holds no sections"),
+        ("- optim", "contains no sections"),
         ("optim: {", "is not YAML"),
     ],
 )
@@ -119,7 +119,9 @@ def test_recipes_are_listed_with_their_purpose_and_an_unknown_one_gets_a_hint():
     listed = list_recipes(RECIPES)
     assert listed["smoke"].startswith("The whole pipeline in about 20 seconds of work")
     assert all(listed.values())
-    with pytest.raises(InputError, match=r"no recipe latop \(did you mean laptop\?\): .*recipes holds .*laptop.*smoke"):
+    with pytest.raises(
+        InputError, match=r"no recipe latop \(did you mean laptop\?\): .*recipes contains .*laptop.*smoke"
+    ):
         find_recipe("latop", RECIPES)
 
 

@@ -206,7 +206,7 @@ def test_a_shard_is_locked_while_it_is_written_and_not_written_twice(corpus, tok
 def test_tasks_write_the_shards_and_the_stage_only_joins_them(project, monkeypatch, tokenizer):
     monkeypatch.chdir(project)
     for shard, of in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(InputError, match=f"--shard {shard} --of {of}: N tasks are numbered from 0"):
+        with pytest.raises(InputError, match=f"--shard {shard} --of {of}: --of must be at least 1"):
             tokenize(Namespace(shard=shard, of=of))
     with patch.object(module, "write_shard", wraps=module.write_shard) as write_shard:
         for shard, n_written in ((1, 1), (0, 2), (2, 2)):  # there are two shards: train and val

@@ -102,5 +102,5 @@ def test_tables_hold_the_journal_by_step(finished, tmp_path):
 
 
 def test_a_missing_run_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"steps.jsonl holds no steps"):
+    with pytest.raises(InputError, match=r"steps.jsonl contains no steps"):
         RunReport.read(tmp_path / "models", tmp_path / "reports")

@@ -38,7 +38,7 @@ def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
         ("{optim: {schedule: [linear, linaer]}}", "'linaer'"),
         ("{optim: {lr: {low: -1, high: 1}}}", "sweep.space.optim.lr: input should be greater than 0, got -1"),
         ("{optim: {lr: {low: 2, high: 1}}}", "low 2 should be below high 1"),
-        ("{optim: {lr: {low: 0, high: 1, log: true}}}", "has no step, and low above 0"),
+        ("{optim: {lr: {low: 0, high: 1, log: true}}}", "must have low above 0 and no step"),
         ("{optim: {lr: {low: 0.1, high: 1, lgo: true}}}", "lgo"),
         ("{optim: {lr: {low: .nan, high: 1}}}", "finite"),
         ("{optim: {lr: []}}", "a list of choices"),
@@ -67,9 +67,9 @@ def test_what_cannot_be_searched_is_named_in_one_line(params, space, complaint):
     [
         ({"trials": "many"}, "params.yaml with the command line: sweep.trials"),
         ({"trials": 0}, "sweep.trials: input should be greater than or equal to 1, got 0"),
-        ({"study": "5b24e86fccb57c6b"}, "sweep.study: 16 hexadecimal digits are the name of a run"),
+        ({"study": "5b24e86fccb57c6b"}, "sweep.study: 16 hexadecimal digits are the fingerprint of a run"),
         ({"study": "../x"}, "sweep.study"),  # it is the name of a folder
-        ({"storage": "postgresql://me:s3cret@host/db"}, "sweep: storage holds a password"),
+        ({"storage": "postgresql://me:s3cret@host/db"}, "sweep: storage contains a password"),
         ({"storage": "postgresql://host/db?user=me&password=s3cret"}, "PGPASSWORD"),
     ],
 )

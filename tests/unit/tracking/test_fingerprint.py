@@ -22,7 +22,7 @@ UNDECISIVE = {
     "reads or refuses parameters, which are in the fingerprint": "config/params training/config training/preflight",
     "ends a run, which resumes with the same bits": "system/errors system/signals",
     "saves and loads files, whose bytes are checked": "system/files model/weights training/checkpoint",
-    "the host, which is in `environment`": "system/host",
+    "the host and its threads, which are in `environment`": "system/host system/limits",
     "shows and stores what training computed": "training/progress tracking/fingerprint tracking/journal "
     "tracking/mlflow_store tracking/mlflow_runs tracking/mlflow_tracker tracking/recorder tracking/run_record",
     "a finished run writes its results again; target.best_step chooses the model": "training/results",

@@ -14,7 +14,9 @@ from pipeline.tracking.recorder import Recorder
 )
 def test_a_password_in_the_uri_is_refused_before_training_begins_and_is_not_shown(uri, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI holds a password.*MLFLOW_TRACKING_PASSWORD") as refused:
+    with pytest.raises(
+        InputError, match=r"MLFLOW_TRACKING_URI contains a password.*MLFLOW_TRACKING_PASSWORD"
+    ) as refused:
         Recorder(tmp_path, tmp_path, {}, {})
     assert "s3cret" not in str(refused.value)
 

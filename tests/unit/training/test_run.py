@@ -47,10 +47,10 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(monkeyp
     params = load_params(ROOT / "params.yaml")
     params.values["windows"]["micro_batch_size"] = 5
     monkeypatch.setattr(training, "world_here", lambda: World(rank=0, size=2))
-    with pytest.raises(InputError, match=r"^2 processes do not divide windows.micro_batch_size 5 evenly: change one"):
+    with pytest.raises(InputError, match=r"^windows.micro_batch_size 5 is not divisible by the 2 processes: change"):
         training.run_tracked(params, Path("data"), Path("models"), Path("timing.json"))
     params = Params({**params.values, "train": {**params.values["train"], "processes": 2}}, params.path)
-    with pytest.raises(InputError, match=r"train.processes 2 do not divide windows.micro_batch_size 5 evenly$"):
+    with pytest.raises(InputError, match=r"windows.micro_batch_size 5 is not divisible by train.processes 2$"):
         training.run_tracked(params, Path("data"), Path("models"), Path("timing.json"))
 
 

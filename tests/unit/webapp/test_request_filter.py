@@ -88,9 +88,9 @@ def test_only_a_checked_body_reaches_gradio():
     [
         ({"data": ["All:", 1, None], "session_hash": "abc", "event_data": {"place": 1}, "trigger_id": None}, None),
         ({"event_id": "0af"}, None),
-        ({"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, "text or a number"),
-        ({"data": [], "event_data": {"place": {"path": "/etc/passwd"}}}, "text or a number"),
-        ({"prompt": ["a"]}, "text or a number"),
+        ({"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, "string or a number"),
+        ({"data": [], "event_data": {"place": {"path": "/etc/passwd"}}}, "string or a number"),
+        ({"prompt": ["a"]}, "string or a number"),
         ({"data": "All:"}, "must be a list"),
         ({"event_data": [1]}, "must be a list"),
         ([1], "not a JSON object"),
