@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -81,10 +80,8 @@ def test_wrong_values_are_refused_in_one_line(page, capfd):  # E2, E3; test_page
     too_long = "the prompt has 1,000,000 characters: give 10,000 at most"
     for prompt, max_tokens, words in (
         ("x" * 1_000_000, 3, too_long),
-        ("All:", "many", "max_tokens 'many'"),
         ("All:", float("nan"), "max_tokens nan"),
         ("All:", [], "text or a number"),
-        (None, 3, "it should be text"),
     ):
         answer = generate(prompt, max_tokens)
         assert not answer["success"]
@@ -195,10 +192,3 @@ def test_a_real_champion_is_served_and_followed(store, version, tmp_path):  # E1
     assert registry.open("1").info["metrics"]["corpus_loss"] == 0.09
     assert "Gradient norm" in run_html(registry.current())
     assert "What it is not" in about_html(registry.current())
-
-
-def test_a_failed_start_is_one_line_and_an_exit_code(tmp_path):
-    command = [sys.executable, ROOT / "app.py", "--folder", "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr.count("\n")) == (7, 1)
-    assert done.stderr.startswith("error: nowhere not found")

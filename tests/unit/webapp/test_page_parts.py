@@ -45,12 +45,6 @@ def test_splitting_a_text_loses_and_repeats_nothing(tokenizer, text, places):
     assert "".join(split_text(tokenizer, ids, sorted(min(place, len(ids)) for place in places))) == text
 
 
-def test_a_character_of_several_tokens_is_not_split(tokenizer):
-    ids = tokenizer.encode("a🙂b")
-    assert len(ids) > 3
-    assert split_text(tokenizer, ids, [2]) == ["a🙂", "b"]
-
-
 def test_copied_passages_are_marked_and_the_prompt_is_not(served):
     completion = completed(served, PROMPT, max_tokens=12, temperature=0)
     html = marked_html(served, completion.ids(0), len(completion.prompt_ids))
@@ -79,18 +73,11 @@ def test_an_error_is_escaped_on_the_page_and_unchanged_in_the_api():
 
 
 def test_every_text_is_escaped(served):
-    end = served.ids[-24:].tolist()
-    for html in (
-        marked_html(served, end, 2),
-        place_html(served, len(served.ids) - 24, 24),
-        heat_html(served, end, 0, ""),
-    ):
-        assert "&lt;b&gt;" in html or "&lt;</span>" in html
-        assert "<b>First" not in html
-    ids = served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")
-    shown = marked_html(served, ids, 0) + heat_html(served, ids, 0, "<b>") + next_token_html(served, "<img ")
-    assert "<img" not in shown
-    assert "<b>Resolved" not in run_html(served)
+    shown = place_html(served, len(served.ids) - 24, 24) + next_token_html(served, "<img ") + run_html(served)
+    for ids in (served.ids[-24:].tolist(), served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")):
+        shown += marked_html(served, ids, 2) + heat_html(served, ids, 0, "<b>")  # a token of the heat map is a span
+    assert re.findall("<img|<b>First|<b>Resolved|<<", shown) == []
+    assert "&lt;b&gt;First" in shown
 
 
 def test_the_page_says_where_only_a_part_of_a_long_text_is_searched(served):
@@ -117,9 +104,9 @@ def test_next_tokens_have_the_models_probability_and_their_count_in_the_text(ser
 
 
 def test_the_end_of_text_token_cannot_be_appended(served):
-    eot = served.tokenizer.eot
-    assert next_token._text(served, eot) is None
-    html = next_token._line(served, {"id": eot, "text": None, "probability": 0.5, "times_in_text": 0}, 0)
+    html = next_token._line(
+        served, {"id": served.tokenizer.eot, "text": None, "probability": 0.5, "times_in_text": 0}, 0
+    )
     assert "&lt;|endoftext|&gt;" in html
     assert " disabled" in html
 
@@ -167,20 +154,6 @@ def test_any_curve_can_be_drawn():
             html = line_chart("x < y", "nats", points, points, log, goal=0.1)
             assert "nan" not in html
             assert "x < y" not in html
-
-
-def test_a_sample_depends_on_its_seed_alone(served):
-    four = completed(served, "All:", 4, max_tokens=20, temperature=20, seed=5)
-    assert completed(served, "All:", 1, max_tokens=20, temperature=20, seed=7).samples[0] == four.samples[2]
-    assert four.samples[0] != four.samples[2]
-
-
-def test_closing_a_completion_stops_the_model(source, served):
-    completion = complete(served, "All:", 1, max_tokens=500)
-    next(completion)
-    assert source.watched.open == 1
-    completion.close()
-    assert source.watched.open == 0
 
 
 def test_a_new_tab_is_one_entry_in_a_table(source):
@@ -232,28 +205,16 @@ def test_a_passage_opens_in_the_text_of_the_version_that_generated_it(page):
 
 
 def test_any_prompt_is_completed_or_refused(served):  # E2
-    for prompt in (
-        "",
-        "First Citizen:\n" * 60,
-        "<|endoftext|>",
-        "🙂👩‍👩‍👧",
-        "a\x00b",
-        "\ud800",
-        "<script>x</script>",
-        "`${1}",
-    ):
+    for prompt in ("", "First Citizen:\n" * 60, "<|endoftext|>", "a\x00b", "\ud800"):
         assert completed(served, prompt, max_tokens=5).finished
         assert len(predict_next(served, prompt, 5)["tokens"]) == 5
-    for use in (lambda: completed(served, "x" * 10_001), lambda: predict_next(served, "x" * 10_001)):
+    for use in (completed, predict_next):
         with pytest.raises(InputError, match="the prompt has 10,001 characters: give 10,000 at most"):
-            use()
+            use(served, "x" * 10_001)
 
 
 def test_a_wrong_number_is_refused_by_its_name(served):  # E3; test_sampling has those of Sampling
-    for name, values in {
-        "samples": (0, 5, 1.5, True, None, "many", [], float("nan")),
-        "max_tokens": (-1, 2001),
-    }.items():
+    for name, values in {"samples": (0, 5, 1.5, True, None, "many", float("nan")), "max_tokens": (2001,)}.items():
         for value in values:
             with pytest.raises(InputError, match=f"^{name}"):
                 completed(served, "All:", **{"samples": 1, name: value})
