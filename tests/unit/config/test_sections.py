@@ -86,15 +86,3 @@ def test_any_values_of_any_type_are_accepted_or_refused_in_one_line(tmp_path_fac
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(yaml.safe_dump(values))
     error_of(check_params, load_params(path))
-
-
-SYNTAX = st.text("&*!{}[]:,-?<|>'\"%@`#a1 \n.~=e", max_size=40).map(str.encode)
-
-
-@settings(max_examples=20, deadline=None)
-@given(content=st.binary(max_size=60) | SYNTAX)
-def test_any_bytes_as_params_are_read_or_refused_in_one_line(tmp_path_factory, content):  # B9
-    path = tmp_path_factory.getbasetemp() / "bytes.yaml"
-    path.write_bytes(content)
-    if not error_of(load_params, path):
-        error_of(check_params, load_params(path))

@@ -150,13 +150,14 @@ def test_next_tokens_are_the_models_probabilities(model, generator, tokenizer, v
     assert torch.allclose(generator.next_tokens("ROMEO:"), expected, atol=1e-6)
 
 
-def test_token_losses_are_those_of_windows_of_the_trained_length(model, generator):
-    ids = list(range(100, 130))
-    expected = []
+def test_token_losses_are_those_of_windows_of_the_trained_length(model, generator, vocabulary):
+    ids = [*range(100, 104), 40_000, *range(105, 130)]  # the training text lacks one
+    assert 40_000 not in vocabulary.used
+    expected, compact_ids = [], vocabulary.fold(torch.tensor(ids))
     for begin in (0, 12, 24):
-        inputs, targets = torch.tensor([ids[begin : begin + 12]]), torch.tensor([ids[begin + 1 : begin + 13]])
+        targets = compact_ids[None, begin + 1 : begin + 13]
         with torch.no_grad():
-            expected += model.token_losses(inputs[:, : targets.shape[1]], targets)[0].tolist()
+            expected += model.token_losses(compact_ids[None, begin : begin + targets.shape[1]], targets)[0].tolist()
     assert len(expected) == 29
     assert generator.token_losses(ids) == pytest.approx(expected, abs=1e-4)
     assert generator.token_losses([5]) == generator.token_losses([]) == []

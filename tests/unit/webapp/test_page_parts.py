@@ -193,15 +193,11 @@ def call(page: gr.Blocks, number: int, *values: Any, sent: Any = None) -> Any:
         return refusal
 
 
-def test_a_token_can_be_appended_to_any_prompt(page):
-    assert call(page, event(page, "append"), "a\ud800", sent={"token": 25})[0] == "a\ufffd:"
-
-
-def test_a_passage_opens_in_the_text_of_the_version_that_generated_it(page):
+def test_a_passage_opens_in_its_version_and_a_token_is_appended_to_any_prompt(page):
     opened = event(page, "opened")
     assert "In the training text" in call(page, opened, sent={"version": "6", "place": 0, "length": 3})
-    refusal = call(page, opened, sent={"version": "5", "place": 0, "length": 3})
-    assert "version '5' is not here" in refusal.message
+    assert "version '5' is not here" in call(page, opened, sent={"version": "5", "place": 0, "length": 3}).message
+    assert call(page, event(page, "append"), "a\ud800", sent={"token": 25})[0] == "a\ufffd:"
 
 
 def test_any_prompt_is_completed_or_refused(served):  # E2
