@@ -40,18 +40,14 @@ def generator(model, tokenizer):
 
 def write(generator, prompts, sampling):
     """What the pieces of each sequence add up to."""
-    each = [[] for _ in prompts]
+    written = [SimpleNamespace(ids=[], text="", ends=[], notices=[]) for _ in prompts]
     for piece in generator.stream(prompts, sampling):
-        each[piece.sequence].append(piece)
-    return [
-        SimpleNamespace(
-            ids=[token for piece in pieces for token in piece.ids],
-            text="".join(piece.text for piece in pieces),
-            ends=[piece.finished for piece in pieces if piece.finished],
-            notices=[piece.notice for piece in pieces if piece.notice],
-        )
-        for pieces in each
-    ]
+        one = written[piece.sequence]
+        one.ids += piece.ids
+        one.text += piece.text
+        one.ends += filter(None, [piece.finished])
+        one.notices += filter(None, [piece.notice])
+    return written
 
 
 def ids_of(generator, prompts, sampling):

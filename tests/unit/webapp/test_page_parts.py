@@ -73,9 +73,12 @@ def test_an_error_is_escaped_on_the_page_and_unchanged_in_the_api():
 
 
 def test_every_text_is_escaped(served):
-    shown = place_html(served, len(served.ids) - 24, 24) + next_token_html(served, "<img ") + run_html(served)
+    shown = next_token_html(served, "<img ") + run_html(served)
+    for n_before_end, length in ((24, 24), (4, 4), (40, 4)):  # <b> is in the passage, before it and after it
+        shown += place_html(served, len(served.ids) - n_before_end, length)
     for ids in (served.ids[-24:].tolist(), served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")):
-        shown += marked_html(served, ids, 2) + heat_html(served, ids, 0, "<b>")  # a token of the heat map is a span
+        shown += marked_html(served, ids, 0) + marked_html(served, ids, 2)
+        shown += heat_html(served, ids, 0, "<b>")  # here, each token is a span
     assert re.findall("<img|<b>First|<b>Resolved|<<", shown) == []
     assert "&lt;b&gt;First" in shown
 
