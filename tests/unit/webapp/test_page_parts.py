@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from fixtures_app import INFO, LINES, PROMPT, WINDOW, Stub, _served, _source, _version, event  # noqa: F401 (fixtures)
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sections import ModelConfig
@@ -39,6 +39,7 @@ def completed(served: Any, prompt: str, samples: Any = 1, **numbers: Any) -> Com
 
 
 @given(st.text("ab \n<é☂🙂👩\u200d", max_size=40), st.lists(st.integers(0, 60), max_size=5))
+@example("a🙂b", [2])  # within a character of several tokens
 @settings(max_examples=20, deadline=None)
 def test_splitting_a_text_loses_and_repeats_nothing(tokenizer, text, places):
     ids = tokenizer.encode(text)
