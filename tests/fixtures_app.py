@@ -2,7 +2,6 @@
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.system.files import write_json, write_manifest
+from tests.waiting import wait_until
 from webapp.model_source import Folder, Served
 from webapp.page import serve
 
@@ -88,30 +88,27 @@ class Watched:
     """A generator that counts its open streams and can be slowed down."""
 
     def __init__(self, generator: Any) -> None:
-        self._generator, self.open, self.delay_s = generator, 0, 0.0
-        self._changed = threading.Condition()
+        self._generator, self._streams, self.delay_s = generator, set[object](), 0.0
+
+    @property
+    def open(self) -> int:
+        return len(self._streams)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
 
     def stream(self, *arguments: Any) -> Iterator[Any]:
-        self._count(1)
+        self._streams.add(one := object())
         try:
             for piece in self._generator.stream(*arguments):
                 time.sleep(self.delay_s)  # as slow as a large model
                 yield piece
         finally:
-            self._count(-1)
-
-    def _count(self, change: int) -> None:
-        with self._changed:
-            self.open += change
-            self._changed.notify_all()
+            self._streams.remove(one)
 
     def opens(self, wanted: int) -> bool:
         """Whether `wanted` streams are open within PATIENCE_S; a slow stream takes longer to end by itself."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.open == wanted, PATIENCE_S)
+        return wait_until(lambda: self.open == wanted, PATIENCE_S)
 
 
 class Stub(Folder):

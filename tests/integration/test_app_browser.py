@@ -116,11 +116,8 @@ def test_it_writes_and_a_mark_opens_its_place_by_mouse_and_by_keyboard(visit):
 
 
 def test_it_is_used_by_keyboard_and_writes_one_text_at_a_time(visit, slow):
-    visitor = visit()
-    prompt, pressable = (
-        visitor.locator("#prompt textarea"),
-        "getComputedStyle(document.querySelector('#write')).pointerEvents != 'none'",
-    )
+    visitor, pressable = visit(), "getComputedStyle(document.querySelector('#write')).pointerEvents != 'none'"
+    prompt = visitor.locator("#prompt textarea")
     assert visitor.evaluate(pressable)
     visitor.locator("#example-3").click()
     playwright.expect(prompt).to_have_value("First Citizen:\nBefore we proceed")
@@ -135,48 +132,21 @@ def test_it_is_used_by_keyboard_and_writes_one_text_at_a_time(visit, slow):
     assert "proceed" in visitor.locator("#written .verse").inner_text()  # the text stays
 
 
-def test_who_stops_or_leaves_ends_only_their_own_stream(visit, slow):  # E6
-    one, other = visit(), visit()
-    for visitor in (one, other):
-        visitor.locator("#prompt textarea").fill("All:")
-        visitor.locator("#write").click()
-        visitor.locator("#written .writing").wait_for()  # before it reads, the server waits half a minute for it
-    assert slow.opens(2)
-    one.locator("#stop").click()
-    assert slow.opens(1)
-    before = other.locator("#written .verse").inner_text()
-    longer = "before => document.querySelector('#written .verse').innerText.length > before"
-    other.wait_for_function(longer, arg=len(before))
-    other.close()
-    assert slow.opens(0)
-
-
 def test_a_prompt_is_shown_as_text(visit):
     visitor = visit()
     set_number(visitor, "Max tokens", 3)
-    for prompt in (
-        "<img src=x onerror=alert(1)><script>alert(2)</script>",
-        "{{constructor}} ${alert(3)} `${1+1}` </textarea>",
-        "<|endoftext|>",
-        "🙂 é\u202e",
-    ):
+    scripts = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    for prompt in (scripts, "{{constructor}} ${alert(3)} `${1+1}` </textarea>", "🙂 é\u202e"):
         assert write(visitor, prompt).locator(".prompt").inner_text() == prompt
         assert visitor.locator("#written img, #written script").count() == 0
-    open_tab(visitor, "Next token")
-    visitor.locator("#so-far textarea").fill("<img src=x onerror=alert(1)><script>alert(2)</script>")
-    visitor.locator("#predict").click()
-    playwright.expect(visitor.locator("#next .note")).to_contain_text("“>”")
-    assert visitor.locator("#next img, #next script").count() == 0
 
 
-def test_a_refusal_leaves_the_last_text_and_a_failed_champion_is_named(visit, source, monkeypatch):
+def test_a_refusal_leaves_the_last_text(visit):
     visitor = visit()
-    monkeypatch.setattr(source, "trouble", "champion could not be loaded (version 8 is altered)")
     visitor.get_by_role("button", name="More").click()
     wait_for_layout(visitor)
     write(visitor, "All:")
     before = visitor.locator("#written").inner_text()
-    assert "version 8 is altered" in before
     visitor.get_by_label("Seed").first.fill("")
     visitor.get_by_label("Seed").first.press("Tab")  # Gradio sends a field when it loses the focus
     press_write(visitor, "All:")

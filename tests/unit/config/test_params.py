@@ -1,6 +1,6 @@
 """params.yaml is read strictly, and all of its errors are reported at once, in one line."""
 
-from math import inf, nan
+from math import nan
 from typing import Annotated, Literal
 
 import pytest
@@ -17,10 +17,6 @@ class FruitConfig(Section):
     pears: Literal["all"] | Annotated[int, Field(ge=1, strict=True)]
     plums: int | None
     names: list[str] = []
-
-
-class StoneConfig(Section):
-    hardness: float
 
 
 VALID = {"apples": 3, "weight_kg": 1.5, "ripe": True, "pears": "all", "plums": None}
@@ -40,13 +36,10 @@ def test_a_valid_section_is_typed_immutable_and_validated_once():
     [
         ({"aples": 2}, "aples: unknown key (did you mean apples?)"),
         ({"a\nb": 2}, "a b: unknown key (known: apples, weight_kg, ripe, pears, plums, names)"),
-        ({"pears": "many"}, "pears: input should be 'all' or input should be a valid integer, got 'many'"),
         ({"pears": 0}, "pears: input should be 'all' or input should be greater than or equal to 1, got 0"),
         ({"pears": True}, "pears: input should be 'all' or input should be a valid integer, got True"),
         ({"weight_kg": nan}, "weight_kg: input should be a finite number, got nan"),
-        ({"weight_kg": inf}, "weight_kg: input should be a finite number, got inf"),
-        ({"weight_kg": None}, "weight_kg: input should be a valid number, got None"),
-        ({"weight_kg": False}, "weight_kg: should be a number, got False"),
+        ({"names": [1]}, "names.0: input should be a valid string, got 1"),
         ({"apples": True}, "apples: should be a number, got True"),
         ({"plums": True}, "plums: should be a number, got True"),
         ({"ripe": 1}, "ripe: should be true or false, got 1"),
@@ -58,23 +51,6 @@ def test_an_invalid_value_is_reported_with_its_key(changes, message):
     assert str(error.value) == f"params.yaml: fruit.{message}"
 
 
-def test_the_errors_of_all_sections_are_reported_at_once():
-    with pytest.raises(InputError) as error:
-        Params({"fruit": {**VALID, "apples": 0, "names": [1]}}).check(FruitConfig, StoneConfig)
-    assert str(error.value) == (
-        "params.yaml: fruit.apples: input should be greater than or equal to 1, got 0; "
-        "fruit.names.0: input should be a valid string, got 1; stone: section missing"
-    )
-
-
-def test_an_unknown_section_is_reported():
-    params = Params({"fruits": {}, "fruit": {}, "c\nd": {}})
-    assert params.unknown_sections(FruitConfig, StoneConfig) == [
-        "fruits: unknown section (did you mean fruit?)",
-        "c d: unknown section (known: fruit, stone)",
-    ]
-
-
 BROKEN = ["a: [", "[" * 1000, "? [1]\n: 2\n", "a: \0", b"\xff\xfe\x00"]
 BAD_VALUES = ["2001-99-99", "!!int ''", "!!bool x", "!!timestamp x", "!!float z", "1" + "0" * 5000, "!!python/tuple []"]
 
@@ -82,6 +58,7 @@ BAD_VALUES = ["2001-99-99", "!!int ''", "!!bool x", "!!timestamp x", "!!float z"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (None, "not found: run from the project folder"),
         ("- a\n- b\n", "contains no sections: expected a mapping, got list"),
         ("just words", "contains no sections: expected a mapping, got str"),
         ("a: 1\nb: 2\na: 3\n", "is not YAML: a appears twice"),
@@ -93,11 +70,7 @@ BAD_VALUES = ["2001-99-99", "!!int ''", "!!bool x", "!!timestamp x", "!!float z"
 )
 def test_a_file_that_is_not_a_yaml_mapping_is_refused_in_one_line(tmp_path, content, message):  # B9
     path = tmp_path / "params.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=rf"^.*params\.yaml {message}.*$"):
         load_params(path)
-
-
-def test_a_missing_file_says_where_to_run(tmp_path):
-    with pytest.raises(InputError, match=r"params.yaml not found: run from the project folder"):
-        load_params(tmp_path / "params.yaml")

@@ -37,11 +37,6 @@ def own_recipe(folder: Path, text: str) -> str:
     return str(path)
 
 
-def values_of(name: str) -> dict[str, object]:
-    """The values of a recipe's file, by dotted key."""
-    return flatten(yaml.safe_load(find_recipe(name, RECIPES).read_text()))
-
-
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"laptop"}))
 def test_a_recipe_changes_only_values_which_are_valid_and_laptop_resets_them(name, params):
     before = params.read_text()
@@ -134,7 +129,8 @@ def parsed(arguments: str) -> dict:
 
 
 def test_smoke_as_arguments_has_the_values_of_its_file_and_of_laptop():
-    assert parsed(as_set("smoke", RECIPES)) == values_of("laptop") | values_of("smoke")
+    laptop, smoke = (flatten(load_params(RECIPES / f"{name}.yaml").values) for name in ("laptop", "smoke"))
+    assert parsed(as_set("smoke", RECIPES)) == laptop | smoke
 
 
 def test_any_value_as_an_argument_is_read_unchanged_by_the_shell_and_dvc(tmp_path):

@@ -40,10 +40,11 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
     assert set(RUN_SECTIONS) < set(SECTIONS)
     params = changed({f"{kind.section_name}.nonsense": 1 for kind in SECTIONS} | {"optim.lrr": 1, "evaluate.seed": "x"})
     del params.values["registry"]["max_target_loss"]
-    params.values["modle"] = {}
+    params.values |= {"modle": {}, "c\nd": {}}
     errors = [f"{kind.section_name}.nonsense: unknown key" for kind in SECTIONS]
     errors += ["optim.lrr: unknown key (did you mean lr?)", "evaluate.seed: input should be a valid integer"]
     errors += ["registry.max_target_loss: missing", "modle: unknown section (did you mean model?)"]
+    errors += ["c d: unknown section (known:"]
     found = error_of(check_params, params)
     assert [error for error in errors if error not in found] == []
 
@@ -52,14 +53,12 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
     ("changes", "message"),
     [
         ({"model.n_embd": 385}, "n_embd 385 is not divisible by n_head 6"),
-        ({"model.n_layer": 10**8}, "less than or equal to 1000"),
         ({"windows.seq_len": 512}, "windows.seq_len 512 is longer than model.block_size 128"),
         ({"windows.gradient_accumulation_steps": 10**9}, "is less than one step of"),
         ({"windows.order": "sorted"}, "input should be 'shuffled', 'sequential' or 'random', got 'sorted'"),
         ({"optim.warmup": 1000}, "take 1000 steps, the run has 149"),
         ({"optim.lr": 0}, "optim.lr: input should be greater than 0, got 0"),
         ({"train.threads": 100_000}, "less than or equal to 1024"),
-        ({"train.threads": 0}, "greater than or equal to 1"),
         ({"train.seed": 10**22}, "train.seed"),
         ({"target.rule": "validation"}, "set corpus.val_fraction above 0"),
         ({"corpus.tokenizer": "bert\n"}, f"unknown tokenizer 'bert\\n' (known: {', '.join(TOKENIZERS)})"),
@@ -87,15 +86,3 @@ def test_any_values_of_any_type_are_accepted_or_refused_in_one_line(tmp_path_fac
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(yaml.safe_dump(values))
     error_of(check_params, load_params(path))
-
-
-SYNTAX = st.text("&*!{}[]:,-?<|>'\"%@`#a1 \n.~=e", max_size=40).map(str.encode)
-
-
-@settings(max_examples=20, deadline=None)
-@given(content=st.binary(max_size=60) | SYNTAX)
-def test_any_bytes_as_params_are_read_or_refused_in_one_line(tmp_path_factory, content):  # B9
-    path = tmp_path_factory.getbasetemp() / "bytes.yaml"
-    path.write_bytes(content)
-    if not error_of(load_params, path):
-        error_of(check_params, load_params(path))

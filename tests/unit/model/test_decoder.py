@@ -37,23 +37,6 @@ def test_cached_logits_equal_uncached_ones(model, cuts):
     assert (logits[..., 50] == -torch.inf).all()
 
 
-def test_the_cache_grows_up_to_the_trained_length(model):
-    cache = Decoder(model).new_cache(1)
-    lengths = []
-    for n in (1, GROWTH, GROWTH + 1, 160):
-        cache.reserve(n)
-        lengths.append(cache.keys[0].shape[2])
-    assert lengths == [64, 64, 128, 160]
-
-
-def test_losses_equal_the_models_also_for_a_target_that_the_training_text_lacks(model):
-    decoder, targets = Decoder(model), IDS[:1, 1:11].clone()
-    targets[0, 3] = 50  # the compact id of all ids that never occur
-    losses = decoder.losses(decoder.prefill(IDS[:1, :10], decoder.new_cache(1), [0])[0], targets[0])
-    with torch.no_grad():
-        assert torch.allclose(losses, model.token_losses(IDS[:1, :10], targets)[0], atol=1e-4)
-
-
 @pytest.mark.skipif(not FAST_BF16, reason="this chip has no fast bf16")
 def test_bf16_is_as_accurate_as_autocast(model):
     with torch.no_grad():

@@ -3,7 +3,6 @@
 import copy
 from collections import Counter
 from contextlib import nullcontext
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from pipeline.config.params import load_params
-from pipeline.config.sections import EvaluateConfig, ModelConfig, OptimConfig, TrainConfig, WindowsConfig
-from pipeline.data.batches import Split, TrainingData, steps_of
+from pipeline.config.sections import EvaluateConfig, ModelConfig, TrainConfig
+from pipeline.data.batches import Split, TrainingData
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
@@ -23,63 +22,54 @@ from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
 from pipeline.system import files
-from pipeline.system.device import prepare_machine
-from pipeline.training.loop import fresh_state, train_steps
 
 T = 16
 IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))
 
 
+VOCABULARY = Vocabulary(np.arange(32), 32)
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=T, vocab_size=32, dropout=0.5, fold_vocab=True)
+
+
 def split_of(ids):
-    return Split(
-        Tokens("text", [ids.numpy().astype(np.uint16)], 32), Vocabulary(np.arange(32), 32), torch.device("cpu")
-    )
+    return Split(Tokens("text", [ids.numpy().astype(np.uint16)], 32), VOCABULARY, torch.device("cpu"))
 
 
 SPLIT = split_of(IDS)
-SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=T, vocab_size=32, dropout=0.0, fold_vocab=True)
 
 
 @pytest.fixture(scope="module")
 def model():
     """A model that knows much of SPLIT, not all."""
-    params = load_params()
-    where = params.section(TrainConfig).updated(device="cpu", precision="fp32")
-    optim = params.section(OptimConfig).updated(lr=0.01, warmup=0)
-    windows = WindowsConfig(seq_len=T, micro_batch_size=4, gradient_accumulation_steps=1, order="shuffled")
-    machine = prepare_machine(where)
-    state = fresh_state(SHAPE, Vocabulary(np.arange(32), 32), optim, where, machine)
-    list(islice(train_steps(state, steps_of(1, SPLIT, windows, seed=1), 150, optim, machine), 150))
-    return state.model.eval()
+    model = GPT(SHAPE, VOCABULARY).initialise(seed=1).eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(IDS[:192].view(-1, T), IDS[1:193].view(-1, T), 192).backward()
+        optimizer.step()
+    return model
 
 
-def test_the_corpus_loss_is_the_mean_over_every_token_but_the_first(model):
-    losses = []
+def test_the_figures_of_the_windows_are_means_over_every_token_but_the_first(model):
+    losses, hits = [], []
     for begin in range(0, 199, T):  # window by window, the last one short
-        window = IDS[begin : begin + T + 1]
+        targets = IDS[begin + 1 : begin + T + 1]
         with torch.no_grad():
-            losses += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none").tolist()
+            logits = model(IDS[None, begin : begin + len(targets)])[0]
+        losses += F.cross_entropy(logits, targets, reduction="none").tolist()
+        hits += (logits.argmax(1) == targets).tolist()
     assert len(losses) == 199
-    assert corpus_loss(model, SPLIT, T, nullcontext()) == pytest.approx(np.mean(losses), rel=1e-5)
+    figures = window_figures(model, SPLIT, T, nullcontext())
+    assert figures.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert figures.loss == corpus_loss(model, SPLIT, T, nullcontext())  # bit for bit
+    assert figures.position_loss == pytest.approx([np.mean(losses[i::T]) for i in range(T)], rel=1e-5)
+    assert figures.top1_accuracy == pytest.approx(np.mean(hits))
 
 
 def test_a_shift_moves_the_windows(model):
     shifted = corpus_loss(model, SPLIT, T, nullcontext(), shift=T // 2)
     assert shifted == pytest.approx(corpus_loss(model, split_of(IDS[T // 2 :]), T, nullcontext()))
     assert shifted > 2 * corpus_loss(model, SPLIT, T, nullcontext())  # fixed windows memorise one alignment
-
-
-def test_one_pass_gives_the_corpus_loss_bit_for_bit_the_loss_by_position_and_the_accuracy(model):
-    figures = window_figures(model, SPLIT, T, nullcontext())
-    assert figures.loss == corpus_loss(model, SPLIT, T, nullcontext())
-    counts = [13] * 7 + [12] * 9  # 12 windows of 16 targets and one of 7
-    assert np.average(figures.position_loss, weights=counts) == pytest.approx(figures.loss, rel=1e-6)
-    with torch.no_grad():
-        hits = sum(
-            (model(IDS[None, i : min(i + T, 199)])[0].argmax(1) == IDS[i + 1 : i + T + 1]).sum().item()
-            for i in range(0, 199, T)
-        )
-    assert figures.top1_accuracy == pytest.approx(hits / 199)
 
 
 class NoFloat64(torch.Tensor):
@@ -133,45 +123,31 @@ def test_recall_starts_have_room_and_are_aligned_when_asked(model):
     assert aligned == list(range(0, 185, T))
 
 
-def test_every_figure_takes_the_model_as_it_is_in_eval_mode():
-    noisy = GPT(SHAPE.updated(dropout=0.5), Vocabulary(np.arange(32), 32)).initialise(seed=1).eval()
-    assert corpus_loss(noisy, SPLIT, T, nullcontext()) == corpus_loss(noisy, SPLIT, T, nullcontext())
-
-
-@pytest.fixture
-def trained(model, bpe, tmp_path):
-    """What the stage `evaluate` reads, and a record of a run as all versions of the code have written it."""
+def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_file_once(
+    model, bpe, tmp_path, monkeypatch
+):
     (tokens := tmp_path / "tokens").mkdir()
     for part, ids in (("train", IDS), ("val", IDS[:20])):
         write_shard(tokens / f"{part}-00000.bin", [ids], 32)
     files.write_manifest(tokens)
     save_model(tmp_path / "model", model, bpe)
     train = load_params().section(TrainConfig).model_dump(exclude={"processes"})
-    return tmp_path, {
+    run = {  # as all versions of the code have written it
         "fingerprint": "f", "n_params": 1, "data_sha256": files.sha256_file(tokens / "manifest.json"),
         "params": {"train": {**train, "device": "cpu"}},
         "environment": {"device": "AVX512, a CPU by any name", "precision": "fp32", "threads": 1},
         "results": {"target_loss": 0.1, "to_target": {}},
     }  # fmt: skip
-
-
-def test_a_model_is_evaluated_on_the_device_of_its_parameters(trained, model, monkeypatch):
-    folder, run = trained
+    hashed, sha256_file = Counter(), files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.update([path.name]) or sha256_file(path))
     bars = []
     monkeypatch.setattr(evaluate, "tqdm", lambda **given: bars.append(tqdm(**given | {"disable": False})) or bars[0])
     config = EvaluateConfig(recall_places=2, seed=1)
-    metrics, position_loss = evaluate_model(folder / "model", folder / "tokens", run, config)
+    metrics, position_loss = evaluate_model(tmp_path / "model", tokens, run, config)
     assert metrics["corpus_loss"] == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()))
     assert metrics["validation_loss"] > 0
     assert len(position_loss) == T
     assert bars[0].n == bars[0].total  # the bar ends full
-
-
-def test_each_token_file_is_hashed_once_by_a_stage(trained, bpe, monkeypatch):
-    folder, run = trained
-    hashed, sha256_file = Counter(), files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.update([path.name]) or sha256_file(path))
-    evaluate_model(folder / "model", folder / "tokens", run, EvaluateConfig(recall_places=2, seed=1))
     assert (hashed["train-00000.bin"], hashed["val-00000.bin"]) == (1, 1)
-    TrainingData.read(folder / "tokens", bpe, T, 32, True, torch.device("cpu"))
+    TrainingData.read(tokens, bpe, T, 32, True, torch.device("cpu"))
     assert (hashed["train-00000.bin"], hashed["val-00000.bin"]) == (2, 2)

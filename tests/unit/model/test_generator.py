@@ -12,7 +12,6 @@ from small_models import random_model
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.decoder import KVCache
 from pipeline.model.generator import Generator, TextStream, context_start
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, sample
@@ -41,18 +40,14 @@ def generator(model, tokenizer):
 
 def write(generator, prompts, sampling):
     """What the pieces of each sequence add up to."""
-    each = [[] for _ in prompts]
+    written = [SimpleNamespace(ids=[], text="", ends=[], notices=[]) for _ in prompts]
     for piece in generator.stream(prompts, sampling):
-        each[piece.sequence].append(piece)
-    return [
-        SimpleNamespace(
-            ids=[token for piece in pieces for token in piece.ids],
-            text="".join(piece.text for piece in pieces),
-            ends=[piece.finished for piece in pieces if piece.finished],
-            notices=[piece.notice for piece in pieces if piece.notice],
-        )
-        for pieces in each
-    ]
+        one = written[piece.sequence]
+        one.ids += piece.ids
+        one.text += piece.text
+        one.ends += filter(None, [piece.finished])
+        one.notices += filter(None, [piece.notice])
+    return written
 
 
 def ids_of(generator, prompts, sampling):
@@ -94,11 +89,7 @@ def test_cache_batches_and_drafts_change_no_token(values, model, generator, toke
     assert len(pieces) < sum(map(len, plain))  # fewer steps than tokens
 
 
-def test_the_context_is_never_longer_than_in_training(model, generator, monkeypatch):
-    reserved, reserve = [], KVCache.reserve
-    monkeypatch.setattr(KVCache, "reserve", lambda cache, n: reserved.append(n) or reserve(cache, n))
-    write(generator, PROMPTS, Sampling(max_tokens=40))
-    assert max(reserved) == model.trained_length
+def test_a_full_context_slides_by_half():
     assert [context_start(n, 12) for n in (1, 12, 13, 18, 19, 24, 25)] == [0, 0, 6, 6, 12, 12, 18]
     assert {n - context_start(n, 5) for n in range(6, 50)} == {4, 5}  # an odd length, half of it rounded down
     assert {n - context_start(n, 1) for n in range(1, 9)} == {1}  # half of it is no token
@@ -117,8 +108,9 @@ def test_a_stop_text_ends_only_its_sequence(generator):
     stop = free[0][20:23]
     stopped = write(generator, PROMPTS, Sampling(max_tokens=20, stop=(stop,)))
     assert [written.text for written in stopped] == [text.partition(stop)[0] for text in free]
-    assert [written.ends for written in stopped] == [["stop" if stop in text else "length"] for text in free]
-    assert {"length"} < {end for written in stopped for end in written.ends}
+    ends = [["stop" if stop in text else "length"] for text in free]
+    assert [written.ends for written in stopped] == ends
+    assert ["length"] in ends
 
 
 @pytest.mark.parametrize("drafting", [False, True])
@@ -154,13 +146,14 @@ def test_next_tokens_are_the_models_probabilities(model, generator, tokenizer, v
     assert torch.allclose(generator.next_tokens("ROMEO:"), expected, atol=1e-6)
 
 
-def test_token_losses_are_those_of_windows_of_the_trained_length(model, generator):
-    ids = list(range(100, 130))
-    expected = []
+def test_token_losses_are_those_of_windows_of_the_trained_length(model, generator, vocabulary):
+    ids = [*range(100, 104), 40_000, *range(105, 130)]  # the training text lacks one
+    assert 40_000 not in vocabulary.used
+    expected, compact_ids = [], vocabulary.fold(torch.tensor(ids))
     for begin in (0, 12, 24):
-        inputs, targets = torch.tensor([ids[begin : begin + 12]]), torch.tensor([ids[begin + 1 : begin + 13]])
+        targets = compact_ids[None, begin + 1 : begin + 13]
         with torch.no_grad():
-            expected += model.token_losses(inputs[:, : targets.shape[1]], targets)[0].tolist()
+            expected += model.token_losses(compact_ids[None, begin : begin + targets.shape[1]], targets)[0].tolist()
     assert len(expected) == 29
     assert generator.token_losses(ids) == pytest.approx(expected, abs=1e-4)
     assert generator.token_losses([5]) == generator.token_losses([]) == []
@@ -181,7 +174,7 @@ def test_padding_and_ids_that_the_training_text_lacks_are_never_sampled(tokenize
 
 
 def test_any_prompt_is_text_or_refused(generator):  # E2
-    for prompt in ["<|endoftext|>", "\ud800", "a\0b", "🎭" * 100, "<script>alert(1)</script>", "x" * 1_000_000]:
+    for prompt in ("<|endoftext|>", "\ud800", "a\0b", "🎭" * 100, "x" * 1_000_000):
         assert generator.text(prompt, Sampling(max_tokens=1)).startswith(prompt)
     with pytest.raises(InputError, match="1,000,001 characters"):
         generator.text("x" * 1_000_001, Sampling(max_tokens=1))
@@ -207,7 +200,6 @@ def streamed(stop, chunks):
         ([], [b"a\xff", b"b\xf0\x9f"], ["a�", "b�"], False),  # not UTF-8
         (["END", "\n\n"], [b"one\n", b"\ntwoEND", b"x"], ["one", "", ""], True),  # before the first of two
         (["\nROMEO:"], [b"x\nRO", b"ME", b"S y\n"], ["x", "", "\nROMES y\n"], False),  # held back while it may be one
-        ([""], [b"abc"], ["abc"], False),
     ],
 )
 def test_a_stream_gives_whole_characters_at_once_and_a_stop_text_never(stop, chunks, pieces, stopped):

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from fixtures_app import INFO, LINES, PROMPT, WINDOW, Stub, _served, _source, _version, event  # noqa: F401 (fixtures)
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sections import ModelConfig
@@ -39,16 +39,11 @@ def completed(served: Any, prompt: str, samples: Any = 1, **numbers: Any) -> Com
 
 
 @given(st.text("ab \n<é☂🙂👩\u200d", max_size=40), st.lists(st.integers(0, 60), max_size=5))
+@example("a🙂b", [2])  # within a character of several tokens
 @settings(max_examples=20, deadline=None)
 def test_splitting_a_text_loses_and_repeats_nothing(tokenizer, text, places):
     ids = tokenizer.encode(text)
     assert "".join(split_text(tokenizer, ids, sorted(min(place, len(ids)) for place in places))) == text
-
-
-def test_a_character_of_several_tokens_is_not_split(tokenizer):
-    ids = tokenizer.encode("a🙂b")
-    assert len(ids) > 3
-    assert split_text(tokenizer, ids, [2]) == ["a🙂", "b"]
 
 
 def test_copied_passages_are_marked_and_the_prompt_is_not(served):
@@ -79,18 +74,14 @@ def test_an_error_is_escaped_on_the_page_and_unchanged_in_the_api():
 
 
 def test_every_text_is_escaped(served):
-    end = served.ids[-24:].tolist()
-    for html in (
-        marked_html(served, end, 2),
-        place_html(served, len(served.ids) - 24, 24),
-        heat_html(served, end, 0, ""),
-    ):
-        assert "&lt;b&gt;" in html or "&lt;</span>" in html
-        assert "<b>First" not in html
-    ids = served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")
-    shown = marked_html(served, ids, 0) + heat_html(served, ids, 0, "<b>") + next_token_html(served, "<img ")
-    assert "<img" not in shown
-    assert "<b>Resolved" not in run_html(served)
+    shown = next_token_html(served, "<img ") + run_html(served)
+    for n_before_end, length in ((24, 24), (4, 4), (40, 4)):  # <b> is in the passage, before it and after it
+        shown += place_html(served, len(served.ids) - n_before_end, length)
+    for ids in (served.ids[-24:].tolist(), served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")):
+        shown += marked_html(served, ids, 0) + marked_html(served, ids, 2)
+        shown += heat_html(served, ids, 0, "<b>")  # here, each token is a span
+    assert re.findall("<img|<b>First|<b>Resolved|<<", shown) == []
+    assert "&lt;b&gt;First" in shown
 
 
 def test_the_page_says_where_only_a_part_of_a_long_text_is_searched(served):
@@ -110,16 +101,14 @@ def test_next_tokens_have_the_models_probability_and_their_count_in_the_text(ser
     assert (best["text"], best["times_in_text"], found["context_times"]) == (" further", 1, 1)
     assert best["probability"] > 0.9
     assert 0 <= found["entropy_nats"] < 0.6
-    probabilities = [one["probability"] for one in found["tokens"]]
-    assert probabilities == sorted(probabilities, reverse=True)
     assert predict_next(served, "zebra")["context_times"] == 0
     assert "no grey bars" in next_token_html(served, "zebra")
 
 
 def test_the_end_of_text_token_cannot_be_appended(served):
-    eot = served.tokenizer.eot
-    assert next_token._text(served, eot) is None
-    html = next_token._line(served, {"id": eot, "text": None, "probability": 0.5, "times_in_text": 0}, 0)
+    html = next_token._line(
+        served, {"id": served.tokenizer.eot, "text": None, "probability": 0.5, "times_in_text": 0}, 0
+    )
     assert "&lt;|endoftext|&gt;" in html
     assert " disabled" in html
 
@@ -155,8 +144,7 @@ def test_the_parts_add_up_to_the_model(served):
     gpt2 = tiny.model_copy(update={"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024})
     for config in (tiny, gpt2):
         assert sum(n_params for _, _, n_params in parts(config)) == config.n_params
-    assert gpt2.n_params == 124_439_808  # as published
-    assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)
+    assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)  # as published
     assert "What it is not" in about_html(served)
     assert f"{50257 * 48:,}" in about_html(served)
 
@@ -167,20 +155,6 @@ def test_any_curve_can_be_drawn():
             html = line_chart("x < y", "nats", points, points, log, goal=0.1)
             assert "nan" not in html
             assert "x < y" not in html
-
-
-def test_a_sample_depends_on_its_seed_alone(served):
-    four = completed(served, "All:", 4, max_tokens=20, temperature=20, seed=5)
-    assert completed(served, "All:", 1, max_tokens=20, temperature=20, seed=7).samples[0] == four.samples[2]
-    assert four.samples[0] != four.samples[2]
-
-
-def test_closing_a_completion_stops_the_model(source, served):
-    completion = complete(served, "All:", 1, max_tokens=500)
-    next(completion)
-    assert source.watched.open == 1
-    completion.close()
-    assert source.watched.open == 0
 
 
 def test_a_new_tab_is_one_entry_in_a_table(source):
@@ -220,40 +194,24 @@ def call(page: gr.Blocks, number: int, *values: Any, sent: Any = None) -> Any:
         return refusal
 
 
-def test_a_token_can_be_appended_to_any_prompt(page):
+def test_a_passage_opens_in_its_version_and_a_token_is_appended_to_any_prompt(page):
+    opened = event(page, "opened")
+    assert "In the training text" in call(page, opened, sent={"version": "6", "place": 0, "length": 3})
+    assert "version '5' is not here" in call(page, opened, sent={"version": "5", "place": 0, "length": 3}).message
     assert call(page, event(page, "append"), "a\ud800", sent={"token": 25})[0] == "a\ufffd:"
 
 
-def test_a_passage_opens_in_the_text_of_the_version_that_generated_it(page):
-    opened = event(page, "opened")
-    assert "In the training text" in call(page, opened, sent={"version": "6", "place": 0, "length": 3})
-    refusal = call(page, opened, sent={"version": "5", "place": 0, "length": 3})
-    assert "version '5' is not here" in refusal.message
-
-
 def test_any_prompt_is_completed_or_refused(served):  # E2
-    for prompt in (
-        "",
-        "First Citizen:\n" * 60,
-        "<|endoftext|>",
-        "🙂👩‍👩‍👧",
-        "a\x00b",
-        "\ud800",
-        "<script>x</script>",
-        "`${1}",
-    ):
+    for prompt in ("", "First Citizen:\n" * 60, "<|endoftext|>", "a\x00b", "\ud800"):
         assert completed(served, prompt, max_tokens=5).finished
         assert len(predict_next(served, prompt, 5)["tokens"]) == 5
-    for use in (lambda: completed(served, "x" * 10_001), lambda: predict_next(served, "x" * 10_001)):
+    for use in (completed, predict_next):
         with pytest.raises(InputError, match="the prompt has 10,001 characters: give 10,000 at most"):
-            use()
+            use(served, "x" * 10_001)
 
 
 def test_a_wrong_number_is_refused_by_its_name(served):  # E3; test_sampling has those of Sampling
-    for name, values in {
-        "samples": (0, 5, 1.5, True, None, "many", [], float("nan")),
-        "max_tokens": (-1, 2001),
-    }.items():
+    for name, values in {"samples": (0, 5, 1.5, True, None, "many", float("nan")), "max_tokens": (2001,)}.items():
         for value in values:
             with pytest.raises(InputError, match=f"^{name}"):
                 completed(served, "All:", **{"samples": 1, name: value})
