@@ -87,7 +87,7 @@ def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(ser
     ):
         expected = [generator.text(prompt, Sampling(**params)) for prompt in PROMPTS]
         assert ask(server, PROMPTS, params) == (200, {"predictions": expected})
-    for name, value in (("temperature", float("nan")), ("max_tokens", "many"), ("top_k", -1)):
+    for name, value in (("temperature", float("nan")), ("temperature", None), ("max_tokens", "many"), ("top_k", -1)):
         status, answer = ask(server, PROMPTS, {name: value})
         assert 400 <= status < 500, answer
         assert name in json.dumps(answer)

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.ops import checks
 from pipeline.ops.checks import cpu_quota, examine_packages, examine_params, examine_tools
+from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 
@@ -90,6 +91,11 @@ def test_a_missing_compiler_is_a_note(monkeypatch, project):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = {finding.topic: finding for finding in examine_params(project("compile: auto", "compile: true"))}
     assert "C++ compiler not found" in found["compiler"].what
+
+
+def test_invalid_params_are_refused(project):
+    with pytest.raises(InputError, match=r"did you mean optim\?"):
+        list(examine_params(project("optim:", "optin:")))
 
 
 def test_a_disk_too_small_for_the_run_is_named_with_both_sizes(project, monkeypatch):

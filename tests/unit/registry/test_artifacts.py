@@ -141,6 +141,7 @@ FORGERIES = {
     "vocab_size is a list": shape_with(vocab_size=[50257]),
     "vocab_size has 400 digits": shape_with(vocab_size=10**400),
     "an unknown field": shape_with(activation="exec"),
+    "trained_length is a word": shape_with(trained_length="sixteen"),
     "trained_length is negative": shape_with(trained_length=-1),
     "trained_length above block_size": shape_with(trained_length=10**9),
     "config.json is a list": file_with("model/config.json", b"[]"),
