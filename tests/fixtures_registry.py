@@ -7,7 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,9 +148,24 @@ def alter(path: Path) -> None:
     path.write_bytes(data)
 
 
+class Canary:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
 @contextmanager
-def serving(command: list[str], ready: str, cwd: Path, environment: dict[str, str], host: str = "") -> Iterator[str]:
-    """Start a server on a free port, and yield its address once it answers at `ready`; its output is in cwd/log."""
+def serving(
+    command: list[str], ready: str, cwd: Path, environment: Mapping[str, str], host: str = ""
+) -> Iterator[tuple[str, int]]:
+    """Start a server on a free port; once it answers at `ready`, yield its address and its process group.
+
+    Its output is in cwd/log.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -177,7 +192,7 @@ def serving(command: list[str], ready: str, cwd: Path, environment: dict[str, st
         )
     try:
         assert wait_until(answers, 300), log.read_text()  # on busy cores, imports take long
-        yield address
+        yield address, process.pid
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)

@@ -3,17 +3,16 @@
 import os
 import resource
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import urllib.request
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 from fixtures_mlflow import an_identity, append_steps, assert_has_exactly_the_journal, recording, root_of, run_id_of
+from fixtures_registry import serving
 from sqlalchemy import Engine, event
 
 from pipeline.tracking.journal import Journal
@@ -31,30 +30,6 @@ def folder(tmp_path):
 
 def n_logged(store, identity):
     return sum(len(logged_steps(store, run.info.run_id)) for run in runs_of(store, identity["fingerprint"]))
-
-
-@pytest.fixture
-def server(store, tmp_path):
-    """The process of MLflow's own server of the session's store, and its URI."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    options = ["--backend-store-uri", store.uri, "--port", uri.rpartition(":")[2], "--workers", "1"]
-    command = [sys.executable, "-m", "mlflow", "server", *options]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, process_group=0)
-
-    def answers():
-        with suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=5):
-            return True
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        return False
-
-    try:
-        assert wait_until(answers, DEADLINE_S), (tmp_path / "log").read_text()
-        yield process, uri
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
 
 
 def send_during_a_fault(store, root, folder, fail, repair, capfd):
@@ -82,13 +57,14 @@ def send_during_a_fault(store, root, folder, fail, repair, capfd):
     assert_has_exactly_the_journal(store, folder)
 
 
-def test_a_server_that_stalls_gets_all_records_once_it_answers(store, server, folder, monkeypatch, capfd):  # C3
-    process, uri = server
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # seconds, instead of ten
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    stall, go_on = (partial(os.killpg, process.pid, number) for number in (signal.SIGSTOP, signal.SIGCONT))
-    send_during_a_fault(store, folder.parent, folder, stall, go_on, capfd)
+def test_a_server_that_stalls_gets_all_records_once_it_answers(store, folder, tmp_path, monkeypatch, capfd):  # C3
+    command = ["-m", "mlflow", "server", "--backend-store-uri", store.uri, "--workers", "1"]
+    with serving(command, "/health", tmp_path, os.environ) as (uri, group):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # seconds, instead of ten
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        stall, go_on = (partial(os.killpg, group, number) for number in (signal.SIGSTOP, signal.SIGCONT))
+        send_during_a_fault(store, folder.parent, folder, stall, go_on, capfd)
 
 
 def test_a_locked_database_gets_all_records_after_its_release(store, folder, capfd):  # C3

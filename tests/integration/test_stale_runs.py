@@ -161,9 +161,8 @@ def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(stor
 def test_a_run_in_use_and_folders_that_cannot_be_read_are_left_alone(store, root, make):
     in_use = make()
     late = lacking(store, root)[in_use]
-    for name, file, text in (
-        ("a", IDENTITY, "{"), ("b", IDENTITY, "[]"), ("c", STEPS, "\0\0\n"), ("d", TIMES, '{"step": 1}\n')
-    ):  # fmt: skip
+    damages = ((IDENTITY, "{"), (IDENTITY, "[]"), (STEPS, "\0\0\n"), (TIMES, '{"step": 1}\n'))
+    for name, (file, text) in zip("abcd", damages, strict=True):
         (make(name=name) / file).write_text(text)
     n_runs, before = len(store.client.search_runs([store.experiment_id])), modified(root)
     with locked(in_use.with_suffix(".lock")):
