@@ -18,15 +18,16 @@ import yaml
 from pipeline.config.recipes import apply_recipe
 from pipeline.data import tokenizer
 from pipeline.system import files, signals
-from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.files import UNFINISHED, sha256_file
 from pipeline.training import train as tracked
+from tests.faults.test_training_kills import exit_code_of_fork
 from tests.trainings import Untracked, change
 
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TIMED = {"times.jsonl", "timing.json", "speed.png"}  # their bytes differ from run to run
-DIED = 77
+CALLS = [(os, "replace"), (os, "rename"), (files, "fsync"), (files, "write_manifest"), (Path, "write_text")]
+NEVER = 0
 
 
 def environment(**extra):
@@ -62,28 +63,6 @@ def remove_outputs(name):
         path.unlink()
 
 
-def die_at(call):
-    """Let this process die at its `call`-th call that touches the disk, and leave half of a file that it writes."""
-    left = iter(range(call - 1, -1, -1))
-
-    def deadly(owner, name, half_written):
-        original = getattr(owner, name)
-
-        def wrapper(*arguments, **named):
-            if next(left, None) == 0:
-                if half_written:
-                    path, text = arguments[:2]
-                    original(path, text[: len(text) // 2], **named)
-                os._exit(DIED)
-            return original(*arguments, **named)
-
-        setattr(owner, name, wrapper)
-
-    for owner, name in ((os, "replace"), (os, "rename"), (files, "fsync"), (files, "write_manifest")):
-        deadly(owner, name, half_written=False)
-    deadly(Path, "write_text", half_written=True)
-
-
 AT_LEAST = {"download": 9, "tokenize": 9, "train": 20, "evaluate": 6, "plot": 18}  # calls that touch the disk
 STRIDES = {"download": 1, "tokenize": 2, "train": 4, "evaluate": 1, "plot": 9}  # of all calls, which ones are deadly
 
@@ -100,12 +79,12 @@ def die_everywhere():
     torch.optim.AdamW([torch.zeros(1)])  # likewise: the first optimiser imports for a second
     for name, stride in STRIDES.items():
         main = import_module(f"stages.{name}").main
-        assert code_of_child(main, None) == 0
+        assert exit_code_of_fork(main, NEVER, CALLS) == 0
         clean, call = outputs(name), 1
         assert clean
         shutil.rmtree("checkpoints", ignore_errors=True)  # so that training, too, starts from step 0
         remove_outputs(name)
-        while (code := code_of_child(main, call)) == DIED:
+        while (code := exit_code_of_fork(main, call, CALLS, half=True)) == 77:
             left = outputs(name)
             assert all(found == clean[path] for path, found in left.items()), f"{name}: half written at call {call}"
             remove_outputs(name)
@@ -113,15 +92,6 @@ def die_everywhere():
         assert (code, outputs(name)) == (0, clean)
         assert not [path for place in ("data", "models", "reports") for path in Path(place).rglob(f"{UNFINISHED}*")]
         print(f"{name} survived call {call}")
-
-
-def code_of_child(main, call):
-    """Exit code of a child that runs a stage and dies at this call."""
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if call:
-        die_at(call)
-    os._exit(exit_code_of(main))
 
 
 def test_a_stage_that_dies_anywhere_leaves_no_half_file_and_then_ends_as_a_clean_run(tmp_path, bpe, shakespeare):  # B7

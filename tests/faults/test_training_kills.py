@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from pipeline.system import files
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import IntegrityError
 from pipeline.system.files import verify_manifest
-from pipeline.training import consumers
 from pipeline.training import train as training
 from pipeline.training.checkpoint import checkpoint_steps, keep_newest, newest_valid
 from tests.trainings import (
@@ -28,10 +26,8 @@ from tests.trainings import (
     Untracked,
     at_step,
     bits,
-    change,
     end,
     n_steps,
-    output_of,
     run_folder,
     start,
     train,
@@ -123,41 +119,6 @@ def test_death_at_any_call_of_a_removal_leaves_whole_checkpoints(tmp_path):  # A
         assert code == 77
     assert left == [4, 3]
     assert i == 2 * 6 + 1  # two folders of four files, each renamed, emptied and removed
-
-
-def train_and_wait_after(step):
-    at_step(pytest.MonkeyPatch(), step, lambda: time.sleep(600))  # until it is killed
-    train()
-
-
-def train_and_die_in_the_save_of(step, nth_call):
-    """End this process by SIGKILL at the n-th call that touches the disk in the save of `step`."""
-    save_checkpoint = consumers.save_checkpoint
-
-    def deadly(folder, saved, *state):
-        if saved == step:
-            at_nth_call(nth_call, lambda: os.kill(os.getpid(), signal.SIGKILL), SAVE_CALLS)
-        return save_checkpoint(folder, saved, *state)
-
-    consumers.save_checkpoint = deadly
-    train()
-
-
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workspace, straight, chance):  # A1
-    change(workspace, **{"checkpoint.interval_steps": 2})
-    for n in (2, 5, 8):  # six kills: in or between two steps, and in the next save
-        process = start(train_and_wait_after, n + 2)
-        assert wait_until(lambda: n_steps() >= n or not process.is_alive(), 120)  # noqa: B023 (used at once)
-        time.sleep(chance.uniform(0, 0.02))  # a random moment of a step, or of a save
-        process.kill()
-        assert end(process) == -signal.SIGKILL, output_of(process)
-        in_save = max(checkpoint_steps(run_folder()), default=0) + 2
-        process = start(train_and_die_in_the_save_of, in_save, chance.randint(4, 20))
-        assert end(process) == -signal.SIGKILL, output_of(process)
-        assert list(run_folder().glob(".unfinished-step-*")), "the next start removes it"
-    process = start(train)
-    assert end(process) == 0, output_of(process)
-    assert bits() == bits(straight)
 
 
 def train_on_a_small_disk():
