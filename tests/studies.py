@@ -8,9 +8,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from pipeline.config.params import load_params
-from pipeline.config.recipes import apply_recipe
 from pipeline.config.sections import SweepConfig
-from pipeline.data.encode import write_tokens
 from pipeline.sweep.search_space import overridden
 from pipeline.sweep.study import find_study, join_study, shared_settings
 from pipeline.training.config import RunConfig
@@ -64,15 +62,14 @@ def fill(study):
     return study
 
 
-def sweep_project(folder, bpe, tokenizer, text):
-    """Make a project with the recipe smoke, its tokens, and a study whose trials take about 20 steps."""
-    shutil.copy(ROOT / "params.yaml", folder)
-    apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
-    settings = {"sweep.study": "tiny", "sweep.sampler": "random", "sweep.pruner": "none", "target.loss": 6.0}
+def sweep_project(prepared, folder):
+    """Make a project with the tokens of `prepared`, and a study whose trials take about 20 steps."""
+    shutil.copytree(prepared, folder, dirs_exist_ok=True)
     space = {"optim": {"lr": {"low": 0.003, "high": 0.006, "log": True}}}
-    change(folder, **settings, **{"sweep.space": space, "checkpoint.interval_steps": 5, "train.threads": 1})
-    shutil.copytree(bpe, folder / "data" / "tokenizer")
-    write_tokens(text, tokenizer, folder / "data" / "tokens", fraction=0.005)
+    study = {"study": "tiny", "sampler": "random", "pruner": "none", "space": space}
+    change(folder, **{f"sweep.{key}": value for key, value in study.items()})
+    longer = {"optim.max_tokens": 76_800, "samples.max_tokens": 20, "model.dropout": 0.0}
+    change(folder, **longer, **{"target.loss": 6.0, "checkpoint.interval_steps": 5})
 
 
 def study_here():

@@ -60,10 +60,8 @@ def retry_of(trial):
     return next((t for t in newest_first if trial.number in RetryHeartbeatStaleTrialCallback.retry_history(t)), None)
 
 
-def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(
-    tmp_path, monkeypatch, store, bpe, tokenizer, shakespeare
-):  # D1, D2
-    sweep_project(tmp_path, bpe, tokenizer, shakespeare)
+def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(tmp_path, monkeypatch, store, prepared):  # D1, D2
+    sweep_project(prepared, tmp_path)
     change(tmp_path, **{"target.loss": 3.0, "sweep.heartbeat_timeout_s": 5})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)

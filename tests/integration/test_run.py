@@ -20,7 +20,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model.weights import load_model
 from pipeline.system.entrypoint import exit_code_of, run_stage  # noqa: F401 (for processes)
 from pipeline.system.errors import IntegrityError
-from pipeline.system.files import locked, sha256_file, write_manifest
+from pipeline.system.files import locked, write_manifest
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.journal import Journal, read_steps
 from pipeline.tracking.mlflow_store import open_store
@@ -79,20 +79,18 @@ def no_rng(tensors, scalars):
 
 
 @pytest.mark.parametrize("mutant", [no_optimiser, one_step_off, no_rng])
-def test_an_incomplete_restore_is_detected(interrupted, straight, monkeypatch, mutant):  # A2
+def test_an_incomplete_restore_is_detected(interrupted, monkeypatch, mutant):  # A2
     restore = TrainState.restore
     monkeypatch.setattr(TrainState, "restore", lambda state, *saved: restore(state, *mutant(*saved)))
     with pytest.raises(IntegrityError, match="after the resume"):  # steps 7 and 8 are repeated and differ
         train()
-    saved = 5 if mutant is one_step_off else 6
-    for path in run_folder().glob("*.jsonl"):  # without the records of those steps there is nothing to compare with
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:saved]))
-    if mutant is one_step_off:
-        with pytest.raises(IntegrityError, match="has 5 records, the checkpoint is of step 6"):
-            train()
-    else:
+
+
+def test_a_journal_with_fewer_records_than_the_checkpoint_has_steps_is_refused(interrupted):
+    for path in run_folder().glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(IntegrityError, match="has 5 records, the checkpoint is of step 6"):
         train()
-        assert bits() != bits(straight)
 
 
 def test_a_signal_ends_the_step_saves_and_prints_one_line(workspace, straight, capsys, interruptible):  # A8
@@ -148,11 +146,6 @@ def no_held_out_text(workspace):
     change(workspace, **{"target.rule": "validation"})
 
 
-def contradicting_sections(workspace):
-    change(workspace, **{"windows.seq_len": 65, "optim.warmup": 61})
-    shutil.rmtree("data")  # they are found before any file is read
-
-
 @pytest.mark.parametrize(
     ("setting", "code", "message"),
     [
@@ -161,7 +154,6 @@ def contradicting_sections(workspace):
         (too_short_a_text, 2, r"data/tokens/train has 18 tokens, needs 65: .+"),  # B3
         (too_many_ids, 2, r".* has 60000 ids, model\.vocab_size is 50257: make model\.vocab_size larger.*"),  # B4
         (no_held_out_text, 2, r"target\.rule is validation, but nothing is held out: set corpus\.val_fraction.*"),
-        (contradicting_sections, 2, r".*warmup 61 .*take 61 steps, the run has \d+; windows.seq_len 65 is longer.*"),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_work_is_refused_in_one_line_before_anything_is_made(
@@ -207,34 +199,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(works
 def test_a_change_of_parameters_or_data_begins_another_run_and_is_named(
     interrupted, capsys, tokenizer, shakespeare
 ):  # A13
-    changes = {
-        "optim.lr": 0.001, "train.seed": 2, "target.loss": 0.2, "model.vocab_size": 50304, "model.fold_vocab": False,
-        "data_sha256": None,
-    }  # fmt: skip
     last = run_folder().name
-    for key, value in changes.items():
-        if key == "data_sha256":
-            write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.006)
-        else:
-            change(interrupted, **{key: value})
-        known = set(Path("checkpoints").iterdir())
-        train_until_killed(1)
-        said = capsys.readouterr().out
-        assert f"a new run, which differs from the last one ({last}): {key} " in said
-        assert "resumes from" not in said
-        (last,) = (path.name for path in set(Path("checkpoints").iterdir()) - known if path.is_dir())
-
-
-def test_another_environment_starts_from_step_0_and_keeps_the_old_checkpoints(interrupted, capsys, monkeypatch):  # A13
-    prepare = training.prepare_machine
-    monkeypatch.setattr(training, "prepare_machine", lambda *given: prepare(*given)._replace(threads=77))
-    old = [sha256_file(path) for path in sorted(run_folder().glob("step-*/*"))]
+    change(interrupted, **{"optim.lr": 0.001})
+    write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.006)
     train_until_killed(1)
     said = capsys.readouterr().out
-    assert "environment changed (threads" in said
-    assert "-> 77): starting from step 0. Old checkpoints are in" in said
-    kept = next(path for path in Path("checkpoints").iterdir() if path.suffix == ".1")
-    assert [sha256_file(path) for path in sorted(kept.glob("step-*/*"))] == old
+    assert re.search(
+        rf"a new run, which differs from the last one \({last}\): .*data_sha256 .*optim\.lr 0\.004 -> 0\.001", said
+    )
+    assert "resumes from" not in said
 
 
 def test_a_finished_run_takes_no_more_steps_and_needs_no_disk(workspace, straight, monkeypatch, capsys):  # A16

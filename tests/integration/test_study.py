@@ -1,11 +1,11 @@
 """Studies in a database: heartbeats, missing databases, processes that create a study together; all figures."""
 
+import multiprocessing
 import os
 import shutil
 import socket
 import sqlite3
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace as Namespace
@@ -21,7 +21,7 @@ from pipeline.sweep.study import find_study, join_study, latest_trials, open_sto
 from pipeline.sweep.worker import WorkerConfig
 from pipeline.system.errors import InputError
 from pipeline.system.signals import StopSignals
-from tests.studies import ROOT, fill, new_study, shared_by, sweep_config
+from tests.studies import fill, new_study, shared_by, sweep_config
 
 
 def age_heartbeat(database, seconds):
@@ -97,30 +97,23 @@ def test_every_figure_is_drawn_and_none_is_empty(tmp_path):
         assert len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 20
 
 
-CREATE = """if True:
-    import os, sys
-    from pathlib import Path
-    from tests.studies import shared_by, sweep_config
-    from pipeline.sweep.study import join_study, open_storage, suggest
-    url, *roots = sys.argv[1:]
+def add_five_trials(url, root):
     sweep = sweep_config(storage=url)
-    shared = shared_by(sweep)
-    for root in roots:
-        if os.fork() == 0:
-            study = join_study(sweep, shared, open_storage(url, Path(root), 60))
-            for _ in range(5):
-                trial = study.ask()
-                study.tell(trial, suggest(trial, sweep)["optim.lr"])
-            os._exit(0)
-    sys.exit(any(os.wait()[1] for _ in roots))
-    """
+    study = join_study(sweep, shared_by(sweep), open_storage(url, root, 60))
+    for _ in range(5):
+        trial = study.ask()
+        study.tell(trial, suggest(trial, sweep)["optim.lr"])
 
 
 def create_together(url, roots):
     """Create the study in four processes at once, each of which adds five trials."""
-    command = [sys.executable, "-c", CREATE, url, *map(str, roots)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fork = multiprocessing.get_context("fork")  # with all imports done, so that they start at the same moment
+    processes = [fork.Process(target=add_five_trials, args=(url, root)) for root in roots]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
     study = find_study(sweep_config(storage=url), roots[0])
     assert sorted(trial.number for trial in study.trials) == list(range(20))
 

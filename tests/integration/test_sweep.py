@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -26,13 +25,6 @@ from tests.trainings import Untracked, change
 PREPARE_TOKENS = controller._prepare_tokens
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
-    folder = tmp_path_factory.mktemp("prepared")
-    sweep_project(folder, bpe, tokenizer, shakespeare)
-    return folder
-
-
 @pytest.fixture
 def workspace(prepared, store, tmp_path, monkeypatch):
     """A project in which a sweep's worker has ended, with all its work done, as soon as it is started."""
@@ -46,7 +38,7 @@ def workspace(prepared, store, tmp_path, monkeypatch):
         Worker(WorkerConfig(**json.loads(json.dumps(line))), stops[-1]).work()
         return Namespace(pid=os.getpid(), returncode=0, poll=lambda: 0, terminate=lambda: None)
 
-    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    sweep_project(prepared, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     monkeypatch.setattr(controller, "StopSignals", new_stop_signals)

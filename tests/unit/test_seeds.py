@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import seeds
-from benchmarks.seeds_figure import PUBLISHED, compared, draw
+from benchmarks.seeds_figure import PUBLISHED, compared
 from tests.trainings import ROOT
 
 POINTS = ROOT / "benchmarks" / "published"
@@ -28,28 +28,13 @@ def recorded(path):
     return json.loads(path.read_text())["small"]
 
 
-def test_first_steps_are_recorded_one_by_one_and_depend_on_their_seed(results, monkeypatch):
-    seeds.first_steps("small", 1, 3)
-    straight = recorded(results)["first_steps"]["1"]["loss"]
-    results.unlink()
-    note = seeds.note
-
-    def interrupted(recipe, kind, seed, rows):
-        note(recipe, kind, seed, rows)
-        if len(rows["loss"]) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(seeds, "note", interrupted)
-        seeds.first_steps("small", 1, 3)
-    assert recorded(results)["first_steps"]["1"]["loss"] == straight[:2]
-    assert seeds.steps_there("small", 1) == 2
-    seeds.first_steps("small", 1, 3)
-    longer = recorded(results)["first_steps"]["1"]
-    seeds.first_steps("small", 2, 3)
-    seeds.first_steps("small", 1, 2)
-    assert longer["loss"] == straight != recorded(results)["first_steps"]["2"]["loss"]
-    assert recorded(results)["first_steps"]["1"] == longer  # a shorter record does not replace it
+def test_first_steps_depend_on_their_seed_and_a_shorter_record_does_not_replace_a_longer_one(results):
+    for seed, steps in ((1, 3), (2, 2), (1, 2)):
+        seeds.first_steps("small", seed, steps)
+    first, second = (recorded(results)["first_steps"][seed]["loss"] for seed in "12")
+    assert (len(first), len(second)) == (3, 2)
+    assert first[:2] != second
+    assert seeds.steps_there("small", 1) == 3
 
 
 def test_a_whole_run_is_recorded_with_the_loss_by_each_rule(results):
@@ -64,23 +49,12 @@ def test_a_whole_run_is_recorded_with_the_loss_by_each_rule(results):
     assert results.read_bytes() == before
 
 
-def test_a_long_curve_is_thinned_to_means_of_its_parts():
-    curve = seeds.thinned(np.arange(1, 1001, dtype=float))
-    assert len(curve) <= seeds.CURVE_POINTS
-    assert (curve[0], curve[-1]) == ([3, 2.0], [999, 998.0])
-
-
 def test_a_published_step_is_compared_with_our_next_one():
     table = compared("seed-003", {"1": {"loss": [11.0, 10.5, 10.0]}, "2": {"loss": [10.8, 10.7, 10.0]}})
     assert list(table.index) == [1, 2, 3]
     assert list(table["published"]) == [10.89905, 10.607647, 10.145452]
     assert table["excess"].iloc[0] == pytest.approx(10.89905 - 10.9)
     assert table["spread"].tolist() == pytest.approx([0.2, 0.2, 0.0])
-
-
-def test_a_picture_is_drawn_from_the_results(tmp_path):
-    draw({"seed-000": {"first_steps": {"1": {"loss": [11.0, 9.5, 9.1]}}}}, picture := tmp_path / "picture.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_published_points_have_the_tokens_of_their_steps_and_are_all_drawn():

@@ -55,27 +55,5 @@ def test_a_trial_is_pruned_when_its_forecast_is_too_far_behind_the_best(loss, is
     assert trial.should_prune() is is_pruned
 
 
-def test_the_example_of_the_documentation_prunes_slow_trials_and_keeps_the_fast():
-    def objective(trial):
-        slowness = trial.suggest_int("slowness", 1, 4)
-        for step in range(1, 1000):
-            loss = 10.0 - 0.125 * step / slowness
-            trial.report(loss, step)
-            if loss < 0.1:
-                return step
-            if trial.should_prune():
-                break
-        raise optuna.TrialPruned
-
-    study = optuna.create_study(pruner=ExtrapolationPruner(tolerance=0.05))
-    for slowness in (2, 4, 1):
-        study.enqueue_trial({"slowness": slowness})
-    study.optimize(objective, n_trials=3)
-    slow, slower, fast = study.trials
-    assert [slow.value, fast.value] == [159, 80]
-    assert slower.state is optuna.trial.TrialState.PRUNED
-    assert max(slower.intermediate_values) < 25
-
-
 def test_the_pruner_can_be_used_without_the_rest_of_this_project():
     assert not re.search("^ *(from|import) (pipeline|torch)", Path(pruner.__file__).read_text(), re.MULTILINE)

@@ -33,8 +33,6 @@ def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
 @pytest.mark.parametrize(
     ("space", "complaint"),
     [
-        ("{optim: {learning_rate: [0.1]}}", "sweep.space.optim.learning_rate: unknown key"),
-        ("{optim: {muon_lrs: [0.1]}}", "did you mean optim.muon_lr?"),
         ("{optim: {schedule: [linear, linaer]}}", "'linaer'"),
         ("{optim: {lr: {low: -1, high: 1}}}", "sweep.space.optim.lr: input should be greater than 0, got -1"),
         ("{optim: {lr: {low: 2, high: 1}}}", "low 2 should be below high 1"),
@@ -49,7 +47,6 @@ def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
         ("{optim: 3}", "sweep.space.optim"),
         ("{}", "sweep.space"),
         ("{target: {loss: [0.1, 10.0]}}", "sweep.space.target.loss: cannot be searched"),
-        ("{samples: {interval_steps: [1]}}", "cannot be searched"),
         ("{windows: {step_tokens: [1000]}}", "1000 is not a whole number of windows of 128 tokens"),
         ("{windows: {seq_len: [2048]}}", "sweep.space.windows.seq_len 2048 is longer than model.block_size"),
         ("{optim: {lrr: [1.0], eps: [-1]}}", "lrr: unknown key (did you mean optim.lr?); sweep.space.optim.eps"),
@@ -66,7 +63,6 @@ def test_what_cannot_be_searched_is_named_in_one_line(params, space, complaint):
     ("given", "complaint"),
     [
         ({"trials": "many"}, "params.yaml with the command line: sweep.trials"),
-        ({"trials": 0}, "sweep.trials: input should be greater than or equal to 1, got 0"),
         ({"study": "5b24e86fccb57c6b"}, "sweep.study: 16 hexadecimal digits are the fingerprint of a run"),
         ({"study": "../x"}, "sweep.study"),  # it is the name of a folder
         ({"storage": "postgresql://me:s3cret@host/db"}, "sweep: storage contains a password"),

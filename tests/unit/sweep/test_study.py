@@ -118,15 +118,6 @@ def test_the_best_is_the_cheapest_of_those_that_reached_the_target(study):
     assert best_trial(study).number == 2
 
 
-@pytest.mark.parametrize(("pruner", "is_pruned"), [("extrapolation", True), ("none", False)])
-def test_a_study_has_the_configured_pruner(pruner, is_pruned):
-    study = new_study(sweep_config(pruner=pruner))
-    add(study, value=100.0, curve={0: 10.0, 100: 0.1})
-    trial = study.ask()
-    trial.report(9.0, 99)
-    assert trial.should_prune() is is_pruned
-
-
 CONFIG = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
 
 

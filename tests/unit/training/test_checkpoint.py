@@ -14,8 +14,7 @@ from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model, save_model
 from pipeline.system import files
 from pipeline.system.errors import IntegrityError, OutOfSpaceError
-from pipeline.system.files import write_manifest
-from pipeline.training.checkpoint import checkpoint_steps, keep_newest, load_checkpoint, newest_valid, save_checkpoint
+from pipeline.training.checkpoint import checkpoint_steps, keep_newest, newest_valid, save_checkpoint
 
 
 def save(folder, step):
@@ -29,14 +28,6 @@ def three(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     return tmp_path
-
-
-def test_a_loaded_checkpoint_has_the_bits_that_were_saved(tmp_path):
-    exact = torch.tensor([0.1, -0.0, 1e-45])
-    save_checkpoint(tmp_path, 7, {"weights": {"w": exact}, "optimizer": {}}, {"step": 7, "loss_scale": 1.0})
-    tensors, scalars = load_checkpoint(tmp_path, 7)
-    assert tensors["weights"]["w"].numpy().tobytes() == exact.numpy().tobytes()
-    assert scalars == {"step": 7, "loss_scale": 1.0}
 
 
 def test_every_file_is_synced_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):  # A4
@@ -119,45 +110,10 @@ def test_a_full_disk_names_the_bytes_and_leaves_the_last_checkpoint(tmp_path):  
     assert newest_valid(tmp_path)[1]["step"] == 1
 
 
-# A hostile model: whoever can write its files can also write their manifest
-
-
-SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=50257, dropout=0.0, fold_vocab=True)
-
-
-@pytest.fixture
-def model_folder(tmp_path, bpe):
-    model = GPT(SHAPE, Vocabulary.of(np.arange(50257) < 5, 50257)).initialise(seed=1)
+def test_a_text_with_ids_beyond_those_of_the_model_is_refused(tmp_path, bpe):
+    shape = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=50257, dropout=0.0, fold_vocab=True)
+    model = GPT(shape, Vocabulary.of(np.arange(50257) < 5, 50257)).initialise(seed=1)
     save_model(tmp_path / "model", model, bpe)
-    return tmp_path / "model"
-
-
-def test_a_model_folder_with_invalid_content_is_refused_before_the_model_is_made(model_folder):
-    load_model(model_folder)
-    config = (model_folder / "config.json").read_text()
-    invalid = {
-        "config.json": [
-            "{}",
-            "[" * 100_000,
-            config.replace('"n_layer": 1', '"n_layer": "many"'),
-            config.replace('"n_layer": 1', '"n_layer": 1000').replace('"n_embd": 4', '"n_embd": 65536'),  # 100 TB
-            config.replace('"trained_length": 4', '"trained_length": 1000000000'),
-            config.replace('"trained_length": 4', '"trained_length": null'),
-        ],
-        "model.safetensors": ["no tensors", ""],
-    }
-    assert config not in invalid["config.json"]
-    for name, contents in invalid.items():
-        valid = (model_folder / name).read_bytes()
-        for content in contents:
-            (model_folder / name).write_text(content)
-            (model_folder / "manifest.json").unlink()
-            write_manifest(model_folder)
-            with pytest.raises(IntegrityError, match=rf"{name}|model.safetensors"):
-                load_model(model_folder)
-        (model_folder / name).write_bytes(valid)
-
-
-def test_a_text_with_ids_beyond_those_of_the_model_is_refused(model_folder):
+    load_model(tmp_path / "model")
     with pytest.raises(IntegrityError, match="has 50257 ids, the text has ids beyond them"):
-        load_model(model_folder, np.ones(60000, np.int64))
+        load_model(tmp_path / "model", np.ones(60000, np.int64))

@@ -1,7 +1,6 @@
 """The training loop: the numbers of its records, its gradients, and a resumed state."""
 
 import math
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -15,14 +14,12 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.system.device import prepare_machine
 from pipeline.system.distributed import ALONE
 from pipeline.system.errors import DivergedError
-from pipeline.tracking.journal import STEPS
 from pipeline.training import loop
 from pipeline.training.loop import fresh_state, train_steps
 from tests.trainings import ROOT
 
 IDS = np.random.default_rng(1).integers(0, 32, 200).astype(np.uint16)  # of a vocabulary of 32
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=True)
-WITH_DROPOUT = MODEL.updated(dropout=0.2)
 
 
 def split(ids):
@@ -54,17 +51,7 @@ class Loop:
         return train_steps(self.state, batches, self.steps, self.optim, self.machine)
 
     def weights(self):
-        return {name: tensor.clone() for name, tensor in self.state.model.state_dict().items()}
-
-
-def equal(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_memorises_a_short_text():
-    losses = [record.loss for record in Loop(text=split(IDS[:17]), lr=0.03, schedule="constant")]  # two windows
-    assert losses[0] == pytest.approx(math.log(32), abs=0.2)  # an untrained model is uniform over 32 ids
-    assert losses[-1] < 0.1
+        return torch.cat([parameter.detach().flatten() for parameter in self.state.model.parameters()])
 
 
 def test_records_have_the_step_the_tokens_so_far_and_the_lr_of_the_schedule():
@@ -82,19 +69,6 @@ def test_accumulation_equals_one_large_batch():
         assert one.tokens == other.tokens
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_restored_state_is_resumed_with_the_same_bits(name):
-    straight = Loop(steps=10, name=name, shape=WITH_DROPOUT)
-    records = list(straight)
-    interrupted = Loop(steps=10, name=name, shape=WITH_DROPOUT)  # the same seed, hence the same first steps
-    list(islice(interrupted, 7))
-    saved = {stem: {k: v.clone() for k, v in group.items()} for stem, group in interrupted.state.tensors().items()}
-    resumed = Loop(steps=10, name=name, shape=WITH_DROPOUT)
-    resumed.state.restore(saved, interrupted.state.scalars())
-    assert [r.line(STEPS) for r in resumed] == [r.line(STEPS) for r in records[7:]]
-    assert equal(straight.weights(), resumed.weights())
-
-
 @pytest.mark.parametrize("where", ["loss", "grad_norm"])
 def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(where):  # A12
     run = Loop()
@@ -108,7 +82,7 @@ def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(where):
     with pytest.raises(DivergedError, match=rf"{where} is (nan|inf) at step 2, lr 0\.00"):
         next(records)
     hook.remove()
-    assert equal(before, run.weights())
+    assert torch.equal(before, run.weights())
 
 
 def test_the_caller_may_evaluate_between_two_steps_and_its_time_is_not_training_time(monkeypatch):
@@ -122,23 +96,16 @@ def test_the_caller_may_evaluate_between_two_steps_and_its_time_is_not_training_
         assert record.step_s == 1.0
 
 
-def test_an_fp16_overflow_halves_the_scale_and_takes_the_step_again():
-    run = Loop(steps=1)
-    run.state.loss_scale = 2.0**16
-    tries = []
+def test_an_fp16_overflow_halves_the_scale_and_takes_the_step_again_and_no_scale_changes_a_gradient():
+    plain, scaled = Loop(steps=3), Loop(steps=3)
+    scaled.state.loss_scale = 2.0**16
+    scales = []
 
     def overflow(gradient):
-        tries.append(run.state.loss_scale)
-        return gradient * (math.inf if len(tries) < 3 else 1)
+        scales.append(scaled.state.loss_scale)
+        return gradient * (math.inf if len(scales) < 3 else 1)
 
-    run.state.model.ln_f.weight.register_hook(overflow)
-    (record,) = run
-    assert tries == [2.0**16, 2.0**15, 2.0**14]
-    assert math.isfinite(record.grad_norm)
-
-
-def test_the_loss_scale_changes_no_gradient():
-    plain, scaled = Loop(steps=5), Loop(steps=5)
-    scaled.state.loss_scale = 2.0**10
+    scaled.state.model.ln_f.weight.register_hook(overflow)
     for one, other in zip(plain, scaled, strict=True):
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    assert scales == [2.0**16, 2.0**15, *[2.0**14] * 3]

@@ -12,7 +12,7 @@ from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import finish_gradients
 from pipeline.training.muon import POLYNOMIALS, Muon, orthogonalise
-from pipeline.training.optim import SCHEDULES, Schedule, build_optimizers, lr_factor, set_lr
+from pipeline.training.optim import SCHEDULES, build_optimizers, lr_factor, set_lr
 
 CONVERGENT = (1.875, -1.25, 0.375)  # applied repeatedly, it moves every singular value to 1
 
@@ -53,12 +53,10 @@ def test_a_schedule_has_the_factors_of_its_formula(total, changes, expected):
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_every_factor_is_above_0_and_at_most_1_and_a_fall_ends_at_min_lr_ratio(schedule):
+def test_every_factor_is_above_0_and_at_most_1_also_in_a_run_of_one_step(schedule):
     for total in (1, 2, 528):
         curve = factors(total, schedule=schedule)
         assert ((curve > 0) & (curve <= 1)).all()
-    last = factors(1000, schedule=schedule, warmup=0, min_lr_ratio=0.1)[-1]
-    assert last == pytest.approx(1 if schedule == "constant" else 0.1, abs=0.005)
 
 
 @pytest.mark.parametrize("changes", [{"warmup": 1.5}, {"betas": [0.9, 1.0]}, {"lr": -1}])
@@ -68,7 +66,6 @@ def test_an_invalid_value_is_refused(changes):
 
 
 @pytest.mark.parametrize(("changes", "fault"), [
-    ({"warmup": 600}, r"optim: warmup 600 and decay 0 take 600 steps, the run has \d+"),
     ({"schedule": "wsd", "warmup": 0.9}, r"optim: warmup 0\.9 and decay 0\.2 take \d+ steps, the run has \d+"),
     ({"name": "lion"}, r"optim.name: unknown value 'lion' \(known: muon, adamw.*\)"),
     ({"schedule": "step"}, r"optim.schedule: unknown value 'step' \(known: constant, linear, cosine, onecycle.*\)"),
@@ -80,41 +77,18 @@ def test_a_schedule_longer_than_the_run_and_an_unknown_name_are_refused_in_one_l
         RunConfig.of(params)
 
 
-def test_a_new_entry_of_the_table_is_a_schedule(monkeypatch):
-    monkeypatch.setitem(SCHEDULES, "sqrt", Schedule(fall=lambda share: share**0.5, has_plateau=True))
-    params = load_params()
-    params.values["optim"]["schedule"] = "sqrt"
-    RunConfig.of(params)
-    curve = factors(schedule="sqrt", warmup=10, decay=20)
-    assert (curve[9:80] == 1).all()
-    assert (np.diff(curve[80:]) < 0).all()
-
-
-def test_muon_updates_the_blocks_matrices_and_adamw_the_rest(model):
-    adamw, muon = build_optimizers(model, config(name="muon"), torch.float32)
-    by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
-    by_adamw = {id(p) for group in adamw.param_groups for p in group["params"]}
-    assert by_muon == {id(p) for name, p in model.h.named_parameters() if p.ndim == 2}
-    assert by_adamw | by_muon == {id(p) for p in model.parameters()}
-    assert not by_adamw & by_muon
-
-
-def test_only_matrices_decay(model):
-    (adamw,) = build_optimizers(model, config(name="adamw", weight_decay=0.1), torch.float32)
-    assert {(group["weight_decay"], p.ndim >= 2) for group in adamw.param_groups for p in group["params"]} == {
-        (0.1, True),
-        (0.0, False),
-    }
-
-
-def test_each_group_follows_its_own_peak_and_only_the_fused_matrix_is_split(model):
-    adamw, muon = build_optimizers(model, config(name="muon", lr=0.002, muon_lr=0.01), torch.float32)
-    set_lr([adamw, muon], 0.5)
-    assert [group["lr"] for group in adamw.param_groups] == pytest.approx([0.001] * 2)  # matrices, vectors
-    assert [group["lr"] for group in muon.param_groups] == pytest.approx([0.005] * 4)  # the matrices of a block
-    assert {tuple(group["params"][0].shape): group["pieces"] for group in muon.param_groups} == {
-        (48, 16): 3, (16, 16): 1, (64, 16): 1, (16, 64): 1,
-    }  # fmt: skip
+def test_muon_updates_the_blocks_matrices_and_adamw_the_rest_at_their_own_peaks(model):
+    optim = config(name="muon", lr=0.002, muon_lr=0.01, weight_decay=0.1)
+    optimizers = build_optimizers(model, optim, torch.float32)
+    set_lr(optimizers, 0.5)
+    by_adamw, by_muon = ([(p, group) for group in each.param_groups for p in group["params"]] for each in optimizers)
+    assert {id(p) for p, _ in by_muon} == {id(p) for p in model.h.parameters() if p.ndim == 2}
+    assert {id(p) for p, _ in by_adamw + by_muon} == {id(p) for p in model.parameters()}
+    assert len(by_adamw + by_muon) == len(list(model.parameters()))
+    assert {group["lr"] for _, group in by_adamw} == {0.001}
+    assert {group["lr"] for _, group in by_muon} == {0.005}
+    assert {(p.ndim, group["weight_decay"]) for p, group in by_adamw} == {(2, 0.1), (1, 0.0)}
+    assert [tuple(p.shape) for p, group in by_muon if group["pieces"] == 3] == [(48, 16)]  # queries, keys and values
 
 
 def one_by_one(x, polynomials):
@@ -140,14 +114,6 @@ def test_orthogonalising_a_batch_applies_the_polynomials_to_the_singular_values(
         for a, b, c in polynomials:
             s = a * s + b * s**3 + c * s**5
         torch.testing.assert_close(ours, u * s @ vt)
-
-
-def test_the_polynomials_map_singular_values_to_between_a_fifth_and_two():
-    s = torch.logspace(0, -2.3, 1000)  # down to 0.005
-    for a, b, c in POLYNOMIALS:
-        s = a * s + b * s**3 + c * s**5
-    assert s.min() > 0.18
-    assert s.max() < 1.9
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (64, 64)])

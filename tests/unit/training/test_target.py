@@ -6,7 +6,6 @@ import pytest
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import TargetConfig
-from pipeline.system.errors import InputError
 from pipeline.tracking.journal import StepRecord
 from pipeline.training.config import RunConfig
 from pipeline.training.results import results_of
@@ -138,13 +137,6 @@ def test_a_new_entry_of_the_table_may_use_all_records_ends_a_run_and_is_in_its_r
     history = records([1.0] * 16, corpus=[(5, 0.09), (16, 0.08)])
     assert [is_finished(history[:n], 99, target) for n in (5, 15, 16)] == [False, False, True]
     assert results_of(history, target, 100)["to_target"]["twice"] == {"steps": 16, "tokens": 160}
-
-
-def test_an_unknown_rule_is_refused_with_the_nearest_known_one():
-    with pytest.raises(
-        InputError, match=r"^params.yaml: target.rule: unknown value 'corpse' \(did you mean corpus\?\)$"
-    ):
-        RunConfig.of(with_rule("corpse"))
 
 
 @pytest.mark.parametrize(("rule", "patience", "named"), [("validation", None, "rule"), ("corpus", 3, "patience is 3")])
