@@ -96,7 +96,7 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
 
 
 def verify_corpus(path: Path) -> None:
-    """Raise IntegrityError unless `path` is as `fetch_corpus` wrote it, InputError if it is missing."""
+    """Raise IntegrityError if `path` is not what `fetch_corpus` has written, InputError if it is missing."""
     record = path.with_suffix(".sha256")
     for needed in (path, record):
         if not needed.is_file():
@@ -124,7 +124,7 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HI
                     print(f"skipped: {fault}")
                     faults.append(fault)
                     break
-                print(f"again in {wait_s:.0f} s: {fault}")
+                print(f"next attempt in {wait_s:.0f} s: {fault}")
                 time.sleep(wait_s)
     kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
     raise kind(f"all sources failed: {'; '.join(map(str, faults))}: {hint}")

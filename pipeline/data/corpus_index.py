@@ -81,7 +81,7 @@ class CorpusIndex:
         return length, after[after < len(self.ids)]
 
     def _longest_suffix(self, ids: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> int:
-        """Length of the longest suffix of `ids` for which `holds` is true, as it is for all shorter ones."""
+        """Length of the longest suffix of `ids` for which `holds` is true; it is then true for the shorter ones too."""
         if len(ids) and holds(ids):
             return len(ids)
         bound = 1  # exponential search, since most are short

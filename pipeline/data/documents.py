@@ -54,8 +54,8 @@ def zstd() -> Any:
 def find_files(source: str) -> list[Path]:
     """List the files of a path, of a folder and its subfolders, or of a glob, sorted by path.
 
-    Hidden files, the README.md of the top folder, and the .dvc files of texts that are there, are ignored. Raises
-    InputError if no file is found, or at a link to a folder.
+    Ignored are hidden files, the README.md of the top folder, and a .dvc file if its text is in the same folder. Raises
+    InputError if no file is found, or if a folder is a symbolic link.
     """
     path, (root, *parts) = Path(source), PurePosixPath(source).parts
     for n in range(len(parts)):
@@ -73,9 +73,9 @@ def find_files(source: str) -> list[Path]:
 
 
 def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Yield the visible files below `folder` that a glob's `parts` match, also twice; `**` matches any folders.
+    """Yield the visible files below `folder` that match a glob's `parts`; some repeatedly.
 
-    It replaces `Path.glob`, in which `**` has another meaning from Python 3.13 on.
+    `**` matches any number of folders. It replaces `Path.glob`, in which `**` has another meaning from Python 3.13 on.
     """
     part, *others = parts
     if part == "**" and others:
@@ -97,7 +97,7 @@ def _is_tracked(path: Path) -> bool:
 
 
 def _refuse_link(path: Path) -> None:
-    """Raise InputError if `path` is a link to a folder: DVC does not look behind it, so a change would not be seen."""
+    """Raise InputError if `path` is a link to a folder: DVC does not notice changes in the folder."""
     if path.is_symlink() and path.is_dir():
         raise InputError(
             f"{path} is a link to a folder, in which DVC sees no change: copy it, or link its files (cp -rs)"

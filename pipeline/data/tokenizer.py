@@ -85,8 +85,8 @@ LONG_SPACE = re.compile(rf"(?=[{SPACE}][^{SPACE}])(?<=[{SPACE}]{{1000}})")
 SPACE_UTF8 = rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
 CUT = re.compile(rb"\0|%b(?!%b|\0)(?=.)" % (SPACE_UTF8, SPACE_UTF8), re.DOTALL)
 
-# Equal to PIECES once the text is cut before the last whitespace character of each run that is not at its end. It needs
-# no lookahead, and takes half the time.
+# It gives the same pieces as PIECES if the text is first cut at each match of CUT: before the last character of each
+# whitespace run that is followed by another character. It needs no lookahead, and takes half the time.
 PIECES_OF_CUT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
 MARK = "\0"
 # By code point; no space is above U+3000, so that the last entry serves all higher code points.
@@ -165,7 +165,7 @@ def require_known(name: str) -> None:
 
 
 def fetch_tokenizer(name: str, folder: Path) -> None:
-    """Write the files of the tokenizer `name` into `folder`: those that it holds if they are right, else a download.
+    """Download the files of the tokenizer `name` to `folder`. Correct files that are already there are kept.
 
     Raises InputError or IntegrityError if the download fails.
     """
