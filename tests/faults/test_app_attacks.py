@@ -121,9 +121,8 @@ def app(version: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     """app.py as a process whose environment tells Gradio to open up: its address, the process, its output."""
     folder = tmp_path_factory.mktemp("app")
     plain = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    with serving([str(ROOT / "app.py"), "--folder", str(version)], "/config", folder, plain | OPENING) as url:
-        (process,) = (child for child in psutil.Process().children() if str(ROOT / "app.py") in child.cmdline())
-        yield url, process, folder / "log"
+    with serving([str(ROOT / "app.py"), "--folder", str(version)], "/config", folder, plain | OPENING) as (url, pid):
+        yield url, psutil.Process(pid), folder / "log"
 
 
 def test_nothing_in_the_environment_opens_the_app(app):  # E8
