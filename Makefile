@@ -46,7 +46,8 @@ clean-venv:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is %d.%d: Python 3.11 or newer is needed, name one with PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true # on all cores; packages have files for other Pythons
 	@test -e .git || { $(BIN)/dvc config --local core.no_scm true && \
 		echo "no .git here: DVC works without git, and runs record no commit"; }
 	touch $@
