@@ -146,9 +146,9 @@ class GPT(nn.Module):
         hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
         return cross_entropy_sum(hidden, self.wte.weight, self.vocabulary.unused_bias, targets.flatten()) / n_targets
 
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each target, (B, T), 0 for IGNORED ones, with logits and softmax always in fp32."""
-        return self.losses_of(self.hidden(inputs), targets)
+    def token_losses(self, inputs: Tensor, targets: Tensor, first: int = 0) -> Tensor:
+        """Loss of each target from position `first` on, (B, T - first), 0 for IGNORED ones; softmax in fp32."""
+        return self.losses_of(self.hidden(inputs)[:, first:], targets[:, first:])
 
     def losses_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """`token_losses` from the hidden states (B, T, C) of the inputs.

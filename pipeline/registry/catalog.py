@@ -25,13 +25,13 @@ CANDIDATE, CHAMPION = "candidate", "champion"  # aliases
 TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # in every version that `register` made
 TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # only in those that reached the target
 NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the table -> tag, type, format
-    "corpus loss": ("corpus_loss", float, ".4f"),
+    "sliding loss": ("sliding_loss", float, ".4f"),
     "target": ("target_loss", float, "g"),
     "steps to target": ("steps_to_target", int, ","),
     "tokens to target": ("tokens_to_target", int, ","),
     "train tokens": ("train_tokens", int, ","),
 }
-HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "corpus_loss")
+HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "sliding_loss", "corpus_loss")
 MAX_POINTS = 2_000  # of a curve; a screen does not show more
 
 

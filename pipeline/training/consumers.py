@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-from pipeline.data.batches import Split
-from pipeline.model.evaluate import corpus_loss
+from pipeline.data.batches import fixed_windows, sliding_windows
+from pipeline.model.evaluate import text_loss
 from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.system.files import write_text
@@ -12,25 +12,36 @@ from pipeline.system.signals import StopSignals, interrupted
 from pipeline.tracking.journal import StepRecord
 from pipeline.training.checkpoint import keep_newest, save_checkpoint
 from pipeline.training.run import Run
-from pipeline.training.target import best_step, evaluation_is_due, needs_corpus_loss
+from pipeline.training.target import RULES, best_step, evaluation_is_due
 
 Consumer = Callable[[StepRecord], None]  # called after each step; an exception ends the run
 
 
 def evaluate(run: Run, record: StepRecord) -> None:
-    """Compute the validation and corpus losses when an evaluation is due, and always after the last step."""
-    target, held_out = run.config.target, run.text.validation
+    """Compute the loss that the target rule needs when an evaluation is due, and all losses after the last step.
 
-    def loss_on(part: Split) -> float:
-        length, autocast = run.config.windows.seq_len, run.machine.autocast()
-        return corpus_loss(run.state.model, part, length, autocast, world=run.world)
+    Unless `target.eval_interval` is given, an evaluation ends early where the loss is clearly above the target.
+    """
+    target, held_out, train = run.config.target, run.text.validation, run.text.train
+    texts = {"corpus_loss": (train, fixed_windows), "sliding_loss": (train, sliding_windows)}
+    if held_out is not None:
+        texts = {"validation_loss": (held_out, fixed_windows), **texts}
+
+    def measure(name: str, limit: float | None = None) -> None:
+        if getattr(record, name) is None:
+            (text, windows), length = texts[name], run.config.windows.seq_len
+            found = text_loss(
+                run.state.model, text, windows(text.size, length), length, run.machine.autocast(), run.world, limit
+            )
+            setattr(record, name if found.complete else "loss_estimate", found.loss)
 
     if run.finished or evaluation_is_due(run.records, run.steps_per_epoch, held_out is not None, target):
         run.state.model.eval()
         if held_out is not None:
-            record.validation_loss = loss_on(held_out)
-        if run.finished or needs_corpus_loss(run.records, target):
-            record.corpus_loss = loss_on(run.text.train)
+            measure("validation_loss")
+        measure(RULES[target.rule].loss, None if run.finished or target.eval_interval else target.loss)
+        for name in texts if run.finished else ():
+            measure(name)
 
 
 def sample(run: Run, record: StepRecord) -> None:

@@ -40,9 +40,9 @@ def test_the_irreducible_loss_is_the_entropy_given_the_tokens_before_in_the_wind
         patch.setattr(statistics, "LENGTHS", (1, 2, 4, 8))
         losses = irreducible_loss(ids)
     for length in (1, 2, 4, 8):
-        for kind, stride in (("fixed", length), ("shifted", 1)):
-            starts = range(0, len(ids) - length, stride)
-            pairs = [(tuple(ids[start : start + t + 1]), ids[start + t + 1]) for start in starts for t in range(length)]
+        for kind, stride, first in (("fixed", length, 0), ("shifted", 1, 0), ("sliding", 1, length // 2)):
+            starts, positions = range(0, len(ids) - length, stride), range(first, length)
+            pairs = [(tuple(ids[start : start + t + 1]), ids[start + t + 1]) for start in starts for t in positions]
             expected = {str(length): pytest.approx(conditional_entropy(pairs), abs=1e-4)} if pairs else {}
             assert {key: loss for key, loss in losses[kind].items() if key == str(length)} == expected
 
@@ -60,6 +60,7 @@ def test_the_statistics_of_tiny_shakespeare_are_the_published_ones(shakespeare, 
     for kind, published in {
         "fixed": (0.101, 0.042, 0.017, 0.007, 0.003, 0.001),
         "shifted": (0.200, 0.100, 0.050, 0.025, 0.013, 0.006),
+        "sliding": (0, 0, 0, 0, 0, 0),
     }.items():
         assert list(figures["irreducible_loss"][kind].values()) == pytest.approx(published, abs=0.00051)  # three places
 
