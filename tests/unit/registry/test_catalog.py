@@ -50,8 +50,8 @@ def test_a_forged_identity_is_one_line(content, tmp_path):  # C8
 
 
 def test_a_forged_or_missing_tag_is_shown_unchanged_but_a_terminal_executes_nothing():  # C8
-    tags = {"corpus_loss": "low", "train_tokens": "∞", "target_loss": "\x1b[2J"}
+    tags = {"sliding_loss": "low", "train_tokens": "∞", "target_loss": "\x1b[2J"}
     row = _row(SimpleNamespace(version=1, aliases=[], tags=tags, creation_timestamp=0))
-    assert (row["corpus loss"], row["train tokens"], row["steps to target"], row["aliases"]) == ("low", "∞", "-", "-")
+    assert (row["sliding loss"], row["train tokens"], row["steps to target"], row["aliases"]) == ("low", "∞", "-", "-")
     assert printable(row["target"]) == "�[2J"
     assert printable("a\nb\tc", also="\n") == "a\nb�c"
