@@ -74,7 +74,11 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
         "bytes_per_token": round(n_bytes / len(train), 4),
         "characters_per_token": round(characters / len(train), 4),
         "frequent_tokens": [
-            {"id": token, "text": tokenizer.decode([token]), "count": int(counts[token])}
+            {
+                "id": token,
+                "text": tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace"),
+                "count": int(counts[token]),
+            }
             for token in used[frequent].tolist()
         ],
         "statistics_tokens": len(ids),

@@ -52,7 +52,7 @@ def test_the_two_endpoints_are_documented_and_work(client):
     documented = client.view_api(return_format="dict")["named_endpoints"]
     assert set(documented) == {"/generate", "/next_token"}
     assert "novelty" in documented["/generate"]["description"]
-    assert [p["parameter_name"] for p in documented["/next_token"]["parameters"]] == ["prompt", "most"]
+    assert [p["parameter_name"] for p in documented["/next_token"]["parameters"]] == ["prompt", "most", "part"]
     answer = client.predict("First Citizen:\nBefore we proceed any", 3, api_name="/next_token")
     assert answer["tokens"][0]["text"] == " further"
     assert (len(answer["tokens"]), answer["context_times"]) == (3, 1)

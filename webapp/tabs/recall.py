@@ -110,37 +110,24 @@ def heat_html(served: Served, ids: list[int], start: int, words: str) -> str:
 
 def recital_html(served: Served, ids: list[int]) -> str:
     """The text after the first tokens, beside the model's greedy completion of them."""
-    given = roundtrip_length(served, ids, min(GIVEN, len(ids) // 2))
-    truth = ids[given:]
-    prompt = served.tokenizer.decode(ids[:given])
+    given = min(GIVEN, len(ids) // 2)
+    prompt, truth = ids[:given], ids[given:]
     pieces = served.generator.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
     recited = [i for piece in pieces for i in piece.ids]
     first_error = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
     verdict = "all correct" if first_error == len(truth) else f"{first_error} correct before the first error"
     changes = SequenceMatcher(None, truth, recited, autojunk=False).get_opcodes()
-    text = _compared(served, truth, [(kind, a, b) for kind, a, b, _, _ in changes], "del")
-    model = _compared(served, recited, [(kind, c, d) for kind, _, _, c, d in changes], "ins")
-    sheets = "".join(
-        sheet(title, f'<p class="verse"><span class="prompt">{escape(prompt)}</span>{body}</p>')
-        for title, body in (("The text", text), ("The model", model))
-    )
+    text = _compared(served, prompt, truth, [(kind, a, b) for kind, a, b, _, _ in changes], "del")
+    model = _compared(served, prompt, recited, [(kind, c, d) for kind, _, _, c, d in changes], "ins")
+    sheets = sheet("The text", text) + sheet("The model", model)
     status = f"Given the first <b>{given}</b> tokens, the model recites the next <b>{len(truth)}</b>: <b>{verdict}</b>."
     return f'{heading("Recital")}{status_html(status)}<div class="samples two">{sheets}</div>'
 
 
-def roundtrip_length(served: Served, ids: list[int], given: int) -> int:
-    """The largest number of tokens up to `given` whose text is encoded as the same tokens.
-
-    A split can change them: two newlines at the end become one token.
-    """
-    for n in range(given, 1, -1):
-        if served.tokenizer.encode(served.tokenizer.decode(ids[:n])) == ids[:n]:
-            return n
-    return 1
-
-
-def _compared(served: Served, ids: list[int], changes: list[tuple[str, int, int]], tag: str) -> str:
-    """The text of `ids`, with the differences in `tag`."""
-    texts = [escape(text) for text in split_text(served.tokenizer, ids, range(1, len(ids)))]
+def _compared(served: Served, prompt: list[int], ids: list[int], changes: list[tuple[str, int, int]], tag: str) -> str:
+    """The text of `prompt` and of `ids`, with the differences in `tag`."""
+    places = range(len(prompt), len(prompt) + len(ids))
+    given, *texts = map(escape, split_text(served.tokenizer, [*prompt, *ids], places))
     parts = ((kind, "".join(texts[begin:end])) for kind, begin, end in changes)
-    return "".join(part if kind == "equal" or not part else f"<{tag}>{part}</{tag}>" for kind, part in parts)
+    body = "".join(part if kind == "equal" or not part else f"<{tag}>{part}</{tag}>" for kind, part in parts)
+    return f'<p class="verse"><span class="prompt">{given}</span>{body}</p>'

@@ -72,6 +72,7 @@ def test_all_documents_are_counted_and_entropies_are_those_of_the_beginning_of_a
     assert (figures["documents"], figures["lines"]) == (3, 30)
     assert (figures["characters"], figures["bytes"]) == (7 * 30 + 3 + 14 + 1, 10 * 30 + 3 + 16 + 1)
     assert {"id": tokenizer.eot, "text": "<|endoftext|>", "count": 2} in figures["frequent_tokens"]
+    assert r"'\\xa2'" in str(figures["frequent_tokens"])  # the last of three bytes
     assert (figures["tokens"], figures["validation_tokens"]) == (len(train), len(val))
     assert figures["statistics_tokens"] == 20 < len(train)
     assert figures["next_token_entropy"] == next_token_entropy(train.read(0, 20).astype(np.int64))

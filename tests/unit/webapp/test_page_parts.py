@@ -23,7 +23,7 @@ from webapp.page import TABS, compose, head_html
 from webapp.tabs import next_token
 from webapp.tabs.about import about_html, parts, sizes
 from webapp.tabs.next_token import next_token_html, predict_next
-from webapp.tabs.recall import _about_windows, heat_html, n_windows, recital_html, roundtrip_length
+from webapp.tabs.recall import _about_windows, heat_html, n_windows, recital_html
 from webapp.tabs.training import run_html
 from webapp.tabs.write import samples_html
 
@@ -44,6 +44,19 @@ def completed(served: Any, prompt: str, samples: Any = 1, **numbers: Any) -> Com
 def test_splitting_a_text_loses_and_repeats_nothing(tokenizer, text, places):
     ids = tokenizer.encode(text)
     assert "".join(split_text(tokenizer, ids, sorted(min(place, len(ids)) for place in places))) == text
+
+
+def test_no_text_has_a_replacement_character_for_a_part_of_a_character(served):
+    text, ids = "今天写🐱", served.tokenizer.encode("今天写🐱")  # eleven tokens
+    for begin in range(len(ids)):
+        for end in range(begin + 1, len(ids) + 1):
+            whole = served.tokenizer.decode(ids[begin:end])
+            assert "".join(split_text(served.tokenizer, ids[begin:end], range(end - begin))) == whole in text
+            assert "\ufffd" not in Completion(served, ids[:begin], 1, [ids[begin:end]]).text(0)  # while it grows
+    for begin in range(len(ids) - 1):
+        the_text, _ = recital_html(served, ids[begin:]).split("The model</b>")
+        assert re.sub("<[^>]*>", "", the_text).endswith(served.tokenizer.decode(ids[begin:]))
+        assert "\ufffd" not in the_text + heat_html(served, ids[begin:], 0, "")
 
 
 def test_copied_passages_are_marked_and_the_prompt_is_not(served):
@@ -113,6 +126,23 @@ def test_the_end_of_text_token_cannot_be_appended(served):
     assert " disabled" in html
 
 
+def test_a_part_of_a_character_is_shown_as_bytes_and_pressing_the_others_goes_on_with_it(page, served):
+    prompt, part, ids = "All: ", "", served.tokenizer.encode("🐱")
+    one = {"text": None, "probability": 0.5, "times_in_text": 0}
+    for n, shown in enumerate((r"\xf0\x9f", r"\x90", r"\xb1")):
+        assert f' data-token="{ids[n]}">{shown}</button>' in next_token._line(served, one | {"id": ids[n]}, 0, ids[:n])
+        assert "disabled" in next_token._line(served, one | {"id": 25}, 0, ids[:n]) or n == 0  # ":" within a character
+        assert (prompt, part) == ("All: ", " ".join(map(str, ids[:n])))
+        prompt, html = call(page, event(page, "append"), prompt, sent={"token": ids[n], "part": part})
+        part = re.search(r'data-part="(.*?)"', html)[1]
+    assert (prompt, part) == ("All: 🐱", "")
+    after = predict_next(served, "All: ", 2, f"{ids[0]} {ids[1]}")["tokens"]
+    assert [one["bytes"] for one in after] == [one["text"].encode().hex() for one in after]
+    for part in ("x", "-1", "50257", "1 " * 9, "9" * 5000, None):
+        with pytest.raises(InputError, match=r"^part "):
+            predict_next(served, "All:", 2, part)
+
+
 def test_errors_of_a_recital_are_marked_on_both_sides(served):
     ids = served.ids[: WINDOW + 1].tolist()
     html = recital_html(served, ids)
@@ -124,11 +154,8 @@ def test_errors_of_a_recital_are_marked_on_both_sides(served):
     assert "<ins>" in html
 
 
-def test_any_window_is_recited_after_a_prompt_of_the_same_tokens(served):
-    ids = served.tokenizer.encode("speak.\n\nAll")
-    assert served.tokenizer.encode(served.tokenizer.decode(ids[:-1])) != ids[:-1]  # two newlines become one token
-    assert roundtrip_length(served, ids, len(ids) - 1) == len(ids) - 2
-    assert (n_windows(served) - 1) * WINDOW < len(served.ids) - 1 <= n_windows(served) * WINDOW  # they cover the text
+def test_the_windows_cover_the_text(served):
+    assert (n_windows(served) - 1) * WINDOW < len(served.ids) - 1 <= n_windows(served) * WINDOW
 
 
 def test_words_are_found_one_place_after_the_other_and_again_from_the_start(served):
