@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from pipeline.data.batches import Split
 from pipeline.model.evaluate import corpus_loss
@@ -11,26 +12,24 @@ from pipeline.system.files import write_text
 from pipeline.system.signals import StopSignals, interrupted
 from pipeline.tracking.journal import StepRecord
 from pipeline.training.checkpoint import keep_newest, save_checkpoint
+from pipeline.training.extension import plateau_end
 from pipeline.training.run import Run
-from pipeline.training.target import best_step, evaluation_is_due, needs_corpus_loss
+from pipeline.training.target import best_step, evaluate_last
 
 Consumer = Callable[[StepRecord], None]  # called after each step; an exception ends the run
 
 
 def evaluate(run: Run, record: StepRecord) -> None:
     """Compute the validation and corpus losses when an evaluation is due, and always after the last step."""
-    target, held_out = run.config.target, run.text.validation
+    held_out = run.text.validation
 
     def loss_on(part: Split) -> float:
+        run.state.model.eval()
         length, autocast = run.config.windows.seq_len, run.machine.autocast()
         return corpus_loss(run.state.model, part, length, autocast, world=run.world)
 
-    if run.finished or evaluation_is_due(run.records, run.steps_per_epoch, held_out is not None, target):
-        run.state.model.eval()
-        if held_out is not None:
-            record.validation_loss = loss_on(held_out)
-        if run.finished or needs_corpus_loss(run.records, target):
-            record.corpus_loss = loss_on(run.text.train)
+    corpus, validation = partial(loss_on, run.text.train), held_out and partial(loss_on, held_out)
+    evaluate_last(run.records, run.max_steps, run.steps_per_epoch, run.config.target, corpus, validation)
 
 
 def sample(run: Run, record: StepRecord) -> None:
@@ -50,18 +49,24 @@ def sample(run: Run, record: StepRecord) -> None:
 class Checkpoints:
     """Save a checkpoint at fixed intervals of steps or seconds, at the best step, after a signal and at the end.
 
+    A run with a larger budget may start from the last step, or from the last one before the decay of its schedule. So
+    that before the decay is kept, and also the best of those before the newest.
+
     The interval in seconds is measured by rank 0. A signal received by one process stops all processes.
     """
 
     def __init__(self, run: Run, stop: StopSignals) -> None:
         self.run, self.stop = run, stop
         self._saved = time.perf_counter()
+        self._plateau_end = plateau_end(run.config.optim, run.config.windows)
 
     def save(self, record: StepRecord) -> None:
         """Save if a checkpoint is due. Raises Interrupted after a signal, unless the run is finished."""
         run, config = self.run, self.run.config.checkpoint
         best = best_step(run.records, run.config.target)
-        is_due = config.interval_steps and record.step % config.interval_steps == 0
+        is_due = record.step == self._plateau_end or (
+            config.interval_steps and record.step % config.interval_steps == 0
+        )
         is_late = run.world.is_main and time.perf_counter() - self._saved >= config.interval_s
         signal, any_late = run.world.largest(self.stop.received or 0, is_late)
         if is_due or any_late or signal or run.finished or best == record.step:
@@ -69,7 +74,8 @@ class Checkpoints:
             if run.journal:
                 run.journal.sync()
                 save_checkpoint(run.folder, record.step, tensors, run.state.scalars())
-                keep_newest(run.folder, 2, also=best)
+                best_before = best_step(run.records[:-1], run.config.target)
+                keep_newest(run.folder, 2, also={best_before, self._plateau_end})
             self._saved = time.perf_counter()
         if signal and not run.finished:
             raise interrupted(signal, f"at step {record.step} of {run.max_steps}, all saved in {run.folder}")

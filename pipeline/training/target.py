@@ -103,6 +103,28 @@ def best_step(records: Records, config: TargetConfig) -> int | None:
     return min(losses)[1] if losses else None
 
 
+def evaluate_last(
+    records: Records,
+    max_steps: int,
+    steps_per_epoch: int,
+    config: TargetConfig,
+    corpus: Callable[[], float | None],
+    validation: Callable[[], float | None] | None,
+) -> None:
+    """Set the losses of the last record if an evaluation is due, as it is after the last step of a run.
+
+    `corpus` and `validation` (None without a held-out text) measure them.
+    """
+    record = records[-1]
+    if is_finished(records, max_steps, config) or evaluation_is_due(
+        records, steps_per_epoch, validation is not None, config
+    ):
+        if validation is not None:
+            record.validation_loss = validation()
+        if is_finished(records, max_steps, config) or needs_corpus_loss(records, config):
+            record.corpus_loss = corpus()
+
+
 def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:
     """Whether an evaluation is due after the last record. (A run's last step is always evaluated.)
 
