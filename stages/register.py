@@ -15,6 +15,8 @@ def main() -> None:
     done = register(project_root(), Path(), config)
     champion = "champion" if done["champion"] else "not champion"
     print(f"{done['model']} version {done['version']}, run {done['run_id']}: {champion}: {done['reason']}")
+    if done["next_step"]:
+        print(done["next_step"])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pipeline.system.device import prepare_machine
 from pipeline.system.host import git_info
 from pipeline.system.limits import cores
 from pipeline.training.config import RunConfig
-from pipeline.training.preflight import CHECKPOINTS, saved_bytes
+from pipeline.training.preflight import n_checkpoints, saved_bytes
 
 INSTALL = "`python -m pip install --constraint constraints.txt --editable .`"
 MAIN = ("torch", "mlflow", "dvc")  # packages whose versions are shown
@@ -98,7 +98,7 @@ def examine_params(root: Path) -> Iterator[Finding]:
     for line in output.getvalue().splitlines():
         yield Finding("note", line.removeprefix("train.").partition(":")[0], line)
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))
-    needed = CHECKPOINTS * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
+    needed = n_checkpoints(config.optim) * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free
     what = f"{free / 1e9:,.1f} GB free in {root}, a run may need {needed / 1e9:,.1f} GB"
     if free < needed:

@@ -89,6 +89,13 @@ def judge(candidate: Candidate, champion: Champion | None, max_target_loss: floa
     return Verdict(True, reason) if loss <= champion.sliding_loss else Verdict(False, f"worse: {reason}")
 
 
+def next_step(version: str, champion: str | None, other_text: bool) -> str:
+    """What to do after `version` was not promoted, in one line; `other_text`: the champion's text is another one."""
+    served = f"the page and `generate` use champion {champion}" if champion else "there is no champion yet"
+    own = "; or give this text a model of its own: set registry.model to a new name and run `dvc repro`"
+    return f"{served}: `python -m pipeline models promote {version}` makes version {version} champion{own * other_text}"
+
+
 def model_loss(project: Path, tokens: Path) -> float:
     """Compute the sliding loss of `project`'s model over all of `tokens`.
 

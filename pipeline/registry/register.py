@@ -18,6 +18,7 @@ from pipeline.registry.promotion import (
     Verdict,
     judge,
     model_loss,
+    next_step,
     set_champion,
 )
 from pipeline.system.errors import IntegrityError, ModelMissing
@@ -59,6 +60,9 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
             for key, value in ((VERDICT, verdict.reason), (PASSED, str(verdict.promotes).lower())):
                 store.client.set_model_version_tag(config.model, version.version, key, value)
         version = store.client.get_model_version(config.model, version.version)
+        champion = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
+        other = champion and store.client.get_model_version(config.model, champion).tags.get("data_sha256")
+        next_ = next_step(str(version.version), champion, other not in (None, tags["data_sha256"]))
     outcome = {
         "model": config.model,
         "version": str(version.version),
@@ -67,6 +71,7 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
         "aliases": sorted(version.aliases),
         "champion": verdict.promotes,
         "reason": verdict.reason,
+        "next_step": None if verdict.promotes else next_,
     }
     write_json(project / "reports" / "registered.json", outcome)
     return outcome

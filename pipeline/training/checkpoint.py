@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ Saved = tuple[Tensors, dict[str, Any]]  # the results of TrainState.tensors and 
 
 def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, scalars: dict[str, Any]) -> Path:
     """Write `run_folder/step-<step>/` atomically and return its path. Raises OutOfSpaceError on a full disk."""
-    folder = _folder_of(run_folder, step)
+    folder = checkpoint_folder(run_folder, step)
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     with atomic_folder(folder, needed) as unfinished:
         for stem, group in tensors.items():
@@ -31,7 +32,7 @@ def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, scalars: dict
 
 def load_checkpoint(run_folder: Path, step: int) -> Saved:
     """Load the checkpoint of `step`. Raises IntegrityError, with the name of the file, if any byte has changed."""
-    folder = _folder_of(run_folder, step)
+    folder = checkpoint_folder(run_folder, step)
     verify_manifest(folder, HINT)
     tensors = {path.stem: load_tensors(path, HINT) for path in sorted(folder.glob("*.safetensors"))}
     return tensors, read_json(folder / STATE)
@@ -53,7 +54,7 @@ def newest_valid(run_folder: Path, best: int | None = None) -> Saved | None:
     for step in (steps := checkpoint_steps(run_folder)):
         try:
             if best is not None and best < step:
-                verify_manifest(_folder_of(run_folder, best), HINT)
+                verify_manifest(checkpoint_folder(run_folder, best), HINT)
             return load_checkpoint(run_folder, step)
         except IntegrityError as error:
             print(f"warning: {error}; falling back to the previous checkpoint", file=sys.stderr)
@@ -62,14 +63,14 @@ def newest_valid(run_folder: Path, best: int | None = None) -> Saved | None:
     return None
 
 
-def keep_newest(run_folder: Path, keep: int, also: int | None) -> None:
-    """Remove all checkpoints except the newest `keep` and that of step `also`. Each is renamed before it is deleted."""
+def keep_newest(run_folder: Path, keep: int, also: Collection[int | None] = ()) -> None:
+    """Remove all checkpoints except the newest `keep` and those of `also`. Each is renamed before it is deleted."""
     for step in checkpoint_steps(run_folder)[keep:]:
-        if step != also:
+        if step not in also:
             to_remove = run_folder / f"{UNFINISHED}removed-{step}"
-            _folder_of(run_folder, step).rename(to_remove)
+            checkpoint_folder(run_folder, step).rename(to_remove)
             shutil.rmtree(to_remove)
 
 
-def _folder_of(run_folder: Path, step: int) -> Path:
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
     return run_folder / f"step-{step:08d}"

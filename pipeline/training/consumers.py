@@ -11,6 +11,7 @@ from pipeline.system.files import write_text
 from pipeline.system.signals import StopSignals, interrupted
 from pipeline.tracking.journal import StepRecord
 from pipeline.training.checkpoint import keep_newest, save_checkpoint
+from pipeline.training.extension import plateau_end
 from pipeline.training.run import Run
 from pipeline.training.target import RULES, best_step, evaluation_is_due
 
@@ -20,7 +21,8 @@ Consumer = Callable[[StepRecord], None]  # called after each step; an exception 
 def evaluate(run: Run, record: StepRecord) -> None:
     """Compute the loss that the target rule needs when an evaluation is due, and all losses after the last step.
 
-    Unless `target.eval_interval` is given, an evaluation ends early where the loss is clearly above the target.
+    Unless `target.eval_interval` is given, an evaluation that is due ends early where the loss is clearly above the
+    target.
     """
     target, held_out, train = run.config.target, run.text.validation, run.text.train
     texts = {"corpus_loss": (train, fixed_windows), "sliding_loss": (train, sliding_windows)}
@@ -29,18 +31,19 @@ def evaluate(run: Run, record: StepRecord) -> None:
 
     def measure(name: str, limit: float | None = None) -> None:
         if getattr(record, name) is None:
+            run.state.model.eval()
             (text, windows), length = texts[name], run.config.windows.seq_len
             found = text_loss(
                 run.state.model, text, windows(text.size, length), length, run.machine.autocast(), run.world, limit
             )
             setattr(record, name if found.complete else "loss_estimate", found.loss)
 
-    if run.finished or evaluation_is_due(run.records, run.steps_per_epoch, held_out is not None, target):
-        run.state.model.eval()
+    if evaluation_is_due(run.records, run.steps_per_epoch, held_out is not None, target):
         if held_out is not None:
             measure("validation_loss")
-        measure(RULES[target.rule].loss, None if run.finished or target.eval_interval else target.loss)
-        for name in texts if run.finished else ():
+        measure(RULES[target.rule].loss, None if target.eval_interval else target.loss)
+    if run.finished:
+        for name in texts:
             measure(name)
 
 
@@ -61,18 +64,24 @@ def sample(run: Run, record: StepRecord) -> None:
 class Checkpoints:
     """Save a checkpoint at fixed intervals of steps or seconds, at the best step, after a signal and at the end.
 
+    A run with a larger budget may start from the last step, or from the last one before the decay of its schedule. So
+    that before the decay is kept, and also the best of those before the newest.
+
     The interval in seconds is measured by rank 0. A signal received by one process stops all processes.
     """
 
     def __init__(self, run: Run, stop: StopSignals) -> None:
         self.run, self.stop = run, stop
         self._saved = time.perf_counter()
+        self._plateau_end = plateau_end(run.config.optim, run.config.windows)
 
     def save(self, record: StepRecord) -> None:
         """Save if a checkpoint is due. Raises Interrupted after a signal, unless the run is finished."""
         run, config = self.run, self.run.config.checkpoint
         best = best_step(run.records, run.config.target)
-        is_due = config.interval_steps and record.step % config.interval_steps == 0
+        is_due = record.step == self._plateau_end or (
+            config.interval_steps and record.step % config.interval_steps == 0
+        )
         is_late = run.world.is_main and time.perf_counter() - self._saved >= config.interval_s
         signal, any_late = run.world.largest(self.stop.received or 0, is_late)
         if is_due or any_late or signal or run.finished or best == record.step:
@@ -80,7 +89,8 @@ class Checkpoints:
             if run.journal:
                 run.journal.sync()
                 save_checkpoint(run.folder, record.step, tensors, run.state.scalars())
-                keep_newest(run.folder, 2, also=best)
+                best_before = best_step(run.records[:-1], run.config.target)
+                keep_newest(run.folder, 2, also={best_before, self._plateau_end})
             self._saved = time.perf_counter()
         if signal and not run.finished:
             raise interrupted(signal, f"at step {record.step} of {run.max_steps}, all saved in {run.folder}")

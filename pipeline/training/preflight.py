@@ -18,9 +18,8 @@ from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.system.limits import free_memory_bytes
 from pipeline.training.config import RunConfig
-from pipeline.training.optim import build_optimizers, state_slots
+from pipeline.training.optim import SCHEDULES, build_optimizers, state_slots
 
-CHECKPOINTS = 4  # at once: the newest two, that of the best step, and the one being written
 ENTRY_BYTES = 256  # upper bound for a tensor's entry in a file header
 RANDOM_BYTES = 6_000  # RNG state of one process, manifest and state.json
 BPE_BYTES = 1_500_000  # the tokenizer's files in a model's folder
@@ -69,19 +68,24 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
 
 
 def check_disk(config: RunConfig, vocabulary: Vocabulary, machine: Machine, checkpoints: Path) -> None:
-    """Raise OutOfSpaceError if the disk has no room for CHECKPOINTS checkpoints, minus those that it already has.
+    """Raise OutOfSpaceError if the disk has no room for the run's checkpoints, minus those that it already has.
 
     The final model is not counted: when it is written there is one checkpoint less.
     """
     checkpoint, _ = saved_bytes(config, vocabulary, machine.world.size)
     held = sum(path.stat().st_size for path in checkpoints.glob("*/*.safetensors"))  # unfinished ones will be removed
-    needed = CHECKPOINTS * checkpoint - held
+    needed = n_checkpoints(config.optim) * checkpoint - held
     place = next(path for path in checkpoints.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(place).free):
         raise OutOfSpaceError(
             f"the run may need {needed:,} bytes of disk in {place}, {free:,} bytes are free: make room there "
             "(`python -m pipeline clean` removes old checkpoints) and run the same command again"
         )
+
+
+def n_checkpoints(optim: OptimConfig) -> int:
+    """Checkpoints at once: the newest two, those of the best step and before the decay, and the one being written."""
+    return 4 + SCHEDULES[optim.schedule].has_plateau
 
 
 def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pipeline.system.device import Machine
 from pipeline.system.files import write_json
 from pipeline.tracking.journal import STEPS, TIMES, StepRecord, write_lines
 from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.extension import advice
 from pipeline.training.run import Run
 from pipeline.training.target import RULES, best_step, first_met, is_out_of_patience
 
@@ -31,6 +32,8 @@ def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
     mfu = utilisation(throughput(records), flops, run.machine, str(run.identity["environment"]["device"]))
     write_json(timing, time_report(records, first_met(records, config.target), mfu, run.resumes))
     print(summary(results, records, config.target))
+    if results["to_target"][results["rule"]] is None and len(records) == run.max_steps:
+        print(advice(config.optim, config.windows))
 
 
 def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.checkpoint import Saved, load_checkpoint, newest_valid
 from pipeline.training.config import RunConfig
+from pipeline.training.extension import extend
 from pipeline.training.loop import TrainState, fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits
 from pipeline.training.target import best_step, is_finished
@@ -42,6 +43,8 @@ def open_run(
 
         def claim() -> tuple[Identity, list[str]]:
             stack.enter_context(locked(folder.with_suffix(".lock")))
+            if not (folder / IDENTITY).is_file():
+                extend(folder, identity, config, text, elastic)
             return claim_folder(folder, identity, elastic)
 
         run = Run(config, machine, text, folder, *machine.world.on_main(claim))

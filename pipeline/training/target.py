@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -125,6 +126,20 @@ def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, co
     if config.eval_interval is not None:
         return step % config.eval_interval == 0
     return (held_out and step % steps_per_epoch == 0) or evaluation_pays(records, steps_per_epoch, config)
+
+
+def without_end(
+    records: Records, max_steps: int, steps_per_epoch: int, held_out: bool, config: TargetConfig
+) -> StepRecord:
+    """The last record of a run, as a run of `max_steps` has it: without what is measured only after the last step."""
+    *before, last = records
+    if is_finished(records, max_steps, config):
+        return last
+    bare = replace(last, validation_loss=None, corpus_loss=None, sliding_loss=None, loss_estimate=None)
+    if not evaluation_is_due([*before, bare], steps_per_epoch, held_out, config):
+        return bare
+    name = RULES[config.rule].loss if last.loss_estimate is None else "loss_estimate"
+    return replace(bare, **{"validation_loss": last.validation_loss, name: getattr(last, name)})
 
 
 def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig) -> bool:

@@ -150,7 +150,11 @@ def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name
     write_json(path, record | {"results": record["results"] | {"model_step": 99}})
     rivals = [
         (worse, 0.0, "worse: sliding loss 0.0990 on the tokens of champion 1, whose own loss is 0.0900"),
-        (trained_project(tmp_path / "2", **other_text), 0.095, "worse: sliding loss 0.0950 on the tokens of champion 1"),
+        (
+            trained_project(tmp_path / "2", **other_text),
+            0.095,
+            "worse: sliding loss 0.0950 on the tokens of champion 1",
+        ),
         (trained_project(tmp_path / "3", **other_text), IntegrityError("it broke"), "could not be judged: Integrity"),
         (invalid, 0.0, "could not be judged: KeyError: 99"),
     ]
@@ -158,6 +162,9 @@ def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name
         done = register_it(project, loss)
         assert aliases(store, name) == {"champion": "1", "candidate": str(number)}
         assert (done["champion"], done["aliases"]) == (False, ["candidate"])
+        served = f"the page and `generate` use champion 1: `python -m pipeline models promote {number}` makes version"
+        assert done["next_step"].startswith(served)
+        assert ("registry.model" in done["next_step"]) == (number in (3, 4))  # of another text
         assert done["reason"].startswith(reason)
         assert find_version(store, name, str(number)).tags["verdict"] == done["reason"]
         assert store.client.get_run(done["run_id"]).info.status == "FINISHED"
@@ -166,8 +173,10 @@ def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name
     assert register_it(worse)["reason"].startswith("worse: sliding loss 0.0990")
     assert find_version(store, name, "2").tags["sliding_loss"] == "0.099"
     done = register_it(trained_project(tmp_path / "4", loss=0.095, n_tokens=65, salt=1), 0.09)
-    assert (done["champion"], done["version"]) == (True, "6")
-    assert register_it(trained_project(tmp_path / "5", n_tokens=65, salt=1))["reason"].startswith("sliding loss 0.0900 on")
+    assert (done["champion"], done["version"], done["next_step"]) == (True, "6", None)
+    assert register_it(trained_project(tmp_path / "5", n_tokens=65, salt=1))["reason"].startswith(
+        "sliding loss 0.0900 on"
+    )
 
 
 def test_registering_again_keeps_a_verdict_by_hand(store, name, register_it, tmp_path):

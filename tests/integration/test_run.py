@@ -219,6 +219,43 @@ def test_a_finished_run_takes_no_more_steps_and_needs_no_disk(workspace, straigh
     assert bits() == bits(straight)
 
 
+CONSTANT = {"optim.schedule": "constant", "optim.warmup": 2}
+SHARE = CONSTANT | {"optim.warmup": 0.25}
+WSD = CONSTANT | {"optim.schedule": "wsd", "optim.decay": 0.25}
+LINEAR = {"optim.schedule": "linear"}
+
+
+@pytest.mark.parametrize(("short", "longer", "step", "end", "start"), [
+    (CONSTANT, {}, 8, "resumes from step 8\n", "took the same 8 steps"),
+    # the best step so far is 6, though the end of the short run was better
+    (CONSTANT | {"target.eval_interval": 3, "checkpoint.interval_steps": 1}, WSD, 8, "step 8\n", "the same 8 steps"),
+    (WSD, {}, 7, "resumes from step 7\n", "took the same 7 steps"),  # step 8 had a lower rate
+    (WSD, LINEAR, 0, "resumes from step 7\n", "up to 3, and has no checkpoint of them: optim.schedule linear"),
+    (SHARE, {}, 0, "from step 8 if optim.warmup is 2,", "set optim.warmup to its 2 "),
+    (SHARE, CONSTANT, 8, "from step 8 if", "took the same 8 steps"),
+    (LINEAR, {}, 0, "is a new run from step 0: optim.schedule linear", "starting from step 0: the run"),
+    (CONSTANT, {"optim.lr": 0.003}, 0, "resumes from step 8\n", "optim.lr 0.004 -> 0.003"),
+])  # fmt: skip
+def test_a_larger_budget_resumes_after_equal_steps_with_the_bits_of_a_run_that_had_it_from_the_start(
+    workspace, capsys, short, longer, step, end, start
+):
+    change(workspace, **{"optim.max_tokens": 256 * 8, "checkpoint.interval_steps": 100, **short})
+    train()
+    assert end in capsys.readouterr().out
+    earlier = run_folder()
+    change(workspace, **{"optim.max_tokens": 256 * 12, **longer})
+    train_until_killed(10)
+    assert start in (said := capsys.readouterr().out)
+    assert (f"resumes from step {step} of 12" in said) == bool(step)
+    if step:
+        train()
+        earlier.rename(workspace / "earlier")
+        extended = bits()
+        shutil.rmtree("checkpoints")
+        train()
+        assert extended == bits()
+
+
 @pytest.fixture
 def held_out(workspace, tokenizer, shakespeare):
     """A workspace with a held-out text, which the target rule uses."""

@@ -25,7 +25,9 @@ GOOD = Candidate(
     n_tokens=64,
     data_sha256="a",
 )
-CHAMPION = Champion("1", sliding_loss=0.09, n_tokens=64, data_sha256="a", candidate_loss=lambda: pytest.fail("measured"))
+CHAMPION = Champion(
+    "1", sliding_loss=0.09, n_tokens=64, data_sha256="a", candidate_loss=lambda: pytest.fail("measured")
+)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,11 @@ OTHER_TEXT = replace(GOOD, data_sha256="b", n_tokens=65)
         (GOOD, {"n_tokens": 6500}, (False, "trained on 64 tokens, champion 1 on 6,500")),
         (OTHER_TEXT, {"candidate_loss": lambda: 0.09}, (True, f"sliding loss 0.0900 {ON_CHAMPION} 0.0900")),
         (OTHER_TEXT, {"candidate_loss": lambda: 0.091}, (False, f"worse: sliding loss 0.0910 {ON_CHAMPION} 0.0900")),
-        (OTHER_TEXT, {"candidate_loss": lambda: float("nan")}, (False, f"worse: sliding loss nan {ON_CHAMPION} 0.0900")),
+        (
+            OTHER_TEXT,
+            {"candidate_loss": lambda: float("nan")},
+            (False, f"worse: sliding loss nan {ON_CHAMPION} 0.0900"),
+        ),
     ],
 )
 def test_a_version_without_a_flaw_is_compared_with_the_champion_on_the_champions_text(candidate, champion, verdict):

@@ -90,7 +90,7 @@ def test_the_newest_and_the_best_are_kept_and_other_folders_are_not_touched(thre
     shutil.copytree(three / "step-00000001", three / "step-00000009.mine")
     save(three, 4)
     assert checkpoint_steps(three) == [4, 3, 2, 1]
-    keep_newest(three, 2, also=1)
+    keep_newest(three, 2, also={1, None})
     assert checkpoint_steps(three) == [4, 3, 1]
     assert (three / "step-00000009.mine").is_dir()
 
