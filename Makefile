@@ -1,5 +1,8 @@
 # make repro: text -> registered model. make app: its web page. make test, make check, make faults: unit, integration and
 # fault tests. Each target first makes .venv from the pinned dependencies.
+ifeq ($(OS),Windows_NT)
+$(error this program runs on Linux and macOS: on Windows, run it in WSL 2)
+endif
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
