@@ -75,9 +75,8 @@ def examine_tools(root: Path) -> Iterator[Finding]:
         except (OSError, subprocess.SubprocessError) as error:  # missing, or its interpreter was moved
             yield Finding("to fix", name, f"does not start ({error})", hint)
     if git_info()["git_commit"] == "unknown":
-        without = "`git init`, or for DVC without git: dvc config --local core.no_scm true"
-        what = f"{root} is not a git repository with a commit: runs cannot record their code"
-        yield Finding("note", "git", what, None if (root / ".git").exists() else without)
+        hint = "`git status` says more; for DVC without git: dvc config --local core.no_scm true"
+        yield Finding("note", "git", f"git does not track {root}: runs record no commit", hint)
 
 
 def examine_params(root: Path) -> Iterator[Finding]:

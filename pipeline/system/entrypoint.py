@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.system.errors import InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
@@ -27,7 +28,7 @@ def run_stage(main: Callable[[], None]) -> None:
 def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return 0; on an error, print it as one line and return its exit code."""
     try:
-        if sys.platform == "win32":
+        if find_spec("fcntl") is None:  # Windows; this file and its imports also load there, with Python alone
             raise InputError("this program runs on Linux and macOS: on Windows, run it in WSL 2")
         if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would replace Python's own module
             raise InputError(

@@ -28,8 +28,8 @@ def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "su
 
 
 def git_info() -> dict[str, str]:
-    """Commit of the working directory, and whether a file differs from it; DVC's outputs are ignored."""
-    commit = git("rev-parse", "HEAD")
+    """Commit that has the working directory's dvc.yaml, and whether a file but DVC's outputs differs from it."""
+    commit = git("rev-parse", "HEAD") if git("ls-tree", "HEAD", "dvc.yaml") else None  # else of a repository around it
     changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
     clean = "unknown" if commit is None or changes is None else str(not changes).lower()
     return {"git_commit": commit or "unknown", "tree_clean": clean}

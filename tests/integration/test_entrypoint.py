@@ -56,6 +56,24 @@ def test_a_python_without_the_packages_says_so_in_one_line(program):
     assert re.fullmatch(rf"error: {sys.executable} has no \w+: activate .venv, .*\n", done.stderr)
 
 
+WINDOWS = """if True:
+    import runpy, signal, sys
+    sys.platform = "win32"
+    sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"]))  # they cannot be imported
+    del signal.SIGALRM, signal.SIGHUP, signal.SIGKILL
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")
+    """
+
+
+@pytest.mark.parametrize("program", ["pipeline/__main__.py", "stages/train.py", "app.py", "setup.py"])
+def test_windows_is_refused_in_one_line_before_anything_is_installed(program):
+    line = "this program runs on Linux and macOS: on Windows, run it in WSL 2"
+    done = run("-S", "-c", WINDOWS, program)
+    assert (done.returncode > 0, done.stdout, done.stderr) == (True, "", f"error: {line}\n")
+    make = subprocess.run(["make", "--dry-run", "OS=Windows_NT"], cwd=ROOT, capture_output=True, text=True)
+    assert (make.returncode, make.stdout, line in make.stderr) == (2, "", True)
+
+
 IMPORTS = """if True:
     import sys
     from pipeline.__main__ import main

@@ -69,7 +69,7 @@ def test_missing_and_moved_programs_and_a_missing_repository_are_named(tmp_path,
     git, dvc, repository = examine_tools(tmp_path)
     assert [(finding.mark, finding.topic) for finding in (git, dvc)] == [("to fix", "git"), ("to fix", "dvc")]
     assert "if the folder was moved" in dvc.hint
-    assert (repository.mark, "not a git repository" in repository.what) == ("note", True)
+    assert (repository.mark, "git does not track" in repository.what) == ("note", True)
     assert "dvc config --local core.no_scm true" in repository.hint
 
 

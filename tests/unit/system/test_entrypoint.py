@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 
 import pytest
 
@@ -64,9 +63,3 @@ def test_signals_within_a_second_count_as_one():  # a dying DVC sends one for ea
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(Interrupted, match="SIGTERM at step 3: run the same command again"):
         stop.raise_if_received("at step 3")
-
-
-def test_windows_is_refused_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert exit_code_of(raising(ModuleNotFoundError("fcntl"))) == 2
-    assert capsys.readouterr().err == "error: this program runs on Linux and macOS: on Windows, run it in WSL 2\n"
