@@ -55,13 +55,17 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     mps, name = torch.backends.mps.is_available(), config.device
     problem = _cuda_problem() if name in ("auto", "cuda") else None
     if name == "auto":
-        name = "cuda" if problem is None else "mps" if mps else "cpu"
+        name = "cuda" if problem is None else "mps" if mps and world.size == 1 else "cpu"
         if problem not in (None, NO_GPU):
             print(f"train.device: using the {name.upper()}: {problem}")
+        elif mps and name == "cpu":
+            print(f"train.device: using the CPU: {world.size} processes cannot share mps")
     elif name == "cuda" and problem is not None:
         raise InputError(f"train.device: cuda cannot be used, {problem}: choose auto or cpu")
     elif name == "mps" and not mps:
         raise InputError("train.device: this machine has no mps: choose auto or cpu")
+    elif name == "mps" and world.size > 1:
+        raise InputError(f"train.device: {world.size} processes cannot share mps: choose auto or cpu")
     device = torch.device(name) if world.size == 1 or name != "cuda" else torch.device(name, world.local_rank)
     if name == "cuda":
         if world.local_size > (there := torch.cuda.device_count()):
@@ -126,6 +130,9 @@ def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> b
     """Resolve `auto`; print a message if the compiler is missing, or if `auto` selects compilation."""
     wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
     if not wanted:
+        return False
+    if device == "mps":  # what torch has for it is a prototype
+        print("train.compile: not on mps: training without compiling")
         return False
     found = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
     if not found:

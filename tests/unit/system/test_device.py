@@ -10,6 +10,7 @@ from pipeline.config.params import load_params
 from pipeline.config.sections import TrainConfig
 from pipeline.system import device
 from pipeline.system.device import prepare_machine
+from pipeline.system.distributed import World
 from pipeline.system.errors import InputError
 
 
@@ -67,6 +68,15 @@ def raise_or_return(value):
     if isinstance(value, Exception):
         raise value
     return value
+
+
+def test_processes_cannot_share_mps(config, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert prepare_machine(config).device.type == "mps"
+    assert prepare_machine(config, world=World(0, 2, 0, 2)).device.type == "cpu"
+    assert capsys.readouterr().out == "train.device: using the CPU: 2 processes cannot share mps\n"
+    with pytest.raises(InputError, match="2 processes cannot share mps: choose auto or cpu"):
+        prepare_machine(config.updated(device="mps"), world=World(0, 2, 0, 2))
 
 
 @pytest.mark.parametrize(
