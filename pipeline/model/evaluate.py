@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
-from pipeline.config.sections import EvaluateConfig, TrainConfig
+from pipeline.config.sections import EvaluateConfig
 from pipeline.data.batches import IGNORED, Split, Windows, fixed_windows, make_batch, n_windows, sliding_windows
 from pipeline.data.token_files import TokenFolder
+from pipeline.model.generator import AUTO
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model
 from pipeline.system.device import Machine, prepare_machine
@@ -91,11 +92,18 @@ def evaluate_model(
 
 
 def machine_of(run: dict[str, Any]) -> Machine:
-    """Prepare the device that the run's train.device selects on this machine, with the run's threads and precision."""
-    environment = run["environment"]
-    where = {**run["params"]["train"], "threads": environment["threads"], "precision": "fp32", "compile": False}
-    machine = prepare_machine(TrainConfig.model_validate({**where, "processes": 1}))
-    return machine._replace(precision=environment["precision"])  # even if it is slow on this device
+    """Prepare the device that the run's train.device selects on this machine, with the run's threads and precision.
+
+    MPS evaluates in fp32. In 16 bits, its attention reads future tokens in some versions of torch (their issue 195910).
+    """
+    environment, train = run["environment"], run["params"]["train"]
+    where = {"device": train["device"], "deterministic": train["deterministic"], "threads": environment["threads"]}
+    machine = prepare_machine(AUTO.updated(**where, precision="fp32"))
+    if machine.device.type != "mps":
+        return machine._replace(precision=environment["precision"])  # even if it is slow on this device
+    if environment["precision"] != "fp32":
+        print(f"evaluating in fp32: the run's precision {environment['precision']} is not reliable on MPS")
+    return machine
 
 
 class TextLoss(NamedTuple):

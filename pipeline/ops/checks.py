@@ -1,6 +1,7 @@
 """Check the installed packages, git, DVC, params.yaml, this machine and its disk."""
 
 import contextlib
+import fcntl
 import io
 import os
 import platform
@@ -20,6 +21,8 @@ from pipeline.config.params import load_params
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops.params_check import check_params
 from pipeline.system.device import prepare_machine
+from pipeline.system.errors import InputError
+from pipeline.system.files import flock
 from pipeline.system.host import git_info
 from pipeline.system.limits import cores
 from pipeline.training.config import RunConfig
@@ -96,6 +99,11 @@ def examine_params(root: Path) -> Iterator[Finding]:
         yield Finding("note", "threads", "more threads than usable cores", f"train.threads: {n}")
     for line in output.getvalue().splitlines():
         yield Finding("note", line.removeprefix("train.").partition(":")[0], line)
+    try:
+        with params.path.open() as file:
+            flock(file, fcntl.LOCK_SH)  # changes nothing
+    except InputError as error:
+        yield Finding("to fix", "disk", str(error))
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))
     needed = n_checkpoints(config.optim) * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free

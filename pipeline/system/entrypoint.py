@@ -27,6 +27,7 @@ def run_stage(main: Callable[[], None]) -> None:
 
 def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return 0; on an error, print it as one line and return its exit code."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # torch reads it when it is imported, and says what lacks
     try:
         if find_spec("fcntl") is None:  # Windows; this file and its imports also load there, with Python alone
             raise InputError("this program runs on Linux and macOS: on Windows, run it in WSL 2")
@@ -69,4 +70,4 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch raised `error` because the GPU or the CPU is out of memory."""
-    return re.search("out of memory|allocate memory", str(error)) is not None
+    return re.search("out of memory|allocate memory|Invalid buffer size", str(error)) is not None

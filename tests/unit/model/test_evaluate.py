@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import EvaluateConfig, ModelConfig, TrainConfig
+from pipeline.config.sections import EvaluateConfig, ModelConfig
 from pipeline.data.batches import Split, TrainingData, fixed_windows, sliding_windows
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
@@ -30,6 +29,7 @@ from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
 from pipeline.system import files
+from tests.mps import MPS, mps  # noqa: F401 (a fixture)
 
 T = 16
 IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))
@@ -107,34 +107,16 @@ def test_an_evaluation_ends_early_where_the_loss_is_clearly_above_the_target(mod
         assert found.loss == loss if found.complete else found.loss > target
 
 
-class NoFloat64(torch.Tensor):
-    """A tensor of a device that has no float64, as MPS."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.cpu:
-            with torch._C.DisableTorchFunctionSubclass():
-                return args[0].as_subclass(torch.Tensor)
-        if function is torch.Tensor.double or any(x is torch.float64 for x in (*args, *(kwargs or {}).values())):
-            raise TypeError("this device has no float64")
-        return super().__torch_function__(function, types, args, kwargs)
-
-
-def test_a_device_without_float64_gives_the_same_figures_and_texts(model, tokenizer):
-    without = copy.deepcopy(model)
-    for layer in list(without.modules()):
-        for name, weight in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, torch.nn.Parameter(weight.detach().as_subclass(NoFloat64), requires_grad=False))
-    assert isinstance(without(IDS[None, :T]), NoFloat64)  # the control: it is passed on
+def test_mps_gives_the_same_figures_and_texts(model, tokenizer, mps):  # noqa: F811
+    there, split = copy.deepcopy(model).to(MPS), SPLIT._replace(device=MPS)
     for figures in (window_figures, corpus_loss, sliding_loss):
-        assert figures(without, SPLIT, T, nullcontext()) == figures(model, SPLIT, T, nullcontext())
+        assert figures(there, split, T, nullcontext()) == figures(model, SPLIT, T, nullcontext())
     places = np.array([[0, 7], [5, 7], [40, 7]])
-    assert verbatim_recall(without, SPLIT, places, nullcontext()) == verbatim_recall(
-        model, SPLIT, places, nullcontext()
-    )
-    texts = [Generator(m, tokenizer).text("!", Sampling(max_tokens=5, seed=1)) for m in (without, model)]
+    recall = [verbatim_recall(m, s, places, nullcontext()) for m, s in ((there, split), (model, SPLIT))]
+    assert recall[0] == recall[1]
+    texts = [Generator(m, tokenizer).text("!", Sampling(max_tokens=5, seed=1)) for m in (there, model)]
     assert texts[0] == texts[1]
-    assert torch.equal(*(Generator(m, tokenizer).next_tokens("!") for m in (without, model)))
+    assert torch.equal(*(Generator(m, tokenizer).next_tokens("!") for m in (there, model)))
 
 
 def recited(model, given):
@@ -180,10 +162,10 @@ def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_f
         write_shard(tokens / f"{part}-00000.bin", [ids], 32)
     files.write_manifest(tokens)
     save_model(tmp_path / "model", model, bpe)
-    train = load_params().section(TrainConfig).model_dump(exclude={"processes"})
-    run = {  # as all versions of the code have written it
+    train = {"device": "cpu", "deterministic": True, "of_a_later_version": 1}
+    run = {
         "fingerprint": "f", "n_params": 1, "data_sha256": files.sha256_file(tokens / "manifest.json"),
-        "params": {"train": {**train, "device": "cpu"}},
+        "params": {"train": train},
         "environment": {"device": "AVX512, a CPU by any name", "precision": "fp32", "threads": 1},
         "results": {"target_loss": 0.1, "to_target": {}},
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The doctor's checks of packages, tools, params.yaml and the disk: each fault is found and has a hint."""
 
+import fcntl
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,17 @@ def test_a_missing_compiler_is_a_note(monkeypatch, project):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = {finding.topic: finding for finding in examine_params(project("compile: auto", "compile: true"))}
     assert "C++ compiler not found" in found["compile"].what
+
+
+def without_locks(file, operation):
+    raise OSError(37, "No locks available")
+
+
+def test_a_disk_without_locks_is_named(project, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    folder = project()
+    (disk, _) = [finding for finding in examine_params(folder) if finding.topic == "disk"]
+    assert (disk.mark, f"disk of {folder} cannot lock files (no locks available)" in disk.what) == ("to fix", True)
 
 
 def test_invalid_params_are_refused(project):

@@ -33,6 +33,7 @@ def raising(error):
         (KeyboardInterrupt(), 130),
         (MemoryError(), 5),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 5),
+        (RuntimeError("Invalid buffer size: 20.48 GiB"), 5),  # of MPS
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), 5),
         (IsADirectoryError(21, "Is a directory", "there"), 2),
         (OSError(28, "No space left on device", "there"), 5),
@@ -48,8 +49,10 @@ def test_each_error_has_its_exit_code_and_one_line(error, code, capsys):
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("x"), ModuleNotFoundError(name="pipeline.x")])
-def test_success_is_zero_and_a_bug_is_raised(bug):
+def test_success_is_zero_and_a_bug_is_raised(bug, monkeypatch):
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK", raising=False)
     assert exit_code_of(lambda: None) == 0
+    assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == "1"
     with pytest.raises(type(bug)):
         exit_code_of(raising(bug))
 
