@@ -15,7 +15,6 @@ from webapp.model_source import Served, Source
 
 SHOWN = 12
 MAX_PART = 8  # tokens
-START = "First Citizen:\nBefore we proceed any"
 APPEND = """
 element.addEventListener("click", (event) => {
   const button = event.target.closest("button[data-token]");
@@ -51,9 +50,10 @@ def predict_next(served: Served, prompt: Any, most: int = SHOWN, part: Any = "")
 
 
 def next_token_tab(page: gr.Blocks, source: Source) -> None:
+    start = "".join(source.current().examples[:1])
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            prompt = gr.Textbox(START, label="Text so far", lines=5, max_lines=14, max_length=MAX_PROMPT,
+            prompt = gr.Textbox(start, label="Text so far", lines=5, max_lines=14, max_length=MAX_PROMPT,
                                 elem_id="so-far")  # fmt: skip
             go = gr.Button("Predict", variant="primary", elem_classes="go", elem_id="predict")
             html(
@@ -64,7 +64,7 @@ def next_token_tab(page: gr.Blocks, source: Source) -> None:
                 )
             )
         with gr.Column(scale=3, min_width=300):
-            shown = html(next_token_html(source.current(), START), js_on_load=APPEND, elem_id="next")
+            shown = html(next_token_html(source.current(), start), js_on_load=APPEND, elem_id="next")
 
     def predict(prompt: Any) -> str:
         with user_errors():

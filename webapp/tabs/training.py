@@ -34,7 +34,8 @@ def training_tab(page: gr.Blocks, source: Source) -> None:
     run = html(run_html(source.current()), elem_id="run")
     html(heading("Side by side"))
     with gr.Row(equal_height=False):
-        prompt = gr.Textbox("First Citizen:\n", label="Prompt for both", lines=2, max_length=MAX_PROMPT, scale=3)
+        prompt = gr.Textbox("".join(source.current().examples[:1]), label="Prompt for both", lines=2,
+                            max_length=MAX_PROMPT, scale=3)  # fmt: skip
         left = gr.Dropdown(label="Version", filterable=False, min_width=110)
         right = gr.Dropdown(label="and version", filterable=False, min_width=110)
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=110)
