@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -23,7 +24,7 @@ from pipeline.ops.params_check import check_params
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError
 from pipeline.system.files import flock
-from pipeline.system.host import git_info
+from pipeline.system.host import ADD_PIP, git_info, has_pip
 from pipeline.system.limits import cores
 from pipeline.training.config import RunConfig
 from pipeline.training.preflight import n_checkpoints, saved_bytes
@@ -64,7 +65,11 @@ def examine_packages(root: Path) -> Iterator[Finding]:
         for name, specifier in needed.items()
         if not (version := installed.get(name)) or not specifier.contains(version, prereleases=True)
     ]
-    yield from (Finding("to fix", "packages", what, INSTALL) for what in unmet)
+    if not has_pip():
+        what = f"{sys.executable} has no pip, which downloads sources such as wheel:NAME==VERSION/MEMBER"
+        yield Finding("note", "packages", what, ADD_PIP)
+    install = INSTALL if has_pip() else INSTALL.replace("python -m pip", "uv pip")
+    yield from (Finding("to fix", "packages", what, install) for what in unmet)
     if not unmet:
         named = ", ".join(f"{name} {installed[name]}" for name in ("Python", *MAIN) if name in installed)
         yield Finding("ok", "packages", f"{named}; all {len(needed) - 1} packages fit pyproject.toml")

@@ -24,8 +24,9 @@ from pipeline.registry.promotion import (
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, locked, sha256_file, verify_manifest, write_json
 from pipeline.tracking.journal import STEPS, read_steps
+from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_runs import ensure_run
-from pipeline.tracking.mlflow_store import Store, first_line, naming_dead_store, open_store, store_errors
+from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
 from pipeline.tracking.run_record import read_metrics, read_run
 from pipeline.training.target import RULES
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 IS_CHAMPION = "is the champion"
+AGAIN = "then `dvc repro -f -s register`"
 BROKEN: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
 LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
 
@@ -47,7 +49,7 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     IntegrityError if model or tokens are altered, or if tokens or metrics belong to another model.
     """
     record, metrics, n_tokens = read_project(project)
-    with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root):
+    with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root, AGAIN):
         store = open_store(root)
         run = ensure_run(store, project, record)
         tags = _version_tags(project, run, record, metrics, n_tokens)

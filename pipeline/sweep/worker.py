@@ -23,7 +23,7 @@ from pipeline.system.entrypoint import is_out_of_memory, run_stage
 from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned
 from pipeline.system.signals import StopSignals, die_with_parent
 from pipeline.tracking.journal import StepRecord
-from pipeline.tracking.mlflow_store import first_line
+from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.checkpoint import keep_newest

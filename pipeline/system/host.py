@@ -5,10 +5,11 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+ADD_PIP = "`python -m ensurepip` adds it, or `uv pip install pip` in an environment made by uv"
 SOURCE_ROOT = Path(__file__).parents[2]  # the folder with pipeline/, stages/ and webapp/
 
 
@@ -25,6 +26,11 @@ def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "su
     process.stdin.write(json.dumps(line) + "\n")
     process.stdin.flush()
     return process
+
+
+def has_pip() -> bool:
+    """Whether `python -m pip` works; an environment made by uv has no pip."""
+    return util.find_spec("pip") is not None
 
 
 def git_info() -> dict[str, str]:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.system.errors import InputError
 from pipeline.system.files import write_text
 from pipeline.system.host import host_info
 from pipeline.tracking.mlflow_runs import (
@@ -48,7 +49,7 @@ class MlflowTracker:
 
     @staticmethod
     def errors() -> tuple[type[Exception], ...]:
-        return store_errors()
+        return *store_errors(), InputError  # a database that `connect` refuses
 
     def log_records(self, records: list[Record]) -> None:
         """Send the records that the store lacks, and the present system metrics."""
