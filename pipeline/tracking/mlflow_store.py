@@ -86,10 +86,13 @@ def _is_supported(uri: str) -> bool:
 def connect(uri: str) -> "MlflowClient":
     """A client of a store; a missing database is created.
 
-    Raises InputError for a database that MLflow would change: one of another MLflow version or of another program.
+    Raises InputError for a database that MLflow would change: one of another MLflow version or of another program; and
+    for a timeout in the environment that is not a number.
     """
     for name, value in MLFLOW_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+        given = os.environ.setdefault(name, value)
+        if value.isdecimal() and not given.isdecimal():
+            raise InputError(f"{name} is {given!r}: set it to a whole number, or unset it")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):

@@ -89,8 +89,9 @@ def test_a_server_that_runs_is_named_with_what_it_answers_and_nobody_is_told_to_
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("http://127.0.0.1:9", "(connection refused): start it, or correct MLFLOW_TRACKING_URI"),
-        ("postgresql://127.0.0.1:9/x", "(connection refused): start it, or correct MLFLOW_TRACKING_URI"),
+        ("http://127.0.0.1:9", "(connection refused by 127.0.0.1:9): start it, or correct MLFLOW_TRACKING_URI"),
+        ("postgresql://127.0.0.1:9/x", "(connection refused by 127.0.0.1:9): start it, or"),
+        ("postgresql+nope://h/x", "(MLflow has no such stores): correct MLFLOW_TRACKING_URI"),
         ("https://127.0.0.1:{port}", "(it does not use TLS): write http instead of https"),
         ("http://mlflow.invalid", "(its host name is unknown): correct MLFLOW_TRACKING_URI"),
         ("http://mlflow.example", "(the proxy does not let the request through): correct HTTP_PROXY"),

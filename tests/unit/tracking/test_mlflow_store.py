@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.system.errors import InputError
-from pipeline.tracking.mlflow_store import project_root, store_uri
+from pipeline.tracking.mlflow_store import connect, project_root, store_uri
 from pipeline.tracking.recorder import Recorder
 
 
@@ -29,6 +29,12 @@ def test_what_is_neither_a_server_nor_a_database_is_refused_before_training_begi
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(InputError, match=r"write http://HOST:PORT or sqlite:///FILE .*migrate-filestore"):
         Recorder(tmp_path, tmp_path, {}, {})
+
+
+def test_a_timeout_that_is_not_a_number_is_named(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10 s")
+    with pytest.raises(InputError, match="MLFLOW_HTTP_REQUEST_TIMEOUT is '10 s': set it to a whole number"):
+        connect("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
