@@ -57,11 +57,17 @@ def checked_prompt(prompt: Any) -> str:
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    """Raises InputError unless `value` is a number from `low` to `high`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not number or (whole and value % 1 != 0):
+        kind = "whole number" if whole else "number"
+        raise InputError(f"{name} {str(value)[:40]}: choose a {kind} from {low:,} to {high:,}")
+
+
 def checked_int(name: str, value: Any, low: int, high: int) -> int:
     """A whole number from `low` to `high`. Raises InputError."""
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value and value % 1 == 0
-    if not whole or not low <= value <= high:
-        raise InputError(f"{name} {str(value)[:40]}: choose a whole number from {low:,} to {high:,}")
+    check_number(name, value, low, high, whole=True)
     return int(value)
 
 

@@ -27,9 +27,14 @@ def user_errors(on_page: bool = True) -> Iterator[None]:
         raise gr.Error(text, duration=8, print_exception=False, title="Not possible") from None
 
 
-def event_options(queue: str, **options: Any) -> dict[str, Any]:
-    """Options of an event of the page. `queue`: "model" for generation, "read" for fast requests."""
+def event_options(queue: str, shown_on: gr.HTML | None = None, **options: Any) -> dict[str, Any]:
+    """Options of an event of the page. `queue`: "model" for generation, "read" for fast requests.
+
+    `shown_on`: the result on which a request in the queue shows its place.
+    """
     private: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
+    if shown_on:
+        private |= {"show_progress": "minimal", "show_progress_on": shown_on}
     return private | {"concurrency_id": queue} | options
 
 

@@ -151,7 +151,28 @@ def test_a_refusal_leaves_the_last_text(visit):
     visitor.get_by_label("Seed").first.press("Tab")  # Gradio sends a field when it loses the focus
     press_write(visitor, "All:")
     playwright.expect(visitor.locator(".toast-body")).to_contain_text("seed None")
+    visitor.get_by_label("Seed").first.fill("1")
+    set_number(visitor, "Max tokens", 5000)  # beyond the slider
+    press_write(visitor, "All:")
+    playwright.expect(visitor.locator(".toast-body").last).to_contain_text(
+        "max_tokens 5000: choose a number from 1 to 2,000"
+    )
     assert visitor.locator("#written").inner_text() == before
+
+
+def test_a_press_shows_its_place_in_the_queue_until_stop(visit, slow):
+    for n in (1, 2):
+        visit().locator("#write").click()
+        assert slow.opens(n)
+    visitor = visit()
+    visitor.locator("#write").click()
+    waiting, shown = visitor.locator("#status .progress-text"), visitor.locator("#status [data-testid=status-tracker]")
+    playwright.expect(waiting).to_contain_text("queue: ")
+    assert shown.bounding_box()["height"] > 10  # Gradio hides it over an empty result
+    playwright.expect(visitor.locator("#write")).to_have_css("pointer-events", "none")
+    visitor.keyboard.press("Escape")
+    playwright.expect(waiting).to_have_count(0)
+    assert slow.opens(2)
 
 
 def test_a_pressed_token_is_appended_and_the_next_one_predicted(visit, tokenizer):

@@ -37,7 +37,7 @@ def recall_tab(page: gr.Blocks, source: Source) -> None:
             html(note(f"{served.corpus.limits}.") if served.corpus.limits else "")
         with gr.Column(scale=3, min_width=300):
             shown = [html("", elem_id="heat"), html("", elem_id="recital")]
-    options = event_options("model", trigger_mode="always_last")
+    options = event_options("model", shown[0], trigger_mode="always_last")
     recall = partial(_recall, source)
     place.change(recall, [place, words], shown, **options)
     for pressed in (find.click, words.submit):

@@ -42,9 +42,9 @@ def training_tab(page: gr.Blocks, source: Source) -> None:
     compare = gr.Button("Compare", variant="primary", elem_classes="go", elem_id="compare")
     output = html("", js_on_load=OPEN_PLACE, elem_id="compared")
     place = html("", elem_id="compared-place")
-    options = event_options("model", show_progress="minimal")
-    version.change(partial(_run, source), version, run, **options)
-    compare.click(partial(_compare, source), [prompt, left, right, seed], [output, place], **options)
+    version.change(partial(_run, source), version, run, **event_options("model", run))
+    shown = [output, place]
+    compare.click(partial(_compare, source), [prompt, left, right, seed], shown, **event_options("model", output))
     connect_places(source, output, place)
     page.load(partial(_choices, source), None, [version, left, right], **event_options("read"))
 

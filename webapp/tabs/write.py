@@ -9,12 +9,14 @@ from typing import Any
 
 import gradio as gr
 
-from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, checked_int, complete
+from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, check_number, checked_int, complete
 from webapp.html import MIN_PASSAGE, event_options, html, marked_html, note, place_html, sheet, status_html, user_errors
 from webapp.model_source import Source
 
 CHIP = 28  # characters of an example that its button shows
 NUMBERS = ("samples", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+RANGES = {"samples": (1, MAX_SAMPLES), "max_tokens": (1, MAX_TOKENS), "temperature": (0, 2), "top_k": (0, 200),
+          "top_p": (0.05, 1), "repetition_penalty": (0.5, 2)}  # of the sliders  # fmt: skip
 OPEN_PLACE = """
 const open = (event) => {
   const mark = event.target.closest("[data-place]");
@@ -58,7 +60,7 @@ def write_tab(page: gr.Blocks, source: Source) -> None:
             output = html(note("The completion appears here."), js_on_load=OPEN_PLACE, elem_id="written")
             place = html("", elem_id="place")
     shown = [status, output, place]
-    started = go.click(partial(_written, source), [prompt, *numbers], shown, **event_options("model"))
+    started = go.click(partial(_written, source), [prompt, *numbers], shown, **event_options("model", status))
     stop.click(None, None, None, cancels=[started], queue=False, api_visibility="private")
     connect_places(source, output, place)
 
@@ -80,22 +82,29 @@ def connect_places(source: Source, output: gr.HTML, place: gr.HTML) -> None:
 
 def _numbers() -> list[gr.components.Component]:
     """A field for each of NUMBERS."""
-    samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples")
-    length = gr.Slider(1, MAX_TOKENS, 200, step=1, label="Max tokens")
-    temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the most likely token")
+    samples = gr.Slider(*RANGES["samples"], 1, step=1, label="Samples")
+    length = gr.Slider(*RANGES["max_tokens"], 200, step=1, label="Max tokens")
+    temperature = gr.Slider(
+        *RANGES["temperature"], 0.8, step=0.05, label="Temperature", info="0: always the most likely token"
+    )
     with gr.Accordion("More", open=False):
-        top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="sample from the k most likely tokens; 0: from all")
-        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="sample from the smallest set whose "
-                          "probabilities add up to this; 1: from all")  # fmt: skip
-        penalty = gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty", info="1: none")
+        top_k = gr.Slider(
+            *RANGES["top_k"], 0, step=1, label="Top-k", info="sample from the k most likely tokens; 0: from all"
+        )
+        top_p = gr.Slider(*RANGES["top_p"], 1, step=0.05, label="Top-p", info="sample from the smallest set "
+                          "whose probabilities add up to this; 1: from all")  # fmt: skip
+        penalty = gr.Slider(*RANGES["repetition_penalty"], 1, step=0.05, label="Repetition penalty", info="1: none")
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="the same seed gives the same text")
     return [samples, length, temperature, top_k, top_p, penalty, seed]
 
 
 def _written(source: Source, prompt: Any, *numbers: Any) -> Iterator[tuple[str, str, str]]:
     """Yield status, samples and an empty place as the text grows. Raises gr.Error for invalid input."""
+    values = dict(zip(NUMBERS, numbers, strict=True))
     with user_errors():
-        for completion in complete(source.current(), prompt, **dict(zip(NUMBERS, numbers, strict=True))):
+        for name, (low, high) in RANGES.items():  # the field beside a slider accepts any number
+            check_number(name, values[name], low, high)
+        for completion in complete(source.current(), prompt, **values):
             yield _status(completion), samples_html(completion, source.trouble), ""
 
 

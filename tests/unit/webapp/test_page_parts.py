@@ -25,7 +25,7 @@ from webapp.tabs.about import about_html, parts, sizes
 from webapp.tabs.next_token import next_token_html, predict_next
 from webapp.tabs.recall import heat_html, last_place, recital_html
 from webapp.tabs.training import run_html
-from webapp.tabs.write import samples_html
+from webapp.tabs.write import NUMBERS, RANGES, _written, samples_html
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +256,15 @@ def test_a_wrong_number_is_refused_by_its_name(served):  # E3; test_sampling has
         for value in values:
             with pytest.raises(InputError, match=f"^{name}"):
                 completed(served, "All:", **{"samples": 1, name: value})
+
+
+def test_a_number_beyond_a_slider_is_refused_on_the_page(source):
+    good = dict(zip(NUMBERS, (1, 2, 0.8, 0, 1, 1, 1), strict=True))
+    assert "All:" in list(_written(source, "All:", *good.values()))[-1][1]
+    for name, (low, high) in RANGES.items():
+        for value in (low - 0.01, high + 1, None):
+            with pytest.raises(gr.Error, match=f"'{name} {value}: choose a number from {low} to {high:,}'"):
+                next(_written(source, "All:", *(good | {name: value}).values()))
 
 
 def test_no_event_fails_with_anything_but_a_refusal(page):
