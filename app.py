@@ -50,7 +50,7 @@ def open_source(arguments: argparse.Namespace) -> "Source":
         return Folder(arguments.folder)
     from pipeline.config.params import load_params
     from pipeline.config.sections import RegistryConfig
-    from pipeline.tracking.mlflow_store import project_root
+    from pipeline.system.host import project_root
     from webapp.registry_source import Registry
 
     root = project_root()

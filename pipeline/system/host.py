@@ -27,6 +27,11 @@ def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "su
     return process
 
 
+def project_root() -> Path:
+    """The repository with the checkpoints and the store, also within a copy made by `dvc exp run --temp`."""
+    return Path(os.environ.get("DVC_ROOT", "")).absolute()
+
+
 def git_info() -> dict[str, str]:
     """Commit of the working directory, and whether a file differs from it; DVC's outputs are ignored."""
     commit = git("rev-parse", "HEAD")
