@@ -1,5 +1,10 @@
 """Serve a registered model, or a version in a folder, on a local web page; see `python app.py --help`."""
 
+if __name__ == "__main__":
+    import pipeline
+
+    pipeline.end_quietly()  # Ctrl-C during the imports below
+
 import argparse
 import os
 import socket

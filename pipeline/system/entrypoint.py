@@ -27,6 +27,8 @@ def run_stage(main: Callable[[], None]) -> None:
 def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return 0; on an error, print it as one line and return its exit code."""
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by `end_quietly`, for the imports up to here
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.platform == "win32":
             raise InputError("this program runs on Linux and macOS: on Windows, run it in WSL 2")
         if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would replace Python's own module
