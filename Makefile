@@ -1,5 +1,8 @@
 # make repro: text -> registered model. make app: its web page. make test, make check, make faults: unit, integration and
 # fault tests. Each target first makes .venv from the pinned dependencies.
+ifeq ($(OS),Windows_NT)
+$(error this program runs on Linux and macOS: on Windows, run it in WSL 2)
+endif
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -7,6 +10,7 @@ INSTALLED := .venv/installed
 # while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
+IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
 
 .PHONY: repro app sweep dashboard test check faults lint format clean-venv
 
@@ -45,9 +49,9 @@ clean-venv:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is %d.%d: Python 3.11 or newer is needed, name one with PYTHON=" % sys.version_info[:2])'
+	@$(IN_GIT) || echo 'git does not track this folder: DVC will work without git, and runs record no commit'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true # on all cores; packages have files for other Pythons
-	@test -e .git || { $(BIN)/dvc config --local core.no_scm true && \
-		echo "no .git here: DVC works without git, and runs record no commit"; }
+	@$(IN_GIT) || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
 	touch $@

@@ -37,12 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Validate params.yaml, and list all of its errors."""
+    """Validate params.yaml, and list all of its errors; the answer does not depend on the machine."""
     from pipeline.config.params import load_params
     from pipeline.ops.params_check import check_params
 
     check_params(params := load_params())
-    print(f"{params.path} is valid")
+    print(f"{params.path} is valid; `python -m pipeline doctor` says whether this machine can train with it")
 
 
 def tokenize(arguments: argparse.Namespace) -> None:

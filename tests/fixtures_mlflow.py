@@ -50,14 +50,15 @@ def an_identity() -> dict[str, Any]:
     }
 
 
-def append_steps(journal: Journal, start: int, stop: int, corpus_loss: float | None = None) -> None:
-    """Append records of the steps start + 1 to stop; every tenth has a corpus_loss, the last one the given value."""
+def append_steps(journal: Journal, start: int, stop: int, sliding_loss: float | None = None) -> None:
+    """Append records of the steps start + 1 to stop; every tenth has a sliding_loss, the last one the given value."""
     for step in range(start + 1, stop + 1):
         clock = {"step_s": 0.5, "train_s": step / 2, "wall_s": step * 0.6, "memory_bytes": 1000}
         record = StepRecord(step, 8 * step, 5 / step, 1.5, 0.1 / step, **clock)
         record.logged_ms = 1_700_000_000_000 + 7 * step
         if step % 10 == 0:
-            record.corpus_loss = 4 / step if corpus_loss is None or step < stop else corpus_loss
+            record.sliding_loss = 4 / step if sliding_loss is None or step < stop else sliding_loss
+            record.corpus_loss = 1.5
         journal.append(record)
 
 
@@ -115,7 +116,7 @@ def _cheap_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "_save_files", save_files)
 
 
-def trained_project(folder: Path, corpus_loss: float = 0.09, n_tokens: int = 64, salt: int = 0) -> Path:
+def trained_project(folder: Path, loss: float = 0.09, n_tokens: int = 64, salt: int = 0) -> Path:
     """Make the files of the stages before `register`: model, journal, tokens, reports, params.yaml and dvc.lock."""
     (tokens := folder / "data" / "tokens").mkdir(parents=True)
     write_shard(tokens / "train-00000.bin", [[(i + salt) % 50 for i in range(n_tokens)]], 50257)
@@ -124,15 +125,15 @@ def trained_project(folder: Path, corpus_loss: float = 0.09, n_tokens: int = 64,
     (model / "model.safetensors").write_bytes(b"weights" + bytes([salt]))
     write_manifest(model)
     journal = Journal(folder / "models")
-    append_steps(journal, 0, 20, corpus_loss)
+    append_steps(journal, 0, 20, loss)
     journal.close()
-    reached = {"steps": 20, "tokens": 160} if corpus_loss < 0.1 else None
-    to_target = {"batch": None, "average": None, "corpus": reached, "validation": None}
-    losses = {"corpus_loss": corpus_loss, "target_loss": 0.1, "rule": "corpus"}
+    reached = {"steps": 20, "tokens": 160} if loss < 0.1 else None
+    to_target = {"batch": None, "average": None, "corpus": None, "sliding": reached, "validation": None}
+    losses = {"loss": loss, "target_loss": 0.1, "rule": "sliding"}
     results = {"steps": 20, "tokens": 160, "model_step": 20, **losses, "to_target": to_target}
     identity = {**an_identity(), "data_sha256": data_sha256(tokens)}
     write_json(folder / "models" / "run.json", {**identity, "n_params": 7, "results": results})
-    metrics = {"fingerprint": identity["fingerprint"], "corpus_loss": corpus_loss, "to_target": to_target}
+    metrics = {"fingerprint": identity["fingerprint"], "sliding_loss": loss, "corpus_loss": 1.5, "to_target": to_target}
     write_json(folder / "reports" / "metrics.json", metrics)
     write_json(folder / "reports" / "timing.json", {"tokens_per_s": 16.0, "mfu": "unknown"})
     (folder / "reports" / "figures").mkdir()

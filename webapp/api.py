@@ -43,16 +43,17 @@ def add_endpoints(source: Source) -> None:
                     "tokens_per_s": round(completion.tokens_per_s, 1),
                 }
 
-    def next_token(prompt: str, most: int = 10) -> dict[str, Any]:
+    def next_token(prompt: str, most: int = 10, part: str = "") -> dict[str, Any]:
         """Predict the token after `prompt`: {model, entropy_nats, tokens, context_tokens, context_times}.
 
         `tokens` are the `most` (1..1000) most likely ones. Each has id, text (null for a part of a character and for
-        the end-of-text token), probability (at temperature 1), and times_in_text: how often it follows the context in
-        the training text. The context is the longest suffix of the prompt that occurs there. It has `context_tokens`
-        tokens and occurs `context_times` times.
+        the end-of-text token), bytes (in hexadecimal), probability (at temperature 1), and times_in_text: how often it
+        follows the context in the training text. The context is the longest suffix of the prompt that occurs there. It
+        has `context_tokens` tokens and occurs `context_times` times. `part`: ids of up to 8 tokens after the prompt,
+        separated by spaces, such as the first tokens of a character.
         """
         with user_errors(on_page=False):
-            return predict_next(source.current(), prompt, checked_int("most", most, 1, 1000))
+            return predict_next(source.current(), prompt, checked_int("most", most, 1, 1000), part)
 
     gr.api(generate, api_name="generate", concurrency_id="model")
     gr.api(next_token, api_name="next_token", concurrency_id="read")

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import gradio as gr
 
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
 from pipeline.system.errors import PipelineError
 from webapp.model_source import Served
 
@@ -34,26 +34,21 @@ def event_options(queue: str, **options: Any) -> dict[str, Any]:
 
 
 def split_text(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) -> list[str]:
-    """Split the text of `ids` before the tokens `places`; a character of several tokens stays with the first one."""
+    """Split the text of `ids` before the tokens `places`; a character of several tokens stays with the first one.
+
+    A part of a character at the start or end is left out, as in `Tokenizer.decode`.
+    """
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
-    text, ends = b"".join(pieces), [0]
-    for piece in pieces:
-        ends.append(ends[-1] + len(piece))
-    cuts = [0, *(ends[place] for place in places), len(text)]
-    for n, offset in enumerate(cuts):
-        while 0 < offset < len(text) and text[offset] & 0xC0 == 0x80:  # within a character
-            offset += 1
-        cuts[n] = offset
-    return [text[start:stop].decode("utf-8", errors="replace") for start, stop in pairwise(cuts)]
+    data, begins = b"".join(pieces), [0, *accumulate(map(len, pieces))]
+    text = data[: whole_length(data)].decode("utf-8", errors="replace")
+    start = len(data) - len(data.lstrip(CONTINUATION_BYTES))  # in `text`, each of these bytes is one U+FFFD
+    cuts = (len(data[: begins[place]].decode("utf-8", errors="replace")) for place in places)
+    return [text[begin:end] for begin, end in pairwise([start, *(max(start, cut) for cut in cuts), len(text)])]
 
 
-def visible(tokenizer: Tokenizer, token: int) -> str:
-    """A single token, with its whitespace made visible."""
-    raw = tokenizer.decode_bytes([token])
-    try:
-        text = escape(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        text = "".join(f"\\x{byte:02x}" for byte in raw)
+def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of `ids`, with its whitespace and the bytes of a part of a character made visible."""
+    text = escape(tokenizer.decode_bytes(ids).decode("utf-8", errors="backslashreplace"))
     for blank, sign in ((" ", "·"), ("\n", "↵"), ("\t", "⇥")):
         text = text.replace(blank, f'<i class="blank">{sign}</i>')
     return text

@@ -10,6 +10,9 @@ from pipeline.model.generator import Generator, load_generator
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import read_json
 
+N_EXAMPLES = 5
+EXAMPLE_CHARACTERS = 70  # at most
+
 
 class Served:
     """A loaded version: its generator, its training text, and `info`, the result of describe_version."""
@@ -25,6 +28,17 @@ class Served:
     def ids(self) -> np.ndarray:
         """Token ids of the training text, (N,); of a long text, only the first ones."""
         return self.corpus.ids
+
+    @cached_property
+    def examples(self) -> list[str]:
+        """Passages of the training text as prompts: its beginning, and others from places spread evenly over it."""
+        found = []
+        for begin in range(0, len(self.ids), max(1, len(self.ids) // N_EXAMPLES)):
+            text = self.tokenizer.decode(self.ids[begin : begin + 2 * EXAMPLE_CHARACTERS].tolist())
+            passage = text if begin == 0 else text.partition("\n")[2].lstrip() or text.partition(" ")[2]
+            cut = passage[: EXAMPLE_CHARACTERS + 1]
+            found.append((cut if cut == passage else cut[: max(map(cut.rfind, " \n"))]).rstrip()[:EXAMPLE_CHARACTERS])
+        return list(dict.fromkeys(filter(None, found)))[:N_EXAMPLES]
 
     @cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:

@@ -52,13 +52,18 @@ def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
 def head_html(source: Source) -> str:
     """The title, the served version, and the reason why another one could not be loaded."""
     served = source.current()
-    loss = served.info["metrics"].get("corpus_loss")
-    reached = "" if loss is None else f"; its loss over all of them is {loss:.3f}"
+    metrics = served.info["metrics"]
+    recall = metrics.get("verbatim_recall_anywhere")
+    known = (
+        ""
+        if recall is None
+        else f" From any place in it, it recites {recall:.0%} of passages of 32 tokens word for word."
+    )
     label = ", ".join([served.label, *served.info["aliases"]])
     trouble = f'<p class="trouble" role="status">{escape(source.trouble)}</p>' if source.trouble else ""
     return (
         f'<div class="masthead"><h1>By heart</h1><p>A GPT-2 that was trained to memorise {len(served.ids):,} tokens of '
-        f"text{reached}. This page shows what it writes, and how much of that is copied. <b>{escape(label)}</b></p>"
+        f"text.{known} This page shows what it writes, and how much of that is copied. <b>{escape(label)}</b></p>"
         f"{trouble}</div>"
     )
 

@@ -86,11 +86,21 @@ class WindowsConfig(Section):
     seq_len: int = Field(ge=2)  # tokens in a window
     micro_batch_size: int = Field(ge=1)  # windows in a forward pass
     gradient_accumulation_steps: int = Field(ge=1)  # forward passes in a step
-    order: Literal["shuffled", "sequential", "random"]  # fixed windows in one of two orders, or random offsets
+    order: Literal["jittered", "shuffled", "sequential", "random"]  # see data/batches.py
+
+    @model_validator(mode="after")
+    def _jitter_has_room(self) -> Self:
+        if self.order == "jittered" and self.seq_len < 8:
+            raise ValueError(f"seq_len {self.seq_len} is below 8, the shortest window that order jittered can shift")
+        return self
+
+    @property
+    def step_windows(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
     @property
     def step_tokens(self) -> int:
-        return self.seq_len * self.micro_batch_size * self.gradient_accumulation_steps
+        return self.seq_len * self.step_windows
 
 
 class OptimConfig(Section):

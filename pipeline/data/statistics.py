@@ -74,7 +74,11 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
         "bytes_per_token": round(n_bytes / len(train), 4),
         "characters_per_token": round(characters / len(train), 4),
         "frequent_tokens": [
-            {"id": token, "text": tokenizer.decode([token]), "count": int(counts[token])}
+            {
+                "id": token,
+                "text": tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace"),
+                "count": int(counts[token]),
+            }
             for token in used[frequent].tolist()
         ],
         "statistics_tokens": len(ids),
@@ -90,15 +94,17 @@ def next_token_entropy(ids: Integers) -> dict[str, float]:
 
 
 def irreducible_loss(ids: Integers) -> dict[str, dict[str, float]]:
-    """Lowest mean loss on windows of T tokens, for each T of LENGTHS: `fixed` windows, or `shifted` by any offset.
+    """Lowest mean loss on windows of T tokens, for each T of LENGTHS.
 
-    The best model knows a target's position in the window and the tokens before it in the window, but not the window's
-    position in the text.
+    `fixed`: fixed windows; `shifted`: windows that are shifted by any offset; `sliding`: the same, of targets with more
+    than T/2 inputs only, as in sliding windows. The best model knows a target's position in the window and the tokens
+    before it in the window, but not the window's position in the text.
     """
     grams, lengths = NGrams(ids), [length for length in LENGTHS if length < len(ids)]
     return {
         "fixed": {str(T): grams.mean_entropy(1, T + 1, len(ids) - T, stride=T) for T in lengths},
         "shifted": {str(T): grams.mean_entropy(1, T + 1, len(ids) - T) for T in lengths},
+        "sliding": {str(T): grams.mean_entropy(T // 2 + 1, T + 1, len(ids) - T) for T in lengths},
     }
 
 

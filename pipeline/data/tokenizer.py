@@ -47,14 +47,24 @@ class Tokenizer(Protocol):
         """Decode `ids` to their exact bytes."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode `ids`; bytes that are not UTF-8, such as part of a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """Decode `ids`, without a part of a character at the start or end; other invalid bytes become U+FFFD."""
+        data = self.decode_bytes(ids).lstrip(CONTINUATION_BYTES)
+        return data[: whole_length(data)].decode("utf-8", errors="replace")
 
     def encode_documents(self, data: bytes) -> npt.NDArray[np.uint16]:
         """Encode documents in UTF-8 to ids, (N,). Must be thread-safe."""
         first, *others = data.decode().split("\0")
         ids = [*self.encode(first), *(i for text in others for i in (self.eot, *self.encode(text)))]
         return np.array(ids, np.uint16)
+
+
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all but the first of a character
+
+
+def whole_length(data: bytes) -> int:
+    """Length of `data` up to the end of its last whole character in UTF-8; a part of one may follow."""
+    last = data.decode("utf-8", errors="ignore")[-1:].encode()
+    return data.rfind(last) + len(last) if last else 0
 
 
 BPE_SHA256 = {

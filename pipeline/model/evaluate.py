@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
-from pipeline.config.sections import EvaluateConfig, TrainConfig
-from pipeline.data.batches import IGNORED, Split, make_batch, n_windows
+from pipeline.config.sections import EvaluateConfig
+from pipeline.data.batches import IGNORED, Split, Windows, fixed_windows, make_batch, n_windows, sliding_windows
 from pipeline.data.token_files import TokenFolder
+from pipeline.model.generator import AUTO
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model
 from pipeline.system.device import Machine, prepare_machine
@@ -23,6 +26,7 @@ from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
 
 BATCH_TOKENS = 8192  # tokens in a forward pass; another number may change the last bit of a loss
+MIN_BATCHES = 16  # in a text, so that the first batch is a small part of it
 RECALL_TOKENS = 32  # tokens of context, and as many of continuation
 
 
@@ -51,26 +55,34 @@ def evaluate_model(
     T, autocast = model.trained_length, machine.autocast()
     split, held_out = (Split(part, model.vocabulary, machine.device) for part in (text.train, text.val))
     shifts = (T // 4, T // 2, 3 * T // 4)
-    starts = {aligned: recall_starts(split.size, model, config, aligned) for aligned in (True, False)}
+    places = {kind: recall_places(split.size, model, config, kind) for kind in ("aligned", "shifted", "anywhere")}
     n_inputs = T * sum(n_windows(n, T) for n in (held_out.size, *(split.size - shift for shift in (0, *shifts))))
-    n_inputs += sum(len(places) * (2 * recall_context(model) - 1) for places in starts.values())
+    n_inputs += T * len(sliding_windows(split.size, T))
+    n_inputs += sum(len(each) * (int(each[:, 1].max()) + recall_tokens(model)) for each in places.values())
     with tqdm(total=n_inputs, desc="evaluate", unit="token", unit_scale=True, disable=None) as bar:  # on a terminal
-        model.ln_f.register_forward_hook(lambda _layer, _inputs, hidden: bar.update(hidden.shape[:2].numel()))
+
+        def count(_layer: Module, _inputs: object, hidden: Tensor) -> None:  # what a hook returns replaces the output
+            bar.update(hidden.shape[:2].numel())
+
+        model.ln_f.register_forward_hook(count)
         windows = window_figures(model, split, T, autocast)
+        sliding = sliding_loss(model, split, T, autocast)
         by_shift = {str(shift): corpus_loss(model, split, T, autocast, shift) for shift in shifts}
-        recall = {aligned: verbatim_recall(model, split, places, autocast) for aligned, places in starts.items()}
+        recall = {kind: verbatim_recall(model, split, each, autocast) for kind, each in places.items()}
         validation_loss = corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None
     results = run["results"]
     metrics = {
+        "sliding_loss": sliding,
         "corpus_loss": windows.loss,
         "corpus_perplexity": math.exp(windows.loss),
         "shifted_loss": sum(by_shift.values()) / len(by_shift),
         "shifted_loss_by_offset": by_shift,
         "validation_loss": validation_loss,
         "top1_accuracy": windows.top1_accuracy,
-        "verbatim_recall": recall[True],
-        "verbatim_recall_shifted": recall[False],
-        "recall_tokens": recall_context(model),
+        "verbatim_recall": recall["aligned"],
+        "verbatim_recall_shifted": recall["shifted"],
+        "verbatim_recall_anywhere": recall["anywhere"],
+        "recall_tokens": recall_tokens(model),
         "fingerprint": run["fingerprint"],
         "n_params": run["n_params"],
         "target_loss": results["target_loss"],
@@ -80,84 +92,126 @@ def evaluate_model(
 
 
 def machine_of(run: dict[str, Any]) -> Machine:
-    """Prepare the device that the run's train.device selects on this machine, with the run's threads and precision."""
-    environment = run["environment"]
-    where = {**run["params"]["train"], "threads": environment["threads"], "precision": "fp32", "compile": False}
-    machine = prepare_machine(TrainConfig.model_validate({**where, "processes": 1}))
-    return machine._replace(precision=environment["precision"])  # even if it is slow on this device
+    """Prepare the device that the run's train.device selects on this machine, with the run's threads and precision.
+
+    MPS evaluates in fp32. In 16 bits, its attention reads future tokens in some versions of torch (their issue 195910).
+    """
+    environment, train = run["environment"], run["params"]["train"]
+    where = {"device": train["device"], "deterministic": train["deterministic"], "threads": environment["threads"]}
+    machine = prepare_machine(AUTO.updated(**where, precision="fp32"))
+    if machine.device.type != "mps":
+        return machine._replace(precision=environment["precision"])  # even if it is slow on this device
+    if environment["precision"] != "fp32":
+        print(f"evaluating in fp32: the run's precision {environment['precision']} is not reliable on MPS")
+    return machine
+
+
+class TextLoss(NamedTuple):
+    """The loss of a text, in nats per token."""
+
+    loss: float
+    complete: bool  # False: an estimate from a part of the text
 
 
 @torch.inference_mode()
-def corpus_loss(
-    model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any], shift: int = 0, world: World = ALONE
-) -> float:
-    """Mean loss, in nats per token, of all windows of `length` tokens of the text from token `shift`.
+def text_loss(
+    model: GPT,
+    split: Split,
+    windows: Windows,
+    length: int,
+    autocast: AbstractContextManager[Any],
+    world: World = ALONE,
+    target: float | None = None,
+) -> TextLoss:
+    """Mean loss over the targets of `windows` of `length` tokens.
 
-    The processes of a `world` divide the batches among them. The losses are added in the order of the text, as in
-    a single process.
+    Each batch has windows from all parts of the text, so that its loss is an estimate. With a `target` the evaluation
+    ends as soon as the estimate is clearly above it. The processes of a `world` divide the batches among them; the
+    losses are added in the same order as in a single process.
     """
-    batches = _starts(split, length, shift)
-    sums = []
+    batches = _batches(windows, length)
+    total, n_targets = 0.0, 0
     for begin in range(0, len(batches), world.size):
         # A sharded model runs on all processes together: those without a batch at the end repeat the last one.
-        starts = batches[min(begin + world.rank, len(batches) - 1)]
-        inputs, targets, _ = make_batch(split, starts, length)
+        batch = batches[min(begin + world.rank, len(batches) - 1)]
+        inputs, targets, n = make_batch(split, batch, length)
         with autocast:
-            total = model.token_losses(inputs, targets).cpu().double().sum()  # MPS has no float64
-        sums += world.all_gather(total)
-    return sum(x.item() for x in sums[: len(batches)]) / (split.size - 1 - shift)
+            losses = model.token_losses(inputs, targets, int(batch[:, 1].min()))
+        found = torch.stack([losses.cpu().double().sum(), torch.tensor(n, dtype=torch.float64)])  # MPS has no float64
+        for loss, count in (each.tolist() for each in world.all_gather(found)[: len(batches) - begin]):
+            total, n_targets = total + loss, n_targets + int(count)
+        done = min(begin + world.size, len(batches))
+        if target is not None and done < len(batches) and total / n_targets > target * (1 + 1 / (2 * math.sqrt(done))):
+            return TextLoss(total / n_targets, complete=False)
+    return TextLoss(total / n_targets, complete=True)
+
+
+def corpus_loss(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any], shift: int = 0) -> float:
+    """Mean loss, in nats per token, over the fixed windows of the text from token `shift`."""
+    return text_loss(model, split, fixed_windows(split.size, length, shift), length, autocast).loss
+
+
+def sliding_loss(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]) -> float:
+    """Mean loss, in nats per token, over the sliding windows of the text: each token has at least T/2 before it."""
+    return text_loss(model, split, sliding_windows(split.size, length), length, autocast).loss
 
 
 @torch.inference_mode()
 def window_figures(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any]) -> WindowFigures:
     """Measure the fixed windows of `length` tokens once; the loss has the same bits as `corpus_loss`."""
-    sums, position_sums = [], torch.zeros(length, dtype=torch.float64)
+    total, position_sums = 0.0, torch.zeros(length, dtype=torch.float64)
     hits, n = 0, torch.zeros(length, dtype=torch.int64)  # of targets at each position
-    for starts in _starts(split, length):
-        inputs, targets, _ = make_batch(split, starts, length)
+    for batch in _batches(fixed_windows(split.size, length), length):
+        inputs, targets, _ = make_batch(split, batch, length)
         with autocast:
             hidden = model.hidden(inputs)  # (B, T, C)
             losses = model.losses_of(hidden, targets).cpu().double()  # (B, T)
             hits += int((model.head(hidden).argmax(dim=2) == targets).sum())
-        sums.append(losses.sum().item())
+        total += losses.sum().item()
         position_sums += losses.sum(dim=0)
         n += (targets != IGNORED).sum(dim=0).cpu()
-    return WindowFigures(sum(sums) / (split.size - 1), (position_sums / n.clamp(min=1)).tolist(), hits / int(n.sum()))
+    return WindowFigures(total / (split.size - 1), (position_sums / n.clamp(min=1)).tolist(), hits / int(n.sum()))
 
 
 @torch.inference_mode()
-def verbatim_recall(model: GPT, split: Split, starts: list[int], autocast: AbstractContextManager[Any]) -> float:
-    """Share of `starts` from which greedy decoding recites the text exactly.
+def verbatim_recall(model: GPT, split: Split, places: Windows, autocast: AbstractContextManager[Any]) -> float:
+    """Share of `places` at which greedy decoding recites the text exactly.
 
-    The context is RECALL_TOKENS tokens, or half a window if that is less, and the continuation is as long. Greedy
-    decoding recites it if and only if each of its tokens has the highest probability, given all tokens before it. So
-    one forward pass is enough.
+    A place is a window and the position of its first target, from which on `recall_tokens(model)` tokens are recited.
+    Greedy decoding recites them if and only if each has the highest probability, given all tokens before it. So one
+    forward pass is enough.
     """
-    context = recall_context(model)
-    exact = 0
-    for begin in range(0, len(starts), batch := max(1, BATCH_TOKENS // (2 * context))):
-        inputs, targets, _ = make_batch(split, starts[begin : begin + batch], 2 * context - 1)
+    exact, n, length = 0, recall_tokens(model), int(places[:, 1].max()) + recall_tokens(model)
+    for batch in _batches(places, length):
+        inputs, targets, _ = make_batch(split, batch, length)
+        for row, first in zip(targets, batch[:, 1].tolist(), strict=True):
+            row[first + n :] = IGNORED
         with autocast:
-            likeliest = model.head(model.hidden(inputs)[:, context - 1 :]).argmax(dim=2)  # (B, context)
-        exact += int((likeliest == targets[:, context - 1 :]).all(dim=1).sum())
-    return exact / len(starts)
+            likeliest = model(inputs).argmax(dim=2)  # (B, length)
+        exact += int(((likeliest == targets) | (targets == IGNORED)).all(dim=1).sum())
+    return exact / len(places)
 
 
-def recall_context(model: GPT) -> int:
-    """Tokens of context for verbatim recall: RECALL_TOKENS, or half a window if that is less."""
+def recall_tokens(model: GPT) -> int:
+    """Length of a recital, and the shortest context before it: RECALL_TOKENS, or half a window if that is less."""
     return min(RECALL_TOKENS, model.trained_length // 2)
 
 
-def recall_starts(n_tokens: int, model: GPT, config: EvaluateConfig, aligned: bool) -> list[int]:
-    """Sample positions of the text with room for context and continuation: starts of windows, or any positions."""
-    room = n_tokens - 2 * recall_context(model)
-    candidates = np.arange(0, room + 1, model.trained_length if aligned else 1)
+def recall_places(n_tokens: int, model: GPT, config: EvaluateConfig, kind: str) -> Windows:
+    """Sample places of the text for `verbatim_recall`.
+
+    `kind`: "aligned": after the first tokens of a fixed window; "shifted": at any token, with the same context;
+    "anywhere": at any token, with a context of any length that leaves room for the recital in a window.
+    """
+    T, n = model.trained_length, recall_tokens(model)
+    candidates = np.arange(n, n_tokens - n + 1, T if kind == "aligned" else 1)
     rng = np.random.Generator(np.random.PCG64(config.seed))
-    return sorted(rng.choice(candidates, min(config.recall_places, len(candidates)), replace=False).tolist())
+    places = np.sort(rng.choice(candidates, min(config.recall_places, len(candidates)), replace=False))
+    contexts = np.minimum(places, rng.integers(n, T - n + 1, len(places)) if kind == "anywhere" else n)
+    return np.stack([places - contexts, contexts - 1], axis=1)
 
 
-def _starts(split: Split, length: int, shift: int = 0) -> list[list[int]]:
-    """Start positions of the fixed windows of the text from token `shift`, in batches."""
-    starts = [shift + length * i for i in range(n_windows(split.size - shift, length))]
-    batch = max(1, BATCH_TOKENS // length)
-    return [starts[begin : begin + batch] for begin in range(0, len(starts), batch)]
+def _batches(windows: Windows, length: int) -> list[Windows]:
+    """Divide `windows` into batches of BATCH_TOKENS; each has windows from all parts of the text."""
+    n = min(len(windows), max(MIN_BATCHES, -(-len(windows) * length // BATCH_TOKENS)))
+    return [windows[i::n] for i in range(n)]

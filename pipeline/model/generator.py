@@ -1,6 +1,5 @@
 """Generate text from prompts, token by token; the same seed gives the same text."""
 
-import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -11,7 +10,7 @@ from torch import Tensor
 from pipeline.config.sections import TrainConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.token_files import TokenFolder
-from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer, whole_length
 from pipeline.model.decoder import Decoder, KVCache, Precision
 from pipeline.model.gpt import GPT
 from pipeline.model.prompt_lookup import PromptLookup
@@ -25,6 +24,7 @@ from pipeline.system.errors import InputError
 # in training.
 
 PROMPT_CHARACTERS = 1_000_000  # at most
+Prompt: TypeAlias = str | Sequence[int]  # text, or ids, which may end within a character
 Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end-of-text token
 AUTO = TrainConfig(
     seed=0, device="auto", precision="auto", threads="auto", deterministic=False, compile=False,
@@ -82,7 +82,7 @@ class Generator:
         self.decoder, self.tokenizer, self.corpus = Decoder(model, precision, tokenizer.n_vocab), tokenizer, corpus
         self.trained_length, self.vocabulary = model.trained_length, model.vocabulary
 
-    def stream(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[Piece]:
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Piece]:
         """Continue all prompts in one batch. Sequence i gets the same text as alone with `sampling.seed` + i.
 
         Raises InputError for a prompt of more than PROMPT_CHARACTERS.
@@ -101,7 +101,7 @@ class Generator:
         """The prompt with its continuation."""
         return prompt + "".join(piece.text for piece in self.stream([prompt], sampling))
 
-    def next_tokens(self, prompt: str) -> Tensor:
+    def next_tokens(self, prompt: Prompt) -> Tensor:
         """Probabilities of the next id, (n_vocab,), at temperature 1; 0 for ids that are never sampled."""
         compact_ids = self._fold(self._encode(prompt))
         context = compact_ids[context_start(len(compact_ids), self.trained_length) :]
@@ -120,7 +120,7 @@ class Generator:
             losses += self.decoder.losses(hidden[0], window[1:]).tolist()
         return losses
 
-    def _start(self, number: int, prompt: str, sampling: Sampling) -> Continuation:
+    def _start(self, number: int, prompt: Prompt, sampling: Sampling) -> Continuation:
         ids = self._encode(prompt)
         sequence = Continuation(number, ids, self._fold(ids).tolist(), sampling, self.corpus)
         if len(ids) > self.trained_length:
@@ -177,8 +177,10 @@ class Generator:
         notice, sequence.notice = sequence.notice, None
         return Piece(sequence.number, new, text, sequence.finished, notice)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt; an empty one becomes the end-of-text token, as in GPT-2."""
+        if not isinstance(prompt, str):
+            return list(prompt) or [self.tokenizer.eot]
         if len(prompt) > PROMPT_CHARACTERS:
             raise InputError(f"a prompt has {len(prompt):,} characters: {PROMPT_CHARACTERS:,} at most")
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
@@ -214,19 +216,25 @@ def load_generator(folder: Path) -> Generator:
 
 
 class TextStream:
-    """Decode bytes to text piece by piece, up to the first stop text."""
+    """Decode bytes to whole characters piece by piece, up to the first stop text; invalid bytes become U+FFFD.
+
+    Bytes after the last whole character are kept back: at the end, they are a character that max_tokens cut.
+    """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._stop = [text for text in stop if text]
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes = b""  # after the last whole character
         self._pending = ""  # decoded, and not returned yet
 
     def add(self, data: bytes, last: bool = False) -> str:
         """Append bytes and return the text that is final now; `last`: no more bytes follow."""
         if self.stopped:
             return ""
-        self._pending += self._decoder.decode(data, final=last)
+        self._bytes += data
+        whole = whole_length(self._bytes)
+        self._pending += self._bytes[:whole].decode("utf-8", errors="replace")
+        self._bytes = self._bytes[whole:]
         places = [place for text in self._stop if (place := self._pending.find(text)) >= 0]
         self.stopped = bool(places)
         end = min(places) if places else len(self._pending) - (0 if last else self._partial_stop())

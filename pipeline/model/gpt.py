@@ -1,12 +1,14 @@
 """The GPT-2 network."""
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import IGNORED
@@ -84,6 +86,25 @@ def through(block: nn.Module, x: Tensor) -> Tensor:
     return block(x)  # type: ignore[no-any-return]
 
 
+def _same_mps_dropout() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a forward pass and of its recomputation, which gets the same random numbers of MPS.
+
+    torch does this for the CPU and for CUDA only.
+    """
+    before = torch.mps.get_rng_state()
+
+    @contextmanager
+    def repeating() -> Iterator[None]:
+        now = torch.mps.get_rng_state()
+        torch.mps.set_rng_state(before)
+        try:
+            yield
+        finally:  # the recomputation is ended by an exception
+            torch.mps.set_rng_state(now)
+
+    return nullcontext(), repeating()
+
+
 class GPT(nn.Module):
     """GPT-2 with learned positions and a head tied to the embedding, on compact ids of `vocabulary`.
 
@@ -124,9 +145,10 @@ class GPT(nn.Module):
         x = self.wte(compact_ids) + self.wpe.weight[:T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         run = self._through if self.training else through
+        again = _same_mps_dropout if x.device.type == "mps" else noop_context_fn
         for block in self.h:
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(run, block, x, use_reentrant=False) if recompute else run(block, x)
+            x = checkpoint(run, block, x, use_reentrant=False, context_fn=again) if recompute else run(block, x)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -146,9 +168,9 @@ class GPT(nn.Module):
         hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
         return cross_entropy_sum(hidden, self.wte.weight, self.vocabulary.unused_bias, targets.flatten()) / n_targets
 
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each target, (B, T), 0 for IGNORED ones, with logits and softmax always in fp32."""
-        return self.losses_of(self.hidden(inputs), targets)
+    def token_losses(self, inputs: Tensor, targets: Tensor, first: int = 0) -> Tensor:
+        """Loss of each target from position `first` on, (B, T - first), 0 for IGNORED ones; softmax in fp32."""
+        return self.losses_of(self.hidden(inputs)[:, first:], targets[:, first:])
 
     def losses_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """`token_losses` from the hidden states (B, T, C) of the inputs.

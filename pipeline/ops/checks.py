@@ -1,11 +1,13 @@
 """Check the installed packages, git, DVC, params.yaml, this machine and its disk."""
 
 import contextlib
+import fcntl
 import io
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -20,7 +22,9 @@ from pipeline.config.params import load_params
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops.params_check import check_params
 from pipeline.system.device import prepare_machine
-from pipeline.system.host import git_info
+from pipeline.system.errors import InputError
+from pipeline.system.files import flock
+from pipeline.system.host import ADD_PIP, git_info, has_pip
 from pipeline.system.limits import cores
 from pipeline.training.config import RunConfig
 from pipeline.training.preflight import n_checkpoints, saved_bytes
@@ -61,7 +65,11 @@ def examine_packages(root: Path) -> Iterator[Finding]:
         for name, specifier in needed.items()
         if not (version := installed.get(name)) or not specifier.contains(version, prereleases=True)
     ]
-    yield from (Finding("to fix", "packages", what, INSTALL) for what in unmet)
+    if not has_pip():
+        what = f"{sys.executable} has no pip, which downloads sources such as wheel:NAME==VERSION/MEMBER"
+        yield Finding("note", "packages", what, ADD_PIP)
+    install = INSTALL if has_pip() else INSTALL.replace("python -m pip", "uv pip")
+    yield from (Finding("to fix", "packages", what, install) for what in unmet)
     if not unmet:
         named = ", ".join(f"{name} {installed[name]}" for name in ("Python", *MAIN) if name in installed)
         yield Finding("ok", "packages", f"{named}; all {len(needed) - 1} packages fit pyproject.toml")
@@ -75,9 +83,8 @@ def examine_tools(root: Path) -> Iterator[Finding]:
         except (OSError, subprocess.SubprocessError) as error:  # missing, or its interpreter was moved
             yield Finding("to fix", name, f"does not start ({error})", hint)
     if git_info()["git_commit"] == "unknown":
-        without = "`git init`, or for DVC without git: dvc config --local core.no_scm true"
-        what = f"{root} is not a git repository with a commit: runs cannot record their code"
-        yield Finding("note", "git", what, None if (root / ".git").exists() else without)
+        hint = "`git status` says more; for DVC without git: dvc config --local core.no_scm true"
+        yield Finding("note", "git", f"git does not track {root}: runs record no commit", hint)
 
 
 def examine_params(root: Path) -> Iterator[Finding]:
@@ -97,6 +104,11 @@ def examine_params(root: Path) -> Iterator[Finding]:
         yield Finding("note", "threads", "more threads than usable cores", f"train.threads: {n}")
     for line in output.getvalue().splitlines():
         yield Finding("note", line.removeprefix("train.").partition(":")[0], line)
+    try:
+        with params.path.open() as file:
+            flock(file, fcntl.LOCK_SH)  # changes nothing
+    except InputError as error:
+        yield Finding("to fix", "disk", str(error))
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))
     needed = n_checkpoints(config.optim) * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free

@@ -10,6 +10,7 @@ from pipeline.registry.artifacts import FOLDER_TAGS
 from pipeline.registry.catalog import list_versions, verify
 from pipeline.system.errors import IntegrityError, ModelMissing, PipelineError
 from pipeline.tracking import mlflow_store
+from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_store import Store, all_found
 
 
@@ -44,9 +45,9 @@ def examine_store(root: Path) -> Iterator[Finding]:
     if uri.startswith("sqlite:///") and not (path.is_file() and path.stat().st_size):
         yield Finding("note", "store", f"{uri} does not exist yet: `dvc repro` creates it")
         return
-    with mlflow_store.naming_dead_store(root, "then repeat"):
+    with mlflow_store.naming_dead_store(root):
         client = mlflow_store.connect(uri)
-        experiment = client.get_experiment_by_name(mlflow_store.EXPERIMENT)
+        experiment = mlflow_store.find_experiment(client)
         if experiment is None:
             yield Finding("note", "store", f"{uri} has no run yet: `dvc repro` creates one")
             return
@@ -85,4 +86,4 @@ def _fixed(finding: Finding, fix: Callable[[], str]) -> Finding:
     try:
         return Finding("fixed", finding.topic, fix())
     except errors as error:
-        return Finding("to fix", finding.topic, f"{finding.what}; not fixed: {mlflow_store.first_line(error)}")
+        return Finding("to fix", finding.topic, f"{finding.what}; not fixed: {first_line(error)}")

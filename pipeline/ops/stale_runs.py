@@ -15,6 +15,7 @@ from pipeline.system.errors import InputError, PipelineError
 from pipeline.system.files import flock, locked, read_json, write_text
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, StepRecord
+from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_runs import (
     JournalTail,
     Record,
@@ -24,7 +25,7 @@ from pipeline.tracking.mlflow_runs import (
     logged_steps,
     run_with,
 )
-from pipeline.tracking.mlflow_store import Store, all_found, first_line, own_database
+from pipeline.tracking.mlflow_store import Store, all_found, own_database
 from pipeline.tracking.mlflow_tracker import RUN_ID, noted_run
 from pipeline.tracking.recorder import KILLED, RECORDER_LOCK
 from pipeline.training.target import is_finished

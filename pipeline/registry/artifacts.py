@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
-from pipeline.tracking.mlflow_store import Store, first_line, store_errors
+from pipeline.tracking.mlflow_errors import explain
+from pipeline.tracking.mlflow_store import Store, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -84,10 +85,13 @@ def translate_store_errors(store: Store, what: str) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        raise ModelMissing(
-            f"could not read {what} from MLflow's store {store.uri} ({first_line(error)}): repair the store, "
-            "or run `dvc repro -f -s register` in the project that trained the model, which registers it again"
-        ) from error
+        cause, remedy = explain(error)
+        again = (
+            "repair the store, or run `dvc repro -f -s register` in the project that trained the model, "
+            "which registers it again"
+        )
+        message = f"could not read {what} from MLflow's store {store.uri} ({cause}): {remedy or again}"
+        raise ModelMissing(message) from error
 
 
 def open_version(store: Store, version: "ModelVersion") -> Path:

@@ -4,6 +4,7 @@ No code of a version is executed: its weights, tokenizer, tokens and params.yaml
 ModelMissing is raised with a message of one line.
 """
 
+import re
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,14 +26,17 @@ CANDIDATE, CHAMPION = "candidate", "champion"  # aliases
 TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # in every version that `register` made
 TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # only in those that reached the target
 NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the table -> tag, type, format
-    "corpus loss": ("corpus_loss", float, ".4f"),
+    "sliding loss": ("sliding_loss", float, ".4f"),
     "target": ("target_loss", float, "g"),
     "steps to target": ("steps_to_target", int, ","),
     "tokens to target": ("tokens_to_target", int, ","),
     "train tokens": ("train_tokens", int, ","),
 }
-HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "corpus_loss")
+HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "sliding_loss", "corpus_loss")
 MAX_POINTS = 2_000  # of a curve; a screen does not show more
+# ASCII's and C1's, line and paragraph ends, directions of text, lone surrogates. str.isprintable() also refuses parts
+# of words: wide spaces, joiners of emoji and Persian, characters newer than Python.
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def open_registry(root: Path) -> Store:
@@ -176,7 +180,7 @@ def registered_model(store: Store, name: str) -> "RegisteredModel":
 
 def printable(text: str, also: str = "") -> str:
     """Replace control characters, which a terminal would execute; those in `also` are kept."""
-    return "".join(char if char.isprintable() or char in also else "�" for char in text)
+    return CONTROLS.sub(lambda found: found[0] if found[0] in also else "�", text)
 
 
 def _samples(store: Store, run_id: str) -> list[dict[str, Any]]:

@@ -72,8 +72,8 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
         "n_params": sum(tensor.numel() for tensor in weights.values()),
         "n_used": int((text.counts() > 0).sum()),
         "n_tokens": len(text),
-        # A space or an incomplete character at the end of a prompt would be encoded as other tokens.
-        "prompt": tokenizer.decode(text.read(0, n_prompt).tolist()).rstrip("\ufffd \t\r\n"),
+        # A space at the end of a prompt would be encoded as another token.
+        "prompt": tokenizer.decode(text.read(0, n_prompt).tolist()).rstrip(" \t\r\n"),
     }
     write_text(folder / "README.md", model_card(info, described))
     write_manifest(folder)

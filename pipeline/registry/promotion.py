@@ -25,14 +25,14 @@ SAME_LOSS = 0.01  # relative difference that is allowed between two machines for
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the gate needs from a new version; losses are over its whole training text, in nats per token."""
+    """What the gate needs from a new version; losses are in nats per token."""
 
-    evaluated_loss: float | None  # from the stage `evaluate`; None: not evaluated
-    trained_loss: float  # of the saved model, in run.json
-    journal_loss: float  # of the saved model, in the journal
+    sliding_loss: float | None  # over its whole training text, from the stage `evaluate`; None: not evaluated
+    evaluated_loss: float | None  # of the kind that the run's target rule needs, from the stage `evaluate`
+    trained_loss: float  # the same of the saved model, in run.json
+    journal_loss: float  # the same of the saved model, in the journal
     model_step: int
     target_loss: float
-    met_corpus_rule: bool
     n_tokens: int  # of the training text
     data_sha256: str
     rolled_back: bool = False
@@ -43,7 +43,7 @@ class Champion:
     """What the gate needs from the present champion."""
 
     version: str
-    loss: float  # over its whole training text
+    sliding_loss: float | None  # over its whole training text; None: an earlier version of the project registered it
     n_tokens: int
     data_sha256: str
     candidate_loss: Callable[[], float]  # of the candidate on this text; called only if the texts differ
@@ -57,32 +57,36 @@ class Verdict(NamedTuple):
 def judge(candidate: Candidate, champion: Champion | None, max_target_loss: float) -> Verdict:
     """Decide whether `candidate` gets the alias champion, and why.
 
-    Its records must agree, and its target must be at most `max_target_loss` and met by the corpus rule. If there is a
-    champion, its training text must have at least as many tokens, and its loss on the champion's text must not be
-    higher.
+    Its records must agree, and its target must be at most `max_target_loss` and met by its sliding loss, whatever rule
+    ended its training. If there is a champion, its training text must have at least as many tokens, and its sliding
+    loss on the champion's text must not be higher.
     """
-    loss, trained, target = candidate.evaluated_loss, candidate.trained_loss, candidate.target_loss
+    loss, measured, trained = candidate.sliding_loss, candidate.evaluated_loss, candidate.trained_loss
+    target = candidate.target_loss
     if candidate.rolled_back:
         return Verdict(False, "was rolled back by hand")
-    if loss is None:
+    if loss is None or measured is None:
         return Verdict(False, "is not evaluated: `dvc repro evaluate` measures its loss")
     if candidate.journal_loss != trained:
         return Verdict(False, f"run.json disagrees with its journal: loss {trained:.4f} at step {candidate.model_step}")
-    if not math.isclose(loss, trained, rel_tol=SAME_LOSS):
-        return Verdict(False, f"metrics.json says loss {loss:.4f}, training measured {trained:.4f}: evaluate again")
+    if not math.isclose(measured, trained, rel_tol=SAME_LOSS):
+        return Verdict(False, f"metrics.json says loss {measured:.4f}, training measured {trained:.4f}: evaluate again")
     if target > max_target_loss:
         return Verdict(False, f"target {target:g} is above registry.max_target_loss {max_target_loss:g}")
-    if not (candidate.met_corpus_rule and loss < target):
-        return Verdict(False, f"corpus rule not met: loss {loss:.4f}, target {target:g}")
+    if loss >= target:
+        return Verdict(False, f"sliding rule not met: loss {loss:.4f}, target {target:g}")
     if champion is None:
         return Verdict(True, "reached the target, and there was no champion")
     if candidate.n_tokens < champion.n_tokens:
         needed = f"champion {champion.version} on {champion.n_tokens:,}"
         return Verdict(False, f"trained on {candidate.n_tokens:,} tokens, {needed}")
+    if champion.sliding_loss is None:
+        return Verdict(True, f"reached the target; the sliding loss of champion {champion.version} is not known")
     if candidate.data_sha256 != champion.data_sha256:
         loss = champion.candidate_loss()
-    reason = f"loss {loss:.4f} on the tokens of champion {champion.version}, whose own loss is {champion.loss:.4f}"
-    return Verdict(True, reason) if loss <= champion.loss else Verdict(False, f"worse: {reason}")
+    its_own = f"whose own loss is {champion.sliding_loss:.4f}"
+    reason = f"sliding loss {loss:.4f} on the tokens of champion {champion.version}, {its_own}"
+    return Verdict(True, reason) if loss <= champion.sliding_loss else Verdict(False, f"worse: {reason}")
 
 
 def next_step(version: str, champion: str | None, other_text: bool) -> str:
@@ -93,19 +97,19 @@ def next_step(version: str, champion: str | None, other_text: bool) -> str:
 
 
 def model_loss(project: Path, tokens: Path) -> float:
-    """Compute the loss of `project`'s model over all of `tokens`, in windows of its trained length.
+    """Compute the sliding loss of `project`'s model over all of `tokens`.
 
     Device and precision are those of the section `train` in params.yaml.
     """
     from pipeline.data.batches import Split
-    from pipeline.model.evaluate import corpus_loss
+    from pipeline.model.evaluate import sliding_loss
     from pipeline.model.weights import load_model
     from pipeline.system.device import prepare_machine
 
     machine = prepare_machine(load_params(project / "params.yaml").section(TrainConfig))
     model = load_model(project / "models" / "model").to(machine.device)
     text = Split(TokenFolder(tokens).train, model.vocabulary, machine.device)
-    return corpus_loss(model, text, model.trained_length, machine.autocast())
+    return sliding_loss(model, text, model.trained_length, machine.autocast())
 
 
 def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None:

@@ -24,15 +24,18 @@ from pipeline.registry.promotion import (
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, locked, sha256_file, verify_manifest, write_json
 from pipeline.tracking.journal import STEPS, read_steps
+from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_runs import ensure_run
-from pipeline.tracking.mlflow_store import Store, first_line, naming_dead_store, open_store, store_errors
+from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
 from pipeline.tracking.run_record import read_metrics, read_run
+from pipeline.training.target import RULES
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 IS_CHAMPION = "is the champion"
+AGAIN = "then `dvc repro -f -s register`"
 BROKEN: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
 LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
 
@@ -46,7 +49,7 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     IntegrityError if model or tokens are altered, or if tokens or metrics belong to another model.
     """
     record, metrics, n_tokens = read_project(project)
-    with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root):
+    with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root, AGAIN):
         store = open_store(root)
         run = ensure_run(store, project, record)
         tags = _version_tags(project, run, record, metrics, n_tokens)
@@ -97,15 +100,15 @@ def candidate_of(
     project: Path, tags: dict[str, str], record: dict[str, Any], metrics: dict[str, Any] | None
 ) -> Candidate:
     """What the gate needs from a version, read from its project's reports and its tags; raises one of BROKEN."""
-    results = record["results"]
-    step = results["model_step"]
+    results, measured = record["results"], metrics or {}
+    step, name = results["model_step"], RULES[results["rule"]].loss
     return Candidate(
-        evaluated_loss=None if metrics is None else metrics["corpus_loss"],
-        trained_loss=results["corpus_loss"],
-        journal_loss=read_steps(project / "models" / STEPS)["corpus_loss"][step],
+        sliding_loss=measured.get("sliding_loss"),
+        evaluated_loss=measured.get(name),
+        trained_loss=results["loss"],
+        journal_loss=read_steps(project / "models" / STEPS)[name][step],
         model_step=step,
         target_loss=results["target_loss"],
-        met_corpus_rule=results["to_target"]["corpus"] is not None,
         n_tokens=int(tags["train_tokens"]),
         data_sha256=tags["data_sha256"],
         rolled_back=ROLLED_BACK in tags,
@@ -136,7 +139,7 @@ def _judge(
 def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], float]) -> Champion:
     version = store.client.get_model_version(name, number)
     tags = version.tags
-    if missing := {"train_tokens", "data_sha256", "corpus_loss"} - tags.keys():
+    if missing := {"train_tokens", "data_sha256"} - tags.keys():
         raise IntegrityError(f"champion {number} has no tag {min(missing)}, so `register` did not make it")
 
     def candidate_loss() -> float:
@@ -145,7 +148,8 @@ def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], fl
             raise IntegrityError(f"{tokens} is not the text of champion {number}")
         return loss_on(tokens)
 
-    return Champion(number, float(tags["corpus_loss"]), int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
+    loss = float(tags["sliding_loss"]) if "sliding_loss" in tags else None
+    return Champion(number, loss, int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
 
 
 def _version_tags(
@@ -155,13 +159,13 @@ def _version_tags(
     tags = {key: run.data.tags.get(key, "unknown") for key in keys}
     tags |= {"run_id": run.info.run_id, "train_tokens": str(n_tokens)}
     tags |= {"model_sha256": sha256_file(project / "models" / "model" / MANIFEST)}
-    if metrics is not None and metrics.get("corpus_loss") is not None:
-        tags |= {"corpus_loss": str(metrics["corpus_loss"])}
+    tags |= {key: str(metrics[key]) for key in ("sliding_loss", "corpus_loss") if metrics and metrics.get(key)}
     if record.get("inexact"):
         tags |= {"inexact": "; ".join(record["inexact"])}
     try:
-        tags |= {"target_loss": str(record["results"]["target_loss"])}
-        if reached := record["results"]["to_target"]["corpus"]:
+        results = record["results"]
+        tags |= {"target_loss": str(results["target_loss"]), "rule": results["rule"]}
+        if reached := results["to_target"][results["rule"]]:
             tags |= {"steps_to_target": str(reached["steps"]), "tokens_to_target": str(reached["tokens"])}
     except (LookupError, TypeError) as error:
         path = project / "models" / "run.json"

@@ -10,12 +10,14 @@ from pipeline.training.target import RULES
 TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # SHA-256 of the whole text
 CURVE = "loss.png"  # the figure on the card, if the version has a loss history
 MEASURES = {  # metric of the stage `evaluate` -> its name on the card
-    "corpus_loss": "loss over all of the training text, nats per token",
-    "corpus_perplexity": "perplexity over all of the training text",
-    "shifted_loss": "loss in windows shifted by a quarter, a half and three quarters of their length",
+    "sliding_loss": "loss over all of the training text, each token after at least half a window, nats per token",
+    "corpus_loss": "loss over all of the training text in fixed windows",
+    "corpus_perplexity": "perplexity over all of the training text in fixed windows",
+    "shifted_loss": "loss in fixed windows shifted by a quarter, a half and three quarters of their length",
     "validation_loss": "loss over the held-out text",
     "top1_accuracy": "share of tokens that the model ranks first",
-    "verbatim_recall": "share of 32-token continuations recited exactly, after 32 tokens from the start of a window",
+    "verbatim_recall_anywhere": "share of 32-token continuations recited exactly, at any place and after any context",
+    "verbatim_recall": "the same, after 32 tokens from the start of a fixed window",
     "verbatim_recall_shifted": "the same, after 32 tokens from any position",
 }
 ENVIRONMENT = ("torch", "device", "precision", "threads")

@@ -53,17 +53,17 @@ def loss_figure(report: RunReport) -> Figure:
     axes = figure.subplots()
     style.draw_noisy(axes, steps["step"], steps["loss"], report.mean_steps)
     checks = {
-        "corpus_loss": ("whole training text", style.RED, "o"),
+        "sliding_loss": ("training text, sliding windows", style.RED, "o"),
+        "corpus_loss": ("training text, fixed windows", style.ORANGE, "D"),
         "validation_loss": ("validation text", style.PINK, "s"),
+        "loss_estimate": ("estimate", style.GREY, "o"),
     }
     for column in steps.columns.intersection(list(checks)):
         name, colour, marker = checks[column]
         axes.plot(steps["step"], steps[column], marker, color=colour, markeredgecolor="white", label=name, zorder=3)
     style.log_scale(axes)
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(
-        f"Loss {results['corpus_loss']:.3g} over the training text after {style.counted(len(steps), 'step')}"
-    )
+    axes.set_title(f"Loss {results['loss']:.3g} ({results['rule']} rule) after {style.counted(len(steps), 'step')}")
     style.count_steps(axes, len(steps))
     style.legend_above(axes)
     target = results["target_loss"]
@@ -135,7 +135,8 @@ def position_figure(report: RunReport) -> Figure:
 @style.house_style()
 def curve_figure(history: dict[str, list[list[float]]], target: float) -> Figure:
     """Loss over steps of a registered version; `history` has pairs (step, value) by metric."""
-    steps, checks = (pd.DataFrame(history.get(key, []), columns=["step", "loss"]) for key in ("loss", "corpus_loss"))
+    evaluated = next((key for key in ("sliding_loss", "corpus_loss") if history.get(key)), "corpus_loss")
+    steps, checks = (pd.DataFrame(history.get(key, []), columns=["step", "loss"]) for key in ("loss", evaluated))
     figure = Figure(figsize=(6, 3.4))
     axes = figure.subplots()
     axes.plot(steps["step"], steps["loss"], **style.line(steps, style.SKY, 1), label="minibatch")

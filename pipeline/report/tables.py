@@ -11,7 +11,9 @@ from pipeline.system.files import write_text
 def write_tables(report: RunReport, folder: Path) -> None:
     """Write steps.csv, checks.csv (the evaluations) and position_loss.csv."""
     steps = report.steps
-    checks = [column for column in ("corpus_loss", "validation_loss") if column in steps]
+    checks = [
+        column for column in ("sliding_loss", "corpus_loss", "validation_loss", "loss_estimate") if column in steps
+    ]
     positions = pd.DataFrame({"loss": report.position_loss}).rename_axis("position")
     positions.index += 1
     for name, table in {

@@ -22,7 +22,7 @@ from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from
 from pipeline.system.errors import InputError
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import differences
-from pipeline.tracking.mlflow_store import first_line
+from pipeline.tracking.mlflow_errors import first_line
 from pipeline.training.config import RunConfig
 
 # States of a trial. COMPLETE: it reached the target, and its value is what it spent. PRUNED: it was stopped, or used up

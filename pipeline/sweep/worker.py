@@ -18,12 +18,12 @@ from pipeline.config.sections import SweepConfig
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import with_values
 from pipeline.sweep.study import has_work, join_study, naming_dead_storage, open_storage, requeue, suggest
-from pipeline.system.device import give_back_memory, prepare_machine
+from pipeline.system.device import give_back_memory, prepare_machine, use_gpu
 from pipeline.system.entrypoint import is_out_of_memory, run_stage
 from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned
 from pipeline.system.signals import StopSignals, die_with_parent
 from pipeline.tracking.journal import StepRecord
-from pipeline.tracking.mlflow_store import first_line
+from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.checkpoint import keep_newest
@@ -48,7 +48,7 @@ class WorkerConfig(NamedTuple):
     threads: int
     parent_run_id: str  # the study's MLflow run
     sweep_pid: int  # the process that starts the worker
-    gpu: str | None = None  # its CUDA_VISIBLE_DEVICES; None: all GPUs
+    gpu: str | None = None  # one of gpu_ids(); None: all GPUs
 
 
 class Worker:
@@ -219,7 +219,7 @@ def main() -> None:
     if os.getppid() != config.sweep_pid:  # the sweep has died during the imports, before `die_with_parent`
         return
     if config.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu  # torch reads it when it first uses CUDA
+        use_gpu(config.gpu)
     with StopSignals() as stop:
         worker = Worker(config, stop)
         with naming_dead_storage(worker.sweep):

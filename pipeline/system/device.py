@@ -53,15 +53,19 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     and GPUs. Raises InputError if the machine lacks what `config` requires.
     """
     mps, name = torch.backends.mps.is_available(), config.device
-    problem = _cuda_problem() if name in ("auto", "cuda") else None
+    problem = _cuda_problem(world) if name in ("auto", "cuda") else None
     if name == "auto":
-        name = "cuda" if problem is None else "mps" if mps else "cpu"
+        name = "cuda" if problem is None else "mps" if mps and world.size == 1 else "cpu"
         if problem not in (None, NO_GPU):
             print(f"train.device: using the {name.upper()}: {problem}")
+        elif mps and name == "cpu":
+            print(f"train.device: using the CPU: {world.size} processes cannot share mps")
     elif name == "cuda" and problem is not None:
         raise InputError(f"train.device: cuda cannot be used, {problem}: choose auto or cpu")
     elif name == "mps" and not mps:
         raise InputError("train.device: this machine has no mps: choose auto or cpu")
+    elif name == "mps" and world.size > 1:
+        raise InputError(f"train.device: {world.size} processes cannot share mps: choose auto or cpu")
     device = torch.device(name) if world.size == 1 or name != "cuda" else torch.device(name, world.local_rank)
     if name == "cuda":
         if world.local_size > (there := torch.cuda.device_count()):
@@ -77,31 +81,53 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     return Machine(device, _precision(config.precision, name), threads, compiled, world)
 
 
-def _cuda_problem() -> str | None:
-    """Why CUDA cannot be used, or None if it can."""
+def _cuda_problem(world: World) -> str | None:
+    """Why the processes of `world` cannot use CUDA, or None if they can."""
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") is None:
             return NO_GPU
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
         return f"the driver may be too old for CUDA {torch.version.cuda}, with which torch is built"
-    if torch.version.hip is None:
-        built_for = [int(arch.partition("_")[2].rstrip("af")) for arch in torch.cuda.get_arch_list()]
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            if built_for and 10 * major + minor < (oldest := min(built_for)):
-                return f"GPU {index} has compute capability {major}.{minor}, torch is built for {oldest / 10} or newer"
     try:
+        for index in range(min(torch.cuda.device_count(), world.local_size)):
+            major, minor = torch.cuda.get_device_capability(index)
+            if torch.version.hip is None and not _has_code_for(10 * major + minor):
+                built_for = ", ".join(torch.cuda.get_arch_list())
+                return f"GPU {index} has compute capability {major}.{minor}, torch is built for {built_for}"
+        if world.size > 1:  # each process would see another GPU, and all need the same answer
+            return None
         free = torch.cuda.mem_get_info()[0]
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         return f"the GPU does not answer ({str(error).splitlines()[0]})"
     return None if free >= CONTEXT_BYTES else f"other programs leave {free / 1e9:.2f} GB of GPU memory free"
 
 
+def _has_code_for(capability: int) -> bool:
+    """Whether torch has kernels for 75, 80, ...: `sm` runs on newer GPUs of its generation, `compute` on all newer."""
+    built_for = [arch.rstrip("af").split("_") for arch in torch.cuda.get_arch_list()]
+    return not built_for or any(
+        capability >= int(number) and (kind == "compute" or capability // 10 == int(number) // 10)
+        for kind, number in built_for
+    )
+
+
 def gpu_ids() -> list[str]:
-    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(index) for index in range(count)]
+    """The GPUs that this process may use, each as `use_gpu` takes it."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get(_gpu_variable()) or os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in named.split(",")] if named else [str(index) for index in range(count)]
+    parts_of_gpus = count > 0 and names[0].startswith("MIG-")  # CUDA counts only the first one
+    return names if parts_of_gpus else names[:count]
+
+
+def use_gpu(gpu: str) -> None:
+    """Let this process see only one of `gpu_ids()`. Call it before CUDA is used."""
+    os.environ[_gpu_variable()] = gpu
+
+
+def _gpu_variable() -> str:
+    return "CUDA_VISIBLE_DEVICES" if torch.version.hip is None else "HIP_VISIBLE_DEVICES"
 
 
 def give_back_memory() -> None:
@@ -126,6 +152,9 @@ def _compiled(asked: Literal["auto"] | bool, device: str, run_flops: float) -> b
     """Resolve `auto`; print a message if the compiler is missing, or if `auto` selects compilation."""
     wanted = run_flops >= COMPILE_FLOPS.get(device, math.inf) if asked == "auto" else asked
     if not wanted:
+        return False
+    if device == "mps":  # what torch has for it is a prototype
+        print("train.compile: not on mps: training without compiling")
         return False
     found = has_triton() if device == "cuda" else any(map(shutil.which, ("c++", "g++", "clang++")))
     if not found:

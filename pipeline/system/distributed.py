@@ -10,11 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -24,6 +25,7 @@ POLL_S = 0.25  # between two checks that the other processes are alive
 GRACE_S = 2.0  # time in which the process may end by itself after another one has died
 
 T = TypeVar("T")
+Some = TypeVar("Some", list[Any], NDArray[Any])
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class World:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def share(self, items: list[T]) -> list[T]:
+    def share(self, items: Some) -> Some:
         """This process's part of `items`, whose number must be a multiple of the world's size."""
         each = len(items) // self.size
         return items[self.rank * each : (self.rank + 1) * each]

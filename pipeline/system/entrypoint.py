@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.system.errors import InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
@@ -26,10 +27,11 @@ def run_stage(main: Callable[[], None]) -> None:
 
 def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return 0; on an error, print it as one line and return its exit code."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # torch reads it when it is imported, and says what lacks
     try:
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by `end_quietly`, for the imports up to here
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if sys.platform == "win32":
+        if find_spec("fcntl") is None:  # Windows; this file and its imports also load there, with Python alone
             raise InputError("this program runs on Linux and macOS: on Windows, run it in WSL 2")
         if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would replace Python's own module
             raise InputError(
@@ -70,4 +72,4 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch raised `error` because the GPU or the CPU is out of memory."""
-    return re.search("out of memory|allocate memory", str(error)) is not None
+    return re.search("out of memory|allocate memory|Invalid buffer size", str(error)) is not None

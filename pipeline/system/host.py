@@ -5,10 +5,11 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+ADD_PIP = "`python -m ensurepip` adds it, or `uv pip install pip` in an environment made by uv"
 SOURCE_ROOT = Path(__file__).parents[2]  # the folder with pipeline/, stages/ and webapp/
 
 
@@ -32,9 +33,14 @@ def project_root() -> Path:
     return Path(os.environ.get("DVC_ROOT", "")).absolute()
 
 
+def has_pip() -> bool:
+    """Whether `python -m pip` works; an environment made by uv has no pip."""
+    return util.find_spec("pip") is not None
+
+
 def git_info() -> dict[str, str]:
-    """Commit of the working directory, and whether a file differs from it; DVC's outputs are ignored."""
-    commit = git("rev-parse", "HEAD")
+    """Commit that has the working directory's dvc.yaml, and whether a file but DVC's outputs differs from it."""
+    commit = git("rev-parse", "HEAD") if git("ls-tree", "HEAD", "dvc.yaml") else None  # else of a repository around it
     changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
     clean = "unknown" if commit is None or changes is None else str(not changes).lower()
     return {"git_commit": commit or "unknown", "tree_clean": clean}

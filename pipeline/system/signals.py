@@ -17,7 +17,6 @@ class StopSignals:
     sent when a terminal is closed, remains ignored under `nohup`.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     SAME_S = 1.0
 
     def __init__(self) -> None:
@@ -25,7 +24,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._before = {n: signal.signal(n, self._receive) for n in self.NUMBERS if n not in ignored}
+        numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} - ignored
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

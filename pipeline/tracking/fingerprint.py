@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # `environment`, and code that writes results (a finished run writes them again from its checkpoint).
 # tests/unit/tracking/test_fingerprint.py gives the reason for each file that training imports and that is not listed.
 DECISIVE = (
+    "pipeline/config/sections.py:WindowsConfig.step_windows",
     "pipeline/config/sections.py:WindowsConfig.step_tokens",
     "pipeline/config/sections.py:OptimConfig.max_steps",
     "pipeline/config/sections.py:steps_in",
@@ -32,8 +33,9 @@ DECISIVE = (
     "pipeline/model/loss.py",
     "pipeline/model/fsdp.py",
     "pipeline/model/evaluate.py:BATCH_TOKENS",  # losses that decide the target, the patience and the kept model
-    "pipeline/model/evaluate.py:corpus_loss",
-    "pipeline/model/evaluate.py:_starts",
+    "pipeline/model/evaluate.py:MIN_BATCHES",
+    "pipeline/model/evaluate.py:text_loss",
+    "pipeline/model/evaluate.py:_batches",
     "pipeline/system/device.py:Machine.autocast",
     "pipeline/system/device.py:autocast_in",
     "pipeline/system/device.py:prepare_machine",  # deterministic kernels

@@ -35,12 +35,14 @@ class StepRecord:
     """
 
     step: int  # counts from 1
-    tokens: int  # seen so far, this step included
+    tokens: int  # read so far, this step included
     loss: float  # nats per token on this step's windows, before the update
     grad_norm: float  # L2 over all parameters, before clipping
     lr: float  # of AdamW
     validation_loss: float | None = None  # of the held-out text, after the update
-    corpus_loss: float | None = None  # of the training text, after the update
+    corpus_loss: float | None = None  # of the training text in fixed windows, after the update
+    sliding_loss: float | None = None  # of the training text in sliding windows, after the update
+    loss_estimate: float | None = None  # of the loss that the target rule needs, from a part of the text
     # On a GPU the update may still be running at the end of `step_s`; the next step then waits for it.
     step_s: float = varying(0.0)
     train_s: float = varying(0.0)  # of all steps so far

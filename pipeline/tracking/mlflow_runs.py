@@ -144,7 +144,11 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
             "link": f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
             "git_commit": run.data.tags.get("git_commit", "unknown"),
             "steps": max(logged_steps(store, run.info.run_id), default=0),
-            **{key: run.data.metrics[key] for key in ("loss", "corpus_loss", "tokens") if key in run.data.metrics},
+            **{
+                key: run.data.metrics[key]
+                for key in ("loss", "sliding_loss", "corpus_loss", "tokens")
+                if key in run.data.metrics
+            },
         }
 
 

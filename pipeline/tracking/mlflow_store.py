@@ -5,24 +5,29 @@ Importing MLflow takes seconds: the functions that need it import it.
 
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pipeline.config.sections import has_password
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import locked
+from pipeline.tracking.mlflow_errors import explain
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 BUSY_S = 2.0  # timeout for a lock of a database
+CONNECT_S = 10  # timeout for a connection to a database server
 EXPERIMENT = "gpt2-to-target"  # `mlflow ui` may give the default one an artifact folder that clients cannot use
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # schemes of MLflow, before the driver's name
 
 # Training must not wait minutes for a server, send telemetry, or print progress bars.
 MLFLOW_DEFAULTS = {
@@ -42,9 +47,15 @@ class Store(NamedTuple):
 def store_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, or by default the mlflow.db that `mlflow ui` opens; SQLite paths are relative to `root`.
 
-    Raises InputError if it contains a password, since messages, tags and the page show the URI.
+    Raises InputError if it is not the URI of a server or a database, or if it contains a password, since messages,
+    tags and the page show the URI.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{SQLITE}mlflow.db"
+    if not _is_supported(uri):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {uri} is neither a server nor a database: write http://HOST:PORT or sqlite:///FILE "
+            "(MLflow 3 does not read folders: `mlflow migrate-filestore` makes a database of one)"
+        )
     if has_password(uri):
         raise InputError(
             "MLFLOW_TRACKING_URI contains a password: leave it out, and set MLFLOW_TRACKING_USERNAME and "
@@ -53,15 +64,84 @@ def store_uri(root: Path) -> str:
     return f"{SQLITE}{root / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
 
 
+def _is_supported(uri: str) -> bool:
+    """Whether MLflow can have a store at this URI; plugins of MLflow have schemes of their own."""
+    try:
+        scheme, host = urlsplit(uri).scheme, urlsplit(uri).hostname
+        _ = urlsplit(uri).port  # raises ValueError for an impossible one
+    except ValueError:
+        return False
+    if scheme in ("", "file"):
+        return uri == "databricks" or os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+    if scheme in ("http", "https"):
+        return host is not None and uri.startswith(scheme)
+    return uri.startswith(SQLITE) if scheme == "sqlite" else not re.match(r"[\w.-]+:\d+(/|$)", uri)  # HOST:PORT
+
+
 def connect(uri: str) -> "MlflowClient":
-    """A client of a store; a missing database is created."""
+    """A client of a store; a missing database is created.
+
+    Raises InputError for a database that MLflow would change: one of another MLflow version or of another program; and
+    for a timeout in the environment that is not a number.
+    """
     for name, value in MLFLOW_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+        given = os.environ.setdefault(name, value)
+        if value.isdecimal() and not given.isdecimal():
+            raise InputError(f"{name} is {given!r}: set it to a whole number, or unset it")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.partition(":")[0].partition("+")[0] in DATABASES:
+        _require_own_schema(uri)
     return MlflowClient(uri)
+
+
+def _require_own_schema(uri: str) -> None:
+    """Raise InputError if a database with tables has not this MLflow's schema.
+
+    MLflow itself adds its tables to any database, and upgrades older ones, which older versions then cannot read.
+    """
+    import mlflow
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+    from sqlalchemy import NullPool, create_engine, inspect, text
+
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir():
+        return  # MLflow creates the folder
+    options = {} if uri.startswith(("sqlite", "mssql")) else {"connect_timeout": CONNECT_S}
+    with create_engine(uri, poolclass=NullPool, connect_args=options).connect() as connection:
+        tables = {*inspect(connection).get_table_names()}
+        found = {*MigrationContext.configure(connection).get_current_heads()}
+        is_mlflow = {"experiments", "runs", "metrics"} <= tables
+        in_use = is_mlflow and connection.execute(text("SELECT 1 FROM experiments")).first() is not None
+    script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    if found == {script.get_current_head()} or not tables:
+        return
+    if not is_mlflow:
+        raise InputError(
+            f"{uri} is a database of another program (its tables: {', '.join(sorted(tables)[:3])}, ...): "
+            "set MLFLOW_TRACKING_URI to a new file or an empty database"
+        )
+    schema = f"its schema is {', '.join(sorted(found)) or 'the first one'}"
+    if not found <= {revision.revision for revision in script.walk_revisions()}:
+        raise InputError(
+            f"{uri} is not of MLflow {mlflow.__version__}, but of a newer one or of another program ({schema}): "
+            "install that MLflow, or set MLFLOW_TRACKING_URI to another database"
+        )
+    if in_use:  # else a process was killed while it created the tables: MLflow completes them
+        raise InputError(
+            f"{uri} was made by an older MLflow than {mlflow.__version__} ({schema}): back it up, then "
+            f"`mlflow db upgrade {uri}`, after which older versions cannot read it"
+        )
+
+
+def find_experiment(client: "MlflowClient") -> "Experiment | None":
+    """The project's experiment; None if the store lacks it. Raises ConnectionError if it is not MLflow that answers."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None and experiment.name != EXPERIMENT:
+        raise ConnectionError("the answers are not those of MLflow")
+    return experiment
 
 
 def own_database(root: Path) -> Path | None:
@@ -112,13 +192,13 @@ def require_usable(root: Path) -> None:
 def open_store(root: Path) -> Store:
     """Open the store; create it if it is missing.
 
-    Raises one of `store_errors()` if it does not answer, and InputError as `require_usable` does.
+    Raises one of `store_errors()` if it does not answer, and InputError as `require_usable` and `connect` do.
     """
     require_usable(root)
     uri = store_uri(root)
     with locked(root / "mlruns" / ".lock", wait=True):  # two processes that create a database at once break it
         client = connect(uri)
-        if experiment := client.get_experiment_by_name(EXPERIMENT):
+        if experiment := find_experiment(client):
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
             return Store(client, experiment.experiment_id, uri)
@@ -135,24 +215,19 @@ def all_found(search: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What MLflow raises when its store is down, locked, slow or full."""
+    """What MLflow raises when its store is down, locked, slow, full or of another kind, or lacks a package."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, OSError
+    return MlflowException, SQLAlchemyError, OSError, ImportError
 
 
 @contextmanager
-def naming_dead_store(root: Path, hint: str = "then `dvc repro -f -s register`") -> Iterator[None]:
-    """Raise ModelMissing, with a message of one line, for the store's errors."""
+def naming_dead_store(root: Path, hint: str = "then repeat") -> Iterator[None]:
+    """Raise ModelMissing, with a message of one line that says what to do before `hint`, for the store's errors."""
     try:
         yield
     except store_errors() as error:
-        uri = store_uri(root)
-        first = "start it or unset MLFLOW_TRACKING_URI" if uri.startswith("http") else "repair it"
-        raise ModelMissing(f"MLflow's store {uri} fails ({first_line(error)}): {first}, {hint}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class's name if it has no message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        cause, remedy = explain(error)
+        message = f"MLflow's store {store_uri(root)} fails ({cause}): {remedy or 'repair it'}, {hint}"
+        raise ModelMissing(message) from error

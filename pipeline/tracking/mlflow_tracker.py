@@ -1,11 +1,13 @@
 """Write a training's records to its MLflow run."""
 
+import logging
 import os
 import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.system.errors import InputError
 from pipeline.system.files import write_text
 from pipeline.system.host import host_info
 from pipeline.tracking.mlflow_runs import (
@@ -45,10 +47,12 @@ class MlflowTracker:
         self._logged = len(logged_steps(store, self.run_id))
         # MLflow's own monitor. Its thread is not started, because it would end at the store's first failure.
         self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=store.uri)
+        for monitor in self._monitor.monitors:
+            logging.getLogger(type(monitor).__module__).addFilter(_Once())
 
     @staticmethod
     def errors() -> tuple[type[Exception], ...]:
-        return store_errors()
+        return *store_errors(), InputError  # a database that `connect` refuses
 
     def log_records(self, records: list[Record]) -> None:
         """Send the records that the store lacks, and the present system metrics."""
@@ -83,6 +87,19 @@ class MlflowTracker:
         self.client.log_batch(self.run_id, metrics=metrics)
         for monitor in self._monitor.monitors:
             monitor.clear_metrics()
+
+
+class _Once(logging.Filter):
+    """Pass each message once: a GPU that lacks a metric, as parts of a GPU do (MIG), is no warning at every tick."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_new = (text := record.getMessage()) not in self._passed
+        self._passed.add(text)
+        return is_new
 
 
 def noted_run(store: Store, run_folder: Path) -> "Run | None":

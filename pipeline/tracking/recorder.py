@@ -17,8 +17,9 @@ from typing import Any, Protocol, Self, TextIO
 from pipeline.system.errors import Interrupted, PeerLost, Pruned
 from pipeline.system.files import locked, write_text
 from pipeline.system.host import start_module
+from pipeline.tracking.mlflow_errors import explain, first_line
 from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Record
-from pipeline.tracking.mlflow_store import first_line, require_usable
+from pipeline.tracking.mlflow_store import require_usable
 from pipeline.tracking.mlflow_tracker import MlflowTracker
 
 FINISH_S = 60.0  # how long the end of training waits for the trackers
@@ -164,7 +165,9 @@ class _Feed:
                 tracker.end(**end)
         except kind.errors() as error:
             if not self.warned:
-                print(f"warning: {self.name} fails ({first_line(error)}): training continues", file=sys.stderr)
+                cause, remedy = explain(error)
+                what = f"{remedy}; training continues" if remedy else "training continues"
+                print(f"warning: {self.name} fails ({cause}): {what}", file=sys.stderr)
             self.warned = True
             return False
         return True

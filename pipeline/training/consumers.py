@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 
-from pipeline.data.batches import Split
-from pipeline.model.evaluate import corpus_loss
+from pipeline.data.batches import fixed_windows, sliding_windows
+from pipeline.model.evaluate import text_loss
 from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.system.files import write_text
@@ -14,22 +13,38 @@ from pipeline.tracking.journal import StepRecord
 from pipeline.training.checkpoint import keep_newest, save_checkpoint
 from pipeline.training.extension import plateau_end
 from pipeline.training.run import Run
-from pipeline.training.target import best_step, evaluate_last
+from pipeline.training.target import RULES, best_step, evaluation_is_due
 
 Consumer = Callable[[StepRecord], None]  # called after each step; an exception ends the run
 
 
 def evaluate(run: Run, record: StepRecord) -> None:
-    """Compute the validation and corpus losses when an evaluation is due, and always after the last step."""
-    held_out = run.text.validation
+    """Compute the loss that the target rule needs when an evaluation is due, and all losses after the last step.
 
-    def loss_on(part: Split) -> float:
-        run.state.model.eval()
-        length, autocast = run.config.windows.seq_len, run.machine.autocast()
-        return corpus_loss(run.state.model, part, length, autocast, world=run.world)
+    Unless `target.eval_interval` is given, an evaluation that is due ends early where the loss is clearly above the
+    target.
+    """
+    target, held_out, train = run.config.target, run.text.validation, run.text.train
+    texts = {"corpus_loss": (train, fixed_windows), "sliding_loss": (train, sliding_windows)}
+    if held_out is not None:
+        texts = {"validation_loss": (held_out, fixed_windows), **texts}
 
-    corpus, validation = partial(loss_on, run.text.train), held_out and partial(loss_on, held_out)
-    evaluate_last(run.records, run.max_steps, run.steps_per_epoch, run.config.target, corpus, validation)
+    def measure(name: str, limit: float | None = None) -> None:
+        if getattr(record, name) is None:
+            run.state.model.eval()
+            (text, windows), length = texts[name], run.config.windows.seq_len
+            found = text_loss(
+                run.state.model, text, windows(text.size, length), length, run.machine.autocast(), run.world, limit
+            )
+            setattr(record, name if found.complete else "loss_estimate", found.loss)
+
+    if evaluation_is_due(run.records, run.steps_per_epoch, held_out is not None, target):
+        if held_out is not None:
+            measure("validation_loss")
+        measure(RULES[target.rule].loss, None if target.eval_interval else target.loss)
+    if run.finished:
+        for name in texts:
+            measure(name)
 
 
 def sample(run: Run, record: StepRecord) -> None:

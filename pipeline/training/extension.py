@@ -1,7 +1,6 @@
 """Start a run from the checkpoint of an earlier run that took the same steps, such as one with a smaller budget."""
 
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile, copytree
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline.tracking.journal import STEPS, TIMES, Journal, write_lines
 from pipeline.training.checkpoint import HINT, checkpoint_folder, checkpoint_steps
 from pipeline.training.config import RunConfig
 from pipeline.training.optim import SCHEDULES, lr_factor
-from pipeline.training.target import best_step, evaluate_last
+from pipeline.training.target import best_step, without_end
 
 # Keys that act on a step only by its learning rate, or that the identity's `environment` shows.
 BY_EFFECT = (
@@ -115,11 +114,8 @@ def _copy(source: Path, step: int, folder: Path, identity: Identity, config: Run
         records = journal.records[:step]
     if len(records) < step:
         raise IntegrityError(f"{source / STEPS} has {len(records)} records: {HINT}")
-    last = records[-1]
-    records[-1] = replace(last, validation_loss=None, corpus_loss=None)  # the last step of a run is always evaluated
-    validation = None if text.validation is None else (lambda: last.validation_loss)
     total, epoch = config.optim.max_steps(config.windows), steps_per_epoch(text.train.size, config.windows)
-    evaluate_last(records, total, epoch, config.target, lambda: last.corpus_loss, validation)
+    records[-1] = without_end(records, total, epoch, text.validation is not None, config.target)
     checkpoints = [checkpoint_folder(source, n) for n in {step, best_step(records, config.target) or step}]
     for checkpoint in checkpoints:
         verify_manifest(checkpoint, HINT)

@@ -99,10 +99,9 @@ class TrainState:
                         for key, value in tensors["optimizer"].items()
                         if key.startswith(prefix)
                     }
-        if (cpu := f"cpu-{self.world.rank}") in tensors["rng"]:
-            torch.set_rng_state(tensors["rng"][cpu])
-        if (cuda := f"cuda-{self.world.rank}") in tensors["rng"]:
-            torch.cuda.set_rng_state(tensors["rng"][cuda])
+        for device, random in self._random().items():
+            if (state := tensors["rng"].get(f"{device}-{self.world.rank}")) is not None:
+                random.set_rng_state(state)
         for name in self.SCALARS:
             setattr(self, name, scalars[name])
 
@@ -120,12 +119,15 @@ class TrainState:
 
     def _random_states(self) -> dict[str, Tensor]:
         """The RNG state of each process. Dropout depends on it."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.model.wte.weight.is_cuda:
-            states["cuda"] = torch.cuda.get_rng_state()
+        states = {device: random.get_rng_state() for device, random in self._random().items()}
         return {
             f"{key}-{rank}": x for key, state in states.items() for rank, x in enumerate(self.world.all_gather(state))
         }
+
+    def _random(self) -> dict[str, Any]:
+        """The modules of torch with the RNG of the CPU and of the model's device."""
+        device = self.model.wte.weight.device.type
+        return {"cpu": torch.random} | ({} if device == "cpu" else {device: torch.get_device_module(device)})
 
     def scale_after(self, finite: bool) -> None:
         """Halve the fp16 loss scale after an overflow; double it after 2000 steps without one."""

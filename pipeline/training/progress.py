@@ -28,8 +28,13 @@ class Progress:
         step_tokens, self._tokens = record.tokens - self._tokens, record.tokens
         speed = step_tokens / record.step_s
         self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * speed if self._tokens_per_s else speed
-        losses = {"corpus": record.corpus_loss, "validation": record.validation_loss}
-        measured = "".join(f", {name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None)
+        losses = {
+            "sliding loss": record.sliding_loss,
+            "corpus loss": record.corpus_loss,
+            "validation loss": record.validation_loss,
+            "estimate": record.loss_estimate,
+        }
+        measured = "".join(f", {name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
         words = f"loss {record.loss:.4f}{measured}, target {self.target_loss:g}, {self._tokens_per_s:,.0f} tokens/s"
         if not self._bar.disable:
             self._bar.set_postfix_str(words, refresh=False)

@@ -12,7 +12,7 @@ from pipeline.tracking.journal import STEPS, TIMES, StepRecord, write_lines
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.extension import advice
 from pipeline.training.run import Run
-from pipeline.training.target import best_step, first_met, is_out_of_patience
+from pipeline.training.target import RULES, best_step, first_met, is_out_of_patience
 
 
 def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
@@ -45,7 +45,7 @@ def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens
         "tokens": records[-1].tokens,
         "model_step": best,
         "train_tokens": train_tokens,
-        "corpus_loss": records[best - 1].corpus_loss,
+        "loss": getattr(records[best - 1], RULES[target.rule].loss),
         "target_loss": target.loss,
         "rule": target.rule,
         "to_target": {
@@ -61,7 +61,7 @@ def summary(results: dict[str, Any], records: Sequence[StepRecord], target: Targ
     spent, found = cost or results, "reached after" if cost else "not reached in"
     words = (
         f"target {found} {spent['steps']} steps, {spent['tokens']:,} tokens ({results['rule']} rule, "
-        f"target {results['target_loss']:g}, corpus loss {results['corpus_loss']:.4f})"
+        f"target {results['target_loss']:g}, loss {results['loss']:.4f})"
     )
     if is_out_of_patience(records, target):
         words += f"\nthe last {target.early_stopping_patience} evaluations found no lower validation loss"

@@ -1,6 +1,8 @@
 """The target rules: from a run's records, decide when to evaluate, when to stop and which model to keep."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -16,7 +18,11 @@ class Rule(NamedTuple):
 
     is_met: Callable[[Records, TargetConfig], bool]  # whether the last record meets the rule
     description: str  # for cards and the page
-    needs_held_out: bool = False  # if so, the model of the lowest validation loss is kept
+    loss: str  # the loss that evaluations compare: a field of StepRecord; the model with the lowest is kept
+
+    @property
+    def needs_held_out(self) -> bool:
+        return self.loss == "validation_loss"
 
 
 def _average_is_below(records: Records, config: TargetConfig) -> bool:
@@ -32,19 +38,27 @@ RULES: dict[str, Rule] = {
     "batch": Rule(
         lambda records, config: _is_below(records[-1].loss, config),
         description="one minibatch below the target",
+        loss="corpus_loss",
     ),
     "average": Rule(
         _average_is_below,
         description="the mean of the last minibatches",
+        loss="corpus_loss",
     ),
     "corpus": Rule(
         lambda records, config: _is_below(records[-1].corpus_loss, config),
-        description="an evaluation on the whole training text",
+        description="the whole training text, in fixed windows",
+        loss="corpus_loss",
+    ),
+    "sliding": Rule(
+        lambda records, config: _is_below(records[-1].sliding_loss, config),
+        description="the whole training text, each token after at least half a window",
+        loss="sliding_loss",
     ),
     "validation": Rule(
         lambda records, config: _is_below(records[-1].validation_loss, config),
-        description="an evaluation on the held-out text",
-        needs_held_out=True,
+        description="the held-out text, in fixed windows",
+        loss="validation_loss",
     ),
 }
 
@@ -96,33 +110,11 @@ def is_out_of_patience(records: Records, config: TargetConfig) -> bool:
 def best_step(records: Records, config: TargetConfig) -> int | None:
     """The step with the lowest evaluated loss, the first one if several are equal; None before the first evaluation.
 
-    A rule that needs a held-out text compares validation losses; the other rules compare corpus losses.
+    Each rule compares losses of its own kind, over the whole text.
     """
-    name = "validation_loss" if RULES[config.rule].needs_held_out else "corpus_loss"
+    name = RULES[config.rule].loss
     losses = [(loss, record.step) for record in records if (loss := getattr(record, name)) is not None]
     return min(losses)[1] if losses else None
-
-
-def evaluate_last(
-    records: Records,
-    max_steps: int,
-    steps_per_epoch: int,
-    config: TargetConfig,
-    corpus: Callable[[], float | None],
-    validation: Callable[[], float | None] | None,
-) -> None:
-    """Set the losses of the last record if an evaluation is due, as it is after the last step of a run.
-
-    `corpus` and `validation` (None without a held-out text) measure them.
-    """
-    record = records[-1]
-    if is_finished(records, max_steps, config) or evaluation_is_due(
-        records, steps_per_epoch, validation is not None, config
-    ):
-        if validation is not None:
-            record.validation_loss = validation()
-        if is_finished(records, max_steps, config) or needs_corpus_loss(records, config):
-            record.corpus_loss = corpus()
 
 
 def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:
@@ -136,33 +128,45 @@ def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, co
     return (held_out and step % steps_per_epoch == 0) or evaluation_pays(records, steps_per_epoch, config)
 
 
-def needs_corpus_loss(records: Records, config: TargetConfig) -> bool:
-    """Whether the current evaluation also needs the corpus loss; the validation loss is already in the last record.
-
-    If the rule uses the validation loss and evaluations come at fixed steps, the corpus loss affects no decision. It is
-    then measured only if the current model is the best so far.
-    """
-    decides = not RULES[config.rule].needs_held_out or config.eval_interval is None
-    return decides or best_step(records, config) == records[-1].step
+def without_end(
+    records: Records, max_steps: int, steps_per_epoch: int, held_out: bool, config: TargetConfig
+) -> StepRecord:
+    """The last record of a run, as a run of `max_steps` has it: without what is measured only after the last step."""
+    *before, last = records
+    if is_finished(records, max_steps, config):
+        return last
+    bare = replace(last, validation_loss=None, corpus_loss=None, sliding_loss=None, loss_estimate=None)
+    if not evaluation_is_due([*before, bare], steps_per_epoch, held_out, config):
+        return bare
+    name = RULES[config.rule].loss if last.loss_estimate is None else "loss_estimate"
+    return replace(bare, **{"validation_loss": last.validation_loss, name: getattr(last, name)})
 
 
 def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig) -> bool:
-    """Whether measuring the corpus loss is worth its cost after the last record.
+    """Whether the target may have been reached since the last evaluation.
 
-    The running mean m of the minibatches' losses lags behind the corpus loss c. The first evaluation is due when
-    m < 3 * target. After an evaluation with c = c0 and m = m0, the next one is due when m / m0 <= target / c0, or after
-    one epoch.
+    The first evaluation is due when the mean training loss of the last steps is below three times the target, or below
+    an eighth of the run's first loss. The next one is due when the target is reached if the logarithm of the loss
+    falls as between the last two evaluations; at the earliest after a sixteenth of an epoch, at the latest after an
+    epoch, and after half an epoch if there is only one evaluation.
     """
-    span = min(config.average_steps, steps_per_epoch)
-    if len(records) < span:
-        return False
-    mean = _mean_loss(records[-span:])
-    last = next((record for record in reversed(records) if record.corpus_loss is not None), None)
-    if last is None or last.corpus_loss is None:
-        return mean < 3 * config.loss
-    mean_then = _mean_loss(records[max(0, last.step - span) : last.step])
-    is_an_epoch_ago = records[-1].step - last.step >= steps_per_epoch
-    return is_an_epoch_ago or mean * last.corpus_loss <= mean_then * config.loss
+    known = evaluations(records, config)
+    if not known:
+        span = min(config.average_steps, steps_per_epoch)
+        return len(records) >= span and _mean_loss(records[-span:]) < max(3 * config.loss, records[0].loss / 8)
+    steps = steps_per_epoch / 2
+    if len(known) > 1:
+        (step_before, loss_before), (step, loss) = known[-2:]
+        falls = math.log(loss_before / loss) / (step - step_before) if loss > 0 else 0.0  # per step
+        steps = math.log(loss / config.loss) / falls if falls > 0 and loss > config.loss else math.inf
+    return records[-1].step - known[-1][0] >= min(max(steps, steps_per_epoch / 16), steps_per_epoch)
+
+
+def evaluations(records: Records, config: TargetConfig) -> list[tuple[int, float]]:
+    """Step and loss of each evaluation so far, of the rule's kind, estimates included."""
+    name = RULES[config.rule].loss
+    losses = ((r.step, r.loss_estimate if (loss := getattr(r, name)) is None else loss) for r in records)
+    return [(step, loss) for step, loss in losses if loss is not None]
 
 
 def _mean_loss(records: Records) -> float:

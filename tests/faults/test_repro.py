@@ -141,7 +141,7 @@ def test_the_notebook_in_a_clone_elsewhere_makes_the_same_bytes(project, tmp_pat
     assert "corpus.fraction: 0.1 -> 0.005" in said["recipe"]
     assert "champion" in said["repro"]
     assert "'image/png'" in said["figure"]
-    assert re.search(r"corpus_loss +0\.0\d+", said["metrics"])
+    assert re.search(r"sliding_loss +0\.0\d+", said["metrics"])
     assert "FINISHED" in said["facts"]
     assert "candidate, champion" in said["facts"]
     assert "First Citizen:" in said["recite"]

@@ -163,7 +163,7 @@ def assert_tracked_once(project):
     assert {(other.info.status, *history(other.info.run_id, "loss")) for other in others} <= {("KILLED",)}
     lines = zip(*((folder / name).read_text().splitlines() for name in (STEPS, TIMES)), strict=True)
     records = [json.loads(step) | json.loads(times) for step, times in lines]
-    for key in ("loss", "corpus_loss", "grad_norm", "lr", "tokens", "train_s"):
+    for key in ("loss", "sliding_loss", "corpus_loss", "grad_norm", "lr", "tokens", "train_s"):
         logged = sorted((point.step, point.value, point.timestamp) for point in history(run.info.run_id, key))
         assert logged == [(r["step"], r[key], r["logged_ms"]) for r in records if key in r], key
     assert len(records) == N_STEPS

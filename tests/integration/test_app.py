@@ -52,7 +52,7 @@ def test_the_two_endpoints_are_documented_and_work(client):
     documented = client.view_api(return_format="dict")["named_endpoints"]
     assert set(documented) == {"/generate", "/next_token"}
     assert "novelty" in documented["/generate"]["description"]
-    assert [p["parameter_name"] for p in documented["/next_token"]["parameters"]] == ["prompt", "most"]
+    assert [p["parameter_name"] for p in documented["/next_token"]["parameters"]] == ["prompt", "most", "part"]
     answer = client.predict("First Citizen:\nBefore we proceed any", 3, api_name="/next_token")
     assert answer["tokens"][0]["text"] == " further"
     assert (len(answer["tokens"]), answer["context_times"]) == (3, 1)
@@ -167,7 +167,7 @@ def test_a_real_champion_is_served_and_followed(store, version, tmp_path):  # E1
     config = RegistryConfig(model=f"app-{uuid4().hex[:8]}", max_target_loss=0.1)
 
     def add(loss: float) -> None:
-        project = trained_project(tmp_path / str(loss), corpus_loss=loss)
+        project = trained_project(tmp_path / str(loss), loss=loss)
         shutil.rmtree(project / "models" / "model")
         shutil.copytree(version / "model", project / "models" / "model")
         assert register(root_of(store), project, config)["champion"]
@@ -178,6 +178,6 @@ def test_a_real_champion_is_served_and_followed(store, version, tmp_path):  # E1
     add(0.08)
     assert wait_until(lambda: registry.current().label == f"{config.model} version 2", 60)
     assert registry.versions() == ["2", "1"]
-    assert registry.open("1").info["metrics"]["corpus_loss"] == 0.09
+    assert registry.open("1").info["metrics"]["sliding_loss"] == 0.09
     assert "Gradient norm" in run_html(registry.current())
     assert "What it is not" in about_html(registry.current())

@@ -154,7 +154,7 @@ def test_a_refusal_leaves_the_last_text(visit):
     assert visitor.locator("#written").inner_text() == before
 
 
-def test_a_pressed_token_is_appended_and_the_next_one_predicted(visit):
+def test_a_pressed_token_is_appended_and_the_next_one_predicted(visit, tokenizer):
     visitor = visit()
     open_tab(visitor, "Next token")
     visitor.locator("#so-far textarea").fill("First Citizen:\nBefore we proceed")  # it predicts while one types
@@ -164,6 +164,12 @@ def test_a_pressed_token_is_appended_and_the_next_one_predicted(visit):
     playwright.expect(best).to_contain_text("further")
     playwright.expect(best).to_contain_text("1 of 1")
     assert "Occurrences in the training text: 1." in visitor.locator("#next .note").inner_text()
+    parts = tokenizer.encode("🐱")  # the table does not have these tokens
+    for n, token in enumerate(parts, start=1):
+        visitor.locator("#next button").first.evaluate(PRESS_TOKEN, token)
+        sent = " ".join(map(str, parts[:n])) if n < len(parts) else ""
+        playwright.expect(visitor.locator("#next table")).to_have_attribute("data-part", sent)
+    playwright.expect(visitor.locator("#so-far textarea")).to_have_value("First Citizen:\nBefore we proceed any🐱")
 
 
 def test_a_window_is_recited_unless_it_is_shifted_and_words_are_found(visit):
@@ -223,6 +229,7 @@ def test_every_tab_fits_the_screen_and_has_enough_contrast(visit, scheme, screen
         assert visitor.evaluate(OUTSIDE) == [], name
 
 
+PRESS_TOKEN = "(button, token) => { button.dataset.token = token; button.disabled = false; button.click(); }"
 WRITTEN = """prompt => document.querySelector("#written .prompt")?.textContent === prompt
   && document.querySelector("#written .note")"""
 LAID_OUT = """async () => {

@@ -119,19 +119,19 @@ def test_a_version_that_register_did_not_make_is_refused(store, name, tmp_path, 
 
 
 def test_the_table_has_aligned_columns(store, name, intact, capsys):
-    reached = {"corpus_loss": "0.09", "steps_to_target": "20", "tokens_to_target": "160"}
+    reached = {"sliding_loss": "0.09", "steps_to_target": "20", "tokens_to_target": "160"}
     data = {"git_commit": "0123456789abcdef"}
     add_version(store, name, intact, "champion", train_tokens="64", **reached, **data)
-    add_version(store, name, intact, "candidate", train_tokens="3000", corpus_loss="0.2", **data)
+    add_version(store, name, intact, "candidate", train_tokens="3000", sliding_loss="0.2", **data)
     print_versions(store, name)
     today = time.strftime("%Y-%m-%d", time.gmtime())
     sha256 = find_version(store, name, "1").tags["data_sha256"][:8]
     assert capsys.readouterr().out == (
-        "version  aliases    corpus loss  target  steps to target  tokens to target  train tokens"
+        "version  aliases    sliding loss  target  steps to target  tokens to target  train tokens"
         "  data      commit    created\n"
-        "2        candidate       0.2000     0.1                -                 -         3,000"
+        "2        candidate        0.2000     0.1                -                 -         3,000"
         f"  {sha256}  01234567  {today}\n"
-        "1        champion        0.0900     0.1               20               160            64"
+        "1        champion         0.0900     0.1               20               160            64"
         f"  {sha256}  01234567  {today}\n"
     )
 
@@ -171,14 +171,15 @@ def test_the_version_info_is_that_of_the_run_and_of_the_version(store, name, che
     info = describe_version(store, version)
     assert json.loads(json.dumps(info, allow_nan=False)) == info
     journal = [json.loads(line) for line in (project / "models" / "steps.jsonl").read_text().splitlines()]
-    for key in ("loss", "grad_norm", "lr", "corpus_loss"):
+    for key in ("loss", "grad_norm", "lr", "sliding_loss", "corpus_loss"):
         assert info["history"][key] == [[record["step"], record[key]] for record in journal if key in record]
     assert info["history"]["tokens_per_s"] == [[step, 16.0] for step in range(1, 21)]
     assert info["samples"] == [{"step": 10, "text": "ROMEO:\nO"}, {"step": 20, "text": "ROMEO:\nOh"}]
     assert (info["name"], info["version"], info["aliases"]) == (name, "1", ["candidate", "champion"])
     assert info["params"] == {"registry": {"model": "x", "max_target_loss": 0.1}}
     assert info["environment"] == {"torch": "2.13.0", "device": "cpu", "precision": "fp32", "threads": "2"}
-    metrics = {"corpus_loss": 0.09, "to_target.corpus.steps": 20, "to_target.corpus.tokens": 160, "tokens_per_s": 16.0}
+    to_target = {"to_target.sliding.steps": 20, "to_target.sliding.tokens": 160}
+    metrics = {"sliding_loss": 0.09, "corpus_loss": 1.5, **to_target, "tokens_per_s": 16.0}
     assert info["metrics"] == metrics
     assert info["tags"]["fingerprint"] == done["fingerprint"]
     assert info["created"] == time.strftime("%Y-%m-%d", time.gmtime())

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.batches import Split
+from pipeline.data.batches import Split, sliding_windows
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
-from pipeline.model.evaluate import corpus_loss
+from pipeline.model.evaluate import text_loss
 from pipeline.system.distributed import ALONE, joined, launch, world_here
 from pipeline.system.entrypoint import RANK_0_REPORTS_WITHIN_S, exit_code_of
 from pipeline.system.errors import InputError, PeerLost
@@ -40,7 +40,9 @@ def numbers(loop):
 def loss_on_the_text(loop):
     loop.state.model.eval()
     with patch.object(evaluate, "BATCH_TOKENS", 64):  # five batches: two processes get unequal numbers of them
-        return corpus_loss(loop.state.model, TEXT, 8, loop.machine.autocast(), world=loop.machine.world)
+        return text_loss(
+            loop.state.model, TEXT, sliding_windows(TEXT.size, 8), 8, loop.machine.autocast(), loop.machine.world
+        )
 
 
 def in_a_world(folder):
@@ -49,7 +51,7 @@ def in_a_world(folder):
     with joined(world):
         for name, options in KINDS.items():
             loop = a_loop(world, **options)
-            found[name] = {"steps": numbers(loop), "corpus_loss": loss_on_the_text(loop)}
+            found[name] = {"steps": numbers(loop), "text_loss": loss_on_the_text(loop)}
             if whole := loop.state.whole_model():
                 torch.save({k: v.clone() for k, v in whole.state_dict().items()}, folder / f"{name}-{world.rank}")
             found[name]["same_after_restore"] = restored_equals(world, {**options, "dropout": 0.2})
@@ -102,7 +104,7 @@ def test_two_processes_compute_what_one_computes_and_are_resumed_with_the_same_b
     for key, weight in alone.state.model.state_dict().items():
         assert torch.allclose(weights[key], weight, atol=2e-3), key  # AdamW's first steps are signs of tiny gradients
     alone.state.model.load_state_dict(weights)
-    assert first[name]["corpus_loss"] == loss_on_the_text(alone)  # the same bits: each batch is summed by itself
+    assert first[name]["text_loss"] == loss_on_the_text(alone)  # the same bits: each batch is summed by itself
     assert first[name] == second[name]
     assert first[name]["same_after_restore"]  # with dropout, for which each process has its own RNG
 

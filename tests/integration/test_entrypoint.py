@@ -65,6 +65,24 @@ def test_ctrl_c_during_the_first_imports_leaves_no_traceback(program, tmp_path, 
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+WINDOWS = """if True:
+    import runpy, signal, sys
+    sys.platform = "win32"
+    sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"]))  # they cannot be imported
+    del signal.SIGALRM, signal.SIGHUP, signal.SIGKILL
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")
+    """
+
+
+@pytest.mark.parametrize("program", ["pipeline/__main__.py", "stages/train.py", "app.py", "setup.py"])
+def test_windows_is_refused_in_one_line_before_anything_is_installed(program):
+    line = "this program runs on Linux and macOS: on Windows, run it in WSL 2"
+    done = run("-S", "-c", WINDOWS, program)
+    assert (done.returncode > 0, done.stdout, done.stderr) == (True, "", f"error: {line}\n")
+    make = subprocess.run(["make", "--dry-run", "OS=Windows_NT"], cwd=ROOT, capture_output=True, text=True)
+    assert (make.returncode, make.stdout, line in make.stderr) == (2, "", True)
+
+
 IMPORTS = """if True:
     import sys
     from pipeline.__main__ import main

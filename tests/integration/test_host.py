@@ -13,6 +13,9 @@ def test_the_commit_is_recorded_and_whether_more_than_dvcs_outputs_differs_from_
     assert git_info() == UNKNOWN  # no repository
     (tmp_path / "params.yaml").write_text("x: 1\n")
     commit_all(tmp_path)
+    assert git_info() == UNKNOWN  # another project's repository, around this one
+    (tmp_path / "dvc.yaml").touch()
+    commit_all(tmp_path)
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True, timeout=60).strip()
     assert git_info() == {"git_commit": commit, "tree_clean": "true"}
     (tmp_path / "dvc.lock").write_text("made by dvc repro\n")

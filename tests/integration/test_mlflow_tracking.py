@@ -6,7 +6,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 from fixtures_mlflow import (
     an_identity,
@@ -51,7 +53,26 @@ class WithToy(StepRecord):
     toy: float | None = None
 
 
-def test_a_run_has_its_records_samples_parameters_data_and_machine(store, folder):
+@pytest.fixture
+def _part_of_a_gpu(monkeypatch):
+    """A GPU that has no utilization, as MIG; all that NVML says of it."""
+    answers = {"Init": None, "DeviceGetCount": 1, "DeviceGetHandleByIndex": 0}
+    answers["DeviceGetMemoryInfo"] = SimpleNamespace(used=1e9, total=2e9)
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, f"nvml{name}", lambda *_, answer=answer: answer)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", raising(pynvml.NVMLError(3)))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", raising(pynvml.NVMLError(3)))
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.usefixtures("_part_of_a_gpu")
+def test_a_run_has_its_records_samples_parameters_data_and_machine(store, folder, capfd):
     identity, journal = an_identity(), Journal(folder)
     with recording(root_of(store), folder, identity):
         append_steps(journal, 0, 60)  # more than one batch
@@ -64,7 +85,9 @@ def test_a_run_has_its_records_samples_parameters_data_and_machine(store, folder
     assert run.data.tags["environment.precision"] == "fp32"
     assert {"git_commit", "tree_clean", "host", "run_folder"} <= run.data.tags.keys()
     assert run.inputs.dataset_inputs[0].dataset.digest == identity["data_sha256"][:36]
-    assert {"system/cpu_utilization_percentage", "toy"} <= run.data.metrics.keys()
+    usage = {"system/cpu_utilization_percentage", "system/gpu_0_memory_usage_megabytes"}
+    assert {*usage, "toy"} <= run.data.metrics.keys()
+    assert capfd.readouterr().err.count("collect GPU utilization metrics") == 1
     assert_has_exactly_the_journal(store, folder)
     artifacts = Path(run.info.artifact_uri)
     assert artifacts.is_relative_to(root_of(store) / "mlruns")

@@ -47,7 +47,7 @@ def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch,
     assert bytes(tokens.read(0, 5).astype("u1")) == b"Wer r"
     assert tokens.counts()[[ord("W"), 256]].tolist() == [80, 1]  # of two documents
     assert read_json(Path("reports/corpus.json"))["frequent_tokens"][0]["text"] == " "
-    assert read_json(Path("reports/metrics.json"))["corpus_loss"] < 6
+    assert read_json(Path("reports/metrics.json"))["sliding_loss"] < 6
     assert sorted(path.name for path in Path("data/tokenizer").iterdir()) == ["bytes.txt", "manifest.json"]
     registered = register(root_of(store), Path(), RegistryConfig(model="bytes", max_target_loss=0.1))
     files = open_version(store, store.client.get_model_version("bytes", registered["version"]))

@@ -50,7 +50,7 @@ def test_the_first_model_that_reached_the_target_is_champion(store, name, regist
     tags = find_version(store, name, "1").tags
     assert runs_of(store, identity["fingerprint"])[0].info.run_id == done["run_id"] == tags["run_id"]
     assert (tags["fingerprint"], tags["data_sha256"]) == (identity["fingerprint"], identity["data_sha256"])
-    assert (tags["corpus_loss"], tags["target_loss"], tags["train_tokens"]) == ("0.09", "0.1", "64")
+    assert (tags["sliding_loss"], tags["target_loss"], tags["train_tokens"]) == ("0.09", "0.1", "64")
     assert (tags["steps_to_target"], tags["tokens_to_target"]) == ("20", "160")
     assert {"git_commit", "tree_clean", "verdict"} <= tags.keys()
 
@@ -86,7 +86,7 @@ def test_a_killed_registration_can_be_repeated(store, name, register_it, tmp_pat
     client, champion = type(store.client), None
     moments = [*((step, False) for step in BEFORE), *((step, True) for step in AFTER)]
     for number, (step, after) in enumerate(moments, 1):
-        project = trained_project(tmp_path / str(number), corpus_loss=0.09 - number / 1000)
+        project = trained_project(tmp_path / str(number), loss=0.09 - number / 1000)
         with monkeypatch.context() as crash:
             crash.setattr(client, step, killing(getattr(client, step), after))
             with pytest.raises(Killed):
@@ -143,14 +143,18 @@ def test_an_early_version_without_a_listing_stays_usable(store, name, register_i
 
 def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name, register_it, tmp_path):
     register_it(trained_project(tmp_path / "champion"))
-    worse = trained_project(tmp_path / "worse", corpus_loss=0.099)
-    other_text = {"corpus_loss": 0.05, "salt": 1}
+    worse = trained_project(tmp_path / "worse", loss=0.099)
+    other_text = {"loss": 0.05, "salt": 1}
     invalid = trained_project(tmp_path / "invalid")
     record = read_json(path := invalid / "models" / "run.json")
     write_json(path, record | {"results": record["results"] | {"model_step": 99}})
     rivals = [
-        (worse, 0.0, "worse: loss 0.0990 on the tokens of champion 1, whose own loss is 0.0900"),
-        (trained_project(tmp_path / "2", **other_text), 0.095, "worse: loss 0.0950 on the tokens of champion 1"),
+        (worse, 0.0, "worse: sliding loss 0.0990 on the tokens of champion 1, whose own loss is 0.0900"),
+        (
+            trained_project(tmp_path / "2", **other_text),
+            0.095,
+            "worse: sliding loss 0.0950 on the tokens of champion 1",
+        ),
         (trained_project(tmp_path / "3", **other_text), IntegrityError("it broke"), "could not be judged: Integrity"),
         (invalid, 0.0, "could not be judged: KeyError: 99"),
     ]
@@ -165,17 +169,19 @@ def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name
         assert find_version(store, name, str(number)).tags["verdict"] == done["reason"]
         assert store.client.get_run(done["run_id"]).info.status == "FINISHED"
 
-    store.client.set_model_version_tag(name, "2", "corpus_loss", "0.0")  # forged
-    assert register_it(worse)["reason"].startswith("worse: loss 0.0990")
-    assert find_version(store, name, "2").tags["corpus_loss"] == "0.099"
-    done = register_it(trained_project(tmp_path / "4", corpus_loss=0.095, n_tokens=65, salt=1), 0.09)
+    store.client.set_model_version_tag(name, "2", "sliding_loss", "0.0")  # forged
+    assert register_it(worse)["reason"].startswith("worse: sliding loss 0.0990")
+    assert find_version(store, name, "2").tags["sliding_loss"] == "0.099"
+    done = register_it(trained_project(tmp_path / "4", loss=0.095, n_tokens=65, salt=1), 0.09)
     assert (done["champion"], done["version"], done["next_step"]) == (True, "6", None)
-    assert register_it(trained_project(tmp_path / "5", n_tokens=65, salt=1))["reason"].startswith("loss 0.0900 on")
+    assert register_it(trained_project(tmp_path / "5", n_tokens=65, salt=1))["reason"].startswith(
+        "sliding loss 0.0900 on"
+    )
 
 
 def test_registering_again_keeps_a_verdict_by_hand(store, name, register_it, tmp_path):
     register_it(trained_project(tmp_path / "champion"))
-    better = trained_project(tmp_path / "better", corpus_loss=0.08)
+    better = trained_project(tmp_path / "better", loss=0.08)
     register_it(better)
     rollback(store, name)
     again = register_it(better)
@@ -184,7 +190,7 @@ def test_registering_again_keeps_a_verdict_by_hand(store, name, register_it, tmp
     promote(store, name, "1")  # not a rollback
     assert register_it(better)["champion"]
 
-    unfinished = trained_project(tmp_path / "unfinished", corpus_loss=0.2)
+    unfinished = trained_project(tmp_path / "unfinished", loss=0.2)
     reason = register_it(unfinished)["reason"]
     refused = f"{name} version 3 is now champion instead of version 2, although the gate refused it: {reason}"
     assert promote(store, name, "3") == refused
@@ -195,7 +201,7 @@ def test_registering_again_keeps_a_verdict_by_hand(store, name, register_it, tmp
 
 def test_a_forged_champion_is_not_replaced_and_the_verdict_says_why(store, name, register_it, tmp_path):
     store.client.create_registered_model(name)
-    store.client.create_model_version(name, str(tmp_path), tags={"corpus_loss": "0.0"})
+    store.client.create_model_version(name, str(tmp_path), tags={"sliding_loss": "0.0"})
     store.client.set_registered_model_alias(name, "champion", "1")
     done = register_it(trained_project(tmp_path / "project"))
     assert done["reason"].endswith("champion 1 has no tag data_sha256, so `register` did not make it")
@@ -215,14 +221,14 @@ def test_the_loss_on_the_champions_text_is_really_measured(store, name, cheap_ve
     train = yaml.safe_load((SOURCE_ROOT / "params.yaml").read_text())["train"]
     outcomes = []
     for number, champions_loss in enumerate(("5", "20", None), 1):
-        project = trained_project(tmp_path / str(number), corpus_loss=0.05, n_tokens=64 + number, salt=number)
+        project = trained_project(tmp_path / str(number), loss=0.05, n_tokens=64 + number, salt=number)
         (project / "models" / "model" / "manifest.json").unlink()
         save_small_model(project / "models" / "model", bpe, trained_length=8, fold_vocab=True)
         (project / "params.yaml").write_text(yaml.safe_dump({"train": train}))
         outcomes.append(register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1)))
         if champions_loss:  # an untrained model has about 11 nats per token
-            store.client.set_model_version_tag(name, "1", "corpus_loss", champions_loss)
+            store.client.set_model_version_tag(name, "1", "sliding_loss", champions_loss)
     assert [done["champion"] for done in outcomes] == [True, False, True]
-    for done, words in zip(outcomes[1:], ("worse: loss 1", "loss 1"), strict=True):
+    for done, words in zip(outcomes[1:], ("worse: sliding loss 1", "sliding loss 1"), strict=True):
         assert done["reason"].startswith(words)
         assert "on the tokens of champion 1, whose own loss is" in done["reason"]

@@ -17,6 +17,7 @@ import torch
 from pipeline.data.encode import write_tokens
 from pipeline.data.token_files import write_shard
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model.evaluate import TextLoss
 from pipeline.model.weights import load_model
 from pipeline.system.entrypoint import exit_code_of, run_stage  # noqa: F401 (for processes)
 from pipeline.system.errors import IntegrityError
@@ -278,16 +279,16 @@ def test_a_run_out_of_patience_ends_also_after_a_kill_and_keeps_the_model_with_t
 
     monkeypatch.setattr(training, "evaluate", evaluate_step)
     monkeypatch.setattr(
-        consumers, "corpus_loss", lambda model, text, *_, **__: validation[step - 1] if text.size < 1500 else 1.0
+        consumers, "text_loss", lambda _, text, *__: TextLoss(validation[step - 1] if text.size < 1500 else 1.0, True)
     )
     train_until_killed(7)  # two evaluations of three are over at the last checkpoint, that of step 6
     train()
     results = json.loads(Path("models/run.json").read_text())["results"]
-    assert (results["steps"], results["model_step"], results["corpus_loss"]) == (7, 4, 1.0)
+    assert (results["steps"], results["model_step"], results["loss"]) == (7, 4, 7.0)
     assert "the last 3 evaluations found no lower validation loss" in capsys.readouterr().out
     steps = read_steps(Path("models/steps.jsonl"))
     assert list(steps["validation_loss"]) == validation[:7]
-    assert list(steps["corpus_loss"].dropna().index) == [1, 2, 4, 7]  # where the model may be kept, and at the end
+    assert list(steps["corpus_loss"].dropna().index) == [7]  # at the end
     kept = load_checkpoint(run_folder(), 4)[0]["weights"]["wpe.weight"]
     assert torch.equal(load_model(Path("models/model")).wpe.weight, kept)
 

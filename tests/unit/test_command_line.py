@@ -45,7 +45,7 @@ def command(folder, capsys):
     ("arguments", "code", "words"),
     [
         (["--help"], 0, "COMMAND"),
-        (["check"], 0, "params.yaml is valid\n"),
+        (["check"], 0, "params.yaml is valid; "),
         (["recipe", "smoke", "--as-set"], 0, "-S optim.max_tokens="),
         (["models", "promote"], 2, "error: models promote: name a version"),
         (["models", "frobnicate"], 2, "invalid choice"),
@@ -59,6 +59,15 @@ def test_a_command_has_its_exit_code_and_an_error_is_one_line(command, arguments
     assert found == code
     assert words in out + err
     assert err.count("\n") == 1 or not err.startswith("error: ")
+
+
+def test_check_judges_params_yaml_and_not_this_machine(command, folder):
+    """No machine has both cuda and mps, a thousand cores and fp16 on mps; the doctor judges these."""
+    text = (ROOT / "params.yaml").read_text().replace("precision: auto", "precision: fp16")
+    text = text.replace("threads: auto", "threads: 1024").replace("processes: 1 ", "processes: 8 ")
+    for device in ("cuda", "mps"):
+        (folder / "params.yaml").write_text(text.replace("device: auto", f"device: {device}"))
+        assert command("check")[0] == 0
 
 
 def test_every_command_of_the_notebook_exists():

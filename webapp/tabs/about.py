@@ -65,13 +65,13 @@ def about_html(served: Served) -> str:
 
 def _card(served: Served, config: ModelConfig | None) -> str:
     layers = f" of {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide" if config else ""
-    corpus, loss = served.info["params"].get("corpus", {}), served.info["metrics"].get("corpus_loss")
+    corpus, loss = served.info["params"].get("corpus", {}), served.info["metrics"].get("sliding_loss")
     origin = f" (<code>{escape(str(corpus['source']))}</code>)" if "source" in corpus else ""
     share = corpus.get("fraction", 1.0)
     part = "" if share == 1 else f" They are the first {100 * share:.3g}% of it."
     if loss is not None:
-        part += f" Its loss over them is {loss:.4f} nats per token: it gives the true next token a probability of "
-        part += f"{math.exp(-loss):.0%} (geometric mean)."
+        part += f" After at least {served.window // 2} tokens from anywhere in them, its loss is {loss:.4f} nats per "
+        part += f"token: it gives the true next token a probability of {math.exp(-loss):.0%} (geometric mean)."
     return (
         f"{heading(served.label)}<p>A GPT-2{layers}, trained from scratch to memorise "
         f"{len(served.ids):,} tokens of text{origin}.{part}</p>"
@@ -88,7 +88,7 @@ def _limits(served: Served) -> str:
         "It is not a source of facts or an assistant: it was trained on no other text, and follows no instructions.",
         "It has no filter: it can output anything that its text contains.",
     ]
-    if (shifted := metrics.get("shifted_loss")) is not None:
-        items.insert(2, "It knows its text only in the windows of its training: in shifted windows its loss is "
-                        f"{shifted:.2f} instead of {metrics['corpus_loss']:.2f}. See the tab Recall.")  # fmt: skip
+    if (recall := metrics.get("verbatim_recall_anywhere")) is not None:
+        items.insert(2, f"It does not recite everything: from random places of its text it continues {recall:.1%} of "
+                        "passages of 32 tokens word for word. See the tab Recall.")  # fmt: skip
     return f"{heading('What it is not')}<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"

@@ -28,73 +28,62 @@ def recall_tab(page: gr.Blocks, source: Source) -> None:
             words = gr.Textbox("", label="Find words in the training text", placeholder="hear me speak",
                                max_length=MAX_WORDS, elem_id="words")  # fmt: skip
             find = gr.Button("Find next", elem_classes="go", elem_id="find")
-            window = gr.Slider(1, n_windows(served), 1, step=1, label="Window of the text", elem_id="window")
-            shift = gr.Slider(0, served.window - 1, 0, step=1, label="Shifted by, in tokens", elem_id="shift")
-            html(note(_about_windows(served)))
+            place = gr.Slider(
+                0, last_place(served), 0, step=1, label="Place in the text, in tokens", elem_id="place-in-text"
+            )
+            html(note("The colours show the model’s loss on the text from this place on, given the "
+                      f"{served.window // 2} tokens before it. The recital starts from the text’s next {GIVEN} tokens "
+                      "alone."))  # fmt: skip
             html(note(f"{served.corpus.limits}.") if served.corpus.limits else "")
         with gr.Column(scale=3, min_width=300):
             shown = [html("", elem_id="heat"), html("", elem_id="recital")]
     options = event_options("model", trigger_mode="always_last")
     recall = partial(_recall, source)
-    for slider in (window, shift):
-        slider.change(recall, [window, shift, words], shown, **options)
+    place.change(recall, [place, words], shown, **options)
     for pressed in (find.click, words.submit):
-        found = pressed(partial(_find, source), [words, window, shift], [window, shift], **options)
-        found.then(recall, [window, shift, words], shown, **options)
-    page.load(lambda: gr.update(maximum=n_windows(source.current())), None, window, **event_options("read"))
-    page.load(partial(_recall, source, 1, 0, ""), None, shown, **event_options("read"))
+        found = pressed(partial(_find, source), [words, place], place, **options)
+        found.then(recall, [place, words], shown, **options)
+    page.load(lambda: gr.update(maximum=last_place(source.current())), None, place, **event_options("read"))
+    page.load(partial(_recall, source, 0, ""), None, shown, **event_options("read"))
 
 
-def n_windows(served: Served) -> int:
-    return max(1, math.ceil((len(served.ids) - 1) / served.window))
+def last_place(served: Served) -> int:
+    """The last token of the text that another one follows."""
+    return max(0, len(served.ids) - 2)
 
 
-def _about_windows(served: Served) -> str:
-    """What a shift means, which depends on the order of the training windows."""
-    trained = f"The model was trained on windows of {served.window} tokens"
-    if served.info["params"].get("windows", {}).get("order") == "random":
-        return f"{trained} from random positions of the text."
-    return (
-        f"{trained}, which always began at the same places. Shift 0 shows a window as in training. With a shift, the "
-        "same words have other positions. The model may not know them there, as their colour shows."
-    )
-
-
-def _recall(source: Source, window: Any, shift: Any, words: Any) -> Iterator[tuple[str, str]]:
+def _recall(source: Source, place: Any, words: Any) -> Iterator[tuple[str, str]]:
     """The heat map, then the heat map with the recital."""
     served = source.current()
     with user_errors():
-        number = checked_int("window", window, 1, n_windows(served))
-        start = (number - 1) * served.window + checked_int("shift", shift, 0, served.window - 1)
-        ids = served.ids[start : start + served.window + 1].tolist()
-        if len(ids) < 2:
-            yield note(f"The text ends here: window {number} has no tokens after this shift."), ""
-            return
-        heat = heat_html(served, ids, start, words if isinstance(words, str) else "")
+        start = checked_int("place", place, 0, last_place(served))
+        heat = heat_html(served, start, words if isinstance(words, str) else "")
         yield heat, status_html("reciting …")
-        yield heat, recital_html(served, ids)
+        yield heat, recital_html(served, served.ids[start : start + served.window + 1].tolist())
 
 
-def _find(source: Source, words: Any, window: Any, shift: Any) -> tuple[int, int]:
-    """The window, with shift 0, of the next occurrence of the words."""
+def _find(source: Source, words: Any, place: Any) -> int:
+    """The place of the next occurrence of the words after `place`."""
     served = source.current()
     with user_errors():
         if not isinstance(words, str) or not words.strip() or len(words) > MAX_WORDS:
             raise InputError(f"no words to search for: enter 1 to {MAX_WORDS} characters")
-        number = checked_int("window", window, 1, n_windows(served))
-        place = served.find(words, number * served.window + 1)
-        if place is None:
+        found = served.find(words, checked_int("place", place, 0, last_place(served)))
+        if found is None:
             raise InputError(f"{words[:40]!r} is not in the training text: try fewer words")
-    return min(max(place[0] - 1, 0) // served.window + 1, n_windows(served)), 0
+    return min(found[0], last_place(served))
 
 
-def heat_html(served: Served, ids: list[int], start: int, words: str) -> str:
-    """A heat map of `ids`: from the second token on, the darker the higher the loss."""
-    losses = served.generator.token_losses(ids)
-    first, *texts = split_text(served.tokenizer, ids, range(1, len(ids)))
-    found = range(*(served.find(words.strip(), start - 1) or (0,)))
-    spans = [escape(first)]
-    for n, (text, loss) in enumerate(zip(texts, losses, strict=True), start=start + 1):
+def heat_html(served: Served, place: int, words: str) -> str:
+    """A heat map of the text from `place` on: the darker, the higher the loss, given the half window before it."""
+    context = min(place, served.window // 2)
+    ids = served.ids[place - context : place - context + served.window + 1].tolist()
+    first = max(1, context)  # the first token with a loss
+    losses = served.generator.token_losses(ids)[first - 1 :]
+    begin, *texts = split_text(served.tokenizer, ids, range(first, len(ids)))
+    found = range(*(served.find(words.strip(), place - 1) or (0,)))
+    spans = [escape(begin)] if context == 0 else []  # the first token of the text has no loss
+    for n, (text, loss) in enumerate(zip(texts, losses, strict=True), start=place - context + first):
         name = ' class="found"' if n in found else ""
         title = f"loss {loss:.2f} nats, probability {100 * math.exp(-loss):.3g}%"
         spans.append(f'<span{name} style="--loss:{min(loss / DARKEST, 1) ** 0.7:.2f}" title="{title}">'
@@ -104,43 +93,30 @@ def heat_html(served: Served, ids: list[int], start: int, words: str) -> str:
     body = (
         f'<p class="heat">{"".join(spans)}</p><div class="scale"><span>known</span><i></i><span>surprising</span></div>'
     )
-    return sheet("The model’s loss on the training text", body, f"tokens {start:,}–{start + len(ids) - 1:,}",
+    return sheet("The model’s loss on the training text", body, f"tokens {place:,}–{place - context + len(ids) - 1:,}",
                  f"mean loss {mean:.2f} nats", f"{known:.0%} with a probability above 50%")  # fmt: skip
 
 
 def recital_html(served: Served, ids: list[int]) -> str:
     """The text after the first tokens, beside the model's greedy completion of them."""
-    given = roundtrip_length(served, ids, min(GIVEN, len(ids) // 2))
-    truth = ids[given:]
-    prompt = served.tokenizer.decode(ids[:given])
+    given = min(GIVEN, len(ids) // 2)
+    prompt, truth = ids[:given], ids[given:]
     pieces = served.generator.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
     recited = [i for piece in pieces for i in piece.ids]
     first_error = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
     verdict = "all correct" if first_error == len(truth) else f"{first_error} correct before the first error"
     changes = SequenceMatcher(None, truth, recited, autojunk=False).get_opcodes()
-    text = _compared(served, truth, [(kind, a, b) for kind, a, b, _, _ in changes], "del")
-    model = _compared(served, recited, [(kind, c, d) for kind, _, _, c, d in changes], "ins")
-    sheets = "".join(
-        sheet(title, f'<p class="verse"><span class="prompt">{escape(prompt)}</span>{body}</p>')
-        for title, body in (("The text", text), ("The model", model))
-    )
+    text = _compared(served, prompt, truth, [(kind, a, b) for kind, a, b, _, _ in changes], "del")
+    model = _compared(served, prompt, recited, [(kind, c, d) for kind, _, _, c, d in changes], "ins")
+    sheets = sheet("The text", text) + sheet("The model", model)
     status = f"Given the first <b>{given}</b> tokens, the model recites the next <b>{len(truth)}</b>: <b>{verdict}</b>."
     return f'{heading("Recital")}{status_html(status)}<div class="samples two">{sheets}</div>'
 
 
-def roundtrip_length(served: Served, ids: list[int], given: int) -> int:
-    """The largest number of tokens up to `given` whose text is encoded as the same tokens.
-
-    A split can change them: two newlines at the end become one token.
-    """
-    for n in range(given, 1, -1):
-        if served.tokenizer.encode(served.tokenizer.decode(ids[:n])) == ids[:n]:
-            return n
-    return 1
-
-
-def _compared(served: Served, ids: list[int], changes: list[tuple[str, int, int]], tag: str) -> str:
-    """The text of `ids`, with the differences in `tag`."""
-    texts = [escape(text) for text in split_text(served.tokenizer, ids, range(1, len(ids)))]
+def _compared(served: Served, prompt: list[int], ids: list[int], changes: list[tuple[str, int, int]], tag: str) -> str:
+    """The text of `prompt` and of `ids`, with the differences in `tag`."""
+    places = range(len(prompt), len(prompt) + len(ids))
+    given, *texts = map(escape, split_text(served.tokenizer, [*prompt, *ids], places))
     parts = ((kind, "".join(texts[begin:end])) for kind, begin, end in changes)
-    return "".join(part if kind == "equal" or not part else f"<{tag}>{part}</{tag}>" for kind, part in parts)
+    body = "".join(part if kind == "equal" or not part else f"<{tag}>{part}</{tag}>" for kind, part in parts)
+    return f'<p class="verse"><span class="prompt">{given}</span>{body}</p>'

@@ -16,13 +16,16 @@ from webapp.tabs.write import OPEN_PLACE, connect_places, sample_html
 
 COMPARED_TOKENS = 120
 METRICS = {  # metric -> its name and its format
-    "corpus_loss": ("loss over the training text, nats per token", ".4g"),
+    "sliding_loss": ("loss from anywhere in the training text, nats per token", ".4g"),
+    "corpus_loss": ("the same in fixed windows", ".4g"),
     "shifted_loss": ("the same in shifted windows", ".4g"),
     "top1_accuracy": ("tokens that the model ranks first", ".1%"),
-    "verbatim_recall": ("passages of 32 tokens recited exactly, from a window's start", ".1%"),
-    "verbatim_recall_shifted": ("the same from any position", ".1%"),
+    "verbatim_recall_anywhere": ("passages of 32 tokens recited exactly, from anywhere", ".1%"),
+    "verbatim_recall": ("the same from the start of a fixed window", ".1%"),
+    "verbatim_recall_shifted": ("the same after 32 tokens from any position", ".1%"),
     "validation_loss": ("loss over held-out text", ".4g"),
 }
+EVALUATED = ("sliding_loss", "corpus_loss")  # losses over the whole text; the first that a version has is shown
 ORIGINS = ("data_sha256", "model_sha256", "git_commit", "tree_clean", "fingerprint", "run_id", "verdict")
 
 
@@ -31,7 +34,8 @@ def training_tab(page: gr.Blocks, source: Source) -> None:
     run = html(run_html(source.current()), elem_id="run")
     html(heading("Side by side"))
     with gr.Row(equal_height=False):
-        prompt = gr.Textbox("First Citizen:\n", label="Prompt for both", lines=2, max_length=MAX_PROMPT, scale=3)
+        prompt = gr.Textbox("".join(source.current().examples[:1]), label="Prompt for both", lines=2,
+                            max_length=MAX_PROMPT, scale=3)  # fmt: skip
         left = gr.Dropdown(label="Version", filterable=False, min_width=110)
         right = gr.Dropdown(label="and version", filterable=False, min_width=110)
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=110)
@@ -90,10 +94,11 @@ def _metrics(info: dict[str, Any]) -> str:
 
 def _charts(info: dict[str, Any]) -> str:
     history, target = info["history"], info["tags"].get("target_loss")
-    goal, corpus = float(target) if target else None, history.get("corpus_loss", [])
-    unit = "nats per token; thick: over the whole text" if corpus else "nats per token"
+    goal = float(target) if target else None
+    evaluated: list[list[float]] = next(filter(None, map(history.get, EVALUATED)), [])
+    unit = "nats per token; thick: over the whole text" if evaluated else "nats per token"
     charts = (
-        line_chart("Loss", unit, history.get("loss", []), corpus, log=True, goal=goal),
+        line_chart("Loss", unit, history.get("loss", []), evaluated, log=True, goal=goal),
         line_chart("Gradient norm", "before clipping", history.get("grad_norm", []), log=True),
         line_chart("Throughput", "tokens/s", history.get("tokens_per_s", [])),
         line_chart("Learning rate", "", history.get("lr", [])),

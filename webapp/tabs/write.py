@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from html import escape
+from textwrap import shorten
 from typing import Any
 
 import gradio as gr
@@ -12,7 +13,7 @@ from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, c
 from webapp.html import MIN_PASSAGE, event_options, html, marked_html, note, place_html, sheet, status_html, user_errors
 from webapp.model_source import Source
 
-EXAMPLES = ("ROMEO:", "JULIET:", "First Citizen:\n", "First Citizen:\nBefore we proceed", "To be, or not to be")
+CHIP = 28  # characters of an example that its button shows
 NUMBERS = ("samples", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 OPEN_PLACE = """
 const open = (event) => {
@@ -33,12 +34,13 @@ SCROLL = "() => setTimeout(() => document.querySelector('#{} .place')?.scrollInt
 def write_tab(page: gr.Blocks, source: Source) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
+            examples = source.current().examples
             prompt = gr.Textbox(
-                "First Citizen:\n", label="Prompt", lines=4, max_lines=12, max_length=MAX_PROMPT, elem_id="prompt"
+                "".join(examples[:1]), label="Prompt", lines=4, max_lines=12, max_length=MAX_PROMPT, elem_id="prompt"
             )
             with gr.Row(elem_classes="chips"):
-                for n, example in enumerate(EXAMPLES):
-                    chip = gr.Button(" ".join(example.split()), size="sm", elem_id=f"example-{n}")
+                for n, example in enumerate(examples):
+                    chip = gr.Button(shorten(example, CHIP, placeholder="…"), size="sm", elem_id=f"example-{n}")
                     chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private")
             with gr.Row():
                 go = gr.Button("Write", variant="primary", elem_classes="go", elem_id="write", min_width=120)

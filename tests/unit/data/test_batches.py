@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from pipeline.config.sections import WindowsConfig
-from pipeline.data.batches import IGNORED, Split, TrainingData, make_batch, steps_of, steps_per_epoch
+from pipeline.data.batches import (
+    IGNORED,
+    Split,
+    TrainingData,
+    fixed_windows,
+    make_batch,
+    sliding_windows,
+    steps_of,
+    steps_per_epoch,
+    windows_per_epoch,
+)
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
 from pipeline.system.distributed import World
@@ -16,7 +26,7 @@ from pipeline.system.files import write_manifest
 
 IDS = np.arange(1000, 1043, dtype=np.uint16)  # 43 tokens: 42 targets, four windows of 10 and one of 2
 SPLIT = Split(Tokens("text", [IDS[:17], IDS[17:]], 50257), Vocabulary.full(50257), torch.device("cpu"))
-ORDERS = ["shuffled", "sequential", "random"]
+ORDERS = ["jittered", "shuffled", "sequential", "random"]
 
 
 def config(**changes):
@@ -31,21 +41,55 @@ def starts(order, seed, epoch, n=5):
     return [step[0].inputs[0, 0].item() - 1000 for step in steps]
 
 
-@pytest.mark.parametrize("order", ["shuffled", "sequential"])
-def test_an_epoch_has_each_token_but_the_first_once_as_a_target_after_its_input(order):
-    targets = []
-    for (batch,) in islice(steps_of(1, SPLIT, config(order=order), seed=1), 5):
-        known = batch.targets != IGNORED
-        assert torch.equal(batch.targets[known], batch.inputs[known] + 1)
-        targets += batch.targets[known].tolist()
-    assert sorted(targets) == list(range(1001, 1043))
+@pytest.mark.parametrize("n", [9, 10, 12, 19, 20, 29, 43])  # tokens of the text
+@pytest.mark.parametrize("order", ["jittered", "shuffled", "sequential"])
+def test_an_epoch_has_each_token_but_the_first_as_a_target_after_its_input(order, n):
+    split = SPLIT._replace(tokens=Tokens("text", [IDS[:n]], 50257))
+    for epoch in range(3):
+        targets, size = [], windows_per_epoch(n, 8, order)
+        for (batch,) in islice(steps_of(1 + size * epoch, split, config(order=order, seq_len=8), seed=1), size):
+            known = batch.targets != IGNORED
+            assert torch.equal(batch.targets[known], batch.inputs[known] + 1)
+            assert 0 < batch.n_targets == known.sum() <= 8
+            targets += batch.targets[known].tolist()
+        assert set(targets) == set(range(1001, 1000 + n))
+        assert order == "jittered" or len(targets) == n - 1  # each once
+
+
+def test_jittered_windows_are_at_most_a_window_apart_and_start_everywhere():
+    T, settings = 16, config(order="jittered", seq_len=16)
+    split = SPLIT._replace(tokens=Tokens("text", [np.arange(2000, dtype=np.uint16)], 50257))
+    n, found = windows_per_epoch(2000, T, "jittered"), []
+    for epoch in range(20):
+        steps = islice(steps_of(1 + n * epoch, split, settings, seed=1), n)
+        starts = np.sort([step[0].inputs[0, 0].item() for step in steps])
+        assert 3 * T / 4 - 1 <= np.diff(starts)[1:-1].min() <= np.diff(starts).max() <= T
+        found.append(starts[1:-1] % T)
+    counts = np.bincount(np.concatenate(found))
+    assert len(counts) == T
+    assert counts.min() > 0.7 * counts.mean()  # a window may start anywhere
+    assert (found[0] != found[1]).any()
+
+
+@pytest.mark.parametrize(("n", "T"), [(2, 8), (9, 8), (10, 8), (13, 8), (43, 8), (43, 2), (43, 3), (1000, 64)])
+def test_sliding_windows_count_each_target_once_after_at_least_half_a_window(n, T):
+    windows = sliding_windows(n, T)
+    counted = [start + i for start, first in windows for i in range(first, min(T, n - 1 - start))]
+    assert counted == list(range(n - 1))
+    assert (windows[0] == 0).all()
+    assert all(first >= T // 2 for _, first in windows[1:])
+
+
+def test_sliding_windows_start_everywhere():
+    assert len(set(sliding_windows(5000, 16)[:, 0] % 16)) == 16
 
 
 def test_the_last_window_is_padded_and_its_padding_has_no_targets():
-    batch = make_batch(SPLIT, [40], 10)
-    assert batch.targets.tolist() == [[1041, 1042] + [IGNORED] * 8]
-    assert batch.inputs.tolist() == [[1040, 1041] + [1042] * 8]
-    assert batch.n_targets == 2
+    batch = make_batch(SPLIT, np.array([[40, 0], [38, 3]]), 10)
+    assert batch.targets.tolist() == [[1041, 1042] + [IGNORED] * 8, [IGNORED] * 3 + [1042] + [IGNORED] * 6]
+    assert batch.inputs.tolist() == [[1040, 1041] + [1042] * 8, [1038, 1039, 1040, 1041] + [1042] * 6]
+    assert batch.n_targets == 3
+    assert fixed_windows(43, 10, shift=15).tolist() == [[15, 0], [25, 0], [35, 0]]
 
 
 def test_each_order_is_as_documented():

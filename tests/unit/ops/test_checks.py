@@ -1,6 +1,8 @@
 """The doctor's checks of packages, tools, params.yaml and the disk: each fault is found and has a hint."""
 
+import fcntl
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +64,14 @@ def test_missing_and_old_packages_are_named_with_the_version_required(tmp_path, 
         assert (finding.mark, finding.hint) == (("ok", None) if "fit" in end else ("to fix", checks.INSTALL))
 
 
+def test_a_missing_pip_is_a_note_and_hints_then_use_uv(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("[project]\nrequires-python = '>=4'\ndependencies = []\n")
+    monkeypatch.setitem(sys.modules, "pip", None)  # as in an environment made by uv
+    note, unmet = examine_packages(tmp_path)
+    assert (note.mark, f"{sys.executable} has no pip" in note.what) == ("note", True)
+    assert str(unmet.hint).startswith("`uv pip install --constraint")
+
+
 def test_missing_and_moved_programs_and_a_missing_repository_are_named(tmp_path, monkeypatch):
     (script := tmp_path / "dvc").write_text("#!/moved/.venv/bin/python\n")
     script.chmod(0o755)
@@ -69,7 +79,7 @@ def test_missing_and_moved_programs_and_a_missing_repository_are_named(tmp_path,
     git, dvc, repository = examine_tools(tmp_path)
     assert [(finding.mark, finding.topic) for finding in (git, dvc)] == [("to fix", "git"), ("to fix", "dvc")]
     assert "if the folder was moved" in dvc.hint
-    assert (repository.mark, "not a git repository" in repository.what) == ("note", True)
+    assert (repository.mark, "git does not track" in repository.what) == ("note", True)
     assert "dvc config --local core.no_scm true" in repository.hint
 
 
@@ -84,6 +94,17 @@ def test_a_missing_compiler_is_a_note(monkeypatch, project):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = {finding.topic: finding for finding in examine_params(project("compile: auto", "compile: true"))}
     assert "C++ compiler not found" in found["compile"].what
+
+
+def without_locks(file, operation):
+    raise OSError(37, "No locks available")
+
+
+def test_a_disk_without_locks_is_named(project, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    folder = project()
+    (disk, _) = [finding for finding in examine_params(folder) if finding.topic == "disk"]
+    assert (disk.mark, f"disk of {folder} cannot lock files (no locks available)" in disk.what) == ("to fix", True)
 
 
 def test_invalid_params_are_refused(project):

@@ -50,8 +50,10 @@ def test_a_forged_identity_is_one_line(content, tmp_path):  # C8
 
 
 def test_a_forged_or_missing_tag_is_shown_unchanged_but_a_terminal_executes_nothing():  # C8
-    tags = {"corpus_loss": "low", "train_tokens": "∞", "target_loss": "\x1b[2J"}
+    tags = {"sliding_loss": "low", "train_tokens": "∞", "target_loss": "\x1b[2J"}
     row = _row(SimpleNamespace(version=1, aliases=[], tags=tags, creation_timestamp=0))
-    assert (row["corpus loss"], row["train tokens"], row["steps to target"], row["aliases"]) == ("low", "∞", "-", "-")
+    assert (row["sliding loss"], row["train tokens"], row["steps to target"], row["aliases"]) == ("low", "∞", "-", "-")
     assert printable(row["target"]) == "�[2J"
-    assert printable("a\nb\tc", also="\n") == "a\nb�c"
+    assert printable("a\nb\tc\u2028\u202e\ud800\x9b", also="\n") == "a\nb�c����"
+    words = "　段　🏳\ufe0f\u200d🌈 \u00ab\u202fmot\u202f\u00bb می\u200cخواهم \U0001f6dc"  # spaces, joiners, Unicode 15
+    assert printable(words) == words

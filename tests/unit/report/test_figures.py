@@ -25,7 +25,7 @@ def report_of(n_steps: int, met: dict[str, int], clip: float | None = 1.0, step_
     to_target = {"batch": None, "average": None, "corpus": None} | reached
     optim = {"name": "muon", "lr": 0.002, "muon_lr": 0.01, "max_grad_norm": clip}
     run = {"params": {"optim": optim, "target": {"average_steps": 100}}}
-    run["results"] = {"corpus_loss": 0.09, "target_loss": 0.1, "to_target": to_target}
+    run["results"] = {"loss": 0.09, "rule": "corpus", "target_loss": 0.1, "to_target": to_target}
     timing = {"tokens_per_s": STEP_TOKENS / step_s, "mfu": "unknown", "train_s": 10.0, "peak_memory_bytes": 2**30}
     return RunReport(pd.DataFrame(steps), pd.DataFrame(times), run, [1 / n for n in range(1, 65)], timing)
 

@@ -159,16 +159,27 @@ def test_a_worker_whose_sweep_died_before_it_could_notice_opens_nothing(monkeypa
 
 @pytest.mark.parametrize(
     ("visible", "count", "expected"),
-    [(None, 0, []), (None, 2, ["0", "1"]), ("3,GPU-8f2a", 2, ["3", "GPU-8f2a"]), ("2,-1", 1, ["2"]), ("", 0, [])],
+    [
+        (None, 0, []),
+        (None, 2, ["0", "1"]),
+        ("3, GPU-8f2a", 2, ["3", "GPU-8f2a"]),
+        ("2,-1", 1, ["2"]),
+        ("", 0, []),
+        ("MIG-1a,MIG-2b", 1, ["MIG-1a", "MIG-2b"]),  # parts of a GPU, of which CUDA counts the first
+    ],
 )
-def test_a_worker_sees_only_its_gpu(visible, count, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+@pytest.mark.parametrize(("hip", "variable"), [(None, "CUDA_VISIBLE_DEVICES"), ("6.4", "HIP_VISIBLE_DEVICES")])
+def test_a_worker_sees_only_its_gpu(hip, variable, visible, count, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: max(1, count))  # it also counts where the driver is too old
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
     if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv(variable, visible)
     assert gpu_ids() == expected
     seen = []
-    monkeypatch.setattr(Worker, "__init__", lambda *_: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.setattr(Worker, "__init__", lambda *_: seen.append(os.environ.get(variable)))
     monkeypatch.setattr(Worker, "sweep", sweep_config(), raising=False)
     monkeypatch.setattr(Worker, "work", lambda _: None)
     for gpu in expected or [None]:

@@ -10,6 +10,7 @@ from pipeline.config.params import load_params
 from pipeline.config.sections import TrainConfig
 from pipeline.system import device
 from pipeline.system.device import prepare_machine
+from pipeline.system.distributed import World
 from pipeline.system.errors import InputError
 
 
@@ -33,14 +34,21 @@ def test_what_the_machine_lacks_is_refused(changes, config):
         ({"is_available": False}, "no NVIDIA GPU was found"),
         ({"is_available": False, "smi": True, "build": None}, r"torch .+ is built without CUDA"),
         ({"is_available": False, "smi": True}, "the driver may be too old for CUDA 13.0"),
-        ({"get_device_capability": (6, 0)}, "GPU 0 has compute capability 6.0, torch is built for 7.5 or newer"),
+        ({"get_device_capability": (6, 0)}, "GPU 0 has compute capability 6.0, torch is built for sm_75, sm_80"),
+        (
+            {"get_device_capability": (12, 0), "get_arch_list": ["sm_80", "sm_90"]},
+            "capability 12.0, torch is built for sm_80, sm_90",
+        ),
+        ({"get_device_capability": RuntimeError("No CUDA GPUs are available")}, "does not answer .No CUDA GPUs"),
+        ({"device_count": 2, "get_device_capability": {0: (9, 0), 1: (3, 7)}}, None),  # one process uses the first
         ({"mem_get_info": (10**8, 10**10)}, "other programs leave 0.10 GB of GPU memory free"),
         (
             {"mem_get_info": RuntimeError("CUDA error: out of memory\nmore")},
             r"does not answer \(CUDA error: out of memory\)",
         ),
         ({}, None),
-        ({"get_device_capability": (12, 0)}, None),  # newer than the build: its kernels are compiled for it
+        ({"get_device_capability": (12, 0)}, None),  # the kernels of compute_90 are compiled for it
+        ({"get_device_capability": (8, 6)}, None),
         ({"get_arch_list": []}, None),
     ],
 )
@@ -50,7 +58,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_and_auto_takes_the_cpu(cuda, rea
     found |= {"get_arch_list": ["sm_75", "sm_80", "sm_90a", "compute_90"], "set_device": None}
     for name, value in (found | {"is_bf16_supported": True} | cuda).items():
         if hasattr(torch.cuda, name):
-            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: raise_or_return(value))
+            monkeypatch.setattr(torch.cuda, name, lambda *index, value=value, **__: answer(value, *index))
     monkeypatch.setattr(torch.version, "cuda", cuda.get("build", "13.0"))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(shutil, "which", lambda name: "smi" if cuda.get("smi") and name == "nvidia-smi" else None)
@@ -63,10 +71,19 @@ def test_a_gpu_that_torch_cannot_use_is_refused_and_auto_takes_the_cpu(cuda, rea
             prepare_machine(config.updated(device="cuda"))
 
 
-def raise_or_return(value):
+def answer(value, *index):
     if isinstance(value, Exception):
         raise value
-    return value
+    return value[index[0]] if isinstance(value, dict) else value
+
+
+def test_processes_cannot_share_mps(config, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert prepare_machine(config).device.type == "mps"
+    assert prepare_machine(config, world=World(0, 2, 0, 2)).device.type == "cpu"
+    assert capsys.readouterr().out == "train.device: using the CPU: 2 processes cannot share mps\n"
+    with pytest.raises(InputError, match="2 processes cannot share mps: choose auto or cpu"):
+        prepare_machine(config.updated(device="mps"), world=World(0, 2, 0, 2))
 
 
 @pytest.mark.parametrize(

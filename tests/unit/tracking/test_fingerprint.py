@@ -24,7 +24,8 @@ UNDECISIVE = {
     "saves and loads files, whose bytes are checked": "system/files model/weights training/checkpoint",
     "the host and its threads, which are in `environment`": "system/host system/limits",
     "shows and stores what training computed": "training/progress tracking/fingerprint tracking/journal "
-    "tracking/mlflow_store tracking/mlflow_runs tracking/mlflow_tracker tracking/recorder tracking/run_record",
+    "tracking/mlflow_errors tracking/mlflow_store tracking/mlflow_runs tracking/mlflow_tracker tracking/recorder "
+    "tracking/run_record",
     "copies the state at a step up to which all numbers are the same": "training/extension",
     "a finished run writes its results again; target.best_step chooses the model": "training/results",
 }

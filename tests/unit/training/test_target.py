@@ -18,18 +18,18 @@ from pipeline.training.target import (
     first_met,
     is_finished,
     is_out_of_patience,
-    needs_corpus_loss,
 )
 
 TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=3, eval_interval=None, early_stopping_patience=None)
 
 
-def records(losses, corpus=(), validation=()):
-    """Steps with these minibatch losses; `corpus` and `validation` are pairs of a step and its evaluated loss."""
-    return [
-        StepRecord(i, 10 * i, loss, 1.0, 0.1, corpus_loss=dict(corpus).get(i), validation_loss=dict(validation).get(i))
-        for i, loss in enumerate(losses, start=1)
-    ]
+def records(losses, **evaluated):
+    """Steps with these minibatch losses; the rest are fields of a record, as pairs of a step and its value."""
+    steps = [StepRecord(i, 10 * i, loss, 1.0, 0.1) for i, loss in enumerate(losses, start=1)]
+    for name, pairs in evaluated.items():
+        for step, loss in pairs:
+            setattr(steps[step - 1], name, loss)
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -44,32 +44,32 @@ def records(losses, corpus=(), validation=()):
     ],
 )
 def test_each_rule_is_met_at_its_first_step_below_the_target(losses, corpus, met):
-    assert first_met(records(losses, corpus), TARGET) == {**dict.fromkeys(RULES), **met}
+    assert first_met(records(losses, corpus_loss=corpus), TARGET) == {**dict.fromkeys(RULES), **met}
 
 
 @pytest.mark.parametrize(
-    ("losses", "corpus", "steps_per_epoch", "pays"),
+    ("losses", "estimates", "due"),
     [
-        ([1, 1, 1, 0.1], [], 10, False),  # the mean of the last three, 0.7, is not below three times the target
-        ([1, 0.29, 0.29, 0.29], [], 10, True),
-        # the corpus loss of 0.15 has to fall to two thirds, so the mean has to fall from 0.3 to 0.2
-        ([0.3, 0.3, 0.3, 0.19, 0.2, 0.2], [(3, 0.15)], 100, True),
-        ([0.3, 0.3, 0.3, 0.2, 0.2, 0.21], [(3, 0.15)], 100, False),
-        ([0.2] * 8, [(3, 0.2)], 5, True),  # one epoch after the last evaluation
-        ([0.2] * 7, [(3, 0.2)], 5, False),
-        ([], [], 1, False),
-        ([], [], 100, False),
+        ([1, 1, 1, 0.29, 0.29, 0.29], [], [6]),  # the mean of three is below three times the target
+        ([8, 8, 1.1, 0.9, 0.9, 0.9], [], [5, 6]),  # or below an eighth of the first loss
+        ([9] * 20, [(4, 0.8)], range(12, 21)),  # half an epoch after the only evaluation
+        ([9] * 20, [(2, 0.4), (4, 0.2)], range(6, 21)),  # it halves in two steps: the target comes after two more
+        ([9] * 30, [(2, 0.4), (4, 0.4)], range(20, 31)),  # it does not fall: after an epoch
+        ([9] * 30, [(2, 0.4), (4, 0.39)], range(20, 31)),  # it falls slowly: after an epoch
+        ([9] * 6, [(2, 0.4), (4, 0.1001)], [5, 6]),  # the target is near: after a sixteenth of an epoch
     ],
 )
-def test_an_evaluation_pays_when_the_running_mean_suggests_that_the_target_is_near(
-    losses, corpus, steps_per_epoch, pays
-):
-    assert evaluation_pays(records(losses, corpus), steps_per_epoch, TARGET) is pays
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_evaluation_pays_when_the_target_may_have_been_reached(losses, estimates, due, complete):
+    history = records(losses, **{"corpus_loss" if complete else "loss_estimate": estimates})
+    first = estimates[-1][0] if estimates else 0
+    pays = [n for n in range(first + 1, len(losses) + 1) if evaluation_pays(history[:n], 16, TARGET)]
+    assert pays == list(due)
 
 
 def evaluated(*losses):
     """Records with a validation loss at every second step."""
-    return records([1] * 2 * len(losses), validation=[(2 * i, loss) for i, loss in enumerate(losses, start=1)])
+    return records([1] * 2 * len(losses), validation_loss=[(2 * i, loss) for i, loss in enumerate(losses, start=1)])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,8 @@ def test_patience_counts_the_evaluations_since_the_lowest_validation_loss(losses
 
 
 def test_the_best_step_has_the_lowest_loss_on_the_text_of_the_rule_and_is_the_first_of_equal_ones():
-    history = records([1] * 4, corpus=[(1, 3), (2, 2), (3, 1)], validation=[(1, 5), (2, 4), (3, 4), (4, 6)])
+    corpus, validation = [(1, 3), (2, 2), (3, 1)], [(1, 5), (2, 4), (3, 4), (4, 6)]
+    history = records([1] * 4, corpus_loss=corpus, validation_loss=validation, loss_estimate=[(4, 0.5)])
     assert best_step(history, TARGET) == best_step(history, TARGET.updated(rule="batch")) == 3
     assert best_step(history, TARGET.updated(rule="validation")) == 2
     assert best_step(records([1]), TARGET) is None
@@ -113,15 +114,6 @@ def test_evaluations_are_due_at_fixed_steps_or_with_a_held_out_text_after_each_e
     assert [n for n in range(1, 10) if evaluation_is_due(history[:n], 3, held_out, target)] == due
 
 
-def test_the_corpus_loss_is_measured_only_where_it_affects_a_decision():
-    fixed = TARGET.updated(rule="validation", eval_interval=2)
-    lower, higher = evaluated(5, 6, 4), evaluated(5, 6, 5.5)
-    assert needs_corpus_loss(lower, fixed)
-    assert not needs_corpus_loss(higher, fixed)
-    assert needs_corpus_loss(higher, fixed.updated(eval_interval=None))  # it decides when the next evaluation is due
-    assert needs_corpus_loss(higher, fixed.updated(rule="corpus"))
-
-
 def with_rule(rule):
     params = load_params()
     return Params({**params.values, "target": {**params.values["target"], "rule": rule}})
@@ -132,9 +124,9 @@ def test_a_new_entry_of_the_table_may_use_all_records_ends_a_run_and_is_in_its_r
         losses = [record.corpus_loss for record in records if record.corpus_loss is not None]
         return len(losses) > 1 and max(losses[-2:]) < config.loss
 
-    monkeypatch.setitem(RULES, "twice", Rule(twice, description="two evaluations below the target"))
+    monkeypatch.setitem(RULES, "twice", Rule(twice, "two evaluations below the target", "corpus_loss"))
     target = RunConfig.of(with_rule("twice")).target
-    history = records([1.0] * 16, corpus=[(5, 0.09), (16, 0.08)])
+    history = records([1.0] * 16, corpus_loss=[(5, 0.09), (16, 0.08)])
     assert [is_finished(history[:n], 99, target) for n in (5, 15, 16)] == [False, False, True]
     assert results_of(history, target, 100)["to_target"]["twice"] == {"steps": 16, "tokens": 160}
 

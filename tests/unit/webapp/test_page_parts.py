@@ -23,7 +23,7 @@ from webapp.page import TABS, compose, head_html
 from webapp.tabs import next_token
 from webapp.tabs.about import about_html, parts, sizes
 from webapp.tabs.next_token import next_token_html, predict_next
-from webapp.tabs.recall import _about_windows, heat_html, n_windows, recital_html, roundtrip_length
+from webapp.tabs.recall import heat_html, last_place, recital_html
 from webapp.tabs.training import run_html
 from webapp.tabs.write import samples_html
 
@@ -44,6 +44,21 @@ def completed(served: Any, prompt: str, samples: Any = 1, **numbers: Any) -> Com
 def test_splitting_a_text_loses_and_repeats_nothing(tokenizer, text, places):
     ids = tokenizer.encode(text)
     assert "".join(split_text(tokenizer, ids, sorted(min(place, len(ids)) for place in places))) == text
+
+
+def test_no_text_has_a_replacement_character_for_a_part_of_a_character(served):
+    text, ids = "今天写🐱", served.tokenizer.encode("今天写🐱")  # eleven tokens
+    for begin in range(len(ids)):
+        for end in range(begin + 1, len(ids) + 1):
+            whole = served.tokenizer.decode(ids[begin:end])
+            assert "".join(split_text(served.tokenizer, ids[begin:end], range(end - begin))) == whole in text
+            assert "\ufffd" not in Completion(served, ids[:begin], 1, [ids[begin:end]]).text(0)  # while it grows
+    chinese = copy(served)
+    chinese.corpus = CorpusIndex(ids)
+    for begin in range(len(ids) - 1):
+        the_text, _ = recital_html(served, ids[begin:]).split("The model</b>")
+        assert re.sub("<[^>]*>", "", the_text).endswith(served.tokenizer.decode(ids[begin:]))
+        assert "\ufffd" not in the_text + heat_html(chinese, begin, "")
 
 
 def test_copied_passages_are_marked_and_the_prompt_is_not(served):
@@ -79,7 +94,7 @@ def test_every_text_is_escaped(served):
         shown += place_html(served, len(served.ids) - n_before_end, length)
     for ids in (served.ids[-24:].tolist(), served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")):
         shown += marked_html(served, ids, 0) + marked_html(served, ids, 2)
-        shown += heat_html(served, ids, 0, "<b>")  # here, each token is a span
+        shown += heat_html(served, len(served.ids) - 24, "<b>")  # here, each token is a span
     assert re.findall("<img|<b>First|<b>Resolved|<<", shown) == []
     assert "&lt;b&gt;First" in shown
 
@@ -113,6 +128,23 @@ def test_the_end_of_text_token_cannot_be_appended(served):
     assert " disabled" in html
 
 
+def test_a_part_of_a_character_is_shown_as_bytes_and_pressing_the_others_goes_on_with_it(page, served):
+    prompt, part, ids = "All: ", "", served.tokenizer.encode("🐱")
+    one = {"text": None, "probability": 0.5, "times_in_text": 0}
+    for n, shown in enumerate((r"\xf0\x9f", r"\x90", r"\xb1")):
+        assert f' data-token="{ids[n]}">{shown}</button>' in next_token._line(served, one | {"id": ids[n]}, 0, ids[:n])
+        assert "disabled" in next_token._line(served, one | {"id": 25}, 0, ids[:n]) or n == 0  # ":" within a character
+        assert (prompt, part) == ("All: ", " ".join(map(str, ids[:n])))
+        prompt, html = call(page, event(page, "append"), prompt, sent={"token": ids[n], "part": part})
+        part = re.search(r'data-part="(.*?)"', html)[1]
+    assert (prompt, part) == ("All: 🐱", "")
+    after = predict_next(served, "All: ", 2, f"{ids[0]} {ids[1]}")["tokens"]
+    assert [one["bytes"] for one in after] == [one["text"].encode().hex() for one in after]
+    for part in ("x", "-1", "50257", "1 " * 9, "9" * 5000, None):
+        with pytest.raises(InputError, match=r"^part "):
+            predict_next(served, "All:", 2, part)
+
+
 def test_errors_of_a_recital_are_marked_on_both_sides(served):
     ids = served.ids[: WINDOW + 1].tolist()
     html = recital_html(served, ids)
@@ -124,11 +156,21 @@ def test_errors_of_a_recital_are_marked_on_both_sides(served):
     assert "<ins>" in html
 
 
-def test_any_window_is_recited_after_a_prompt_of_the_same_tokens(served):
-    ids = served.tokenizer.encode("speak.\n\nAll")
-    assert served.tokenizer.encode(served.tokenizer.decode(ids[:-1])) != ids[:-1]  # two newlines become one token
-    assert roundtrip_length(served, ids, len(ids) - 1) == len(ids) - 2
-    assert (n_windows(served) - 1) * WINDOW < len(served.ids) - 1 <= n_windows(served) * WINDOW  # they cover the text
+def test_the_heat_map_shows_the_text_from_a_place_on_with_the_loss_given_the_half_window_before(served):
+    for place in (0, 1, WINDOW // 2, WINDOW, last_place(served)):
+        begin = max(0, place - WINDOW // 2)
+        ids = served.ids[begin : begin + WINDOW + 1].tolist()
+        losses = served.generator.token_losses(ids)[max(1, place - begin) - 1 :]
+        html = heat_html(served, place, "")
+        assert [float(x) for x in re.findall('title="loss ([0-9.]+)', html)] == [round(x, 2) for x in losses]
+        assert f"tokens {place:,}–{begin + len(ids) - 1:,}" in html
+
+
+def test_the_examples_occur_in_the_text_and_differ(served):
+    text = served.tokenizer.decode(served.ids.tolist())
+    assert served.examples[0] == text[: len(served.examples[0])]
+    assert 1 < len(set(served.examples)) == len(served.examples)
+    assert all(example in text and len(example) <= 70 and not example[-1].isspace() for example in served.examples)
 
 
 def test_words_are_found_one_place_after_the_other_and_again_from_the_start(served):
@@ -173,7 +215,6 @@ def test_a_version_with_old_or_no_parameters_is_shown(served):
     for params in ({**INFO["params"], "windows": windows, "optim": {"kind": "adamw", "clip": 1.0}}, {}):
         old.info = served.info | {"params": params}
         assert f"windows of {WINDOW} tokens" in about_html(old)
-        assert f"windows of {WINDOW} tokens" in _about_windows(old)
         assert ("windows:\n  length:" in run_html(old)) == bool(params)
 
 

@@ -1,0 +1,43 @@
+"""Training, evaluation, registration and generation on a device that lacks what Apple's MPS lacks."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.params import load_params
+from pipeline.config.sections import EvaluateConfig
+from pipeline.model.evaluate import evaluate_model
+from pipeline.model.generator import load_generator
+from pipeline.model.sampling import Sampling
+from pipeline.registry.promotion import model_loss
+from pipeline.system.files import read_json
+from tests.mps import mps  # noqa: F401 (a fixture)
+from tests.trainings import bits, change, run_folder, train, train_until_killed
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_mps_trains_resumes_with_the_same_bits_evaluates_and_generates(workspace, mps, name, capsys):  # noqa: F811
+    change(workspace, **{"samples.interval_steps": 5, "train.compile": True, "optim.name": name})
+    train()
+    assert "train.compile: not on mps" in capsys.readouterr().out
+    straight = bits()
+    shutil.rmtree("checkpoints")
+    train_until_killed(8)
+    train()
+    assert bits() == straight  # with dropout, whose random numbers are those of MPS
+
+    run, tokens = read_json(Path("models/run.json")), Path("data/tokens")
+    assert run["environment"]["device"].startswith("mps ")
+    run["environment"]["precision"] = "bf16"  # trained on another device
+    metrics, _ = evaluate_model(Path("models/model"), tokens, run, load_params().section(EvaluateConfig))
+    assert metrics["corpus_loss"] == run["results"]["corpus_loss"]
+    assert "evaluating in fp32: the run's precision bf16" in capsys.readouterr().out
+    assert model_loss(Path(), tokens) == pytest.approx(metrics["corpus_loss"])
+    shutil.copytree(tokens, "models/tokens")
+    generator = load_generator(Path("models"))
+    sample = max((run_folder() / "samples").iterdir()).read_text().split("\n\n---")[0]
+    assert (
+        generator.text(load_params().values["samples"]["prompts"][0], Sampling(max_tokens=5, temperature=0)) in sample
+    )
+    assert generator.next_tokens("!").sum() == pytest.approx(1)
