@@ -1,5 +1,10 @@
 """Serve a registered model, or a version in a folder, on a local web page; see `python app.py --help`."""
 
+if __name__ == "__main__":
+    import pipeline
+
+    pipeline.end_quietly()  # Ctrl-C during the imports below
+
 import argparse
 import os
 import socket
@@ -50,7 +55,7 @@ def open_source(arguments: argparse.Namespace) -> "Source":
         return Folder(arguments.folder)
     from pipeline.config.params import load_params
     from pipeline.config.sections import RegistryConfig
-    from pipeline.tracking.mlflow_store import project_root
+    from pipeline.system.host import project_root
     from webapp.registry_source import Registry
 
     root = project_root()

@@ -28,8 +28,8 @@ def recipe(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the MLflow run of the current model."""
+    from pipeline.system.host import project_root
     from pipeline.tracking.mlflow_runs import describe_run
-    from pipeline.tracking.mlflow_store import project_root
     from pipeline.tracking.run_record import read_run
 
     for name, value in describe_run(project_root(), read_run(Path("models"))["fingerprint"]).items():
@@ -100,7 +100,7 @@ def models(arguments: argparse.Namespace) -> None:
             print(promotion.rollback(store, name))
         case "verify" if arguments.retrain:
             from pipeline.registry.reproduce import retrain
-            from pipeline.tracking.mlflow_store import project_root
+            from pipeline.system.host import project_root
 
             print(retrain(store, catalog.find_version(store, name, which), project_root()))
         case "verify" if which is None:
@@ -143,7 +143,7 @@ def export(arguments: argparse.Namespace) -> None:
 def doctor(arguments: argparse.Namespace) -> None:
     """Check the environment, params.yaml, MLflow's store and the registered versions, and print how to fix faults."""
     from pipeline.ops.doctor import examine
-    from pipeline.tracking.mlflow_store import project_root
+    from pipeline.system.host import project_root
 
     examine(project_root(), arguments.fix)
 
@@ -151,8 +151,8 @@ def doctor(arguments: argparse.Namespace) -> None:
 def clean(arguments: argparse.Namespace) -> None:
     """Remove checkpoints, so that `dvc repro -f train` trains from step 0; models, studies and MLflow runs stay."""
     from pipeline.system.files import locked
+    from pipeline.system.host import project_root
     from pipeline.tracking.fingerprint import IDENTITY
-    from pipeline.tracking.mlflow_store import project_root
     from pipeline.tracking.recorder import RECORDER_LOCK
 
     home, name = project_root() / "checkpoints", arguments.name
@@ -249,7 +249,7 @@ def _yaml(text: str) -> Any:
 def _open_registry() -> tuple[Any, str]:
     from pipeline.config import params, sections
     from pipeline.registry.catalog import open_registry
-    from pipeline.tracking.mlflow_store import project_root
+    from pipeline.system.host import project_root
 
     name = params.load_params().section(sections.RegistryConfig).model
     return open_registry(project_root()), name

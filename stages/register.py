@@ -9,7 +9,7 @@ def main() -> None:
     from pipeline.config.params import load_params
     from pipeline.config.sections import RegistryConfig
     from pipeline.registry.register import register
-    from pipeline.tracking.mlflow_store import project_root
+    from pipeline.system.host import project_root
 
     config = load_params().section(RegistryConfig)
     done = register(project_root(), Path(), config)

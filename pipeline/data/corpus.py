@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.client
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from pipeline.config.sections import TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import find_files, read_documents
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
-from pipeline.system.host import ADD_PIP, has_pip
+from pipeline.system.host import ADD_PIP, has_pip, project_root
 
 CONNECT_TIMEOUT_S = 5.0  # for each address of a server
 READ_TIMEOUT_S = 60.0  # for each read: some servers take seconds to the first byte
@@ -85,6 +86,7 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
     sweep_unfinished(path.parent)
     with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         if is_local(source := config.source):
+            _require_copied(source)
             files = {str(file): file for file in find_files(source)}
             _check_sha256(files.values(), source, config.sha256)
         else:
@@ -94,6 +96,18 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
         notes = write_documents(files, unfinished, source)
     print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *notes])}")
     write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
+
+
+def _require_copied(source: str) -> None:
+    """Raise InputError if this is an experiment's copy of the project that lacks texts which git does not track."""
+    if (root := project_root()) == Path.cwd():
+        return
+    there = (file.relative_to(root) for file in find_files(source, root) if file.is_file())
+    if missing := [file for file in there if not file.is_file()]:
+        raise InputError(
+            f"{missing[0]} is not in the experiment's copy of the project, since git does not track it: "
+            f"`git add {shlex.quote(source)}`, then start the experiment again"
+        )
 
 
 def verify_corpus(path: Path) -> None:

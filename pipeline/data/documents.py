@@ -51,21 +51,21 @@ def zstd() -> Any:
     return zstd
 
 
-def find_files(source: str) -> list[Path]:
-    """List the files of a path, of a folder and its subfolders, or of a glob, sorted by path.
+def find_files(source: str, base: Path = Path()) -> list[Path]:
+    """List the files of a path in `base`, of a folder and its subfolders, or of a glob, sorted by path.
 
     Ignored are hidden files, the README.md of the top folder, and a .dvc file if its text is in the same folder. Raises
     InputError if no file is found, or if a folder is a symbolic link.
     """
-    path, (root, *parts) = Path(source), PurePosixPath(source).parts
+    path, (root, *parts) = base / source, PurePosixPath(source).parts
     for n in range(len(parts)):
-        _refuse_link(Path(root, *parts[: n + 1]))
+        _refuse_link(base.joinpath(root, *parts[: n + 1]))
     if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
         return [path]
     if any("**" in part and part != "**" for part in parts):
         raise InputError(f"{source}: ** must be a whole part, as in {root}/**/*.txt: fix corpus.source")
-    found = _matching(path, ["**"]) if path.is_dir() else _matching(Path(root), parts)
-    files = sorted({file for file in found if file != Path(root, "README.md") and not _is_tracked(file)})
+    found = _matching(path, ["**"]) if path.is_dir() else _matching(base / root, parts)
+    files = sorted({file for file in found if file != base / root / "README.md" and not _is_tracked(file)})
     if not files:
         what = "contains no texts" if path.is_dir() else "matches no file"
         raise InputError(f"{source} {what}: add texts or set another corpus.source")

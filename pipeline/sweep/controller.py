@@ -40,10 +40,10 @@ from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
 from pipeline.system.device import gpu_ids
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
-from pipeline.system.host import start_module
+from pipeline.system.host import project_root, start_module
 from pipeline.system.limits import cores
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.mlflow_store import naming_dead_store, open_store, project_root
+from pipeline.tracking.mlflow_store import naming_dead_store, open_store
 from pipeline.training.config import RunConfig
 
 DASHBOARD_PORT = 8080

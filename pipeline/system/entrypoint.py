@@ -29,6 +29,8 @@ def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return 0; on an error, print it as one line and return its exit code."""
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # torch reads it when it is imported, and says what lacks
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by `end_quietly`, for the imports up to here
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if find_spec("fcntl") is None:  # Windows; this file and its imports also load there, with Python alone
             raise InputError("this program runs on Linux and macOS: on Windows, run it in WSL 2")
         if Path(sys.path[0]).resolve() == STAGES:  # tokenize.py would replace Python's own module

@@ -28,6 +28,11 @@ def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "su
     return process
 
 
+def project_root() -> Path:
+    """The repository with the checkpoints and the store, also within a copy made by `dvc exp run --temp`."""
+    return Path(os.environ.get("DVC_ROOT", "")).absolute()
+
+
 def has_pip() -> bool:
     """Whether `python -m pip` works; an environment made by uv has no pip."""
     return util.find_spec("pip") is not None

@@ -44,11 +44,6 @@ class Store(NamedTuple):
     uri: str
 
 
-def project_root() -> Path:
-    """The repository with the checkpoints and the store, also within a copy made by `dvc exp run --temp`."""
-    return Path(os.environ.get("DVC_ROOT", "")).absolute()
-
-
 def store_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, or by default the mlflow.db that `mlflow ui` opens; SQLite paths are relative to `root`.
 

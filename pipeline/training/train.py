@@ -10,8 +10,8 @@ from pipeline.data.batches import TrainingData
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import joined, world_here
 from pipeline.system.errors import InputError
+from pipeline.system.host import project_root
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.mlflow_store import project_root
 from pipeline.tracking.recorder import OWNER_PID, Recorder
 from pipeline.training.config import RunConfig
 from pipeline.training.consumers import Checkpoints, Consumer, evaluate, sample

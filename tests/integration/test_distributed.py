@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.batches import Split
+from pipeline.data.batches import Split, sliding_windows
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
-from pipeline.data.batches import sliding_windows
 from pipeline.model.evaluate import text_loss
 from pipeline.system.distributed import ALONE, joined, launch, world_here
 from pipeline.system.entrypoint import RANK_0_REPORTS_WITHIN_S, exit_code_of
@@ -41,7 +40,9 @@ def numbers(loop):
 def loss_on_the_text(loop):
     loop.state.model.eval()
     with patch.object(evaluate, "BATCH_TOKENS", 64):  # five batches: two processes get unequal numbers of them
-        return text_loss(loop.state.model, TEXT, sliding_windows(TEXT.size, 8), 8, loop.machine.autocast(), loop.machine.world)
+        return text_loss(
+            loop.state.model, TEXT, sliding_windows(TEXT.size, 8), 8, loop.machine.autocast(), loop.machine.world
+        )
 
 
 def in_a_world(folder):

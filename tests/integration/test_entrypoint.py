@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -54,6 +55,14 @@ def test_a_python_without_the_packages_says_so_in_one_line(program):
     done = run("-S", *program)  # without site-packages
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"error: {sys.executable} has no \w+: activate .venv, .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("program", [["-m", "pipeline", "models"], ["-m", "stages.train"], ["app.py"]])
+def test_ctrl_c_during_the_first_imports_leaves_no_traceback(program, tmp_path, monkeypatch, interruptible):  # A8
+    (tmp_path / "argparse.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # its argparse, which each program imports first, is found first
+    done = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 WINDOWS = """if True:

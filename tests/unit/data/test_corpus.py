@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import re
 import resource
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,6 +38,19 @@ def test_the_hash_in_params_is_of_the_stored_files_and_the_recorded_one_of_the_c
         fetch_corpus(corpus_config("texts", sha256=wrong), CORPUS)
     verify_corpus(CORPUS)
     assert sorted(path.name for path in Path("data").iterdir()) == ["corpus.sha256", "corpus.txt"]
+
+
+@pytest.mark.parametrize("source", ["texts/mine.txt", "texts/my plays", "texts/**/*.txt", "texts"])
+def test_an_experiments_copy_without_a_text_that_git_does_not_track_is_refused(source, monkeypatch):
+    for folder, names in (("texts/my plays", ["new.txt", "old.txt"]), ("copy/texts/my plays", ["old.txt"])):
+        Path(folder).mkdir(parents=True)
+        for name in names:
+            Path(folder, name).write_text(name)
+    monkeypatch.setenv("DVC_ROOT", str(Path.cwd()))
+    monkeypatch.chdir("copy")
+    said = f"^texts/.* is not in the experiment's copy .*: `git add {re.escape(shlex.quote(source))}`"
+    with pytest.raises(InputError, match=said):
+        fetch_corpus(corpus_config(source), CORPUS)
 
 
 PATHS = ["", "mine.txt", "texts/../params.yaml", "/etc/passwd"]

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from pipeline import end_quietly
 from pipeline.system import errors
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import Interrupted
@@ -66,3 +67,12 @@ def test_signals_within_a_second_count_as_one():  # a dying DVC sends one for ea
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(Interrupted, match="SIGTERM at step 3: run the same command again"):
         stop.raise_if_received("at step 3")
+
+
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_ends_the_first_imports_quietly_and_is_reported_from_then_on(before, interruptible):
+    signal.signal(signal.SIGINT, before)
+    end_quietly()
+    assert signal.getsignal(signal.SIGINT) == (signal.SIG_IGN if before == signal.SIG_IGN else signal.SIG_DFL)
+    assert exit_code_of(lambda: None) == 0
+    assert signal.getsignal(signal.SIGINT) == before

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.system.errors import InputError
-from pipeline.tracking.mlflow_store import connect, project_root, store_uri
+from pipeline.system.host import project_root
+from pipeline.tracking.mlflow_store import connect, store_uri
 from pipeline.tracking.recorder import Recorder
 
 
