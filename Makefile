@@ -4,15 +4,16 @@ ifeq ($(OS),Windows_NT)
 $(error this program runs on Linux and macOS: on Windows, run it in WSL 2)
 endif
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/installed
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
 # One process for each core, at most four, each with whole files in the order of tests/conftest.py. OpenMP threads sleep
 # while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
 IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
 
-.PHONY: repro app sweep dashboard test check faults lint format clean-venv
+.PHONY: repro app sweep dashboard test check faults lowest lint format clean-venv
 
 repro: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
@@ -35,6 +36,13 @@ check: $(INSTALLED)
 faults: $(INSTALLED)
 	$(PYTEST) tests/faults
 
+# test and check, with the lowest version of each range in pyproject.toml. It needs uv: python -m pip install uv
+lowest:
+	uv venv --clear --seed --python 3.11 .venv-lowest
+	uv pip install --python .venv-lowest --resolution lowest-direct --editable '.[dev]'
+	touch .venv-lowest/installed
+	$(MAKE) test check VENV=.venv-lowest
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -45,13 +53,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean-venv:
-	rm -rf .venv
+	rm -rf .venv .venv-lowest
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is %d.%d: Python 3.11 or newer is needed, name one with PYTHON=" % sys.version_info[:2])'
 	@$(IN_GIT) || echo 'git does not track this folder: DVC will work without git, and runs record no commit'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true # on all cores; packages have files for other Pythons
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true # on all cores; packages have files for other Pythons
 	@$(IN_GIT) || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
 	touch $@
