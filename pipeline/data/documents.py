@@ -61,6 +61,8 @@ def find_files(source: str, base: Path = Path()) -> list[Path]:
     for n in range(len(parts)):
         _refuse_link(base.joinpath(root, *parts[: n + 1]))
     if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{source} is a pipe or a device, which can be read only once: save the text in a file")
         return [path]
     if any("**" in part and part != "**" for part in parts):
         raise InputError(f"{source}: ** must be a whole part, as in {root}/**/*.txt: fix corpus.source")

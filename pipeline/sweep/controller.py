@@ -59,10 +59,12 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     config = RunConfig.of(params)
     check_space(sweep, params)
     root = project_root()
-    _prepare_tokens()
-    shared = shared_settings(sweep, config, data_sha256(root / "data" / "tokens"))
     home = root / "checkpoints" / sweep.study
-    with locked(home.parent / f"{sweep.study}.lock"), StopSignals() as stop:
+    lock = home.parent / f"{sweep.study}.lock"
+    with locked(lock):  # on a disk without locks, DVC would wait for its own without end
+        _prepare_tokens()
+    shared = shared_settings(sweep, config, data_sha256(root / "data" / "tokens"))
+    with locked(lock), StopSignals() as stop:
         study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
         if not study.get_trials(deepcopy=False) and not enqueue(study, sweep, values_of(config, list(sweep.axes))):
             print("the values of params.yaml are outside the search space: no trial uses them")

@@ -37,7 +37,7 @@ def test_a_server_that_is_down_is_named(tmp_path, monkeypatch):
 
 
 def add_version(store, name, project):
-    register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1), lambda *_: 0.0)
+    register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1))
 
 
 def test_altered_and_missing_versions_of_all_models_are_named(store, tmp_path, cheap_versions, monkeypatch):

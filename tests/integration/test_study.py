@@ -6,6 +6,9 @@ import shutil
 import socket
 import sqlite3
 import subprocess
+import threading
+import urllib.error
+import urllib.request
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace as Namespace
@@ -22,6 +25,7 @@ from pipeline.sweep.worker import WorkerConfig
 from pipeline.system.errors import InputError
 from pipeline.system.signals import StopSignals
 from tests.studies import fill, new_study, shared_by, sweep_config
+from tests.waiting import wait_until
 
 
 def age_heartbeat(database, seconds):
@@ -46,6 +50,27 @@ def test_a_trial_is_requeued_after_the_heartbeat_timeout_and_not_before(tmp_path
     assert study.trials[0].state is TrialState.FAIL
     assert suggest(study.ask(), sweep) == values
     assert [trial.number for trial in latest_trials(study)] == [1]
+
+
+def test_the_dashboard_shows_the_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    sweep = sweep_config()
+    join_study(sweep, shared_by(sweep), open_storage(sweep.storage, tmp_path, 60))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setattr(controller, "DASHBOARD_PORT", port := free.getsockname()[1])
+    threading.Thread(target=controller.open_dashboard, args=(sweep,), daemon=True).start()
+    address = f"http://127.0.0.1:{port}"
+    assert wait_until(lambda: answer_of(f"{address}/dashboard/"), 60)
+    assert sweep.study in answer_of(f"{address}/api/studies")
+
+
+def answer_of(url):
+    try:
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return reply.read().decode()
+    except urllib.error.URLError:  # it does not listen yet
+        return ""
 
 
 def test_a_sweep_waits_for_a_trial_of_a_dead_machine_and_retries_it(monkeypatch, tmp_path):  # D2

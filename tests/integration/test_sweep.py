@@ -206,9 +206,9 @@ def test_a_worker_whose_trial_was_requeued_without_it_continues_with_the_next(wo
 
 
 def test_a_second_sweep_names_the_first_and_a_sweep_without_tokens_does_not_start(workspace, sweep, monkeypatch):  # D3
+    monkeypatch.setattr(controller, "_prepare_tokens", PREPARE_TOKENS)  # fails: this is not a DVC repository
     with locked(Path("checkpoints/tiny.lock")):
         code, _, err = sweep()
     assert (code, f"is held by process {os.getpid()}" in err) == (6, True)
-    monkeypatch.setattr(controller, "_prepare_tokens", PREPARE_TOKENS)  # fails: this is not a DVC repository
     assert sweep()[::2] == (2, "error: sweep: `dvc repro tokenize` failed, see the error above: fix it first")
     assert not Path("optuna.db").exists()

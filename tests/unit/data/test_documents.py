@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import os
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -236,6 +237,9 @@ def test_a_link_to_a_folder_is_refused_since_dvc_sees_no_change_in_it():
         with pytest.raises(InputError, match="texts/books is a link to a folder, in which DVC sees no change: copy it"):
             fetched(source)
     assert fetched("texts/*.txt") == fetched("texts/*") == b"b"
+    os.mkfifo("texts/pipe.txt")
+    with pytest.raises(InputError, match=r"texts/pipe\.txt is a pipe or a device"):  # it would be waited for
+        fetched("texts/pipe.txt")
     Path("texts/gone.txt").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"texts/gone.txt cannot be read \(No such"):
         fetched("texts/*.txt")
