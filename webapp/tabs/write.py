@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from html import escape
-from textwrap import shorten
 from typing import Any
 
 import gradio as gr
@@ -13,7 +12,7 @@ from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, c
 from webapp.html import MIN_PASSAGE, event_options, html, marked_html, note, place_html, sheet, status_html, user_errors
 from webapp.model_source import Source
 
-CHIP = 28  # characters of an example that its button shows
+CHIP = 24  # characters of an example that its button shows
 NUMBERS = ("samples", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 RANGES = {"samples": (1, MAX_SAMPLES), "max_tokens": (1, MAX_TOKENS), "temperature": (0, 2), "top_k": (0, 200),
           "top_p": (0.05, 1), "repetition_penalty": (0.5, 2)}  # of the sliders  # fmt: skip
@@ -42,7 +41,9 @@ def write_tab(page: gr.Blocks, source: Source) -> None:
             )
             with gr.Row(elem_classes="chips"):
                 for n, example in enumerate(examples):
-                    chip = gr.Button(shorten(example, CHIP, placeholder="…"), size="sm", elem_id=f"example-{n}")
+                    words = " ".join(example.split())
+                    label = words if len(words) <= CHIP else f"{words[:CHIP]}…"
+                    chip = gr.Button(label, size="sm", elem_id=f"example-{n}")
                     chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private")
             with gr.Row():
                 go = gr.Button("Write", variant="primary", elem_classes="go", elem_id="write", min_width=120)
