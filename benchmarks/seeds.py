@@ -107,7 +107,7 @@ def whole_run(recipe: str, seed: int) -> None:
     results, rule = read_json(models / "run.json")["results"], config.target.rule
     evaluations = {
         key: [[int(step), float(f"{loss:.5g}")] for step, loss in steps[key].dropna().items()]
-        for key in ("corpus_loss", "validation_loss")
+        for key in ("sliding_loss", "corpus_loss", "validation_loss")
         if key in steps
     }
     note(recipe, "whole", str(seed), {

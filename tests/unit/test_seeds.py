@@ -40,8 +40,9 @@ def test_first_steps_depend_on_their_seed_and_a_shorter_record_does_not_replace_
 def test_a_whole_run_is_recorded_with_the_loss_by_each_rule(results):
     seeds.whole_run("small", 1)
     run = recorded(results)["whole"]["1"]
-    assert (run["steps"], run["rule"], run["curve"][-1][0]) == (12, "corpus", 12)
-    assert run["losses"]["corpus"] == pytest.approx(run["corpus_loss"][-1][1])
+    assert (run["steps"], run["rule"], run["curve"][-1][0]) == (12, "sliding", 12)
+    for rule in ("corpus", "sliding"):
+        assert run["losses"][rule] == pytest.approx(run[f"{rule}_loss"][-1][1])
     assert run["losses"]["average"] == pytest.approx(np.mean([loss for _, loss in run["curve"]]), rel=1e-4)
     assert run["losses"]["batch"] == pytest.approx(run["curve"][-1][1], rel=1e-4)
     before = results.read_bytes()
