@@ -69,7 +69,7 @@ def sweep_project(prepared, folder):
     study = {"study": "tiny", "sampler": "random", "pruner": "none", "space": space}
     change(folder, **{f"sweep.{key}": value for key, value in study.items()})
     longer = {"optim.max_tokens": 76_800, "samples.max_tokens": 20, "model.dropout": 0.0}
-    change(folder, **longer, **{"target.loss": 6.0, "checkpoint.interval_steps": 5})
+    change(folder, **longer, **{"optim.lr": 0.004, "target.loss": 6.0, "checkpoint.interval_steps": 5})
 
 
 def study_here():

@@ -150,7 +150,7 @@ def test_a_run_that_the_store_lacks_is_created_once_from_its_journal_and_reports
     assert (run.info.status, run.data.tags["rebuilt"]) == ("FINISHED", "true")
     assert run.info.start_time == 1_700_000_000_007  # the first step's
     assert_has_exactly_the_journal(store, project / "models", run.info.run_id)
-    assert run.data.metrics["metrics/to_target.corpus.steps"] == 20
+    assert run.data.metrics["metrics/to_target.sliding.steps"] == 20
     assert len(store.client.get_metric_history(run.info.run_id, "metrics/corpus_loss")) == 1
     assert (Path(run.info.artifact_uri) / "reports" / "figures" / "loss.png").read_bytes() == b"a picture"
 

@@ -31,9 +31,9 @@ def test_mps_trains_resumes_with_the_same_bits_evaluates_and_generates(workspace
     assert run["environment"]["device"].startswith("mps ")
     run["environment"]["precision"] = "bf16"  # trained on another device
     metrics, _ = evaluate_model(Path("models/model"), tokens, run, load_params().section(EvaluateConfig))
-    assert metrics["corpus_loss"] == run["results"]["corpus_loss"]
+    assert metrics["sliding_loss"] == run["results"]["loss"]
     assert "evaluating in fp32: the run's precision bf16" in capsys.readouterr().out
-    assert model_loss(Path(), tokens) == pytest.approx(metrics["corpus_loss"])
+    assert model_loss(Path(), tokens) == pytest.approx(metrics["sliding_loss"])
     shutil.copytree(tokens, "models/tokens")
     generator = load_generator(Path("models"))
     sample = max((run_folder() / "samples").iterdir()).read_text().split("\n\n---")[0]

@@ -222,8 +222,8 @@ def test_a_real_training_gives_the_same_weights_bit_for_bit(
     project = tmp_path / "a project with späces"
     for package in ("pipeline", "stages", "recipes"):
         shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / ".gitignore", project)
-    shutil.copy(ROOT / "params.yaml", project)
+    for name_of_file in (".gitignore", "params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name_of_file, project)
     apply_recipe("smoke", project / "params.yaml", project / "recipes")
     change(project, **{"optim.max_tokens": 3072, "model.n_embd": 16})  # 12 steps
     commit_all(project)
