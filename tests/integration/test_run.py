@@ -206,7 +206,7 @@ def test_a_change_of_parameters_or_data_begins_another_run_and_is_named(
     train_until_killed(1)
     said = capsys.readouterr().out
     assert re.search(
-        rf"a new run, which differs from the last one \({last}\): .*data_sha256 .*optim\.lr 0\.004 -> 0\.001", said
+        rf"a new run, which differs from the last one \({last}\): .*data_sha256 .*optim\.lr 0\.01 -> 0\.001", said
     )
     assert "resumes from" not in said
 
@@ -235,7 +235,7 @@ LINEAR = {"optim.schedule": "linear"}
     (SHARE, {}, 0, "from step 8 if optim.warmup is 2,", "set optim.warmup to its 2 "),
     (SHARE, CONSTANT, 8, "from step 8 if", "took the same 8 steps"),
     (LINEAR, {}, 0, "is a new run from step 0: optim.schedule linear", "starting from step 0: the run"),
-    (CONSTANT, {"optim.lr": 0.003}, 0, "resumes from step 8\n", "optim.lr 0.004 -> 0.003"),
+    (CONSTANT, {"optim.lr": 0.003}, 0, "resumes from step 8\n", "optim.lr 0.01 -> 0.003"),
 ])  # fmt: skip
 def test_a_larger_budget_resumes_after_equal_steps_with_the_bits_of_a_run_that_had_it_from_the_start(
     workspace, capsys, short, longer, step, end, start
