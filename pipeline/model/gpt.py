@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from pipeline.config.sections import ModelConfig
@@ -35,6 +36,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     future = q.new_full((T, T), -torch.inf).triu(1)
     scores = (q * q.shape[3] ** -0.5) @ k.mT + future  # (B, H, T, T)
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+class _SigmoidGELU(torch.autograd.Function):
+    """GELU (tanh) as x * sigmoid(z), z = SLOPE * (x + CUBIC * x^3), because tanh takes four times as long on a CPU.
+
+    tanh(z / 2) = 2 * sigmoid(z) - 1. The sigmoid is kept for the backward pass.
+    """
+
+    SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        slope, cubic = _SigmoidGELU.SLOPE, _SigmoidGELU.CUBIC
+        sigmoid = x.square().mul_(slope * cubic).add_(slope).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, sigmoid)
+        return x * sigmoid
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x, sigmoid), slope, cubic = ctx.saved_tensors, _SigmoidGELU.SLOPE, _SigmoidGELU.CUBIC
+        slopes = x.square().mul_(3 * slope * cubic).add_(slope).mul_(x)  # x * dz/dx
+        slopes.addcmul_(slopes, sigmoid, value=-1).add_(1).mul_(sigmoid)  # sigmoid * (1 + x * dz/dx * (1 - sigmoid))
+        return slopes.mul_(gradients[0])  # type: ignore[no-any-return]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's approximation of GELU; in training in fp32 on a CPU without tanh."""
+    if x.requires_grad and x.device.type == "cpu" and x.dtype == torch.float32:
+        return _SigmoidGELU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return F.gelu(x, approximate="tanh")
 
 
 class Attention(nn.Module):
@@ -65,7 +97,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 

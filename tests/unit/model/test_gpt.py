@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import IGNORED
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.gpt import GPT, SHORT, attend
+from pipeline.model.gpt import GPT, SHORT, attend, gelu
 from tests.mps import MPS, mps  # noqa: F401 (a fixture)
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50257, dropout=0.0, fold_vocab=False)
@@ -52,6 +52,16 @@ def test_attention_in_bf16_has_the_dropout_that_was_set():
     assert dropped.float().mean().item() == pytest.approx(1, abs=0.1)
     assert dropped.float().std() > 0.1
     assert attend(ones, ones, ones, dropout=0.0).float().std() < 0.01
+
+
+def test_gelu_and_its_gradient_equal_torchs():
+    x = torch.linspace(-12, 12, 2001, requires_grad=True)
+    assert not torch.equal(gelu(x), F.gelu(x, approximate="tanh"))  # another formula
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact, approximate="tanh")
+    torch.testing.assert_close(gelu(x).double(), expected, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(y.square().sum(), z)[0].double() for y, z in ((gelu(x), x), (expected, exact))]
+    torch.testing.assert_close(*gradients, rtol=2e-6, atol=2e-6)
 
 
 def test_the_loss_is_the_mean_of_the_token_losses_without_ignored_targets(model):

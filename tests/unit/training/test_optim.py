@@ -11,7 +11,7 @@ from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import finish_gradients
-from pipeline.training.muon import POLYNOMIALS, Muon, orthogonalise
+from pipeline.training.muon import POLYNOMIALS, Muon, _symmetric_product, orthogonalise
 from pipeline.training.optim import SCHEDULES, build_optimizers, lr_factor, set_lr
 
 CONVERGENT = (1.875, -1.25, 0.375)  # applied repeatedly, it moves every singular value to 1
@@ -114,6 +114,15 @@ def test_orthogonalising_a_batch_applies_the_polynomials_to_the_singular_values(
         for a, b, c in polynomials:
             s = a * s + b * s**3 + c * s**5
         torch.testing.assert_close(ours, u * s @ vt)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 30])  # fewer than strips, a whole number of strips, a shorter last strip
+def test_a_symmetric_product_in_strips_equals_the_plain_formula(rows):
+    x = torch.randn(2, rows, 5, generator=torch.Generator().manual_seed(1))
+    gram = x @ x.mT
+    torch.testing.assert_close(_symmetric_product(x, x.mT), gram)
+    found = _symmetric_product(gram, gram, gram, 0.5, -2.0)
+    torch.testing.assert_close(found, 0.5 * gram - 2 * gram @ gram)
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (64, 64)])
