@@ -56,7 +56,7 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
         ({"windows.seq_len": 512}, "windows.seq_len 512 is longer than model.block_size 128"),
         ({"windows.gradient_accumulation_steps": 10**9}, "is less than one step of"),
         ({"windows.order": "sorted"}, "input should be 'jittered', 'shuffled', 'sequential' or 'random', got 'sorted'"),
-        ({"optim.warmup": 1000}, "take 1000 steps, the run has 502"),
+        ({"optim.warmup": 1000}, "take 1000 steps, the run has 569"),
         ({"optim.lr": 0}, "optim.lr: input should be greater than 0, got 0"),
         ({"train.threads": 100_000}, "less than or equal to 1024"),
         ({"train.seed": 10**22}, "train.seed"),
