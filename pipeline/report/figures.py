@@ -53,9 +53,9 @@ def loss_figure(report: RunReport) -> Figure:
     axes = figure.subplots()
     style.draw_noisy(axes, steps["step"], steps["loss"], report.mean_steps)
     checks = {
-        "sliding_loss": ("training text, sliding windows", style.RED, "o"),
-        "corpus_loss": ("training text, fixed windows", style.ORANGE, "D"),
-        "validation_loss": ("validation text", style.PINK, "s"),
+        "sliding_loss": ("anywhere", style.RED, "o"),
+        "corpus_loss": ("fixed windows", style.ORANGE, "D"),
+        "validation_loss": ("held out", style.PINK, "s"),
         "loss_estimate": ("estimate", style.GREY, "o"),
     }
     for column in steps.columns.intersection(list(checks)):

@@ -93,7 +93,7 @@ def log_scale(axes: Axes) -> None:
 def legend_above(axes: Axes) -> None:
     """Put the legend above the axes, with each name in the colour of its curve."""
     axes.set_title(axes.get_title(loc="left"), pad=24)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=4, frameon=False, labelcolor="linecolor",
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=6, frameon=False, labelcolor="linecolor",
                 borderpad=0, handlelength=1.2, columnspacing=1.5, fontsize=10)  # fmt: skip
 
 
