@@ -22,7 +22,6 @@ from pipeline.system.limits import cores
 # (benchmarks/LOG.md).
 COMPILE_FLOPS = {"cuda": 3e16}
 NO_GPU = "no NVIDIA GPU was found"
-HEAP_BYTES, HUGE_PAGE_BYTES = 2**30, 2**21  # of the heap that huge pages may hold: more than a step of 15M needs
 CONTEXT_BYTES = 2**29  # GPU memory that CUDA and its kernels need without any tensor, approximately
 
 
@@ -143,18 +142,6 @@ def _keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_max, 0)
-        _use_huge_pages(libc)
-
-
-def _use_huge_pages(libc: Any) -> None:
-    """Let the first HEAP_BYTES of the heap consist of huge pages where Linux offers them: fewer misses of the TLB."""
-    malloc, free, madvise, huge_page = libc.malloc, libc.free, libc.madvise, 14  # MADV_HUGEPAGE of <sys/mman.h>
-    malloc.argtypes, malloc.restype, free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if block := malloc(HEAP_BYTES):  # addresses without memory; once freed, the next tensors are stored there
-        first = -(-block // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        madvise(first, HEAP_BYTES - HUGE_PAGE_BYTES, huge_page)
-        free(block)
 
 
 def _libc() -> Any:

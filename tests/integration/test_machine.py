@@ -29,7 +29,7 @@ def step_and_evaluate(config, machine, vocabulary, length, batch):
     for _ in train_steps(state, batches, 2, config.optim, machine):
         pass
     with torch.inference_mode(), machine.autocast():
-        state.model.eval().token_losses(*2 * [torch.zeros(BATCH_TOKENS // 128, length, dtype=torch.int64)])
+        state.model.eval().token_losses(*2 * [torch.zeros(BATCH_TOKENS // length, length, dtype=torch.int64)])
 
 
 def print_estimated_and_taken_bytes():

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -123,10 +122,3 @@ def test_a_cpu_compiles_only_where_set_and_with_a_compiler(config, monkeypatch, 
         assert not prepare_machine(config, 1e30).compiled
         assert prepare_machine(config.updated(compile=True)).compiled == bool(path)
     assert capsys.readouterr().out == "train.compile: C++ compiler not found: training without compiling\n"
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
-def test_the_heap_may_consist_of_huge_pages(config):
-    prepare_machine(config.updated(device="cpu"))
-    flags = [line for line in Path("/proc/self/smaps").read_text().splitlines() if line.startswith("VmFlags:")]
-    assert any("hg" in line.split() for line in flags)
