@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 BUSY_S = 2.0  # timeout for a lock of a database
-CONNECT_S = 10  # timeout for a connection to a database server
+CONNECT_S = 10  # timeout for a connection to a database
 EXPERIMENT = "gpt2-to-target"  # `mlflow ui` may give the default one an artifact folder that clients cannot use
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"
@@ -109,7 +109,8 @@ def _require_own_schema(uri: str) -> None:
 
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir():
         return  # MLflow creates the folder
-    options = {} if uri.startswith(("sqlite", "mssql")) else {"connect_timeout": CONNECT_S}
+    option = "timeout" if uri.startswith("sqlite") else "connect_timeout"  # sqlite's: for another process's lock
+    options = {} if uri.startswith("mssql") else {option: CONNECT_S}
     with create_engine(uri, poolclass=NullPool, connect_args=options).connect() as connection:
         tables = {*inspect(connection).get_table_names()}
         found = {*MigrationContext.configure(connection).get_current_heads()}
