@@ -53,7 +53,7 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
     ("changes", "message"),
     [
         ({"model.n_embd": 385}, "n_embd 385 is not divisible by n_head 8"),
-        ({"windows.seq_len": 512}, "windows.seq_len 512 is longer than model.block_size 128"),
+        ({"windows.seq_len": 512}, "windows.seq_len 512 is longer than model.block_size 64"),
         ({"windows.gradient_accumulation_steps": 10**9}, "is less than one step of"),
         ({"windows.order": "sorted"}, "input should be 'jittered', 'shuffled', 'sequential' or 'random', got 'sorted'"),
         ({"optim.warmup": 1000}, "take 1000 steps, the run has 569"),

@@ -47,7 +47,7 @@ def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
         ("{optim: 3}", "sweep.space.optim"),
         ("{}", "sweep.space"),
         ("{target: {loss: [0.1, 10.0]}}", "sweep.space.target.loss: cannot be searched"),
-        ("{windows: {step_tokens: [1000]}}", "1000 is not a whole number of windows of 128 tokens"),
+        ("{windows: {step_tokens: [1000]}}", "1000 is not a whole number of windows of 64 tokens"),
         ("{windows: {seq_len: [2048]}}", "sweep.space.windows.seq_len 2048 is longer than model.block_size"),
         ("{optim: {lrr: [1.0], eps: [-1]}}", "lrr: unknown key (did you mean optim.lr?); sweep.space.optim.eps"),
     ],
@@ -87,7 +87,8 @@ def test_a_storage_without_a_password_is_accepted_and_a_missing_section_is_not(p
     [(128, 1, 1), (2048, 16, 1), (4096, 32, 1), (8192, 32, 2), (12288, 32, 3), (128 * 37, 1, 37)],
 )
 def test_a_batch_in_tokens_is_split_into_as_few_micro_batches_as_possible(params, step_tokens, batch, accumulate):
-    windows = with_values(params, {"windows.step_tokens": step_tokens}, micro_batch_tokens=4096).values["windows"]
+    values = {"windows.step_tokens": step_tokens, "windows.seq_len": 128}
+    windows = with_values(params, values, micro_batch_tokens=4096).values["windows"]
     assert (windows["micro_batch_size"], windows["gradient_accumulation_steps"]) == (batch, accumulate)
 
 

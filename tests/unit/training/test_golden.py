@@ -33,6 +33,7 @@ TEXT = Split(Tokens("text", [IDS], 60), Vocabulary.of(np.bincount(IDS, minlength
 def losses(precision, name):
     """Train a tiny GPT on 300 regular ids, with weight decay, clipping and gradient accumulation, without dropout."""
     optim = {"name": name, "lr": 0.005, "warmup": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "min_lr_ratio": 0.1}
+    optim |= {"muon_lr": 0.02, "momentum": 0.95}
     shape, where = MODEL.updated(n_layer=2), {"precision": precision}
     loop = Loop(STEPS, 4, 2, TEXT, shape=shape, seq_len=16, where=where, schedule="cosine", **optim)
     return [record.loss for record in loop]

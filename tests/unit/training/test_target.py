@@ -116,7 +116,7 @@ def test_evaluations_are_due_at_fixed_steps_or_with_a_held_out_text_after_each_e
 
 def with_rule(rule):
     params = load_params()
-    return Params({**params.values, "target": {**params.values["target"], "rule": rule}})
+    return Params({**params.values, "target": {**params.values["target"], "rule": rule, "loss": 0.1}})
 
 
 def test_a_new_entry_of_the_table_may_use_all_records_ends_a_run_and_is_in_its_results(monkeypatch):
