@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+import setuptools  # noqa: F401 (torch.compile fails if another test has imported distutils before it)
 import torch
 
 from pipeline.config.params import load_params
