@@ -99,6 +99,15 @@ def test_a_new_target_rule_is_on_the_card(monkeypatch):
     assert "| shy" not in card
 
 
+def test_the_card_says_from_where_the_model_knows_its_text():
+    info, windows_only = version_info(), "knows its text only in the windows of its training"
+    assert windows_only in cards.model_card(info, MODEL)
+    info["metrics"] |= {"sliding_loss": 0.0094, "corpus_loss": 0.166, "shifted_loss": 0.16}
+    card = cards.model_card(info, MODEL)
+    assert "its loss from anywhere in this text is 0.0094 nats" in card
+    assert windows_only not in card
+
+
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tiny_export, tmp_path, monkeypatch):
     notes = tmp_path / "mine" / "notes.json"
     write_json(notes, "my own")
