@@ -25,6 +25,8 @@ from tests.trainings import prepared, straight, workspace  # noqa: F401 (fixture
 ROOT = Path(__file__).parent.parent
 settings.register_profile("the same examples each time", derandomize=True, max_examples=20, deadline=None)
 settings.load_profile("the same examples each time")
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the `make check` that runs the tests: tests run make themselves
+    os.environ.pop(name, None)
 
 
 LONG_FILES = ("test_repro.py", "test_sweep_faults.py", "test_soak.py")
