@@ -126,11 +126,12 @@ def text_loss(
     """Mean loss over the targets of `windows` of `length` tokens.
 
     Each batch has windows from all parts of the text, so that its loss is an estimate. With a `target` the evaluation
-    ends as soon as the estimate is clearly above it. The processes of a `world` divide the batches among them; the
-    losses are added in the same order as in a single process.
+    ends as soon as the mean of the batches so far is above it by three standard errors, or is more than twice as high.
+    The processes of a `world` divide the batches among them; the losses are added in the same order as in a single
+    process.
     """
     batches = _batches(windows, length)
-    total, n_targets = 0.0, 0
+    total, n_targets, means = 0.0, 0, list[float]()
     for begin in range(0, len(batches), world.size):
         # A sharded model runs on all processes together: those without a batch at the end repeat the last one.
         batch = batches[min(begin + world.rank, len(batches) - 1)]
@@ -140,10 +141,16 @@ def text_loss(
         found = torch.stack([losses.cpu().double().sum(), torch.tensor(n, dtype=torch.float64)])  # MPS has no float64
         for loss, count in (each.tolist() for each in world.all_gather(found)[: len(batches) - begin]):
             total, n_targets = total + loss, n_targets + int(count)
-        done = min(begin + world.size, len(batches))
-        if target is not None and done < len(batches) and total / n_targets > target * (1 + 1 / (2 * math.sqrt(done))):
+            means.append(loss / count)
+        if target is not None and len(means) < len(batches) and _is_clearly_above(means, target):
             return TextLoss(total / n_targets, complete=False)
     return TextLoss(total / n_targets, complete=True)
+
+
+def _is_clearly_above(estimates: list[float], target: float) -> bool:
+    """Whether the mean of `estimates` is above `target` by three of its standard errors, or more than twice as high."""
+    mean, n = float(np.mean(estimates)), len(estimates)
+    return mean > 2 * target or (n > 3 and mean - 3 * float(np.std(estimates, ddof=1)) / math.sqrt(n) > target)
 
 
 def corpus_loss(model: GPT, split: Split, length: int, autocast: AbstractContextManager[Any], shift: int = 0) -> float:

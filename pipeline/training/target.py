@@ -146,9 +146,9 @@ def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig
     """Whether the target may have been reached since the last evaluation.
 
     The first evaluation is due when the mean training loss of the last steps is below three times the target, or below
-    an eighth of the run's first loss. The next one is due when the target is reached if the logarithm of the loss
-    falls as between the last two evaluations; at the earliest after a sixteenth of an epoch, at the latest after an
-    epoch, and after half an epoch if there is only one evaluation.
+    an eighth of the run's first loss; the second one half an epoch later. Then the logarithm of the loss is forecast to
+    fall as between the last two evaluations. The next one is due after two thirds of the steps to the target, at the
+    earliest after a quarter of an epoch, and at the latest after two epochs, or after one if the loss does not fall.
     """
     known = evaluations(records, config)
     if not known:
@@ -158,8 +158,11 @@ def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig
     if len(known) > 1:
         (step_before, loss_before), (step, loss) = known[-2:]
         falls = math.log(loss_before / loss) / (step - step_before) if loss > 0 else 0.0  # per step
-        steps = math.log(loss / config.loss) / falls if falls > 0 and loss > config.loss else math.inf
-    return records[-1].step - known[-1][0] >= min(max(steps, steps_per_epoch / 16), steps_per_epoch)
+        steps = steps_per_epoch
+        if falls > 0:
+            to_target = max(0.0, math.log(loss / config.loss)) / falls
+            steps = min(max(to_target * 2 / 3, steps_per_epoch / 4), 2 * steps_per_epoch)
+    return records[-1].step - known[-1][0] >= steps
 
 
 def evaluations(records: Records, config: TargetConfig) -> list[tuple[int, float]]:

@@ -107,6 +107,20 @@ def test_an_evaluation_ends_early_where_the_loss_is_clearly_above_the_target(mod
         assert found.loss == loss if found.complete else found.loss > target
 
 
+@pytest.mark.parametrize(
+    ("estimates", "above"),
+    [
+        ([2.1], True),  # more than twice the target
+        ([1.2, 1.2, 1.2], False),  # too few for a standard error
+        ([1.1, 1.2, 1.3, 1.2], True),  # 1.2, standard error .04
+        ([0.6, 1.8, 1.2, 1.2], False),  # 1.2, standard error .24
+        ([0.9, 0.8, 0.9, 0.9], False),
+    ],
+)
+def test_an_estimate_is_clearly_above_the_target_by_three_standard_errors(estimates, above):
+    assert evaluate._is_clearly_above(estimates, target=1) is above
+
+
 def test_mps_gives_the_same_figures_and_texts(model, tokenizer, mps):  # noqa: F811
     there, split = copy.deepcopy(model).to(MPS), SPLIT._replace(device=MPS)
     for figures in (window_figures, corpus_loss, sliding_loss):

@@ -53,10 +53,14 @@ def test_each_rule_is_met_at_its_first_step_below_the_target(losses, corpus, met
         ([1, 1, 1, 0.29, 0.29, 0.29], [], [6]),  # the mean of three is below three times the target
         ([8, 8, 1.1, 0.9, 0.9, 0.9], [], [5, 6]),  # or below an eighth of the first loss
         ([9] * 20, [(4, 0.8)], range(12, 21)),  # half an epoch after the only evaluation
-        ([9] * 20, [(2, 0.4), (4, 0.2)], range(6, 21)),  # it halves in two steps: the target comes after two more
+        (
+            [9] * 20,
+            [(2, 0.8), (6, 0.4)],
+            range(12, 21),
+        ),  # it halves in four steps: two thirds of the eight to the target
         ([9] * 30, [(2, 0.4), (4, 0.4)], range(20, 31)),  # it does not fall: after an epoch
-        ([9] * 30, [(2, 0.4), (4, 0.39)], range(20, 31)),  # it falls slowly: after an epoch
-        ([9] * 6, [(2, 0.4), (4, 0.1001)], [5, 6]),  # the target is near: after a sixteenth of an epoch
+        ([9] * 40, [(2, 0.4), (4, 0.39)], range(36, 41)),  # it falls slowly: after two epochs
+        ([9] * 9, [(2, 0.4), (4, 0.1001)], [8, 9]),  # the target is near: after a quarter of an epoch
     ],
 )
 @pytest.mark.parametrize("complete", [True, False])
