@@ -33,6 +33,7 @@ from pipeline.training.loop import TrainState
 from pipeline.training.optim import OPTIMIZERS, Optimiser
 from tests.trainings import (
     ROOT,
+    STEPS,
     Untracked,
     at_step,
     bits,
@@ -267,7 +268,7 @@ def test_a_larger_budget_resumes_after_equal_steps_with_the_bits_of_a_run_that_h
 def held_out(workspace, tokenizer, shakespeare):
     """A workspace with a held-out text, which the target rule uses."""
     write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.01, val_fraction=0.2)
-    change(workspace, **{"target.rule": "validation", "target.eval_interval": 1})
+    change(workspace, **epochs(workspace, STEPS), **{"target.rule": "validation", "target.eval_interval": 1})
     return workspace
 
 
