@@ -31,6 +31,7 @@ from benchmarks.throughput import machine_name
 from pipeline.config.params import Params, load_params
 from pipeline.config.recipes import apply_recipe
 from pipeline.data.batches import TrainingData, steps_of
+from pipeline.data.token_files import count_tokens
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.entrypoint import run_stage
 from pipeline.system.files import locked, read_json, write_text
@@ -82,7 +83,7 @@ def first_steps(recipe: str, seed: int, n: int) -> None:
     state = fresh_state(config.model, text.vocabulary, config.optim, config.train, machine)
     batches = steps_of(1, text.train, config.windows, seed)
     values: dict[str, Any] = {**environment_of(machine), "loss": [], "grad_norm": [], "lr": [], "step_s": []}
-    steps = train_steps(state, batches, config.optim.max_steps(config.windows), config.optim, machine)
+    steps = train_steps(state, batches, config.optim.max_steps(config.windows, text.train.size), config.optim, machine)
     for record in islice(steps, n):
         for key in ("loss", "grad_norm", "lr", "step_s"):
             values[key].append(float(f"{getattr(record, key):.6g}"))
@@ -134,7 +135,7 @@ def prepare(recipe: str, seed: int) -> tuple[RunConfig, Machine, TrainingData]:
     params = load_params(folder / "params.yaml")
     params = Params({**params.values, "train": {**params.values["train"], "seed": seed}}, params.path)
     config = RunConfig.of(params)
-    machine = prepare_machine(config.train, config.flops)
+    machine = prepare_machine(config.train, config.flops(count_tokens(folder / "data" / "tokens")))
     return config, machine, read_data(config, machine, folder / "data")
 
 

@@ -12,7 +12,7 @@ from pipeline.config.sections import SweepConfig
 from pipeline.sweep.search_space import overridden
 from pipeline.sweep.study import find_study, join_study, shared_settings
 from pipeline.training.config import RunConfig
-from tests.trainings import change
+from tests.trainings import change, epochs
 
 ROOT = Path(__file__).parents[1]
 SPACE = {"optim": {"lr": {"low": 0.001, "high": 0.1, "log": True}}}
@@ -68,7 +68,7 @@ def sweep_project(prepared, folder):
     space = {"optim": {"lr": {"low": 0.003, "high": 0.006, "log": True}}}
     study = {"study": "tiny", "sampler": "random", "pruner": "none", "space": space}
     change(folder, **{f"sweep.{key}": value for key, value in study.items()})
-    longer = {"optim.max_tokens": 76_800, "samples.max_tokens": 20, "model.dropout": 0.0}
+    longer = {**epochs(folder, 300), "samples.max_tokens": 20, "model.dropout": 0.0}
     change(folder, **longer, **{"optim.lr": 0.004, "target.loss": 6.0, "checkpoint.interval_steps": 5})
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from pipeline.config.recipes import apply_recipe
+from pipeline.data.token_files import count_tokens
 from pipeline.system.files import sha256_file
 from pipeline.tracking.journal import TIMES, Journal
 
@@ -44,6 +45,11 @@ def change(folder, **values):
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
+def epochs(folder, steps, step_tokens=256):
+    """The change that gives a run on the tokens in `folder` a budget of `steps` steps."""
+    return {"optim.max_epochs": steps * step_tokens / count_tokens(folder / "data" / "tokens")}
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     """A workspace of the smoke recipe with its tokens: a short run that saves a checkpoint after every third step."""
@@ -52,10 +58,10 @@ def prepared(tmp_path_factory, bpe, tokenizer, shakespeare):
     folder = tmp_path_factory.mktemp("prepared")
     shutil.copy(ROOT / "params.yaml", folder)
     apply_recipe("smoke", folder / "params.yaml", ROOT / "recipes")
-    short = {"optim.max_tokens": 256 * STEPS, "checkpoint.interval_steps": 3, "samples.max_tokens": 5}
-    change(folder, **short, **{"model.dropout": 0.1, "train.threads": 1})
     shutil.copytree(bpe, folder / "data" / "tokenizer")
     write_tokens(shakespeare, tokenizer, folder / "data" / "tokens", fraction=0.005)
+    short = {**epochs(folder, STEPS), "checkpoint.interval_steps": 3, "samples.max_tokens": 5}
+    change(folder, **short, **{"model.dropout": 0.1, "train.threads": 1})
     return folder
 
 

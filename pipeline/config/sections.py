@@ -114,12 +114,19 @@ class OptimConfig(Section):
     eps: float = Field(gt=0)  # of AdamW
     weight_decay: float = Field(ge=0)  # on matrices and embeddings
     max_grad_norm: float | None = Field(gt=0)  # L2 norm; null: no clipping
-    max_tokens: int = Field(ge=1, le=10**15)  # length of the run and of the schedule
+    max_epochs: float = Field(gt=0, le=10**9)  # epochs of the training text: length of the run and of the schedule
     schedule: str  # one of SCHEDULES in training/optim.py
     warmup: int | float = Field(ge=0)
     decay: int | float = Field(ge=0)  # length of the decay after the plateau, in schedules that have one
     initial_lr: float = Field(ge=0, le=1)  # share of the peak at which the warm-up starts
     min_lr_ratio: float = Field(ge=0, le=1)  # share of the peak at which the schedule ends
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_new_key(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "max_tokens" in values:
+            raise ValueError("max_tokens is now max_epochs: divide it by the number of tokens of the training text")
+        return values
 
     @field_validator("betas")
     @classmethod
@@ -135,9 +142,13 @@ class OptimConfig(Section):
             raise ValueError("should be a whole number of steps or a share below 1")
         return value
 
-    def max_steps(self, windows: WindowsConfig) -> int:
-        """Steps of `max_tokens`, rounded up."""
-        return math.ceil(self.max_tokens / windows.step_tokens)
+    def max_tokens(self, n_tokens: int) -> int:
+        """The budget of a run in tokens, on a training text of `n_tokens` tokens."""
+        return round(self.max_epochs * n_tokens)
+
+    def max_steps(self, windows: WindowsConfig, n_tokens: int) -> int:
+        """The budget of a run in steps, rounded up, on a training text of `n_tokens` tokens."""
+        return math.ceil(self.max_tokens(n_tokens) / windows.step_tokens)
 
 
 def steps_in(length: int | float, total: int) -> int:

@@ -112,11 +112,21 @@ class TokenFolder:
 
     def __init__(self, folder: Path) -> None:
         """Raises InputError if the folder is missing, IntegrityError if a file differs from the manifest."""
-        if not folder.is_dir():
-            raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
+        _require_folder(folder)
         verify_manifest(folder)
         self.folder, self.sha256 = folder, data_sha256(folder)
         self.train, self.val = (_open(folder, part) for part in ("train", "val"))
+
+
+def count_tokens(folder: Path) -> int:
+    """The number of tokens of the training text, by the headers of its shards. Raises as TokenFolder."""
+    _require_folder(folder)
+    return len(_open(folder, "train"))
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
 
 
 def _open(folder: Path, part: str) -> Tokens:

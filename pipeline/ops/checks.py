@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from pipeline.config.params import load_params
+from pipeline.data.token_files import count_tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops.params_check import check_params
 from pipeline.system.device import prepare_machine
@@ -93,8 +94,10 @@ def examine_params(root: Path) -> Iterator[Finding]:
     check_params(params)
     yield Finding("ok", "params", f"{params.path} is valid")
     config = RunConfig.of(params)
+    tokens = root / "data" / "tokens"
+    n_tokens = count_tokens(tokens) if tokens.is_dir() else 0  # before `dvc repro`, the length of the run is unknown
     with contextlib.redirect_stdout(output := io.StringIO()):  # about the GPU and the compiler
-        machine = prepare_machine(config.train, config.flops)
+        machine = prepare_machine(config.train, config.flops(n_tokens))
     name, n = machine.device.type, cores()
     if name == "cuda":
         name = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.params import Params
-from pipeline.config.sections import OptimConfig, TargetConfig, WindowsConfig
 from pipeline.ops.checks import Finding
-from pipeline.system.errors import InputError, PipelineError
+from pipeline.system.errors import PipelineError
 from pipeline.system.files import flock, locked, read_json, write_text
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, StepRecord
@@ -28,7 +26,6 @@ from pipeline.tracking.mlflow_runs import (
 from pipeline.tracking.mlflow_store import Store, all_found, own_database
 from pipeline.tracking.mlflow_tracker import RUN_ID, noted_run
 from pipeline.tracking.recorder import KILLED, RECORDER_LOCK
-from pipeline.training.target import is_finished
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -148,7 +145,7 @@ def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
         n_missing = len(missing := _missing(store, run_id, records))
         log_records(store, run_id, missing)
         if store.client.get_run(run_id).info.status == "RUNNING":
-            status = "FINISHED" if _is_finished(identity["params"], records) else KILLED["status"]
+            status = "FINISHED" if _is_finished(records) else KILLED["status"]
             store.client.set_tag(run_id, "ended", "unknown, sent by `python -m pipeline doctor`")
             store.client.set_terminated(run_id, status, end_time=int(records[-1]["logged_ms"]))
     return f"sent {n_missing:,} of {len(records):,} steps of {folder.name} to run {run_id}"
@@ -166,12 +163,7 @@ def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[
     return run_id
 
 
-def _is_finished(values: dict[str, Any], records: list[Record]) -> bool:
-    """Whether a journal's run reached its end; False if another version's code wrote its params."""
-    params = Params(values)
-    try:
-        target, windows = params.section(TargetConfig), params.section(WindowsConfig)
-        max_steps = params.section(OptimConfig).max_steps(windows)
-    except InputError:
-        return False
-    return is_finished([StepRecord.of(record) for record in records], max_steps, target)
+def _is_finished(records: list[Record]) -> bool:
+    """Whether the journal's run reached its end: only its last step measures both losses of the training text."""
+    last = StepRecord.of(records[-1])
+    return last.corpus_loss is not None and last.sliding_loss is not None

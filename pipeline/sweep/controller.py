@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.config.params import PARAMS, Params, load_params
 from pipeline.config.recipes import write_values
 from pipeline.config.sections import SweepConfig
-from pipeline.data.token_files import data_sha256
+from pipeline.data.token_files import count_tokens, data_sha256
 from pipeline.sweep import worker
 from pipeline.sweep.figures import UNITS, draw_study
 from pipeline.sweep.mlflow_run import close_study_run, open_study_run
@@ -63,7 +63,9 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     lock = home.parent / f"{sweep.study}.lock"
     with locked(lock):  # on a disk without locks, DVC would wait for its own without end
         _prepare_tokens()
-    shared = shared_settings(sweep, config, data_sha256(root / "data" / "tokens"))
+    tokens = root / "data" / "tokens"
+    check_space(sweep, params, count_tokens(tokens))
+    shared = shared_settings(sweep, config, data_sha256(tokens))
     with locked(lock), StopSignals() as stop:
         study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
         if not study.get_trials(deepcopy=False) and not enqueue(study, sweep, values_of(config, list(sweep.axes))):
@@ -190,7 +192,7 @@ def _require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        hint = "correct the space" if failed else "raise optim.max_tokens, widen the space, or allow more trials"
+        hint = "correct the space" if failed else "raise optim.max_epochs, widen the space, or allow more trials"
         raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {hint}")
     return best
 

@@ -25,8 +25,11 @@ def overridden(params: Params, given: dict[str, Any]) -> Params:
     )
 
 
-def check_space(sweep: SweepConfig, params: Params) -> None:
-    """Raise an InputError that names every key that cannot be searched and every value that is not allowed."""
+def check_space(sweep: SweepConfig, params: Params, n_tokens: int | None = None) -> None:
+    """Raise an InputError that names every key that cannot be searched and every value that is not allowed.
+
+    `n_tokens`, the length of the training text if it is known, decides whether a schedule fits into its run.
+    """
     sections = {kind.section_name: kind for kind in RUN_SECTIONS if kind.section_name not in NOT_SEARCHED}
     known = [f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields] + [STEP_TOKENS]
     faults = []
@@ -37,7 +40,9 @@ def check_space(sweep: SweepConfig, params: Params) -> None:
             continue
         for value in axis if isinstance(axis, list) else axis.ends:
             try:
-                RunConfig.of(with_values(params, {key: value}, sweep.micro_batch_tokens))
+                config = RunConfig.of(with_values(params, {key: value}, sweep.micro_batch_tokens))
+                if n_tokens is not None:
+                    config.require_length(n_tokens)
             except InputError as error:
                 faults.append(f"sweep.space.{str(error).removeprefix(f'{params.path}: ')}")
     if faults:

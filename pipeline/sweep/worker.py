@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config.params import Params
 from pipeline.config.sections import SweepConfig
+from pipeline.data.token_files import count_tokens
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import with_values
 from pipeline.sweep.study import has_work, join_study, naming_dead_storage, open_storage, requeue, suggest
@@ -105,7 +106,7 @@ class Worker:
             announce(trial, f"same values as trial {same.number}, {same.value:,.6g} {self.sweep.objective}")
             return float(same.value)
         config = RunConfig.of(with_values(self.params, values, self.sweep.micro_batch_tokens))
-        machine = prepare_machine(config.train, config.flops)
+        machine = prepare_machine(config.train, config.flops(count_tokens(self.root / "data" / "tokens")))
         data = read_data(config, machine, self.root / "data")
         with open_run(config, machine, data, self.root / "checkpoints" / self.sweep.study) as run:
             trial.set_user_attr("fingerprint", run.identity["fingerprint"])

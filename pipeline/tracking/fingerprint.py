@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DECISIVE = (
     "pipeline/config/sections.py:WindowsConfig.step_windows",
     "pipeline/config/sections.py:WindowsConfig.step_tokens",
+    "pipeline/config/sections.py:OptimConfig.max_tokens",
     "pipeline/config/sections.py:OptimConfig.max_steps",
     "pipeline/config/sections.py:steps_in",
     "pipeline/data/batches.py",  # order and content of each step's windows, and the vocabulary of the model

@@ -43,7 +43,9 @@ class RunConfig:
     def contradictions(self) -> list[str]:
         """Conflicts between sections that are valid by themselves."""
         batch, processes = self.windows.micro_batch_size, self.train.processes
-        faults = self._length_faults()
+        faults = []
+        if (shares := sum(share for share in self._phases if isinstance(share, float))) > 1:
+            faults.append(f"optim: {self._phase_words} are {shares:g} of the run")
         for key, name, known in (
             ("optim.name", self.optim.name, list(OPTIMIZERS)),
             ("optim.schedule", self.optim.schedule, list(SCHEDULES)),
@@ -64,16 +66,27 @@ class RunConfig:
             faults.append(f"windows.micro_batch_size {batch} is not divisible by train.processes {processes}")
         return faults
 
-    def _length_faults(self) -> list[str]:
-        optim, tokens, total = self.optim, self.windows.step_tokens, self.optim.max_steps(self.windows)
-        if tokens > optim.max_tokens:
-            return [f"optim.max_tokens {optim.max_tokens} is less than one step of {tokens} tokens"]
-        schedule = SCHEDULES.get(optim.schedule)
-        decay = optim.decay if schedule and schedule.has_plateau else 0
-        phases = steps_in(optim.warmup, total) + steps_in(decay, total)
-        if phases <= total:
-            return []
-        return [f"optim: warmup {optim.warmup} and decay {decay} take {phases} steps, the run has {total}"]
+    def require_length(self, n_tokens: int) -> None:
+        """Raise InputError if a training text of `n_tokens` tokens makes the budget too short for the schedule."""
+        optim, step_tokens = self.optim, self.windows.step_tokens
+        if step_tokens > optim.max_tokens(n_tokens):
+            raise InputError(
+                f"optim.max_epochs {optim.max_epochs:g} of {n_tokens:,} tokens is less than one step of "
+                f"{step_tokens:,} tokens"
+            )
+        total = optim.max_steps(self.windows, n_tokens)
+        if (steps := sum(steps_in(phase, total) for phase in self._phases)) > total:
+            raise InputError(f"optim: {self._phase_words} take {steps} steps, the run has {total}")
+
+    @property
+    def _phases(self) -> tuple[int | float, int | float]:
+        """Lengths of the schedule's warm-up and of its decay after a plateau."""
+        schedule = SCHEDULES.get(self.optim.schedule)
+        return self.optim.warmup, self.optim.decay if schedule and schedule.has_plateau else 0
+
+    @property
+    def _phase_words(self) -> str:
+        return "warmup {} and decay {}".format(*self._phases)
 
     @property
     def needs_held_out(self) -> str | None:
@@ -83,10 +96,9 @@ class RunConfig:
         patience = self.target.early_stopping_patience
         return None if patience is None else f"target.early_stopping_patience is {patience}"
 
-    @property
-    def flops(self) -> float:
-        """FLOPs of the whole run, approximately: 6 * n_params * max_tokens."""
-        return 6.0 * self.model.n_params * self.optim.max_tokens
+    def flops(self, n_tokens: int) -> float:
+        """FLOPs of a run on a training text of `n_tokens` tokens, approximately: 6 for each parameter and token."""
+        return 6.0 * self.model.n_params * self.optim.max_tokens(n_tokens)
 
     @property
     def digest(self) -> str:

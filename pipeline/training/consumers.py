@@ -73,7 +73,7 @@ class Checkpoints:
     def __init__(self, run: Run, stop: StopSignals) -> None:
         self.run, self.stop = run, stop
         self._saved = time.perf_counter()
-        self._plateau_end = plateau_end(run.config.optim, run.config.windows)
+        self._plateau_end = plateau_end(run.config.optim, run.config.windows, run.text.train.size)
 
     def save(self, record: StepRecord) -> None:
         """Save if a checkpoint is due. Raises Interrupted after a signal, unless the run is finished."""

@@ -18,7 +18,7 @@ from pipeline.training.target import best_step, without_end
 
 # Keys that act on a step only by its learning rate, or that the identity's `environment` shows.
 BY_EFFECT = (
-    *(f"params.optim.{key}" for key in ("max_tokens", "schedule", "warmup", "decay", "initial_lr", "min_lr_ratio")),
+    *(f"params.optim.{key}" for key in ("max_epochs", "schedule", "warmup", "decay", "initial_lr", "min_lr_ratio")),
     *(f"params.train.{key}" for key in ("device", "precision", "threads", "compile")),
 )
 
@@ -30,6 +30,7 @@ def extend(folder: Path, identity: Identity, config: RunConfig, text: TrainingDa
     the same learning rates up to the checkpoint. Of several runs, the one with the latest such checkpoint is used.
     Nothing is created if there is none. The other run is not changed.
     """
+    n_tokens = text.train.size
     found: list[tuple[int, Path, Identity]] = []
     reasons: list[tuple[int, str]] = []
     for path in sorted(folder.parent.glob(f"[!.]*/{IDENTITY}")):
@@ -38,11 +39,11 @@ def extend(folder: Path, identity: Identity, config: RunConfig, text: TrainingDa
             if _comparable(other, elastic) != _comparable(identity, elastic):
                 continue
             optim = OptimConfig.model_validate(other["params"]["optim"])
-            steps = _shared_checkpoints(path.parent, optim, config.optim, config.windows)
+            steps = _shared_checkpoints(path.parent, optim, config.optim, config.windows, n_tokens)
             found += [(step, path.parent, other) for step in steps]
             if not steps:
-                n_same = same_steps(optim, config.optim, config.windows)
-                reasons.append((n_same, _reason(path.parent, n_same, optim, config)))
+                n_same = same_steps(optim, config.optim, config.windows, n_tokens)
+                reasons.append((n_same, _reason(path.parent, n_same, optim, config, n_tokens)))
     for step, source, other in sorted(found, key=lambda each: each[0], reverse=True):
         place = {"environment": other["environment"], "inexact": other["inexact"]}
         try:
@@ -57,37 +58,37 @@ def extend(folder: Path, identity: Identity, config: RunConfig, text: TrainingDa
         print(f"starting from step 0: {max(reasons)[1]}")
 
 
-def same_steps(optim: OptimConfig, other: OptimConfig, windows: WindowsConfig) -> int:
+def same_steps(optim: OptimConfig, other: OptimConfig, windows: WindowsConfig, n_tokens: int) -> int:
     """The number of steps, from the first, that have the same learning rate with both optimiser settings."""
-    totals = optim.max_steps(windows), other.max_steps(windows)
+    totals = optim.max_steps(windows, n_tokens), other.max_steps(windows, n_tokens)
     differ = (lr_factor(n, totals[0], optim) != lr_factor(n, totals[1], other) for n in range(1, min(totals) + 1))
     return next((n for n, other_rate in enumerate(differ) if other_rate), min(totals))
 
 
-def plateau_end(optim: OptimConfig, windows: WindowsConfig) -> int:
+def plateau_end(optim: OptimConfig, windows: WindowsConfig, n_tokens: int) -> int:
     """The last step before the decay of a schedule with a plateau; the last step of other schedules."""
-    total = optim.max_steps(windows)
+    total = optim.max_steps(windows, n_tokens)
     decay = steps_in(optim.decay, total) if SCHEDULES[optim.schedule].has_plateau else 0
     return min(total, total - decay + 1)  # the first step of the decay still has the peak rate
 
 
-def advice(optim: OptimConfig, windows: WindowsConfig) -> str:
+def advice(optim: OptimConfig, windows: WindowsConfig, n_tokens: int) -> str:
     """What a larger budget does after a run that has used up its own, in one line."""
-    end, warmup = plateau_end(optim, windows), steps_in(optim.warmup, optim.max_steps(windows))
-    longer = optim.updated(max_tokens=2 * optim.max_tokens)
-    if same_steps(optim, longer, windows) >= end:
-        return f"a larger optim.max_tokens resumes from step {end}"
-    if same_steps(optim, longer.updated(warmup=warmup), windows) >= end:
-        return f"a larger optim.max_tokens resumes from step {end} if optim.warmup is {warmup}, in steps"
-    return f"a larger optim.max_tokens is a new run from step 0: {_depends(optim)}"
+    end, warmup = plateau_end(optim, windows, n_tokens), steps_in(optim.warmup, optim.max_steps(windows, n_tokens))
+    longer = optim.updated(max_epochs=2 * optim.max_epochs)
+    if same_steps(optim, longer, windows, n_tokens) >= end:
+        return f"a larger optim.max_epochs resumes from step {end}"
+    if same_steps(optim, longer.updated(warmup=warmup), windows, n_tokens) >= end:
+        return f"a larger optim.max_epochs resumes from step {end} if optim.warmup is {warmup}, in steps"
+    return f"a larger optim.max_epochs is a new run from step 0: {_depends(optim)}"
 
 
-def _reason(source: Path, n_same: int, optim: OptimConfig, config: RunConfig) -> str:
+def _reason(source: Path, n_same: int, optim: OptimConfig, config: RunConfig, n_tokens: int) -> str:
     """Why a run cannot start from the checkpoints of `source`, and what would change that."""
-    warmup, hint = steps_in(optim.warmup, optim.max_steps(config.windows)), ""
-    if _shared_checkpoints(source, optim, config.optim.updated(warmup=warmup), config.windows):
+    warmup, hint = steps_in(optim.warmup, optim.max_steps(config.windows, n_tokens)), ""
+    if _shared_checkpoints(source, optim, config.optim.updated(warmup=warmup), config.windows, n_tokens):
         hint = f": set optim.warmup to its {warmup} steps"
-    elif n_same < plateau_end(config.optim, config.windows):
+    elif n_same < plateau_end(config.optim, config.windows, n_tokens):
         hint = f": {_depends(config.optim)}"
     return f"the run {source.name} took the same steps up to {n_same}, and has no checkpoint of them{hint}"
 
@@ -96,9 +97,11 @@ def _depends(optim: OptimConfig) -> str:
     return f"optim.schedule {optim.schedule} has other learning rates then, those of constant and wsd stay"
 
 
-def _shared_checkpoints(source: Path, optim: OptimConfig, other: OptimConfig, windows: WindowsConfig) -> list[int]:
+def _shared_checkpoints(
+    source: Path, optim: OptimConfig, other: OptimConfig, windows: WindowsConfig, n_tokens: int
+) -> list[int]:
     """The checkpoints of `source`, a run with `optim`, from which a run with `other` can take its remaining steps."""
-    last = min(same_steps(optim, other, windows), other.max_steps(windows) - 1)
+    last = min(same_steps(optim, other, windows, n_tokens), other.max_steps(windows, n_tokens) - 1)
     return [step for step in checkpoint_steps(source) if step <= last]
 
 
@@ -114,7 +117,8 @@ def _copy(source: Path, step: int, folder: Path, identity: Identity, config: Run
         records = journal.records[:step]
     if len(records) < step:
         raise IntegrityError(f"{source / STEPS} has {len(records)} records: {HINT}")
-    total, epoch = config.optim.max_steps(config.windows), steps_per_epoch(text.train.size, config.windows)
+    n_tokens, windows = text.train.size, config.windows
+    total, epoch = config.optim.max_steps(windows, n_tokens), steps_per_epoch(n_tokens, windows)
     records[-1] = without_end(records, total, epoch, text.validation is not None, config.target)
     checkpoints = [checkpoint_folder(source, n) for n in {step, best_step(records, config.target) or step}]
     for checkpoint in checkpoints:

@@ -33,7 +33,7 @@ def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
     write_json(timing, time_report(records, first_met(records, config.target), mfu, run.resumes))
     print(summary(results, records, config.target))
     if results["to_target"][results["rule"]] is None and len(records) == run.max_steps:
-        print(advice(config.optim, config.windows))
+        print(advice(config.optim, config.windows, run.text.train.size))
 
 
 def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens: int) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Run:
 
     @cached_property
     def max_steps(self) -> int:
-        return self.config.optim.max_steps(self.config.windows)
+        return self.config.optim.max_steps(self.config.windows, self.text.train.size)
 
     @cached_property
     def steps_per_epoch(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config.params import Params
 from pipeline.data.batches import TrainingData
+from pipeline.data.token_files import count_tokens
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import joined, world_here
 from pipeline.system.errors import InputError
@@ -33,7 +34,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
             f"windows.micro_batch_size {batch} is not divisible by the {world.size} processes: change one of them"
         )
     with joined(world):
-        machine = prepare_machine(config.train, config.flops, world)
+        machine = prepare_machine(config.train, config.flops(count_tokens(data / "tokens")), world)
         text = read_data(config, machine, data)
         root = project_root()
         with StopSignals() as stop, open_run(config, machine, text, root / "checkpoints", elastic) as run:
@@ -49,11 +50,12 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
 
 
 def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
-    """Read the training data. Raises InputError if the parameters need a held-out text and there is none."""
+    """Read the training data. Raises InputError if it is too short for the parameters, or lacks a held-out text."""
     model = config.model
     text = TrainingData.read(
         data / "tokens", data / "tokenizer", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
     )
+    config.require_length(text.train.size)
     if text.validation is None and (need := config.needs_held_out):
         raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
     return text

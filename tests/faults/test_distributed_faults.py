@@ -14,7 +14,7 @@ from pipeline.system.files import read_json
 from pipeline.tracking.journal import read_steps
 from pipeline.training import train as training
 from pipeline.training.checkpoint import checkpoint_steps
-from tests.trainings import ROOT, STEPS, bits, change, end, n_steps, output_of, run_folder, start_world, train
+from tests.trainings import ROOT, STEPS, bits, change, end, epochs, n_steps, output_of, run_folder, start_world, train
 
 
 def train_and_signal(rank, step, number):
@@ -38,7 +38,7 @@ def test_a_training_that_gets_a_signal_or_loses_a_process_is_resumed_with_the_sa
     workspace, tmp_path, monkeypatch, capsys
 ):  # A18
     # three processes: their sums depend on the order, those of two do not
-    change(workspace, **{"windows.micro_batch_size": 6, "optim.max_tokens": 6 * 64 * STEPS})
+    change(workspace, **{"windows.micro_batch_size": 6, **epochs(workspace, STEPS, 6 * 64)})
     codes, outputs = codes_and_outputs(start_world(3, train))
     assert codes == [0, 0, 0], outputs
     expected = bits()

@@ -146,7 +146,7 @@ def test_a_stage_that_dies_anywhere_leaves_no_half_file_and_then_ends_as_a_clean
     corpus = {"source": "texts/mine.txt", "sha256": None, "mirrors": [], "fraction": 1.0}
     change(tmp_path, **{f"corpus.{key}": value for key, value in corpus.items()})
     change(tmp_path, **{"model.n_layer": 1, "model.n_embd": 16, "model.block_size": 32, "windows.seq_len": 32})
-    change(tmp_path, **{"optim.max_tokens": 128 * 4, "train.threads": 1, "train.precision": "fp32"})  # 4 steps
+    change(tmp_path, **{"optim.max_epochs": 0.4, "train.threads": 1, "train.precision": "fp32"})  # 4 steps
     change(tmp_path, **{"samples.max_tokens": 2, "evaluate.recall_places": 2})
     program = "from tests.faults.test_dvc_faults import die_everywhere; die_everywhere()"
     env = environment(BPE=str(bpe))

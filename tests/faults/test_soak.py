@@ -20,7 +20,7 @@ from pipeline.tracking.journal import STEPS, TIMES
 from pipeline.tracking.mlflow_runs import runs_of
 from pipeline.tracking.mlflow_store import open_store
 from pipeline.training.checkpoint import checkpoint_steps
-from tests.trainings import ROOT, bits, change, n_steps, run_folder
+from tests.trainings import ROOT, bits, change, epochs, n_steps, run_folder
 from tests.waiting import wait_until
 
 N_STEPS = 120  # a start takes some five of them, or more on a busy machine; the last start takes the rest
@@ -95,7 +95,7 @@ def test_a_training_that_is_ended_in_six_ways_ends_with_the_same_bits(
     prepared, tmp_path, chance, interruptible
 ):  # A1 A8 C1 C2
     shutil.copytree(prepared, straight := tmp_path / "straight")
-    change(straight, **{"optim.max_tokens": 256 * N_STEPS, "samples.interval_steps": 50})
+    change(straight, **{**epochs(straight, N_STEPS), "samples.interval_steps": 50})
     shutil.copytree(straight, project := tmp_path / "w")
     began = time.monotonic()
     with started(straight) as start:

@@ -23,7 +23,7 @@ def test_the_experiments_of_the_readme_run_once_git_tracks_the_text(tmp_path, co
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": first}))
     (tmp_path / "dvc.lock").unlink(missing_ok=True)
     own = {"corpus.source": "texts/mine.txt", "corpus.sha256": None, "corpus.mirrors": [], "corpus.fraction": 1.0}
-    tiny = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 12, "optim.max_tokens": 2048 * 2, "train.threads": 1}
+    tiny = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 12, "optim.max_epochs": 1.0, "train.threads": 1}
     change(tmp_path, **own, **tiny)
     commit_all(tmp_path)
     (tmp_path / "texts" / "mine.txt").write_text("Day 1: I fed the cat and slept.\n" * 300)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind.\n" * 20
 CORPUS = {"corpus.source": "texts", "corpus.sha256": None, "corpus.mirrors": [], "corpus.fraction": 1.0}
 MODEL = {"model.n_layer": 1, "model.n_embd": 16, "model.block_size": 16, "model.vocab_size": 257, "windows.seq_len": 16}
-RUN = {"optim.max_tokens": 64 * 5, "samples.max_tokens": 2, "train.precision": "fp32", "train.threads": 1}
+RUN = {"optim.max_epochs": 0.1, "samples.max_tokens": 2, "train.precision": "fp32", "train.threads": 1}
 
 
 def test_a_tokenizer_from_outside_goes_through_all_stages(tmp_path, monkeypatch, store, cheap_versions, byte_tokenizer):

@@ -33,10 +33,12 @@ from pipeline.training.loop import TrainState
 from pipeline.training.optim import OPTIMIZERS, Optimiser
 from tests.trainings import (
     ROOT,
+    STEPS,
     Untracked,
     at_step,
     bits,
     change,
+    epochs,
     n_steps,
     run_folder,
     train,
@@ -125,7 +127,7 @@ def test_a_second_interrupt_during_the_save_stops_at_once(workspace, straight, m
 
 
 def too_large_a_batch(workspace):
-    change(workspace, **{"windows.micro_batch_size": 10**8, "optim.max_tokens": 10**12, "optim.warmup": 0.0})
+    change(workspace, **{"windows.micro_batch_size": 10**8, "optim.max_epochs": 10**9, "optim.warmup": 0.0})
 
 
 def too_short_a_text(workspace):
@@ -133,6 +135,10 @@ def too_short_a_text(workspace):
     text.write_text("Speak, speak.\n" * 3)
     shutil.rmtree("data/tokens")
     write_tokens(text, load_tokenizer(Path("data/tokenizer")), Path("data/tokens"))
+
+
+def too_short_a_budget(workspace):
+    change(workspace, **{"optim.max_epochs": 0.1})
 
 
 def too_many_ids(workspace):
@@ -153,6 +159,7 @@ def no_held_out_text(workspace):
         (too_large_a_batch, 5, r"windows\.micro_batch_size 100000000 of windows\.seq_len 64 needs [\d,.]+ GB of "
          r"memory, [\d,.]+ GB are free: make windows\.micro_batch_size smaller .+"),  # A14
         (too_short_a_text, 2, r"data/tokens/train has 18 tokens, needs 65: .+"),  # B3
+        (too_short_a_budget, 2, r"optim\.max_epochs 0\.1 of 1,568 tokens is less than one step of 256 tokens"),
         (too_many_ids, 2, r".* has 60000 ids, model\.vocab_size is 50257: make model\.vocab_size larger.*"),  # B4
         (no_held_out_text, 2, r"target\.rule is validation, but nothing is held out: set corpus\.val_fraction.*"),
     ],
@@ -240,11 +247,11 @@ LINEAR = {"optim.schedule": "linear"}
 def test_a_larger_budget_resumes_after_equal_steps_with_the_bits_of_a_run_that_had_it_from_the_start(
     workspace, capsys, short, longer, step, end, start
 ):
-    change(workspace, **{"optim.max_tokens": 256 * 8, "checkpoint.interval_steps": 100, **short})
+    change(workspace, **{**epochs(workspace, 8), "checkpoint.interval_steps": 100, **short})
     train()
     assert end in capsys.readouterr().out
     earlier = run_folder()
-    change(workspace, **{"optim.max_tokens": 256 * 12, **longer})
+    change(workspace, **epochs(workspace, 12) | longer)
     train_until_killed(10)
     assert start in (said := capsys.readouterr().out)
     assert (f"resumes from step {step} of 12" in said) == bool(step)
@@ -261,7 +268,7 @@ def test_a_larger_budget_resumes_after_equal_steps_with_the_bits_of_a_run_that_h
 def held_out(workspace, tokenizer, shakespeare):
     """A workspace with a held-out text, which the target rule uses."""
     write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.01, val_fraction=0.2)
-    change(workspace, **{"target.rule": "validation", "target.eval_interval": 1})
+    change(workspace, **epochs(workspace, STEPS), **{"target.rule": "validation", "target.eval_interval": 1})
     return workspace
 
 

@@ -10,8 +10,6 @@ from uuid import uuid4
 import pytest
 from fixtures_mlflow import an_identity, append_steps, assert_has_exactly_the_journal, root_of, run_id_of
 
-from pipeline.config.params import load_params
-from pipeline.config.sections import OptimConfig, TargetConfig, WindowsConfig
 from pipeline.ops import stale_runs
 from pipeline.ops.stale_runs import examine_journals, examine_running
 from pipeline.sweep.mlflow_run import open_study_run
@@ -23,7 +21,6 @@ from pipeline.tracking.mlflow_runs import JournalTail, create_run, log_records, 
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import RECORDER_LOCK
 
-MAX_STEPS = 20  # of 8 tokens
 START_MS = 1_700_000_000_000
 
 
@@ -33,20 +30,12 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def params():
-    """Of a run of 20 steps."""
-    params = load_params()
-    windows = {"seq_len": 8, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
-    changes = {OptimConfig: {"max_tokens": 8 * MAX_STEPS}, WindowsConfig: windows, TargetConfig: {}}
-    return {c.section_name: params.section(c).updated(**new).model_dump(mode="json") for c, new in changes.items()}
+def make(store, root):
+    """Makes the folder of a run of some steps; it is finished if the last one has both losses of the whole text, as
+    every tenth has. The store has `logged` of the steps, or no such run."""
 
-
-@pytest.fixture
-def make(store, root, params):
-    """Makes the folder of a run of some steps; the store has `logged` of them, or no such run."""
-
-    def make_run(steps=12, logged=0, name=None, status="RUNNING", **changes):
-        identity = an_identity() | {"params": params} | changes
+    def make_run(steps=12, logged=0, name=None, status="RUNNING"):
+        identity = an_identity()
         folder = root / "checkpoints" / (name or identity["fingerprint"])
         folder.mkdir(parents=True)
         write_json(folder / IDENTITY, identity)
@@ -120,7 +109,6 @@ def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(stor
     unnoted_id = run_id_of(unnoted)
     (unnoted / RUN_ID).unlink()
     unknown, unknown_finished, trial = make(), make(60), make(name="search/0f")
-    of_other_code = make(MAX_STEPS, params={"optim": {"lr": 1}})
     write_text(unknown / "samples" / "step-000010.txt", "ROMEO")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(stale_runs, "log_records", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -134,7 +122,6 @@ def test_records_that_the_store_lacks_are_sent_to_their_run_or_to_a_new_one(stor
         unnoted: (2, 14, "KILLED"),
         unknown: (12, 12, "KILLED"),
         unknown_finished: (60, 60, "FINISHED"),  # more than one batch
-        of_other_code: (20, 20, "KILLED"),
         trial: (12, 12, "KILLED"),
     }
     assert found.keys() == expected.keys()

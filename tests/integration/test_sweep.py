@@ -168,7 +168,7 @@ def test_after_a_signal_everything_is_saved_and_the_same_command_resumes(
 
 def test_a_failed_trial_has_its_reason_and_equal_settings_are_trained_once(workspace, sweep, untracked):  # D4
     space = {"windows": {"micro_batch_size": [4, 1_000_000]}}  # a batch of a million does not fit into any memory
-    change(workspace, **{"sweep.space": space, "optim.max_tokens": 10**8, "optim.warmup": 0})
+    change(workspace, **{"sweep.space": space, "optim.max_epochs": 10**5, "optim.warmup": 0})
     code, _, err = sweep("--trials", 6)
     assert code == 0, err
     failed = [trial.user_attrs["reason"] for trial in study_here().trials if trial.state is TrialState.FAIL]

@@ -46,7 +46,7 @@ def command(folder, capsys):
     [
         (["--help"], 0, "COMMAND"),
         (["check"], 0, "params.yaml is valid; "),
-        (["recipe", "smoke", "--as-set"], 0, "-S optim.max_tokens="),
+        (["recipe", "smoke", "--as-set"], 0, "-S optim.max_epochs="),
         (["models", "promote"], 2, "error: models promote: name a version"),
         (["models", "frobnicate"], 2, "invalid choice"),
         (["sweep", "--trials", "[1"], 2, "is not YAML"),

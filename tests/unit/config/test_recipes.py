@@ -24,6 +24,22 @@ NAMES = list(list_recipes(RECIPES))
 PUBLISHED = {path.stem: pd.read_csv(path, dtype={"lr": str}) for path in (ROOT / "benchmarks/published").glob("*.csv")}
 
 
+# Tokens of the training text that a recipe is for, and the steps of its budget there.
+STEPS = {
+    "laptop": (34_219, 569),
+    "laptop-swept": (34_219, 223),
+    "laptop-full": (338_025, 578),
+    "smoke": (1568, 300),
+    **dict.fromkeys(("gpt2-124m", "gpt2-124m-cpu", "gpt2-medium", "gpt2-large"), (338_025, 386)),
+    "gpt2-xl": (338_025, 1321),
+    "seed-000": (338_025, 10_000),
+    "seed-001": (301_962, 2000),  # a tenth is held out
+    "seed-002": (338_025, 26_500),
+    "seed-003": (338_025, 2000),
+    "seed-004": (338_025, 20_000),
+}
+
+
 @pytest.fixture
 def params(tmp_path: Path) -> Path:
     """A copy of the committed params.yaml."""
@@ -48,8 +64,11 @@ def test_a_recipe_changes_only_values_which_are_valid_and_laptop_resets_them(nam
         assert old.partition(":")[0] == new.partition(":")[0]
         assert old.partition(" #")[2] == new.partition(" #")[2]
     check_params(load_params(params))
+    config, (n_tokens, steps) = RunConfig.of(load_params(params)), STEPS[name]
+    config.require_length(n_tokens)
+    assert config.optim.max_steps(config.windows, n_tokens) == steps
     held_out = load_params(params).section(CorpusConfig).val_fraction
-    assert bool(held_out) is bool(RunConfig.of(load_params(params)).needs_held_out)
+    assert bool(held_out) is bool(config.needs_held_out)
     apply_recipe("laptop", params, RECIPES)
     assert params.read_text() == before
     assert apply_recipe("laptop", params, RECIPES).endswith("already has the values of recipe laptop")
@@ -172,10 +191,10 @@ def test_a_published_system_has_the_tokens_and_the_learning_rates_that_it_printe
     change in one step, and by the rounding of the printed number."""
     config, points = configs[name], PUBLISHED[name]
     assert ((points["step"] + 1) * config.windows.step_tokens == points["tokens"]).all()
-    assert config.optim.max_tokens >= points["tokens"].max()
     assert not config.model.fold_vocab
     assert config.optim.name == "adamw"
-    optim, total = config.optim, config.optim.max_steps(config.windows)
+    optim, total = config.optim, config.optim.max_steps(config.windows, STEPS[name][0])
+    assert total * config.windows.step_tokens >= points["tokens"].max()
     printed = points.dropna(subset="lr") if name != "seed-000" else points[:0].assign(lr="")  # it printed none
     for step, text in zip(printed["step"], printed["lr"], strict=True):
         steps = [max(1, min(s, total)) for s in (step, step + 1, step + 2)]

@@ -12,7 +12,7 @@ from pipeline.config.sections import SECTIONS
 from pipeline.data.tokenizer import TOKENIZERS
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
-from pipeline.training.config import RUN_SECTIONS
+from pipeline.training.config import RUN_SECTIONS, RunConfig
 
 COMMITTED = load_params(Path(__file__).parents[3] / "params.yaml").values
 
@@ -54,9 +54,9 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
     [
         ({"model.n_embd": 385}, "n_embd 385 is not divisible by n_head 8"),
         ({"windows.seq_len": 512}, "windows.seq_len 512 is longer than model.block_size 64"),
-        ({"windows.gradient_accumulation_steps": 10**9}, "is less than one step of"),
         ({"windows.order": "sorted"}, "input should be 'jittered', 'shuffled', 'sequential' or 'random', got 'sorted'"),
-        ({"optim.warmup": 1000}, "take 1000 steps, the run has 569"),
+        ({"optim.max_epochs": 0}, "optim.max_epochs: input should be greater than 0, got 0"),
+        ({"optim.max_tokens": 581723}, "optim: max_tokens is now max_epochs: divide it by the number of tokens of the"),
         ({"optim.lr": 0}, "optim.lr: input should be greater than 0, got 0"),
         ({"train.threads": 100_000}, "less than or equal to 1024"),
         ({"train.seed": 10**22}, "train.seed"),
@@ -66,6 +66,44 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
 )
 def test_contradictions_and_values_out_of_bounds_are_reported(changes, message):
     assert message in error_of(check_params, changed(changes))
+
+
+TENTH = 34_219  # tokens of the committed corpus
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"windows.gradient_accumulation_steps": 568}, ""),
+        (
+            {"windows.gradient_accumulation_steps": 569},
+            "optim.max_epochs 17 of 34,219 tokens is less than one step of 582,656 tokens",
+        ),
+        ({"optim.warmup": 569}, ""),
+        ({"optim.warmup": 570}, "optim: warmup 570 and decay 0 take 570 steps, the run has 569"),
+        (
+            {"optim.warmup": 500, "optim.schedule": "wsd"},
+            "optim: warmup 500 and decay 0.2 take 614 steps, the run has 569",
+        ),
+    ],
+)
+def test_a_budget_that_the_text_makes_too_short_is_reported(changes, message):
+    assert error_of(RunConfig.of(changed(changes)).require_length, TENTH) == message
+
+
+@pytest.mark.parametrize(
+    ("epochs", "n_tokens", "steps"),
+    [
+        (17, TENTH, 569),  # 568.09
+        (8.9, TENTH, 298),  # 297.41
+        (1e-6, TENTH, 0),
+        (7 * 1024 / 1050, 1050, 7),  # 7 and a rounding error, which is no step
+    ],
+)
+def test_the_steps_of_a_budget_in_epochs_are_rounded_up(epochs, n_tokens, steps):
+    config = RunConfig.of(changed({"optim.max_epochs": epochs}))
+    assert config.optim.max_steps(config.windows, n_tokens) == steps
 
 
 EXTREMES = st.sampled_from([10**400, -(10**400), 2**63, 1e308, 5e-324])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import token_files
-from pipeline.data.token_files import HEADER, TokenFolder, Tokens, shard_name, write_shard
+from pipeline.data.token_files import HEADER, TokenFolder, Tokens, count_tokens, shard_name, write_shard
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_file, atomic_folder, write_manifest
 
@@ -44,8 +44,9 @@ def test_an_id_outside_of_the_vocabulary_is_never_wrapped_into_it(tmp_path, bad)
 
 @given(ids=st.lists(st.integers(0, 50256), max_size=30), shard_tokens=st.integers(1, 8), data=st.data())
 def test_any_span_is_read_across_shards(tmp_path_factory, ids, shard_tokens, data):
-    tokens = TokenFolder(written(tmp_path_factory.getbasetemp() / "shards", ids, shard_tokens)).train
-    assert len(tokens) == len(ids)
+    folder = written(tmp_path_factory.getbasetemp() / "shards", ids, shard_tokens)
+    tokens = TokenFolder(folder).train
+    assert len(tokens) == count_tokens(folder) == len(ids)
     start = data.draw(st.integers(0, len(ids)))
     stop = data.draw(st.integers(start, len(ids)))
     assert tokens.read(start, stop).dtype == np.uint16
@@ -116,5 +117,6 @@ def test_b4_a_shard_that_differs_from_the_manifest_or_a_missing_folder_is_refuse
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     with pytest.raises(IntegrityError, match=r"train-00000.bin is altered .*dvc repro -f"):
         TokenFolder(tmp_path / "tokens")
-    with pytest.raises(InputError, match="missing not found: run `dvc repro tokenize`, which makes it"):
-        TokenFolder(tmp_path / "missing")
+    for read in (TokenFolder, count_tokens):
+        with pytest.raises(InputError, match="missing not found: run `dvc repro tokenize`, which makes it"):
+            read(tmp_path / "missing")

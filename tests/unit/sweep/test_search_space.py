@@ -49,6 +49,7 @@ def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
         ("{target: {loss: [0.1, 10.0]}}", "sweep.space.target.loss: cannot be searched"),
         ("{windows: {step_tokens: [1000]}}", "1000 is not a whole number of windows of 64 tokens"),
         ("{windows: {seq_len: [2048]}}", "sweep.space.windows.seq_len 2048 is longer than model.block_size"),
+        ("{optim: {max_tokens: {low: 5, high: 9}}}", "max_tokens: unknown key (did you mean optim.max_epochs?)"),
         ("{optim: {lrr: [1.0], eps: [-1]}}", "lrr: unknown key (did you mean optim.lr?); sweep.space.optim.eps"),
     ],
 )
@@ -57,6 +58,17 @@ def test_what_cannot_be_searched_is_named_in_one_line(params, space, complaint):
         check_space(sweep_of(params, space), params)
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_value_that_fits_into_no_run_on_the_text_is_named_once_the_text_is_tokenized(params):
+    sweep = sweep_of(params, "{optim: {warmup: [10, 1000], max_epochs: {low: 0.01, high: 9.5}}}")
+    check_space(sweep, params)
+    with pytest.raises(InputError) as error:
+        check_space(sweep, params, n_tokens=34_219)
+    assert str(error.value).partition(": ")[2] == (
+        "sweep.space.optim: warmup 1000 and decay 0 take 1000 steps, the run has 569; "
+        "sweep.space.optim.max_epochs 0.01 of 34,219 tokens is less than one step of 1,024 tokens"
+    )
 
 
 @pytest.mark.parametrize(

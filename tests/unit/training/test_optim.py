@@ -66,7 +66,7 @@ def test_an_invalid_value_is_refused(changes):
 
 
 @pytest.mark.parametrize(("changes", "fault"), [
-    ({"schedule": "wsd", "warmup": 0.9}, r"optim: warmup 0\.9 and decay 0\.2 take \d+ steps, the run has \d+"),
+    ({"schedule": "wsd", "warmup": 0.9}, r"optim: warmup 0\.9 and decay 0\.2 are 1\.1 of the run"),
     ({"name": "lion"}, r"optim.name: unknown value 'lion' \(known: muon, adamw.*\)"),
     ({"schedule": "step"}, r"optim.schedule: unknown value 'step' \(known: constant, linear, cosine, onecycle.*\)"),
 ])  # fmt: skip
