@@ -136,13 +136,17 @@ def position_figure(report: RunReport) -> Figure:
 def curve_figure(history: dict[str, list[list[float]]], target: float) -> Figure:
     """Loss over steps of a registered version; `history` has pairs (step, value) by metric."""
     evaluated = next((key for key in ("sliding_loss", "corpus_loss") if history.get(key)), "corpus_loss")
-    steps, checks = (pd.DataFrame(history.get(key, []), columns=["step", "loss"]) for key in ("loss", evaluated))
+    steps, checks, held_out = (
+        pd.DataFrame(history.get(key, []), columns=["step", "loss"]) for key in ("loss", evaluated, "validation_loss")
+    )
     figure = Figure(figsize=(6, 3.4))
     axes = figure.subplots()
     axes.plot(steps["step"], steps["loss"], **style.line(steps, style.SKY, 1), label="minibatch")
     axes.plot(
         checks["step"], checks["loss"], "o", color=style.RED, markeredgecolor="white", label="whole training text"
     )
+    if len(held_out):
+        axes.plot(held_out["step"], held_out["loss"], **style.line(held_out, style.PINK), label="held-out text")
     style.log_scale(axes)
     axes.set_ylabel("loss (nats per token)")
     style.count_steps(axes, int(pd.concat([steps, checks])["step"].max()))
