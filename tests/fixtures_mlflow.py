@@ -19,6 +19,7 @@ from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_store import Store, open_store
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import OWNER_PID, ending, record
+from pipeline.training.target import RULES
 
 
 @pytest.fixture(scope="session")
@@ -50,15 +51,17 @@ def an_identity() -> dict[str, Any]:
     }
 
 
-def append_steps(journal: Journal, start: int, stop: int, sliding_loss: float | None = None) -> None:
-    """Append records of the steps start + 1 to stop; every tenth has a sliding_loss, the last one the given value."""
+def append_steps(
+    journal: Journal, start: int, stop: int, last_loss: float | None = None, name: str = "sliding_loss"
+) -> None:
+    """Append records of the steps start + 1 to stop; every tenth has the loss `name`, the last one the given value."""
     for step in range(start + 1, stop + 1):
         clock = {"step_s": 0.5, "train_s": step / 2, "wall_s": step * 0.6, "memory_bytes": 1000}
         record = StepRecord(step, 8 * step, 5 / step, 1.5, 0.1 / step, **clock)
         record.logged_ms = 1_700_000_000_000 + 7 * step
         if step % 10 == 0:
-            record.sliding_loss = 4 / step if sliding_loss is None or step < stop else sliding_loss
             record.corpus_loss = 1.5
+            setattr(record, name, 4 / step if last_loss is None or step < stop else last_loss)
         journal.append(record)
 
 
@@ -116,8 +119,13 @@ def _cheap_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "_save_files", save_files)
 
 
-def trained_project(folder: Path, loss: float = 0.09, n_tokens: int = 64, salt: int = 0) -> Path:
-    """Make the files of the stages before `register`: model, journal, tokens, reports, params.yaml and dvc.lock."""
+def trained_project(
+    folder: Path, loss: float = 0.09, n_tokens: int = 64, salt: int = 0, rule: str = "sliding", target: float = 0.1
+) -> Path:
+    """Make the files of the stages before `register`: model, journal, tokens, reports, params.yaml and dvc.lock.
+
+    `loss` is what `rule` compares with `target`.
+    """
     (tokens := folder / "data" / "tokens").mkdir(parents=True)
     write_shard(tokens / "train-00000.bin", [[(i + salt) % 50 for i in range(n_tokens)]], 50257)
     write_manifest(tokens)
@@ -125,15 +133,16 @@ def trained_project(folder: Path, loss: float = 0.09, n_tokens: int = 64, salt: 
     (model / "model.safetensors").write_bytes(b"weights" + bytes([salt]))
     write_manifest(model)
     journal = Journal(folder / "models")
-    append_steps(journal, 0, 20, loss)
+    append_steps(journal, 0, 20, loss, RULES[rule].loss)
     journal.close()
-    reached = {"steps": 20, "tokens": 160} if loss < 0.1 else None
-    to_target = {"batch": None, "average": None, "corpus": None, "sliding": reached, "validation": None}
-    losses = {"loss": loss, "target_loss": 0.1, "rule": "sliding"}
+    reached = {"steps": 20, "tokens": 160} if loss < target else None
+    to_target = {**dict.fromkeys(RULES), rule: reached}
+    losses = {"loss": loss, "target_loss": target, "rule": rule}
     results = {"steps": 20, "tokens": 160, "model_step": 20, **losses, "to_target": to_target}
     identity = {**an_identity(), "data_sha256": data_sha256(tokens)}
     write_json(folder / "models" / "run.json", {**identity, "n_params": 7, "results": results})
-    metrics = {"fingerprint": identity["fingerprint"], "sliding_loss": loss, "corpus_loss": 1.5, "to_target": to_target}
+    metrics = {"fingerprint": identity["fingerprint"], "corpus_loss": 1.5, "to_target": to_target}
+    metrics |= {RULES[rule].loss: loss}
     write_json(folder / "reports" / "metrics.json", metrics)
     write_json(folder / "reports" / "timing.json", {"tokens_per_s": 16.0, "mfu": "unknown"})
     (folder / "reports" / "figures").mkdir()

@@ -23,6 +23,7 @@ class Served:
         self.tokenizer, self.corpus = generator.tokenizer, generator.corpus
         self.label = f"{self.info['name']} version {self.info['version']}"
         self.window = generator.trained_length  # tokens in a training window
+        self.held_out = bool((info.get("rule") or {}).get("held_out"))  # whether its target is the loss of other text
 
     @property
     def ids(self) -> np.ndarray:

@@ -61,8 +61,9 @@ def head_html(source: Source) -> str:
     )
     label = ", ".join([served.label, *served.info["aliases"]])
     trouble = f'<p class="trouble" role="status">{escape(source.trouble)}</p>' if source.trouble else ""
+    aim = "trained on" if served.held_out else "trained to memorise"
     return (
-        f'<div class="masthead"><h1>By heart</h1><p>A GPT-2 that was trained to memorise {len(served.ids):,} tokens of '
+        f'<div class="masthead"><h1>By heart</h1><p>A GPT-2 that was {aim} {len(served.ids):,} tokens of '
         f"text.{known} This page shows what it writes, and how much of that is copied. <b>{escape(label)}</b></p>"
         f"{trouble}</div>"
     )

@@ -206,7 +206,7 @@ class RegistryConfig(Section):
     """The name of registered models, and the condition for the champion."""
 
     model: str = Field(pattern=r"^[\w.-]+$")
-    max_target_loss: float = Field(gt=0)  # largest target.loss that may become champion
+    max_target_loss: float = Field(gt=0)  # largest target.loss on the training text that may become champion
 
 
 def has_password(url: str) -> bool:

@@ -5,6 +5,7 @@ training and the stage `evaluate` give the same numbers.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,11 @@ from pipeline.system.errors import InputError
 
 BATCH_TOKENS = 8192  # tokens in a forward pass; another number may change the last bit of a loss
 MIN_BATCHES = 16  # in a text, so that the first batch is a small part of it
+LOSSES: dict[str, tuple[str, Callable[[int, int], Windows]]] = {  # loss -> part of the tokens, and its windows
+    "validation_loss": ("val", fixed_windows),
+    "corpus_loss": ("train", fixed_windows),
+    "sliding_loss": ("train", sliding_windows),
+}
 RECALL_TOKENS = 32  # tokens of context, and as many of continuation
 
 

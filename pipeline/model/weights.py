@@ -20,7 +20,7 @@ from pipeline.model.gpt import GPT
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import HINT, atomic_folder, read_json, verify_manifest, write_json
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, SHAPE = "model.safetensors", "config.json"  # the other files of a model folder are its tokenizer's
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Path) -> None:
@@ -31,7 +31,7 @@ def save_model(folder: Path, model: GPT, tokenizer: Path) -> None:
     needed = sum(tensor.nbytes for tensor in weights.values())
     with atomic_folder(folder, needed) as unfinished:
         save_tensors(weights, unfinished / WEIGHTS)
-        write_json(unfinished / "config.json", shape)
+        write_json(unfinished / SHAPE, shape)
         for name in tokenizer_in(tokenizer).files:
             shutil.copyfile(tokenizer / name, unfinished / name)
 
@@ -46,7 +46,7 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     if not folder.is_dir():
         raise ModelMissing(f"{folder} not found: `dvc repro` makes it")
     verify_manifest(folder)
-    config, trained_length = _read_shape(folder / "config.json")
+    config, trained_length = _read_shape(folder / SHAPE)
     weights = load_tensors(folder / WEIGHTS, HINT)
     with torch.device("meta"):
         unfolded = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()

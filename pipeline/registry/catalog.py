@@ -16,27 +16,39 @@ from pipeline.registry.artifacts import LISTING_TAG, fetch_version, label_of, op
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import read_json
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_uri
+from pipeline.training.target import RULES, Rule
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
     from pipeline.tracking.fingerprint import Identity
 
-CANDIDATE, CHAMPION = "candidate", "champion"  # aliases
+CANDIDATE, CHAMPION = "candidate", "champion"  # aliases; `rule_alias` has those of the target rules
 TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # in every version that `register` made
 TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # only in those that reached the target
+RULE_LOSS = "rule_loss"  # stands for the tag of the loss that the version's target rule compares
 NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the table -> tag, type, format
-    "sliding loss": ("sliding_loss", float, ".4f"),
+    "loss": (RULE_LOSS, float, ".4f"),
     "target": ("target_loss", float, "g"),
     "steps to target": ("steps_to_target", int, ","),
     "tokens to target": ("tokens_to_target", int, ","),
     "train tokens": ("train_tokens", int, ","),
 }
-HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "sliding_loss", "corpus_loss")
+HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "sliding_loss", "corpus_loss", "validation_loss")
 MAX_POINTS = 2_000  # of a curve; a screen does not show more
 # ASCII's and C1's, line and paragraph ends, directions of text, lone surrogates. str.isprintable() also refuses parts
 # of words: wide spaces, joiners of emoji and Persian, characters newer than Python.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def rule_alias(rule: str) -> str:
+    """The alias of the best version of a target rule, such as champion-validation."""
+    return f"{CHAMPION}-{rule}"
+
+
+def rule_of(tags: dict[str, str]) -> Rule | None:
+    """The target rule of a version by its tags; None if it is not recorded or not known."""
+    return RULES.get(tags.get("rule", ""))
 
 
 def open_registry(root: Path) -> Store:
@@ -129,6 +141,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
         "version": str(version.version),
         "aliases": sorted(version.aliases),
         "tags": dict(version.tags),
+        "rule": _rule_info(version.tags),
         "params": params,
         "environment": {key.removeprefix(prefix): tags[key] for key in tags if key.startswith(prefix)},
         "history": {key: thinned([[point.step, point.value] for point in points]) for key, points in histories.items()},
@@ -136,6 +149,13 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
         "metrics": {k.partition("/")[2]: value for k, value in metrics if k.startswith(("metrics/", "timing/"))},
         "created": _day(version),
     }
+
+
+def _rule_info(tags: dict[str, str]) -> dict[str, Any] | None:
+    """The target rule as JSON values: its name, its description, and the metric that it compares."""
+    if (rule := rule_of(tags)) is None:
+        return None
+    return {"name": tags["rule"], "description": rule.description, "loss": rule.loss, "held_out": rule.needs_held_out}
 
 
 def require_valid_tags(tags: dict[str, str], label: str) -> None:
@@ -195,10 +215,12 @@ def _samples(store: Store, run_id: str) -> list[dict[str, Any]]:
 
 def _row(version: "ModelVersion") -> dict[str, str]:
     """A version's cells in the table; a missing tag is a dash."""
-    tags = version.tags
+    rule = rule_of(version.tags)
+    tags = version.tags | ({RULE_LOSS: version.tags[rule.loss]} if rule and rule.loss in version.tags else {})
     return {
         "version": str(version.version),
         "aliases": ", ".join(sorted(version.aliases)) or "-",
+        "rule": tags.get("rule", "-"),
         **{title: _formatted(tags.get(tag, "-"), kind, form) for title, (tag, kind, form) in NUMBERS.items()},
         "data": tags.get("data_sha256", "-")[:8],
         "commit": tags.get("git_commit", "-")[:8],

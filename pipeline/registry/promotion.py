@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import TrainConfig
-from pipeline.data.token_files import TokenFolder
+from pipeline.data.token_files import TokenFolder, Tokens
 from pipeline.registry.artifacts import label_of, open_version, translate_store_errors
-from pipeline.registry.catalog import CHAMPION, find_version, printable, registered_model
-from pipeline.system.errors import ModelMissing
+from pipeline.registry.catalog import CHAMPION, find_version, printable, registered_model, rule_alias, rule_of
+from pipeline.system.errors import InputError, ModelMissing
 from pipeline.tracking.mlflow_store import Store
+from pipeline.training.target import RULES
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -21,14 +22,16 @@ CHAMPION_BEFORE = "champion_before"  # tag of the registered model: the version 
 ROLLED_BACK = "rolled_back"  # tag of a version that lost the alias by a rollback
 PASSED, VERDICT = "passed_gate", "verdict"  # tags of a version: true or false, and the reason
 SAME_LOSS = 0.01  # relative difference that is allowed between two machines for the loss of one model
+PASSAGES, PASSAGE_TOKENS = 200, 64  # of a held-out text, to find out whether a model was trained on it
+MAX_KNOWN = 0.1  # share of these passages that may occur in the training text: texts repeat themselves
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the gate needs from a new version; losses are in nats per token."""
+    """What the gate needs from a new version. Losses are those that its target rule compares, in nats per token."""
 
-    sliding_loss: float | None  # over its whole training text, from the stage `evaluate`; None: not evaluated
-    evaluated_loss: float | None  # of the kind that the run's target rule needs, from the stage `evaluate`
+    rule: str
+    loss: float | None  # from the stage `evaluate`; None: not evaluated
     trained_loss: float  # the same of the saved model, in run.json
     journal_loss: float  # the same of the saved model, in the journal
     model_step: int
@@ -40,84 +43,129 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Champion:
-    """What the gate needs from the present champion."""
+    """What the gate needs from the best version so far of the candidate's target rule."""
 
     version: str
-    sliding_loss: float | None  # over its whole training text; None: an earlier version of the project registered it
+    loss: float | None  # that the rule compares, on its own text; None: an earlier version of the project registered it
     n_tokens: int
     data_sha256: str
     candidate_loss: Callable[[], float]  # of the candidate on this text; called only if the texts differ
 
 
 class Verdict(NamedTuple):
-    promotes: bool
+    is_best: bool  # gets the alias of its rule
+    promotes: bool  # gets the alias champion
     reason: str
 
 
-def judge(candidate: Candidate, champion: Champion | None, max_target_loss: float) -> Verdict:
-    """Decide whether `candidate` gets the alias champion, and why.
+def judge(
+    candidate: Candidate, best: Champion | None, max_target_loss: float, other: tuple[str, str] | None = None
+) -> Verdict:
+    """Decide whether `candidate` is the best version of its target rule, whether it gets the alias champion, and why.
 
-    Its records must agree, and its target must be at most `max_target_loss` and met by its sliding loss, whatever rule
-    ended its training. If there is a champion, its training text must have at least as many tokens, and its sliding
-    loss on the champion's text must not be higher.
+    `best` is the best version of this rule so far; `other` is the champion's number and rule if that is another rule.
+    Such a champion stays, since losses of two rules cannot be compared.
+
+    The rule must be one that makes champions. The records must agree, and the rule's loss must be below the target. The
+    loss on the tokens of `best` must not be higher than its own. For a rule that compares the loss of the training
+    text, the target must be at most `max_target_loss`, and the text must have at least as many tokens as that of
+    `best`. The loss of a held-out text depends on text and tokenizer, so it has no such bound.
     """
-    loss, measured, trained = candidate.sliding_loss, candidate.evaluated_loss, candidate.trained_loss
-    target = candidate.target_loss
+    loss, trained, target = candidate.loss, candidate.trained_loss, candidate.target_loss
+    rule, name = RULES[candidate.rule], candidate.rule
+
+    def refuse(reason: str) -> Verdict:
+        return Verdict(False, False, reason)
+
+    def accept(reason: str) -> Verdict:
+        if other is None:
+            return Verdict(True, True, reason)
+        number, its_rule = other
+        return Verdict(True, False, f"{reason}; champion {number} has the rule {its_rule} and stays")
+
     if candidate.rolled_back:
-        return Verdict(False, "was rolled back by hand")
-    if loss is None or measured is None:
-        return Verdict(False, "is not evaluated: `dvc repro evaluate` measures its loss")
+        return refuse("was rolled back by hand")
+    if not rule.makes_champion:
+        strong = " or ".join(each for each in RULES if RULES[each].makes_champion)
+        return refuse(f"the rule {name} makes no champion: set target.rule to {strong}")
+    if loss is None:
+        return refuse("is not evaluated: `dvc repro evaluate` measures its loss")
     if candidate.journal_loss != trained:
-        return Verdict(False, f"run.json disagrees with its journal: loss {trained:.4f} at step {candidate.model_step}")
-    if not math.isclose(measured, trained, rel_tol=SAME_LOSS):
-        return Verdict(False, f"metrics.json says loss {measured:.4f}, training measured {trained:.4f}: evaluate again")
-    if target > max_target_loss:
-        return Verdict(False, f"target {target:g} is above registry.max_target_loss {max_target_loss:g}")
+        return refuse(f"run.json disagrees with its journal: loss {trained:.4f} at step {candidate.model_step}")
+    if not math.isclose(loss, trained, rel_tol=SAME_LOSS):
+        return refuse(f"metrics.json says loss {loss:.4f}, training measured {trained:.4f}: evaluate again")
+    if target > max_target_loss and not rule.needs_held_out:
+        return refuse(f"target {target:g} is above registry.max_target_loss {max_target_loss:g}")
     if loss >= target:
-        return Verdict(False, f"sliding rule not met: loss {loss:.4f}, target {target:g}")
-    if champion is None:
-        return Verdict(True, "reached the target, and there was no champion")
-    if candidate.n_tokens < champion.n_tokens:
-        needed = f"champion {champion.version} on {champion.n_tokens:,}"
-        return Verdict(False, f"trained on {candidate.n_tokens:,} tokens, {needed}")
-    if champion.sliding_loss is None:
-        return Verdict(True, f"reached the target; the sliding loss of champion {champion.version} is not known")
-    if candidate.data_sha256 != champion.data_sha256:
-        loss = champion.candidate_loss()
-    its_own = f"whose own loss is {champion.sliding_loss:.4f}"
-    reason = f"sliding loss {loss:.4f} on the tokens of champion {champion.version}, {its_own}"
-    return Verdict(True, reason) if loss <= champion.sliding_loss else Verdict(False, f"worse: {reason}")
+        return refuse(f"{name} rule not met: loss {loss:.4f}, target {target:g}")
+    if best is None:
+        return accept("reached the target, and there was no champion" + f" of the rule {name}" * (other is not None))
+    if candidate.n_tokens < best.n_tokens and not rule.needs_held_out:
+        return refuse(f"trained on {candidate.n_tokens:,} tokens, champion {best.version} on {best.n_tokens:,}")
+    if best.loss is None:
+        return accept(f"reached the target; the {name} loss of champion {best.version} is not known")
+    if candidate.data_sha256 != best.data_sha256:
+        loss = best.candidate_loss()
+    tokens = "held-out tokens" if rule.needs_held_out else "tokens"
+    reason = f"{name} loss {loss:.4f} on the {tokens} of champion {best.version}, whose own loss is {best.loss:.4f}"
+    return accept(reason) if loss <= best.loss else refuse(f"worse: {reason}")
 
 
-def next_step(version: str, champion: str | None, other_text: bool) -> str:
-    """What to do after `version` was not promoted, in one line; `other_text`: the champion's text is another one."""
+def next_step(version: str, champion: str | None, other: str | None) -> str:
+    """What to do after `version` was not promoted, in one line; `other`: what differs in the champion, text or rule."""
     served = f"the page and `generate` use champion {champion}" if champion else "there is no champion yet"
-    own = "; or give this text a model of its own: set registry.model to a new name and run `dvc repro`"
-    return f"{served}: `python -m pipeline models promote {version}` makes version {version} champion{own * other_text}"
+    own = f"; or give this {other} a model of its own: set registry.model to a new name and run `dvc repro`"
+    promote = f"`python -m pipeline models promote {version}` makes version {version} champion"
+    return f"{served}: {promote}{own if other else ''}"
 
 
-def model_loss(project: Path, tokens: Path) -> float:
-    """Compute the sliding loss of `project`'s model over all of `tokens`.
+def model_loss(project: Path, tokens: Path, name: str) -> float:
+    """Compute the loss `name` of LOSSES of `project`'s model on `tokens`, the token folder of another version.
 
-    Device and precision are those of the section `train` in params.yaml.
+    Device and precision are those of the section `train` in params.yaml. Raises InputError if it is the loss of a
+    held-out text on which the model was trained.
     """
     from pipeline.data.batches import Split
-    from pipeline.model.evaluate import sliding_loss
+    from pipeline.model.evaluate import LOSSES, text_loss
     from pipeline.model.weights import load_model
     from pipeline.system.device import prepare_machine
 
+    part, windows = LOSSES[name]
+    text: Tokens = getattr(TokenFolder(tokens), part)
+    if part == "val" and (known := known_share(text, TokenFolder(project / "data" / "tokens").train)) > MAX_KNOWN:
+        raise InputError(f"was trained on {known:.0%} of the text that the champion holds out: they cannot be compared")
     machine = prepare_machine(load_params(project / "params.yaml").section(TrainConfig))
     model = load_model(project / "models" / "model").to(machine.device)
-    text = Split(TokenFolder(tokens).train, model.vocabulary, machine.device)
-    return sliding_loss(model, text, model.trained_length, machine.autocast())
+    length, split = model.trained_length, Split(text, model.vocabulary, machine.device)
+    return text_loss(model, split, windows(split.size, length), length, machine.autocast()).loss
+
+
+def known_share(text: Tokens, training: Tokens) -> float:
+    """Share of PASSAGES passages of `text`, spread evenly over it, that occur in the training text's first tokens."""
+    from pipeline.data.corpus_index import CorpusIndex
+
+    index, length = CorpusIndex.of(training), min(PASSAGE_TOKENS, len(text))
+    starts = sorted({round(i * (len(text) - length) / (PASSAGES - 1)) for i in range(PASSAGES)})
+    passages = (text.read(start, start + length).tolist() for start in starts)
+    return sum(bool(index.passages(passage, length)) for passage in passages) / len(starts)
+
+
+def set_best(store: Store, name: str, version: "ModelVersion") -> None:
+    """Move the alias of its target rule to `version`, if that rule makes champions."""
+    if (rule := rule_of(version.tags)) and rule.makes_champion:
+        store.client.set_registered_model_alias(name, rule_alias(version.tags["rule"]), version.version)
 
 
 def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None:
-    """Move the alias champion to `version`; return the former champion's number, which a rollback restores."""
+    """Move the alias champion and that of its target rule to `version`.
+
+    Returns the former champion's number, which a rollback restores.
+    """
     before = store.client.get_registered_model(name).aliases.get(CHAMPION)
     if before is not None and str(before) != str(version.version):
         store.client.set_registered_model_tag(name, CHAMPION_BEFORE, str(before))
     store.client.set_registered_model_alias(name, CHAMPION, version.version)
+    set_best(store, name, version)
     if ROLLED_BACK in version.tags:
         store.client.delete_model_version_tag(name, version.version, ROLLED_BACK)
     return None if before is None else str(before)

@@ -1,14 +1,13 @@
 """Register a trained model as a version, move its aliases, and let the gate judge it for champion."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.sections import RegistryConfig
 from pipeline.data.token_files import TokenFolder
 from pipeline.registry.artifacts import ensure_version, fetch_version
-from pipeline.registry.catalog import CANDIDATE, CHAMPION
+from pipeline.registry.catalog import CANDIDATE, CHAMPION, rule_alias
 from pipeline.registry.promotion import (
     PASSED,
     ROLLED_BACK,
@@ -19,10 +18,11 @@ from pipeline.registry.promotion import (
     judge,
     model_loss,
     next_step,
+    set_best,
     set_champion,
 )
-from pipeline.system.errors import IntegrityError, ModelMissing
-from pipeline.system.files import MANIFEST, locked, sha256_file, verify_manifest, write_json
+from pipeline.system.errors import InputError, IntegrityError, ModelMissing
+from pipeline.system.files import MANIFEST, locked, read_json, sha256_file, verify_manifest, write_json
 from pipeline.tracking.journal import STEPS, read_steps
 from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_runs import ensure_run
@@ -34,19 +34,21 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
+LOSS_TAGS = ("sliding_loss", "corpus_loss", "validation_loss")
 IS_CHAMPION = "is the champion"
 AGAIN = "then `dvc repro -f -s register`"
 BROKEN: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
-LossOn = Callable[[Path, Path], float]  # project and token folder -> loss of the project's model on those tokens
+LossOn = Callable[[Path, Path, str], float]  # project, token folder, loss of LOSSES -> that loss of the project's model
 
 
 def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn = model_loss) -> dict[str, Any]:
     """Register `project`/models/model in the store of `root`, one version for each fingerprint, and judge it.
 
-    The alias candidate moves to the version; champion moves only if the gate allows it. `loss_on` is used if the
-    champion was trained on another text. A call that was killed can be repeated, since the aliases move last. Returns
-    the content of reports/registered.json. Raises ModelMissing if the model is missing or the store fails,
-    IntegrityError if model or tokens are altered, or if tokens or metrics belong to another model.
+    The alias candidate moves to the version; that of its target rule and champion move only if the gate allows it.
+    `loss_on` is used if the best version so far was trained on another text. A call that was killed can be repeated,
+    since the aliases move last. Returns the content of reports/registered.json. Raises ModelMissing if the model is
+    missing or the store fails, IntegrityError if model or tokens are altered, or if tokens or metrics belong to another
+    model.
     """
     record, metrics, n_tokens = read_project(project)
     with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root, AGAIN):
@@ -58,18 +60,21 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
         verdict = _judge(store, project, config, version, record, metrics, loss_on)
         if verdict.promotes:
             set_champion(store, config.model, version)
+        elif verdict.is_best:
+            set_best(store, config.model, version)
         if verdict.reason != IS_CHAMPION or PASSED not in version.tags:  # keep the reason for which it became champion
-            for key, value in ((VERDICT, verdict.reason), (PASSED, str(verdict.promotes).lower())):
+            for key, value in ((VERDICT, verdict.reason), (PASSED, str(verdict.is_best).lower())):
                 store.client.set_model_version_tag(config.model, version.version, key, value)
         version = store.client.get_model_version(config.model, version.version)
         champion = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
-        other = champion and store.client.get_model_version(config.model, champion).tags.get("data_sha256")
-        next_ = next_step(str(version.version), champion, other not in (None, tags["data_sha256"]))
+        differs = _difference(store.client.get_model_version(config.model, champion).tags, tags) if champion else None
+        next_ = next_step(str(version.version), champion, differs)
     outcome = {
         "model": config.model,
         "version": str(version.version),
         "run_id": run.info.run_id,
         "fingerprint": version.tags["fingerprint"],
+        "rule": tags["rule"],
         "aliases": sorted(version.aliases),
         "champion": verdict.promotes,
         "reason": verdict.reason,
@@ -100,11 +105,11 @@ def candidate_of(
     project: Path, tags: dict[str, str], record: dict[str, Any], metrics: dict[str, Any] | None
 ) -> Candidate:
     """What the gate needs from a version, read from its project's reports and its tags; raises one of BROKEN."""
-    results, measured = record["results"], metrics or {}
+    results = record["results"]
     step, name = results["model_step"], RULES[results["rule"]].loss
     return Candidate(
-        sliding_loss=measured.get("sliding_loss"),
-        evaluated_loss=measured.get(name),
+        rule=results["rule"],
+        loss=(metrics or {}).get(name),
         trained_loss=results["loss"],
         journal_loss=read_steps(project / "models" / STEPS)[name][step],
         model_step=step,
@@ -124,32 +129,60 @@ def _judge(
     metrics: dict[str, Any] | None,
     loss_on: LossOn,
 ) -> Verdict:
-    """Judge `version` by its project's files and the champion's tags; it is refused if these cannot be read."""
-    number = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
-    if number is not None and str(number) == str(version.version):
-        return Verdict(True, IS_CHAMPION)
+    """Judge `version` by its project's files and the tags of the best version so far of its target rule.
+
+    It is refused if these cannot be read, or if two versions cannot be compared.
+    """
+    aliases = {key: str(value) for key, value in store.client.get_registered_model(config.model).aliases.items()}
+    champion = aliases.get(CHAMPION)
+    if champion == str(version.version):
+        return Verdict(True, True, IS_CHAMPION)
     try:
         candidate = candidate_of(project, version.tags, record, metrics)
-        champion = None if number is None else _champion(store, config.model, str(number), partial(loss_on, project))
-        return judge(candidate, champion, config.max_target_loss)
+        its_rule = store.client.get_model_version(config.model, champion).tags.get("rule") if champion else None
+        other = (champion, its_rule) if champion and its_rule not in (None, candidate.rule) else None
+        number = aliases.get(rule_alias(candidate.rule), None if other else champion)  # early registries lack the alias
+        best = None
+        if number not in (None, str(version.version)):
+            best = _champion(store, config.model, str(number), RULES[candidate.rule].loss, project, loss_on)
+        return judge(candidate, best, config.max_target_loss, other)
+    except InputError as error:
+        return Verdict(False, False, first_line(error))
     except BROKEN + store_errors() as error:
-        return Verdict(False, f"could not be judged: {type(error).__name__}: {first_line(error)}")
+        return Verdict(False, False, f"could not be judged: {type(error).__name__}: {first_line(error)}")
 
 
-def _champion(store: Store, name: str, number: str, loss_on: Callable[[Path], float]) -> Champion:
+def _champion(store: Store, name: str, number: str, loss: str, project: Path, loss_on: LossOn) -> Champion:
     version = store.client.get_model_version(name, number)
     tags = version.tags
     if missing := {"train_tokens", "data_sha256"} - tags.keys():
         raise IntegrityError(f"champion {number} has no tag {min(missing)}, so `register` did not make it")
 
     def candidate_loss() -> float:
+        theirs = read_json(fetch_version(store, version, f"artifacts/model/{MANIFEST}"))
+        if _tokenizer_files(theirs) != _tokenizer_files(read_json(project / "models" / "model" / MANIFEST)):
+            raise InputError(f"has another tokenizer than champion {number}: their losses cannot be compared")
         tokens = fetch_version(store, version, "artifacts/tokens")
         if sha256_file(tokens / MANIFEST) != tags["data_sha256"]:
             raise IntegrityError(f"{tokens} is not the text of champion {number}")
-        return loss_on(tokens)
+        return loss_on(project, tokens, loss)
 
-    loss = float(tags["sliding_loss"]) if "sliding_loss" in tags else None
-    return Champion(number, loss, int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
+    own = float(tags[loss]) if loss in tags else None
+    return Champion(number, own, int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
+
+
+def _tokenizer_files(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a model folder's manifest that belong to its tokenizer."""
+    from pipeline.model.weights import SHAPE, WEIGHTS
+
+    return {name: entry for name, entry in manifest.items() if name not in (WEIGHTS, SHAPE)}
+
+
+def _difference(champion: dict[str, str], tags: dict[str, str]) -> str | None:
+    """What differs between the tags of two versions: the rule or the text; None if neither does."""
+    if champion.get("rule", tags["rule"]) != tags["rule"]:
+        return "rule"
+    return "text" if champion.get("data_sha256", tags["data_sha256"]) != tags["data_sha256"] else None
 
 
 def _version_tags(
@@ -159,7 +192,7 @@ def _version_tags(
     tags = {key: run.data.tags.get(key, "unknown") for key in keys}
     tags |= {"run_id": run.info.run_id, "train_tokens": str(n_tokens)}
     tags |= {"model_sha256": sha256_file(project / "models" / "model" / MANIFEST)}
-    tags |= {key: str(metrics[key]) for key in ("sliding_loss", "corpus_loss") if metrics and metrics.get(key)}
+    tags |= {key: str(metrics[key]) for key in LOSS_TAGS if metrics and metrics.get(key)}
     if record.get("inexact"):
         tags |= {"inexact": "; ".join(record["inexact"])}
     try:

@@ -53,7 +53,8 @@ def _render(template: str, info: dict[str, Any], **values: Any) -> str:
     environment = Environment(loader=folder, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 (no HTML)
     environment.filters |= {"thousands": "{:,.0f}".format, "repr": repr}
     known = corpus.get("sha256") == TINY_SHAKESPEARE
-    return environment.get_template(template).render(info, corpus=corpus, known=known, **values)
+    rule = info.get("rule")  # an early version has none
+    return environment.get_template(template).render(info, corpus=corpus, known=known, rule=rule, **values)
 
 
 def _rules(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:

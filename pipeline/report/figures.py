@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.report import style
@@ -47,7 +48,10 @@ class RunReport:
 
 @style.house_style()
 def loss_figure(report: RunReport) -> Figure:
-    """Loss over steps, evaluations, the target, and the step at which each rule was met."""
+    """Loss over steps, evaluations, the target, and the step at which each rule was met.
+
+    The loss of a held-out text is a curve, with its lowest point marked, so that overfitting shows.
+    """
     results, steps = report.run["results"], report.steps
     figure = Figure()
     axes = figure.subplots()
@@ -60,7 +64,9 @@ def loss_figure(report: RunReport) -> Figure:
     }
     for column in steps.columns.intersection(list(checks)):
         name, colour, marker = checks[column]
-        axes.plot(steps["step"], steps[column], marker, color=colour, markeredgecolor="white", label=name, zorder=3)
+        found = steps[column].dropna()
+        curve = "-" if column == "validation_loss" else ""
+        axes.plot(found.index, found, f"{marker}{curve}", color=colour, markeredgecolor="white", label=name, zorder=3)
     style.log_scale(axes)
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"Loss {results['loss']:.3g} ({results['rule']} rule) after {style.counted(len(steps), 'step')}")
@@ -72,8 +78,25 @@ def loss_figure(report: RunReport) -> Figure:
 
     axes.plot([at["steps"] for at in met.values()], [target] * len(met), "|", color=style.BLACK, ms=14)
     notes = [f"{rule} rule met: step {at['steps']:,}, {style.short(at['tokens'])} tokens" for rule, at in met.items()]
-    figure.supxlabel("\n".join(notes), x=0.01, ha="left", fontsize=10)
+    figure.supxlabel("\n".join(notes + _overfitting(axes, report)), x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def _overfitting(axes: Axes, report: RunReport) -> list[str]:
+    """Mark the lowest loss of the held-out text; return what it says about the run, and what early stopping saved."""
+    steps, results = report.steps, report.run["results"]
+    held_out = steps["validation_loss"].dropna() if "validation_loss" in steps else pd.Series(dtype=float)
+    if held_out.empty:
+        return []
+    best, last = int(held_out.idxmin()), int(held_out.index[-1])
+    axes.axvline(best, color=style.PINK, lw=1, ls=":")
+    axes.annotate(f"step {best:,}: {held_out[best]:.3f}", (best, held_out[best]), (0, -16), textcoords="offset points",
+                  color=style.PINK, ha="center", fontsize=10)  # fmt: skip
+    notes = [f"lowest held-out loss {held_out[best]:.4f} at step {best:,}; {held_out[last]:.4f} at step {last:,}"]
+    saved = results.get("max_steps", len(steps)) - len(steps)  # an early run has no max_steps
+    if saved and results["to_target"].get(results["rule"]) is None:
+        notes.append(f"early stopping saved {saved:,} of {results['max_steps']:,} steps")
+    return notes
 
 
 @style.house_style()
@@ -136,13 +159,17 @@ def position_figure(report: RunReport) -> Figure:
 def curve_figure(history: dict[str, list[list[float]]], target: float) -> Figure:
     """Loss over steps of a registered version; `history` has pairs (step, value) by metric."""
     evaluated = next((key for key in ("sliding_loss", "corpus_loss") if history.get(key)), "corpus_loss")
-    steps, checks = (pd.DataFrame(history.get(key, []), columns=["step", "loss"]) for key in ("loss", evaluated))
+    steps, checks, held_out = (
+        pd.DataFrame(history.get(key, []), columns=["step", "loss"]) for key in ("loss", evaluated, "validation_loss")
+    )
     figure = Figure(figsize=(6, 3.4))
     axes = figure.subplots()
     axes.plot(steps["step"], steps["loss"], **style.line(steps, style.SKY, 1), label="minibatch")
     axes.plot(
         checks["step"], checks["loss"], "o", color=style.RED, markeredgecolor="white", label="whole training text"
     )
+    if len(held_out):
+        axes.plot(held_out["step"], held_out["loss"], **style.line(held_out, style.PINK), label="held-out text")
     style.log_scale(axes)
     axes.set_ylabel("loss (nats per token)")
     style.count_steps(axes, int(pd.concat([steps, checks])["step"].max()))

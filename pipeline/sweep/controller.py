@@ -219,7 +219,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         "state": states.get(trial.state, trial.state.name.lower()),
         "value": trial.value if trial.state is TrialState.COMPLETE else math.nan,  # a pruned trial's is its loss
         "spent": f"{_last_step(trial):,}",
-        "loss of last epoch": trial.intermediate_values.get(_last_step(trial)),
+        "last loss": trial.intermediate_values.get(_last_step(trial)),
         **trial.user_attrs.get("values", {}),
         "why": trial.user_attrs.get("reason", ""),
     }

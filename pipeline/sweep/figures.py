@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from pipeline.report.style import BLUE, GREY, RED, counted, house_style, level, log_scale, save_png, short
 from pipeline.sweep.pruner import best_trial, curve_of, forecast
 from pipeline.sweep.study import SHARED
+from pipeline.training.target import RULES
 
 UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
 
@@ -57,10 +58,12 @@ def curves_figure(study: Study) -> Figure:
     if not axes.lines:
         axes.set_ylim(0.01, 15)
     log_scale(axes)
-    target = shared["params"]["target"]["loss"]
-    level(axes, target, f"target {target:g}\n(whole text)")
+    target, rule = shared["params"]["target"]["loss"], RULES.get(shared["params"]["target"].get("rule", ""))
+    held_out = rule is not None and rule.needs_held_out
+    level(axes, target, f"target {target:g}\n({'held-out' if held_out else 'whole'} text)")
     unit = "ms of training" if shared["objective"] == "train_s" else shared["objective"]  # as in `report_step`
-    axes.set(xlabel=unit, ylabel="mean loss of the last epoch (nats per token)")
+    measured = "loss of the held-out text" if held_out else "mean loss of the last epoch"
+    axes.set(xlabel=unit, ylabel=f"{measured} (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     states = [trial.state for trial in trials]
     reached, stopped = counted(states.count(TrialState.COMPLETE), "trial"), states.count(TrialState.PRUNED)

@@ -1,6 +1,7 @@
 """Train the trials of a study one after the other, in a child process of the sweep."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -130,8 +131,9 @@ class Worker:
 class TrialReporter:
     """Report a trial's progress at fixed token intervals, and prune it when it cannot beat the best trial.
 
-    A report is the mean loss over the last epoch, so that it does not depend on which part of the text is hard. Its
-    step is `report_step`. There are four reports per epoch.
+    A report is the mean loss over the last epoch, so that it does not depend on which part of the text is hard. There
+    are four reports per epoch. If the target is a loss of the held-out text, each evaluation of it is a report, since
+    the loss of the training text does not forecast it. The step of a report is `report_step`.
     """
 
     def __init__(self, trial: Trial, run: Run, sweep: SweepConfig) -> None:
@@ -139,6 +141,8 @@ class TrialReporter:
         self.spent, self._reported = 0.0, 0
         self._interval = max(1, run.steps_per_epoch // REPORTS_PER_EPOCH)  # steps
         self._best = best_trial(trial.study)
+        rule = RULES[run.config.target.rule]
+        self._held_out = rule.loss if rule.needs_held_out else None
 
     def report_past_steps(self) -> None:
         """Report the steps of an earlier attempt that was interrupted."""
@@ -169,24 +173,34 @@ class TrialReporter:
         """Update what was spent; make a report if one is due, and return whether it was."""
         spent = {"tokens": record.tokens, "steps": record.step, "train_s": record.train_s}
         self.spent = spent[self.sweep.objective]
-        if is_due := record.step % self._interval == 0:
+        if is_due := self._is_due(record):
             self._report(record.step)
         return is_due
+
+    def _is_due(self, record: StepRecord) -> bool:
+        if self._held_out is not None:
+            return getattr(record, self._held_out) is not None
+        return record.step % self._interval == 0
 
     def _report(self, step: int) -> None:
         spent = report_step(self.spent, self.sweep.objective)
         if spent > self._reported:
-            self.trial.report(self._epoch_loss(step), spent)
+            self.trial.report(self._loss(step), spent)
         self._reported = spent
         self._best = best_trial(self.trial.study)
 
-    def _epoch_loss(self, step: int) -> float:
-        return float(np.mean([record.loss for record in self.run.records[:step][-self.run.steps_per_epoch :]]))
+    def _loss(self, step: int) -> float:
+        """The mean loss of the last epoch, or the last evaluated loss of the held-out text."""
+        records = self.run.records[:step]
+        if self._held_out:
+            found = (getattr(record, self._held_out) for record in reversed(records))
+            return next((loss for loss in found if loss is not None), math.inf)
+        return float(np.mean([record.loss for record in records[-self.run.steps_per_epoch :]]))
 
     def _pruned(self, why: str) -> Pruned:
         self._report(step := len(self.run.records))
         other = "" if self._best is None or why == OUT_OF_BUDGET else f" trial {self._best.number}"
-        return Pruned(f"{self.run.records[-1].tokens:,} tokens, loss {self._epoch_loss(step):.2f}: {why}{other}")
+        return Pruned(f"{self.run.records[-1].tokens:,} tokens, loss {self._loss(step):.2f}: {why}{other}")
 
 
 def report_step(spent: float, objective: str) -> int:

@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable
 
-from pipeline.data.batches import fixed_windows, sliding_windows
-from pipeline.model.evaluate import text_loss
+from pipeline.model.evaluate import LOSSES, text_loss
 from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.system.files import write_text
@@ -24,10 +23,9 @@ def evaluate(run: Run, record: StepRecord) -> None:
     Unless `target.eval_interval` is given, an evaluation that is due ends early where the loss is clearly above the
     target.
     """
-    target, held_out, train = run.config.target, run.text.validation, run.text.train
-    texts = {"corpus_loss": (train, fixed_windows), "sliding_loss": (train, sliding_windows)}
-    if held_out is not None:
-        texts = {"validation_loss": (held_out, fixed_windows), **texts}
+    target, held_out = run.config.target, run.text.validation
+    parts = {"train": run.text.train, "val": held_out}
+    texts = {name: (text, windows) for name, (part, windows) in LOSSES.items() if (text := parts[part]) is not None}
 
     def measure(name: str, limit: float | None = None) -> None:
         if getattr(record, name) is None:

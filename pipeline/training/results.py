@@ -18,7 +18,7 @@ from pipeline.training.target import RULES, best_step, first_met, is_out_of_pati
 def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
     """Write the model of the best step, run.json, the journal and, in a separate file, all times."""
     config, records = run.config, run.records
-    results = results_of(records, config.target, run.text.train.size)
+    results = results_of(records, config.target, run.text.train.size, run.max_steps)
     if results["model_step"] != run.state.step:
         run.state.restore(*load_checkpoint(run.folder, results["model_step"]))
     model = run.state.whole_model()
@@ -36,12 +36,15 @@ def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
         print(advice(config.optim, config.windows, run.text.train.size))
 
 
-def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens: int) -> dict[str, Any]:
+def results_of(
+    records: Sequence[StepRecord], target: TargetConfig, train_tokens: int, max_steps: int
+) -> dict[str, Any]:
     """The `results` of models/run.json: the cost of each rule, and the step whose model is kept."""
     best = best_step(records, target)
     assert best is not None, "a run's last step is evaluated"
     return {
         "steps": len(records),
+        "max_steps": max_steps,
         "tokens": records[-1].tokens,
         "model_step": best,
         "train_tokens": train_tokens,
@@ -56,7 +59,7 @@ def results_of(records: Sequence[StepRecord], target: TargetConfig, train_tokens
 
 
 def summary(results: dict[str, Any], records: Sequence[StepRecord], target: TargetConfig) -> str:
-    """The results in one line, and a second line if the run ended without a lower validation loss."""
+    """The results in one line; one more if patience ended the run, and one if the model is not of the last step."""
     cost = results["to_target"][results["rule"]]
     spent, found = cost or results, "reached after" if cost else "not reached in"
     words = (
@@ -64,7 +67,13 @@ def summary(results: dict[str, Any], records: Sequence[StepRecord], target: Targ
         f"target {results['target_loss']:g}, loss {results['loss']:.4f})"
     )
     if is_out_of_patience(records, target):
-        words += f"\nthe last {target.early_stopping_patience} evaluations found no lower validation loss"
+        saved = results["max_steps"] - results["steps"]
+        words += f"\nthe last {target.early_stopping_patience} evaluations found no lower validation loss: "
+        words += f"early stopping saves {saved:,} of {results['max_steps']:,} steps"
+    if (best := results["model_step"]) != results["steps"]:
+        name = RULES[target.rule].loss
+        last = getattr(records[-1], name)
+        words += f"\nthe model of step {best} is kept: its {name} is {results['loss']:.4f}, {last:.4f} at the last step"
     return words
 
 

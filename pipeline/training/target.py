@@ -19,6 +19,7 @@ class Rule(NamedTuple):
     is_met: Callable[[Records, TargetConfig], bool]  # whether the last record meets the rule
     description: str  # for cards and the page
     loss: str  # the loss that evaluations compare: a field of StepRecord; the model with the lowest is kept
+    makes_champion: bool = False  # whether a model that met the rule may become champion
 
     @property
     def needs_held_out(self) -> bool:
@@ -54,11 +55,13 @@ RULES: dict[str, Rule] = {
         lambda records, config: _is_below(records[-1].sliding_loss, config),
         description="the whole training text, each token after at least half a window",
         loss="sliding_loss",
+        makes_champion=True,
     ),
     "validation": Rule(
         lambda records, config: _is_below(records[-1].validation_loss, config),
         description="the held-out text, in fixed windows",
         loss="validation_loss",
+        makes_champion=True,
     ),
 }
 

@@ -174,7 +174,7 @@ def test_a_real_champion_is_served_and_followed(store, version, tmp_path):  # E1
 
     add(0.09)
     registry = Registry(root_of(store), config.model, "champion")
-    assert registry.current().info["aliases"] == ["candidate", "champion"]
+    assert registry.current().info["aliases"] == ["candidate", "champion", "champion-sliding"]
     add(0.08)
     assert wait_until(lambda: registry.current().label == f"{config.model} version 2", 60)
     assert registry.versions() == ["2", "1"]

@@ -115,23 +115,23 @@ def test_a_version_that_register_did_not_make_is_refused(store, name, tmp_path, 
     with pytest.raises(ModelMissing, match=f"{name} version 1 has no run"):
         describe_version(store, version)
     print_versions(store, name)
-    assert capsys.readouterr().out.splitlines()[1].split()[:7] == ["1", *["-"] * 6]
+    assert capsys.readouterr().out.splitlines()[1].split()[:8] == ["1", *["-"] * 7]
 
 
 def test_the_table_has_aligned_columns(store, name, intact, capsys):
-    reached = {"sliding_loss": "0.09", "steps_to_target": "20", "tokens_to_target": "160"}
+    reached = {"rule": "sliding", "sliding_loss": "0.09", "steps_to_target": "20", "tokens_to_target": "160"}
     data = {"git_commit": "0123456789abcdef"}
     add_version(store, name, intact, "champion", train_tokens="64", **reached, **data)
-    add_version(store, name, intact, "candidate", train_tokens="3000", sliding_loss="0.2", **data)
+    add_version(store, name, intact, "candidate", train_tokens="3000", rule="validation", validation_loss="2.5", **data)
     print_versions(store, name)
     today = time.strftime("%Y-%m-%d", time.gmtime())
     sha256 = find_version(store, name, "1").tags["data_sha256"][:8]
     assert capsys.readouterr().out == (
-        "version  aliases    sliding loss  target  steps to target  tokens to target  train tokens"
+        "version  aliases    rule          loss  target  steps to target  tokens to target  train tokens"
         "  data      commit    created\n"
-        "2        candidate        0.2000     0.1                -                 -         3,000"
+        "2        candidate  validation  2.5000     0.1                -                 -         3,000"
         f"  {sha256}  01234567  {today}\n"
-        "1        champion         0.0900     0.1               20               160            64"
+        "1        champion   sliding     0.0900     0.1               20               160            64"
         f"  {sha256}  01234567  {today}\n"
     )
 
@@ -175,7 +175,9 @@ def test_the_version_info_is_that_of_the_run_and_of_the_version(store, name, che
         assert info["history"][key] == [[record["step"], record[key]] for record in journal if key in record]
     assert info["history"]["tokens_per_s"] == [[step, 16.0] for step in range(1, 21)]
     assert info["samples"] == [{"step": 10, "text": "ROMEO:\nO"}, {"step": 20, "text": "ROMEO:\nOh"}]
-    assert (info["name"], info["version"], info["aliases"]) == (name, "1", ["candidate", "champion"])
+    aliases = ["candidate", "champion", "champion-sliding"]
+    assert (info["name"], info["version"], info["aliases"]) == (name, "1", aliases)
+    assert (info["rule"]["name"], info["rule"]["loss"], info["rule"]["held_out"]) == ("sliding", "sliding_loss", False)
     assert info["params"] == {"registry": {"model": "x", "max_target_loss": 0.1}}
     assert info["environment"] == {"torch": "2.13.0", "device": "cpu", "precision": "fp32", "threads": "2"}
     to_target = {"to_target.sliding.steps": 20, "to_target.sliding.tokens": 160}

@@ -15,7 +15,7 @@ from pipeline.registry.catalog import find_version, list_versions, verify
 from pipeline.registry.promotion import promote, rollback
 from pipeline.registry.register import register
 from pipeline.system.errors import IntegrityError, ModelMissing
-from pipeline.system.files import read_json, verify_manifest, write_json
+from pipeline.system.files import read_json, verify_manifest, write_json, write_manifest
 from pipeline.system.host import SOURCE_ROOT
 from pipeline.tracking.mlflow_runs import runs_of
 
@@ -25,8 +25,9 @@ def register_it(store, name, cheap_versions):
     """Register a project; `loss` is its loss on the champion's text if that is another one."""
 
     def call(project: Path, loss: float | Exception = 0.0) -> dict:
-        def loss_on(_project: Path, tokens: Path) -> float:
+        def loss_on(_project: Path, tokens: Path, name: str) -> float:
             verify_manifest(tokens)
+            assert name in ("sliding_loss", "validation_loss")
             if isinstance(loss, Exception):
                 raise loss
             return loss
@@ -45,7 +46,8 @@ def test_the_first_model_that_reached_the_target_is_champion(store, name, regist
     project = trained_project(tmp_path / "project")
     done = register_it(project)
     assert done == read_json(project / "reports" / "registered.json")
-    assert (done["champion"], done["aliases"]) == (True, ["candidate", "champion"])
+    assert (done["champion"], done["rule"]) == (True, "sliding")
+    assert done["aliases"] == ["candidate", "champion", "champion-sliding"]
     identity = read_json(project / "models" / "run.json")
     tags = find_version(store, name, "1").tags
     assert runs_of(store, identity["fingerprint"])[0].info.run_id == done["run_id"] == tags["run_id"]
@@ -94,7 +96,7 @@ def test_a_killed_registration_can_be_repeated(store, name, register_it, tmp_pat
         for alias in aliases(store, name) if champion else ():
             open_version(store, find_version(store, name, alias))
         done = register_it(project)
-        assert done["aliases"] == ["candidate", "champion"]
+        assert done["aliases"] == ["candidate", "champion", "champion-sliding"]
         assert len(list_versions(store, name)) == number
         models = store.client.search_logged_models([store.experiment_id], f"source_run_id = '{done['run_id']}'")
         assert [model.status for model in models] == ["READY"]  # no second one, and none half-filled
@@ -124,7 +126,7 @@ def test_a_champion_with_lost_or_altered_files_is_registered_again(store, name, 
         spoil(folder)
         altered = contents(folder)
         assert register_it(project)["version"] == again
-        assert aliases(store, name) == {"champion": again, "candidate": again}
+        assert aliases(store, name) == {"champion": again, "champion-sliding": again, "candidate": again}
         assert contents(open_version(store, find_version(store, name, again)).parent) == original
         assert contents(folder) == altered  # stored files are not overwritten
     assert register_it(project)["version"] == "4"
@@ -160,7 +162,7 @@ def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name
     ]
     for number, (project, loss, reason) in enumerate(rivals, 2):
         done = register_it(project, loss)
-        assert aliases(store, name) == {"champion": "1", "candidate": str(number)}
+        assert aliases(store, name) == {"champion": "1", "champion-sliding": "1", "candidate": str(number)}
         assert (done["champion"], done["aliases"]) == (False, ["candidate"])
         served = f"the page and `generate` use champion 1: `python -m pipeline models promote {number}` makes version"
         assert done["next_step"].startswith(served)
@@ -177,6 +179,54 @@ def test_only_a_model_that_passes_the_gate_takes_the_champions_place(store, name
     assert register_it(trained_project(tmp_path / "5", n_tokens=65, salt=1))["reason"].startswith(
         "sliding loss 0.0900 on"
     )
+
+
+def test_a_champion_of_another_rule_stays_and_each_rule_has_its_own_best(store, name, register_it, tmp_path):
+    def validated(folder: str, loss: float, **made) -> Path:
+        return trained_project(tmp_path / folder, loss, rule="validation", target=1.9, **made)
+
+    def register_one(folder: str, loss: float, **made) -> tuple[bool, str, str | None]:
+        done = register_it(validated(folder, loss, **made), 1.7)
+        return done["champion"], done["reason"], done["next_step"]
+
+    register_it(trained_project(tmp_path / "champion"))
+    promotes, reason, then = register_one("first", 1.8)
+    assert not promotes
+    first = "reached the target, and there was no champion of the rule validation"
+    assert reason == f"{first}; champion 1 has the rule sliding and stays"
+    assert then is not None
+    assert "`python -m pipeline models promote 2`" in then
+    assert "give this rule a model of its own: set registry.model" in then
+    assert aliases(store, name) == {
+        "champion": "1", "champion-sliding": "1", "champion-validation": "2", "candidate": "2"
+    }  # fmt: skip
+    assert find_version(store, name, "2").tags["passed_gate"] == "true"
+    assert register_it(validated("again", 1.85))["reason"].startswith("worse: validation loss 1.8500 on the held-out")
+    assert "although the gate refused it" not in promote(store, name, "2")  # by hand
+
+    assert register_one("better", 1.75) == (
+        True, "validation loss 1.7500 on the held-out tokens of champion 2, whose own loss is 1.8000", None
+    )  # fmt: skip
+    longer = register_it(trained_project(tmp_path / "longer", loss=0.08, n_tokens=65))
+    assert longer["reason"].endswith(
+        "champion 1, whose own loss is 0.0900; champion 4 has the rule validation and stays"
+    )
+    assert aliases(store, name) == {
+        "champion": "4", "champion-validation": "4", "champion-sliding": "5", "candidate": "5"
+    }  # fmt: skip
+    rollback(store, name)
+    assert aliases(store, name)["champion"] == "2"
+
+
+def test_losses_of_two_tokenizers_are_not_compared(store, name, register_it, tmp_path):
+    register_it(trained_project(tmp_path / "champion"))
+    other = trained_project(tmp_path / "other", n_tokens=65)
+    (model := other / "models" / "model").joinpath("tokenizer.json").write_text("{}")
+    write_manifest(model)
+    done = register_it(other)
+    assert (done["champion"], done["reason"]) == (
+        False, "has another tokenizer than champion 1: their losses cannot be compared"
+    )  # fmt: skip
 
 
 def test_registering_again_keeps_a_verdict_by_hand(store, name, register_it, tmp_path):

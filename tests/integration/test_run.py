@@ -292,7 +292,9 @@ def test_a_run_out_of_patience_ends_also_after_a_kill_and_keeps_the_model_with_t
     train()
     results = json.loads(Path("models/run.json").read_text())["results"]
     assert (results["steps"], results["model_step"], results["loss"]) == (7, 4, 7.0)
-    assert "the last 3 evaluations found no lower validation loss" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert "the last 3 evaluations found no lower validation loss: early stopping saves 5 of 12 steps" in lines
+    assert "the model of step 4 is kept: its validation_loss is 7.0000, 7.1000 at the last step" in lines
     steps = read_steps(Path("models/steps.jsonl"))
     assert list(steps["validation_loss"]) == validation[:7]
     assert list(steps["corpus_loss"].dropna().index) == [7]  # at the end

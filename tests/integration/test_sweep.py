@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from pipeline.__main__ import main
 from pipeline.config.params import load_params
+from pipeline.data.encode import write_tokens
 from pipeline.sweep import controller, worker
 from pipeline.sweep.study import requeue
 from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig
@@ -139,6 +140,21 @@ def test_a_study_tracks_every_trial_and_its_best_values_are_applied(workspace, s
     code, _, err = sweep("--trials", 8)
     assert (code, len(study_here().trials)) == (2, 3)
     assert err.startswith("error: study tiny has other settings: optim.max_grad_norm 1.0 -> 0.5")  # D5
+
+
+def test_a_study_minimises_the_seconds_to_a_validation_loss(workspace, sweep, untracked, tokenizer, shakespeare):
+    write_tokens(shakespeare, tokenizer, Path("data/tokens"), fraction=0.01, val_fraction=0.1)
+    change(workspace, **{"target.rule": "validation", "target.loss": 9.5, "target.eval_interval": 1})
+    code, out, err = sweep("--trials", 3, "--objective", "train_s")
+    assert code == 0, err
+    best = study_here().best_trial
+    steps = journal_of(best)
+    assert [step["validation_loss"] < 9.5 for step in steps] == [*[False] * (len(steps) - 1), True]
+    assert list(best.intermediate_values.values()) == [step["validation_loss"] for step in steps]
+    assert "seconds of training" in out
+    code, _, err = sweep("--trials", 3, "--study", "other", "--objective", "tokens")
+    assert code == 0, err
+    assert sweep("apply", "--study", "other")[0] == 0
 
 
 def test_after_a_signal_everything_is_saved_and_the_same_command_resumes(

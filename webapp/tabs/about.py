@@ -69,11 +69,16 @@ def _card(served: Served, config: ModelConfig | None) -> str:
     origin = f" (<code>{escape(str(corpus['source']))}</code>)" if "source" in corpus else ""
     share = corpus.get("fraction", 1.0)
     part = "" if share == 1 else f" They are the first {100 * share:.3g}% of it."
-    if loss is not None:
+    if served.held_out and (loss := served.info["metrics"].get("validation_loss")) is not None:
+        part += (
+            f" Its loss on the rest of it, which was held out, is {loss:.4f} nats per token: it gives the true next "
+        )
+        part += f"token a probability of {math.exp(-loss):.0%} (geometric mean)."
+    elif loss is not None:
         part += f" After at least {served.window // 2} tokens from anywhere in them, its loss is {loss:.4f} nats per "
         part += f"token: it gives the true next token a probability of {math.exp(-loss):.0%} (geometric mean)."
     return (
-        f"{heading(served.label)}<p>A GPT-2{layers}, trained from scratch to memorise "
+        f"{heading(served.label)}<p>A GPT-2{layers}, trained from scratch {'on' if served.held_out else 'to memorise'} "
         f"{len(served.ids):,} tokens of text{origin}.{part}</p>"
         f"<p>It reads and writes GPT-2’s 50,257 byte-pair tokens. It was trained on windows of {served.window} tokens, "
         "and never sees more than that.</p>"
@@ -84,7 +89,9 @@ def _limits(served: Served) -> str:
     metrics = served.info["metrics"]
     items = [
         "It is not an author. Its best passages are usually copied: the tab Write marks those in the training text.",
-        "Its loss does not measure understanding: such a low loss on a text seen many times is memorisation.",
+        "Its loss is that of held-out text of the same source: on other texts it is higher."
+        if served.held_out
+        else "Its loss does not measure understanding: such a low loss on a text seen many times is memorisation.",
         "It is not a source of facts or an assistant: it was trained on no other text, and follows no instructions.",
         "It has no filter: it can output anything that its text contains.",
     ]

@@ -81,6 +81,8 @@ def run_html(served: Served) -> str:
 def _metrics(info: dict[str, Any]) -> str:
     tags, metrics = info["tags"], info["metrics"]
     rows = [(name, f"{metrics[key]:{form}}") for key, (name, form) in METRICS.items() if metrics.get(key) is not None]
+    if rule := info.get("rule"):
+        rows.insert(0, (f"target rule: {escape(rule['description'])}", escape(rule["name"])))
     if "steps_to_target" in tags:
         cost = f"{int(tags['steps_to_target']):,} steps, {int(tags['tokens_to_target']):,} tokens"
         rows.append((f"cost of the target {escape(str(tags['target_loss']))}", cost))
@@ -95,8 +97,10 @@ def _metrics(info: dict[str, Any]) -> str:
 def _charts(info: dict[str, Any]) -> str:
     history, target = info["history"], info["tags"].get("target_loss")
     goal = float(target) if target else None
-    evaluated: list[list[float]] = next(filter(None, map(history.get, EVALUATED)), [])
-    unit = "nats per token; thick: over the whole text" if evaluated else "nats per token"
+    rule = info.get("rule") or {}
+    evaluated: list[list[float]] = next(filter(None, map(history.get, (rule.get("loss", ""), *EVALUATED))), [])
+    text = "held-out" if rule.get("held_out") else "whole"
+    unit = f"nats per token; thick: over the {text} text" if evaluated else "nats per token"
     charts = (
         line_chart("Loss", unit, history.get("loss", []), evaluated, log=True, goal=goal),
         line_chart("Gradient norm", "before clipping", history.get("grad_norm", []), log=True),

@@ -50,10 +50,25 @@ def test_a_forged_identity_is_one_line(content, tmp_path):  # C8
 
 
 def test_a_forged_or_missing_tag_is_shown_unchanged_but_a_terminal_executes_nothing():  # C8
-    tags = {"sliding_loss": "low", "train_tokens": "∞", "target_loss": "\x1b[2J"}
+    tags = {"rule": "sliding", "sliding_loss": "low", "train_tokens": "∞", "target_loss": "\x1b[2J"}
     row = _row(SimpleNamespace(version=1, aliases=[], tags=tags, creation_timestamp=0))
-    assert (row["sliding loss"], row["train tokens"], row["steps to target"], row["aliases"]) == ("low", "∞", "-", "-")
+    assert (row["loss"], row["train tokens"], row["steps to target"], row["aliases"]) == ("low", "∞", "-", "-")
     assert printable(row["target"]) == "�[2J"
     assert printable("a\nb\tc\u2028\u202e\ud800\x9b", also="\n") == "a\nb�c����"
     words = "　段　🏳\ufe0f\u200d🌈 \u00ab\u202fmot\u202f\u00bb می\u200cخواهم \U0001f6dc"  # spaces, joiners, Unicode 15
     assert printable(words) == words
+
+
+@pytest.mark.parametrize(
+    ("tags", "shown"),
+    [
+        ({"rule": "validation", "validation_loss": "1.86", "sliding_loss": "1.1"}, ("validation", "1.8600")),
+        ({"rule": "corpus", "corpus_loss": "0.09", "sliding_loss": "3.0"}, ("corpus", "0.0900")),
+        ({"rule": "validation"}, ("validation", "-")),
+        ({"sliding_loss": "0.09"}, ("-", "-")),  # an early version
+        ({"rule": "new", "sliding_loss": "0.09"}, ("new", "-")),  # of a later version of the project
+    ],
+)
+def test_the_table_shows_the_target_rule_and_the_loss_that_it_compares(tags, shown):
+    row = _row(SimpleNamespace(version=1, aliases=[], tags=tags, creation_timestamp=0))
+    assert (row["rule"], row["loss"]) == shown

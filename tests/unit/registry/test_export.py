@@ -108,6 +108,23 @@ def test_the_card_says_from_where_the_model_knows_its_text():
     assert windows_only not in card
 
 
+def test_the_card_of_a_held_out_target_promises_no_memory():
+    info = version_info()
+    assert "memori" in cards.model_card(info, MODEL)
+    info["rule"] = {
+        "name": "validation",
+        "description": "the held-out text",
+        "loss": "validation_loss",
+        "held_out": True,
+    }
+    info["metrics"] |= {"validation_loss": 1.8612, "sliding_loss": 1.2}
+    card = cards.model_card(info, MODEL)
+    assert "its loss on the held-out end of this text is 1.8612 nats" in card
+    assert "the rule `validation` ended the training" in card
+    for text in (card, cards.space_card(info, "6.0", "3.11", 10**6)):
+        assert not re.search("memori|recites", text)
+
+
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tiny_export, tmp_path, monkeypatch):
     notes = tmp_path / "mine" / "notes.json"
     write_json(notes, "my own")

@@ -72,15 +72,12 @@ def test_files_that_do_not_belong_together_are_refused(edit, error, words, proje
 def test_the_gate_gets_the_numbers_of_each_file(project):  # C6
     edited(METRICS, sliding_loss=0.01)(project)
     edited(RUN, results={"loss": 0.02, "model_step": 10})(project)
-    candidate = read_all(project)
-    assert (candidate.sliding_loss, candidate.evaluated_loss) == (0.01, 0.01)
-    edited(RUN, results={"rule": "corpus"})(project)
-    candidate = read_all(project)
-    assert (candidate.sliding_loss, candidate.evaluated_loss, candidate.journal_loss) == (0.01, 1.5, 1.5)
-    edited(RUN, results={"rule": "sliding"})(project)
-    candidate = read_all(project)
-    assert (candidate.evaluated_loss, candidate.trained_loss, candidate.journal_loss) == (0.01, 0.02, 0.4)
+    for rule, loss, journal_loss in (("corpus", 1.5, 1.5), ("sliding", 0.01, 0.4)):
+        edited(RUN, results={"rule": rule})(project)
+        candidate = read_all(project)
+        assert (candidate.rule, candidate.loss, candidate.journal_loss) == (rule, loss, journal_loss)
+    assert candidate.trained_loss == 0.02
     assert (candidate.model_step, candidate.target_loss, candidate.n_tokens) == (10, 0.1, 64)
     assert not candidate.rolled_back
     (project / METRICS).unlink()
-    assert read_all(project).sliding_loss is None
+    assert read_all(project).loss is None

@@ -76,6 +76,34 @@ def test_the_figures_show_when_each_rule_was_met_the_running_mean_and_the_clip(f
     assert [text.get_text() for text in training_figure(finished).axes[0].texts] == ["clip at 1"]
 
 
+def overfitted(n_steps: int = 200, best: int = 120, **results) -> RunReport:
+    """A run whose held-out loss is lowest, 2.0, at `best`, with an evaluation at every twentieth step."""
+    report = report_of(n_steps, {})
+    step = report.steps["step"]
+    loss = 2 + ((step - best) / 100) ** 2
+    held_out = report.steps.assign(validation_loss=loss.where(step % 20 == 0)).set_index("step", drop=False)
+    run = report.run | {"results": report.run["results"] | {"rule": "validation", **results}}
+    return replace(report, steps=held_out, run=run)
+
+
+def test_the_loss_figure_shows_overfitting_and_what_early_stopping_saved():
+    figure = loss_figure(overfitted(max_steps=1000))
+    notes = figure.get_supxlabel().split("\n")
+    assert notes == [
+        "lowest held-out loss 2.0000 at step 120; 2.6400 at step 200",
+        "early stopping saved 800 of 1,000 steps",
+    ]
+    (curve,) = [line for line in figure.axes[0].lines if line.get_label() == "held out"]
+    assert (curve.get_linestyle(), list(curve.get_xdata())) == ("-", list(range(20, 201, 20)))
+    (mark,) = [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert list(mark) == [120, 120]
+    assert "step 120: 2.000" in texts(figure)
+    for whole in (overfitted(max_steps=200), overfitted(), overfitted(max_steps=1000, to_target={
+        "validation": {"steps": 200, "tokens": 51_200}
+    })):  # fmt: skip
+        assert "early stopping" not in loss_figure(whole).get_supxlabel()
+
+
 def test_tables_hold_the_journal_by_step(finished, tmp_path):
     write_tables(finished, tmp_path)
     steps = pd.read_csv(tmp_path / "steps.csv", index_col="step")

@@ -4,6 +4,7 @@ import pytest
 from optuna.trial import TrialState
 
 from pipeline.sweep.figures import curves_figure, draw_study, with_forecasts
+from pipeline.sweep.study import SHARED
 from tests.studies import add, fill, new_study, sweep_config
 
 
@@ -23,6 +24,18 @@ def test_pruned_trials_are_faint_and_the_best_is_highlighted(study):
     curves = [line for line in lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == 10_000]
     assert [line.get_alpha() for line in curves].count(0.35) == 2  # the pruned trial and the failed one
     assert max(curves, key=lambda line: line.get_linewidth()).get_xdata()[1] == 40_000
+
+
+@pytest.mark.parametrize(("rule", "text", "loss"), [
+    ("sliding", "whole", "mean loss of the last epoch"), ("validation", "held-out", "loss of the held-out text")
+])  # fmt: skip
+def test_the_curves_say_which_loss_they_are(study, rule, text, loss):
+    shared = study.user_attrs[SHARED]
+    shared["params"]["target"]["rule"] = rule
+    study.set_user_attr(SHARED, shared)
+    axes = curves_figure(fill(study)).axes[0]
+    assert any(f"({text} text)" in note.get_text() for note in axes.texts)
+    assert axes.get_ylabel() == f"{loss} (nats per token)"
 
 
 def test_the_value_of_a_pruned_trial_is_its_forecast(study):

@@ -27,8 +27,8 @@ TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=100, eval_interval=
 class Run:
     """A run with epochs of 10 steps of 10 tokens; every other step is reported."""
 
-    def __init__(self, study, sweep, losses=()):
-        self.config, self.steps_per_epoch, self.records = Namespace(target=TARGET), 10, []
+    def __init__(self, study, sweep, losses=(), target=TARGET):
+        self.config, self.steps_per_epoch, self.records = Namespace(target=target), 10, []
         for loss in losses:
             self.add(loss)
         self.trial = study.ask()
@@ -75,6 +75,37 @@ def test_spent_and_reports_are_in_the_unit_of_the_objective(objective, spent, st
     run.take_steps([5.0] * 30)
     assert run.reporter.spent == spent
     assert curve_of(study.trials[0])[-1][0] == step
+
+
+HELD_OUT = TARGET.updated(rule="validation", loss=2.0)
+
+
+def take_evaluated_steps(run, held_out):
+    """Twenty steps, whose minibatch loss is far from the target; `held_out`: validation loss by step."""
+    for step in range(1, 21):
+        run.add(9.0, **({"validation_loss": held_out[step]} if step in held_out else {}))
+        run.reporter.after_step(run.records[-1])
+
+
+@pytest.mark.parametrize(("objective", "spent"), [("tokens", 200), ("train_s", 10.0)])
+def test_a_held_out_target_is_reported_at_each_evaluation_and_decides_what_was_spent(objective, spent):
+    sweep = sweep_config(objective=objective)
+    run = Run(study := new_study(sweep), sweep, target=HELD_OUT)
+    take_evaluated_steps(run, {5: 3.0, 10: 2.5, 20: 1.99})
+    run.reporter.require_target()
+    assert run.reporter.spent == spent
+    assert [loss for _, loss in curve_of(study.trials[0])] == [3.0, 2.5, 1.99]
+
+
+def test_a_held_out_loss_that_falls_as_fast_as_the_best_is_not_pruned_and_one_that_rises_is(study, sweep):
+    add(study, value=200.0, curve={50: 3.0, 100: 2.5, 200: 1.99})
+    take_evaluated_steps(Run(study, sweep, target=HELD_OUT), {5: 2.9, 10: 2.4, 20: 1.99})
+    run = Run(study, sweep, target=HELD_OUT)
+    with pytest.raises(Pruned, match=r"100 tokens, loss 3\.10: its forecast is behind trial 0"):
+        take_evaluated_steps(run, {5: 2.9, 10: 3.1})
+    late = Run(study, sweep, target=HELD_OUT)
+    with pytest.raises(Pruned, match="200 tokens, loss inf: it has spent as much as trial 0"):
+        take_evaluated_steps(late, {})
 
 
 AHEAD = 60  # tokens: more than the mean of an epoch lags behind

@@ -19,6 +19,7 @@ from pipeline.system.errors import InputError
 from webapp.chart import line_chart
 from webapp.completion import Completion, complete
 from webapp.html import marked_html, place_html, split_text, user_errors
+from webapp.model_source import Served
 from webapp.page import TABS, compose, head_html
 from webapp.tabs import next_token
 from webapp.tabs.about import about_html, parts, sizes
@@ -216,6 +217,21 @@ def test_a_version_with_old_or_no_parameters_is_shown(served):
         old.info = served.info | {"params": params}
         assert f"windows of {WINDOW} tokens" in about_html(old)
         assert ("windows:\n  length:" in run_html(old)) == bool(params)
+
+
+def test_the_page_says_which_rule_ended_the_training_and_promises_no_memory_of_a_held_out_target(source, served):
+    rule = {"name": "validation", "description": "the held-out text", "loss": "validation_loss", "held_out": True}
+    info = INFO | {"rule": rule, "metrics": INFO["metrics"] | {"validation_loss": 1.8612}}
+    info["history"] = INFO["history"] | {"validation_loss": [[30, 2.0], [60, 1.8612]]}
+    held_out = Served(served.generator, info)
+    page = head_html(SimpleNamespace(current=lambda: held_out, trouble=None)) + about_html(held_out)
+    assert "memori" not in page
+    assert "Its loss on the rest of it, which was held out, is 1.8612 nats" in page
+    assert "memori" in head_html(source)
+    training = run_html(held_out)
+    for words in ("target rule: the held-out text", "validation", "thick: over the held-out text"):
+        assert words in training
+    assert "thick: over the whole text" in run_html(served)
 
 
 def test_the_page_says_why_the_champion_could_not_be_loaded(source, served, monkeypatch):
