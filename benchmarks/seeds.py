@@ -42,7 +42,7 @@ from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.progress import Progress
 from pipeline.training.results import write_results
 from pipeline.training.run import open_run
-from pipeline.training.train import follow, read_data
+from pipeline.training.train import follow, read_config, read_data
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "seeds.json"
@@ -134,7 +134,7 @@ def prepare(recipe: str, seed: int) -> tuple[RunConfig, Machine, TrainingData]:
     folder = workspace(recipe)
     params = load_params(folder / "params.yaml")
     params = Params({**params.values, "train": {**params.values["train"], "seed": seed}}, params.path)
-    config = RunConfig.of(params)
+    config = read_config(params, folder / "data")
     machine = prepare_machine(config.train, config.flops(count_tokens(folder / "data" / "tokens")))
     return config, machine, read_data(config, machine, folder / "data")
 
@@ -147,7 +147,7 @@ def workspace(recipe: str) -> Path:
     for name in ("laptop", recipe):  # laptop resets what another recipe has set in params.yaml
         apply_recipe(name, folder / "params.yaml", ROOT / "recipes")
     if not (folder / "data" / "tokens").is_dir():
-        for stage in ("download", "download_tokenizer", "tokenize"):
+        for stage in ("download", "tokenizer", "tokenize"):
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, check=True)
     return folder

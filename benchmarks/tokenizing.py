@@ -4,7 +4,7 @@
     python -m benchmarks.tokenizing [--gigabytes 2] [--files 8] [--rounds 1] [--only NAME ...]
 
 The text consists of Tiny Shakespeare's lines, shuffled, with numbers inserted so that it does not repeat
-(`dvc repro download download_tokenizer` fetches the lines and the tokenizer). The files differ. Each contestant runs
+(`dvc repro download tokenizer` fetches the lines and the tokenizer). The files differ. Each contestant runs
 in its own process, in turn, and reads the files and writes tokens to the disk, in two steps that are timed separately:
 
 - `prepare` makes the input of the tokenizer: one normalised text in this project, Arrow tables of lines in `datasets`;

@@ -23,9 +23,8 @@ from pipeline.tracking.fingerprint import identify
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_store import open_store
 from pipeline.tracking.recorder import Recorder
-from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.train import read_data
+from pipeline.training.train import read_config, read_data
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
-    config = RunConfig.of(load_params())
+    config = read_config(load_params(), Path("data"))
     machine = prepare_machine(config.train)
     text = read_data(config, machine, Path("data"))
     identity = dict(identify(text.sha256, config.decisive, machine))

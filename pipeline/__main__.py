@@ -58,7 +58,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
             f"--shard {task.first} --of {task.of}: --of must be at least 1, and --shard from 0 to one less than --of"
         )
     verify_corpus(corpus := Path("data/corpus.txt"))
-    tokenizer, folder = load_tokenizer(Path("data/tokenizer")), Path("data/tokens")
+    tokenizer, folder = load_tokenizer(Path("data/tokenizer"), config.tokenizer), Path("data/tokens")
     place = write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
     print(f"{place}: all shards of task {task.first} of {task.of} are written")
 

@@ -18,7 +18,7 @@ def main() -> None:
     config = load_params().section(CorpusConfig)
     corpus, folder = Path("data/corpus.txt"), Path("data/tokens")
     verify_corpus(corpus)
-    tokenizer = load_tokenizer(Path("data/tokenizer"))
+    tokenizer = load_tokenizer(Path("data/tokenizer"), config.tokenizer)
     write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction)
     text = TokenFolder(folder)
     write_json(Path("reports/corpus.json"), describe_corpus(text.train, text.val, tokenizer))

@@ -17,7 +17,7 @@ from hypothesis import settings
 from pipeline.config.params import load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, verify_corpus
-from pipeline.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import locked
 from tests.trainings import prepared, straight, workspace  # noqa: F401 (fixtures for all)
@@ -58,7 +58,7 @@ def fetched_bpe(config: pytest.Config) -> Path:
             return folder
         except (InputError, IntegrityError):
             continue
-    fetch_tokenizer("gpt2", cached)
+    make_tokenizer("gpt2", cached, [])
     return cached
 
 

@@ -1,8 +1,8 @@
-"""A tokenizer from outside of the package, and a workspace of the stage `tokenize`."""
+"""A tokenizer of each kind, one from outside of the package, and a workspace of the stage `tokenize`."""
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,20 +12,20 @@ import yaml
 
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus
-from pipeline.data.tokenizer import TOKENIZERS, Tokenizer
+from pipeline.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer, make_tokenizer
 
 
-class ByteTokenizer(Tokenizer):
+class Utf8Tokenizer(Tokenizer):
     """Its tokens are the bytes of UTF-8."""
 
-    files = ("bytes.txt",)
-    name = "bytes"
+    files = ("utf8.txt",)
+    name = "utf8"
     n_vocab, eot = 257, 256
     cut = re.compile(rb"[^\x80-\xbf]")  # before any character
 
     @classmethod
-    def fetch(cls, folder: Path) -> None:
-        (folder / "bytes.txt").write_text("one token per byte\n")
+    def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
+        (folder / "utf8.txt").write_text("one token per byte\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -38,11 +38,30 @@ class ByteTokenizer(Tokenizer):
         return b"".join(b"<end>" if i == self.eot else bytes([i]) for i in ids)
 
 
-@pytest.fixture(name="byte_tokenizer")
-def _byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
-    """A tokenizer with the name `bytes` in TOKENIZERS."""
-    monkeypatch.setitem(TOKENIZERS, "bytes", ByteTokenizer)
-    return ByteTokenizer()
+@pytest.fixture(name="utf8_tokenizer")
+def _utf8_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Utf8Tokenizer:
+    """A tokenizer with the name `utf8` in TOKENIZERS."""
+    monkeypatch.setitem(TOKENIZERS, "utf8", Utf8Tokenizer)
+    return Utf8Tokenizer()
+
+
+# Scripts whose characters have one to four bytes, in words that occur twice, so that bytes and characters are merged.
+POEM = """Wer reitet so spät durch Nacht und Wind?
+天地玄黃，宇宙洪荒。日月盈昃，辰宿列張。天地玄黃，宇宙洪荒。
+بسم الله الرحمن الرحيم بسم الله
+대한민국은 민주공화국이다. 대한민국의 주권은 국민에게 있고 😀👩‍👩‍👧😀
+Es ist der Vater mit seinem Kind; der Vater mit seinem Kind.
+"""
+NAMES = ("gpt2", "bytes", "chars", "bpe:320")
+
+
+@pytest.fixture(name="made", scope="session")
+def _made(bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tokenizer]:
+    """A function from a name to a tokenizer, which is trained on POEM and loaded from its files."""
+    tokenizers = {"gpt2": load_tokenizer(bpe)}
+    for name in NAMES[1:]:
+        tokenizers[name] = make_tokenizer(name, tmp_path_factory.mktemp("made") / "tokenizer", [POEM.encode()])
+    return tokenizers.__getitem__
 
 
 def corpus_config(source: str, *mirrors: str, **changes: Any) -> CorpusConfig:

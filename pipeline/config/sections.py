@@ -45,7 +45,7 @@ class CorpusConfig(Section):
     source: Source
     sha256: str | None = Field(pattern="^[0-9a-f]{64}$")  # of the source's files, in order; null: not checked
     mirrors: list[Source]  # tried in order if the source fails
-    tokenizer: str = Field(min_length=1)  # one of TOKENIZERS in data/tokenizer.py
+    tokenizer: str = Field(min_length=1)  # a name from TOKENIZERS in data/tokenizer.py, or NAME:SIZE
     fraction: float = Field(gt=0, le=1)  # share of the text, from its start
     val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
 
@@ -63,7 +63,7 @@ class ModelConfig(Section):
     n_head: int = Field(ge=1)
     n_embd: int = Field(ge=1, le=2**16)
     block_size: int = Field(ge=2, le=2**20)  # positions that the model has
-    vocab_size: int = Field(ge=1, le=65536)  # ids of the tokenizer, or more (padding); an id must fit 16 bits
+    vocab_size: int | None = Field(ge=1, le=65536)  # null: the tokenizer's ids; more: padding; an id has 16 bits
     dropout: float = Field(ge=0, lt=1)
     fold_vocab: bool  # train one row for all ids that never occur in the text: same results, faster
 
@@ -74,10 +74,16 @@ class ModelConfig(Section):
         return self
 
     @property
+    def n_ids(self) -> int:
+        """`vocab_size`, which RunConfig.sized_for sets where it is null."""
+        assert self.vocab_size is not None, "the tokenizer is known"
+        return self.vocab_size
+
+    @property
     def n_params(self) -> int:
         """Parameters with the full vocabulary; the tied head is counted once."""
         C, block = self.n_embd, 12 * self.n_embd**2 + 13 * self.n_embd
-        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+        return (self.n_ids + self.block_size) * C + self.n_layer * block + 2 * C
 
 
 class WindowsConfig(Section):

@@ -119,17 +119,16 @@ class TrainingData:
     def read(
         cls, tokens: Path, tokenizer: Path, seq_len: int, vocab_size: int, fold_vocab: bool, device: torch.device
     ) -> "TrainingData":
-        """Read and verify the files of the stage `tokenize`. Raises InputError if they do not fit the model."""
-        text = TokenFolder(tokens)
+        """Read and verify the files of the stage `tokenize`. Raises InputError if they do not fit the rest."""
+        text, loaded = TokenFolder(tokens), load_tokenizer(tokenizer)
+        text.require_tokenizer(loaded)
         text.train.require(seq_len + 1)
         if (n_ids := max(text.train.vocab_size, text.val.vocab_size)) > vocab_size:
-            raise InputError(
-                f"{tokens} has {n_ids} ids, model.vocab_size is {vocab_size}: make model.vocab_size larger"
-            )
+            raise InputError(f"{tokens} has {n_ids} ids, the model {vocab_size}: run `dvc repro -f tokenize`")
         vocabulary = Vocabulary.of(text.train.counts(), vocab_size) if fold_vocab else Vocabulary.full(vocab_size)
         train = Split(text.train, vocabulary, device)
         validation = Split(text.val, vocabulary, device) if len(text.val) > 1 else None
-        return cls(train, validation, vocabulary, load_tokenizer(tokenizer), text.sha256)
+        return cls(train, validation, vocabulary, loaded, text.sha256)
 
 
 def steps_of(

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from pipeline.data.token_files import FORMAT, Ids, shard_name, write_shard
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.token_files import FORMAT, TOKENIZER, Ids, shard_name, write_shard
+from pipeline.data.tokenizer import CUT, Tokenizer
 from pipeline.system.errors import InputError
 from pipeline.system.files import (
     UNFINISHED,
@@ -30,6 +30,7 @@ from pipeline.system.limits import cores
 
 SHARD_BYTES = 1 << 26  # of text per shard
 BLOCK_BYTES = 1 << 20  # of text per call of the tokenizer; limits the memory
+TRAINING_BYTES = 1 << 16  # of text at once, when a tokenizer is trained
 
 
 class Shard(NamedTuple):
@@ -64,7 +65,7 @@ def write_tokens(
     Without a `task`, the missing shards are written and the working folder becomes `folder`. Raises InputError if
     `train` would be empty.
     """
-    key = [sha256_file(corpus), tokenizer.name, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
+    key = [sha256_file(corpus), tokenizer.key, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
     working = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
     (working / "tokens").mkdir(parents=True, exist_ok=True)
     workers = workers or cores()
@@ -76,6 +77,7 @@ def write_tokens(
             with locked(working / f"{shard.name}.lock", wait=True):
                 _encode_shard(corpus, shard, tokenizer, working, workers)
             bar.update(shard.stop - shard.start)
+    write_json(working / "tokens" / TOKENIZER, tokenizer.key)
     if task:
         return working
     with naming_full_disk(folder.parent):
@@ -94,17 +96,32 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 def _plan(corpus: Path, cut: Pattern[bytes], fraction: float, val_fraction: float, shard_bytes: int) -> list[Shard]:
     """Divide the corpus into shards. Raises InputError if `train` would be empty."""
     with _mapped(corpus) as text:
-        stop = _line_end(text, len(text), fraction)
-        split = _line_end(text, stop, 1 - val_fraction)
-        if split == 0:
-            raise InputError(
-                f"{corpus} has no whole line for training: raise corpus.fraction or lower corpus.val_fraction"
-            )
+        split, stop = _parts(corpus, text, fraction, val_fraction)
         return [
             Shard(shard_name(part, index), *span)
             for part, start, end in (("train", 0, split), ("val", split, stop))
             for index, span in enumerate(spans(text, start, end, shard_bytes, cut))
         ]
+
+
+def training_text(corpus: Path, fraction: float, val_fraction: float) -> Iterator[bytes]:
+    """Yield the text of the part `train` in blocks, cut where no tokenizer has a token across the cut.
+
+    Raises InputError if it would be empty.
+    """
+    with _mapped(corpus) as text:
+        split, _ = _parts(corpus, text, fraction, val_fraction)
+        for start, stop in spans(text, 0, split, TRAINING_BYTES, CUT):
+            yield text[start:stop]
+
+
+def _parts(corpus: Path, text: mmap.mmap, fraction: float, val_fraction: float) -> tuple[int, int]:
+    """The ends of the parts `train` and `val` in the corpus. Raises InputError if `train` would be empty."""
+    stop = _line_end(text, len(text), fraction)
+    split = _line_end(text, stop, 1 - val_fraction)
+    if split == 0:
+        raise InputError(f"{corpus} has no whole line for training: raise corpus.fraction or lower corpus.val_fraction")
+    return split, stop
 
 
 def _line_end(text: mmap.mmap, stop: int, share: float) -> int:

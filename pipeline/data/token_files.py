@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.tokenizer import MAX_VOCAB, Tokenizer
 from pipeline.system.errors import InputError, IntegrityError
-from pipeline.system.files import MANIFEST, sha256_file, verify_manifest
+from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest
 
 # A shard is this header and the ids as little-endian uint16.
 HEADER = struct.Struct("<8sHHIQ")  # magic, format, dtype, vocab_size, number of ids
 MAGIC, FORMAT, UINT16 = b"GPT2TOKS", 1, 16
-MAX_VOCAB_SIZE = 1 << 16
+TOKENIZER = "tokenizer.json"  # the key of the tokenizer that made the files; earlier versions lack it
 BLOCK_TOKENS = 1 << 22  # ids per read when counting; limits the memory
 
 HINT = "rebuild it with `dvc repro -f tokenize`"
@@ -50,7 +51,7 @@ class ShardFile:
         with path.open("rb") as file:
             header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
         *kind, self.vocab_size, length = HEADER.unpack(header)
-        if kind != [MAGIC, FORMAT, UINT16] or self.vocab_size > MAX_VOCAB_SIZE:
+        if kind != [MAGIC, FORMAT, UINT16] or self.vocab_size > MAX_VOCAB:
             raise IntegrityError(f"{path} is not a token file of format {FORMAT}: {HINT}")
         if (size := path.stat().st_size) != HEADER.size + 2 * length:
             raise IntegrityError(f"{path} has {size} bytes, but its header says {length} tokens: {HINT}")
@@ -107,7 +108,8 @@ class Tokens:
 class TokenFolder:
     """The verified token files of a text: the parts `train` and `val`, which may be empty, and the hash of all files.
 
-    Each part is in shards, `train-00000.bin`, `train-00001.bin`, ...; a manifest contains their hashes.
+    Each part is in shards, `train-00000.bin`, `train-00001.bin`, ...; a manifest contains their hashes, and
+    that of a file with the key of their tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,6 +118,14 @@ class TokenFolder:
         verify_manifest(folder)
         self.folder, self.sha256 = folder, data_sha256(folder)
         self.train, self.val = (_open(folder, part) for part in ("train", "val"))
+
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise InputError if another tokenizer made the files."""
+        path = self.folder / TOKENIZER
+        if path.is_file() and (key := read_json(path)) != tokenizer.key:
+            raise InputError(
+                f"{self.folder} was made by the tokenizer {key}, not by {tokenizer.key}: run `dvc repro tokenize`"
+            )
 
 
 def count_tokens(folder: Path) -> int:

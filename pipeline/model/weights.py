@@ -49,14 +49,14 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     config, trained_length = _read_shape(folder / SHAPE)
     weights = load_tensors(folder / WEIGHTS, HINT)
     with torch.device("meta"):
-        unfolded = GPT(config, Vocabulary.full(config.vocab_size)).state_dict()
+        unfolded = GPT(config, Vocabulary.full(config.n_ids)).state_dict()
     check_tensors(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in unfolded.items()}, HINT)
-    if counts is not None and counts[config.vocab_size :].any():
-        raise IntegrityError(f"{folder} has {config.vocab_size} ids, the text has ids beyond them: {HINT}")
+    if counts is not None and counts[config.n_ids :].any():
+        raise IntegrityError(f"{folder} has {config.n_ids} ids, the text has ids beyond them: {HINT}")
     if config.fold_vocab and counts is not None:
-        vocabulary = Vocabulary.of(counts, config.vocab_size)
+        vocabulary = Vocabulary.of(counts, config.n_ids)
     else:
-        vocabulary = Vocabulary.full(config.vocab_size)
+        vocabulary = Vocabulary.full(config.n_ids)
     weights["wte.weight"] = vocabulary.fold_rows(weights["wte.weight"])
     model = GPT(config, vocabulary)
     model.load_state_dict(weights)
@@ -83,6 +83,8 @@ def _read_shape(path: Path) -> tuple[ModelConfig, int]:
         config, trained_length = ModelConfig.model_validate(values["model"]), values["trained_length"]
     except (KeyError, TypeError, ValidationError):
         raise IntegrityError(f"{path} is not the shape of a model: {HINT}") from None
+    if config.vocab_size is None:
+        raise IntegrityError(f"{path} has no vocab_size: {HINT}")
     if type(trained_length) is not int or not 1 <= trained_length <= config.block_size:
         raise IntegrityError(f"{path} has trained_length {trained_length!r}, block_size {config.block_size}: {HINT}")
     return config, trained_length

@@ -19,11 +19,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import CorpusConfig
 from pipeline.data.token_files import count_tokens
+from pipeline.data.tokenizer import MAX_VOCAB, load_tokenizer, parse_tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops.params_check import check_params
 from pipeline.system.device import prepare_machine
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import flock
 from pipeline.system.host import ADD_PIP, git_info, has_pip
 from pipeline.system.limits import cores
@@ -93,7 +95,7 @@ def examine_params(root: Path) -> Iterator[Finding]:
     params = load_params(root / "params.yaml")
     check_params(params)
     yield Finding("ok", "params", f"{params.path} is valid")
-    config = RunConfig.of(params)
+    config = RunConfig.of(params).sized_for(_n_vocab(root, params.section(CorpusConfig).tokenizer))
     tokens = root / "data" / "tokens"
     n_tokens = count_tokens(tokens) if tokens.is_dir() else 0  # before `dvc repro`, the length of the run is unknown
     with contextlib.redirect_stdout(output := io.StringIO()):  # about the GPU and the compiler
@@ -112,7 +114,7 @@ def examine_params(root: Path) -> Iterator[Finding]:
             flock(file, fcntl.LOCK_SH)  # changes nothing
     except InputError as error:
         yield Finding("to fix", "disk", str(error))
-    checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.vocab_size))
+    checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.n_ids))
     needed = n_checkpoints(config.optim) * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free
     what = f"{free / 1e9:,.1f} GB free in {root}, a run may need {needed / 1e9:,.1f} GB"
@@ -120,3 +122,14 @@ def examine_params(root: Path) -> Iterator[Finding]:
         yield Finding("to fix", "disk", what, "free disk space; `python -m pipeline clean` removes checkpoints")
     else:
         yield Finding("ok", "disk", what)
+
+
+def _n_vocab(root: Path, name: str) -> int:
+    """The number of ids of the tokenizer `name`; an upper bound if it depends on a text that no stage has read."""
+    _, size = parse_tokenizer(name)
+    if size:
+        return size
+    try:
+        return load_tokenizer(root / "data" / "tokenizer", name).n_vocab
+    except (InputError, IntegrityError):
+        return MAX_VOCAB

@@ -2,7 +2,7 @@
 
 from pipeline.config.params import Params
 from pipeline.config.sections import SECTIONS, CorpusConfig, SweepConfig
-from pipeline.data.tokenizer import require_known
+from pipeline.data.tokenizer import parse_tokenizer
 from pipeline.sweep.search_space import check_space
 from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
@@ -13,8 +13,10 @@ def check_params(params: Params) -> None:
     faults = params.unknown_sections(*SECTIONS)
     try:
         params.check(*SECTIONS)
-        require_known(params.section(CorpusConfig).tokenizer)
-        if (need := RunConfig.of(params).needs_held_out) and not params.section(CorpusConfig).val_fraction:
+        config, (_, size) = RunConfig.of(params), parse_tokenizer(params.section(CorpusConfig).tokenizer)
+        if size:
+            config.sized_for(size)
+        if (need := config.needs_held_out) and not params.section(CorpusConfig).val_fraction:
             faults.append(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
         check_space(params.section(SweepConfig), params)
     except InputError as error:

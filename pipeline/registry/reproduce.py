@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import load_params
 from pipeline.data.token_files import data_sha256
-from pipeline.data.tokenizer import tokenizer_in
+from pipeline.data.tokenizer import n_vocab_in, tokenizer_in
 from pipeline.model.weights import WEIGHTS
 from pipeline.registry.artifacts import TEMPORARY, label_of, open_version
 from pipeline.registry.catalog import identity_of
@@ -73,7 +73,7 @@ def reason_for_difference(again: dict[str, Any], fingerprint: str, environment: 
 def _fingerprint_here(files: Path) -> str | None:
     """The fingerprint with the present code on this machine; None if the code does not accept the parameters."""
     try:
-        config = RunConfig.of(load_params(files / "params.yaml"))
+        config = RunConfig.of(load_params(files / "params.yaml")).sized_for(n_vocab_in(files / "model"))
     except InputError:
         return None
     return identify(data_sha256(files / "tokens"), config.decisive, prepare_machine(config.train))["fingerprint"]

@@ -29,10 +29,9 @@ from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.checkpoint import keep_newest
-from pipeline.training.config import RunConfig
 from pipeline.training.run import Run, open_run
 from pipeline.training.target import RULES
-from pipeline.training.train import follow, read_data
+from pipeline.training.train import follow, read_config, read_data
 
 REPORTS_PER_EPOCH = 4
 OUT_OF_BUDGET = "its budget is used up"
@@ -106,7 +105,7 @@ class Worker:
         if same is not None:
             announce(trial, f"same values as trial {same.number}, {same.value:,.6g} {self.sweep.objective}")
             return float(same.value)
-        config = RunConfig.of(with_values(self.params, values, self.sweep.micro_batch_tokens))
+        config = read_config(with_values(self.params, values, self.sweep.micro_batch_tokens), self.root / "data")
         machine = prepare_machine(config.train, config.flops(count_tokens(self.root / "data" / "tokens")))
         data = read_data(config, machine, self.root / "data")
         with open_run(config, machine, data, self.root / "checkpoints" / self.sweep.study) as run:

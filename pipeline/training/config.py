@@ -1,6 +1,6 @@
 """The sections of params.yaml that a training run reads, checked together."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from pipeline.config.params import Params, Section, nearest
 from pipeline.config.sections import (
@@ -87,6 +87,16 @@ class RunConfig:
     @property
     def _phase_words(self) -> str:
         return "warmup {} and decay {}".format(*self._phases)
+
+    def sized_for(self, n_vocab: int) -> "RunConfig":
+        """The configuration for a tokenizer of `n_vocab` ids, which replace a model.vocab_size of null.
+
+        Raises InputError if model.vocab_size is smaller.
+        """
+        size = self.model.vocab_size or n_vocab
+        if size < n_vocab:
+            raise InputError(f"model.vocab_size {size} is below the tokenizer's {n_vocab} ids: set it to null")
+        return replace(self, model=self.model.updated(vocab_size=size))
 
     @property
     def needs_held_out(self) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config.params import Params
 from pipeline.data.batches import TrainingData
 from pipeline.data.token_files import count_tokens
+from pipeline.data.tokenizer import n_vocab_in
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import joined, world_here
 from pipeline.system.errors import InputError
@@ -28,7 +29,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
     a signal, when everything is saved; DivergedError if the loss is not finite; RunLocked if another process trains the
     same run; PeerLost if another process of this training has died.
     """
-    config, world = RunConfig.of(params), world_here()
+    config, world = read_config(params, data), world_here()
     if (batch := config.windows.micro_batch_size) % world.size:
         raise InputError(
             f"windows.micro_batch_size {batch} is not divisible by the {world.size} processes: change one of them"
@@ -43,17 +44,22 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
             elif run.state.step == 0 and world.is_main:
                 run.print_changes()
             if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may not have the end of the run yet
-                with _tracked(run, root, config.origin(params)) as consumers:
+                with _tracked(run, root, RunConfig.of(params).origin(params)) as consumers:
                     if not run.finished:
                         follow(run, stop, *consumers)
             write_results(run, models, data / "tokenizer", timing)
+
+
+def read_config(params: Params, data: Path) -> RunConfig:
+    """The parameters of a run on `data`, with the size of its tokenizer. Raises InputError for any fault in them."""
+    return RunConfig.of(params).sized_for(n_vocab_in(data / "tokenizer"))
 
 
 def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
     """Read the training data. Raises InputError if it is too short for the parameters, or lacks a held-out text."""
     model = config.model
     text = TrainingData.read(
-        data / "tokens", data / "tokenizer", config.windows.seq_len, model.vocab_size, model.fold_vocab, machine.device
+        data / "tokens", data / "tokenizer", config.windows.seq_len, model.n_ids, model.fold_vocab, machine.device
     )
     config.require_length(text.train.size)
     if text.validation is None and (need := config.needs_held_out):

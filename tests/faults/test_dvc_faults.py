@@ -86,7 +86,7 @@ def die_at(call):
 
 AT_LEAST = {
     "download": 4,
-    "download_tokenizer": 5,
+    "tokenizer": 5,
     "tokenize": 9,
     "train": 20,
     "evaluate": 6,
@@ -94,7 +94,7 @@ AT_LEAST = {
 }  # calls that touch the disk
 STRIDES = {
     "download": 1,
-    "download_tokenizer": 1,
+    "tokenizer": 1,
     "tokenize": 2,
     "train": 4,
     "evaluate": 1,

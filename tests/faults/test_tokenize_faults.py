@@ -66,6 +66,8 @@ def test_b7_a_killed_stage_resumes_after_its_last_finished_shard(project, tokeni
     ):
         tokenize.main()
     assert names(Path("data")) == ["corpus.sha256", "corpus.txt", "tokenizer", "tokens"]
-    assert write_shard.call_count == len(names(Path("data/tokens"))) - 1 - 2 - 2  # without the manifest, and those
+    assert (
+        write_shard.call_count == len(names(Path("data/tokens"))) - 2 - 2 - 2
+    )  # without the manifest, the key, and those
     write_tokens(Path("data/corpus.txt"), tokenizer, Path("clean"), 1.0, 0.1, shard_bytes=SHARD_BYTES)
     assert data_sha256(Path("data/tokens")) == data_sha256(Path("clean"))

@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("stage", ["download", "download_tokenizer", "tokenize", "train", "evaluate", "register"])
+@pytest.mark.parametrize("stage", ["download", "tokenizer", "tokenize", "train", "evaluate", "register"])
 def test_a_stage_refuses_invalid_parameters_before_it_opens_anything(folder, stage, monkeypatch, capsys):  # B9
     params = yaml.safe_load((folder / "params.yaml").read_text())
     for section in params.values():

@@ -111,9 +111,9 @@ def test_every_section_of_params_belongs_to_a_stage_or_to_the_sweep():
 
 
 def test_text_and_tokenizer_are_fetched_again_only_when_their_source_changes():
-    for stage, module in {"download": "corpus", "download_tokenizer": "tokenizer"}.items():
+    for stage, module in {"download": "corpus", "tokenizer": "tokenizer"}.items():
         sources = [(ROOT / path).read_text() for path in (f"pipeline/data/{module}.py", f"stages/{stage}.py")]
         read = set(re.findall(r"config\.(\w+)", "".join(sources)))
         assert STAGES[stage]["params"] == [f"corpus.{key}" for key in PARAMS["corpus"] if key in read]
-    kept = {"persist": True}  # DVC does not delete what may be right: `fetch_tokenizer` keeps it
-    assert STAGES["download_tokenizer"]["outs"] == [{"data/tokenizer": kept}]
+    kept = {"persist": True}  # DVC does not delete what may be right: `make_tokenizer` keeps it
+    assert STAGES["tokenizer"]["outs"] == [{"data/tokenizer": kept}]

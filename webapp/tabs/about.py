@@ -19,7 +19,7 @@ def about_tab(page: gr.Blocks, source: Source) -> None:
 
 def parts(config: ModelConfig) -> list[tuple[str, str, int]]:
     """Name, formula and parameters of each part; the head shares the token embedding."""
-    C, L, V, T = config.n_embd, config.n_layer, config.vocab_size, config.block_size
+    C, L, V, T = config.n_embd, config.n_layer, config.n_ids, config.block_size
     return [
         ("token embedding, and head", "V·C", V * C),
         ("position embedding", "T·C", T * C),
@@ -51,10 +51,11 @@ def about_html(served: Served) -> str:
     config = ModelConfig.model_validate(params["model"]) if "model" in params else None
     tables = ""
     if config:
+        config = config.updated(vocab_size=config.vocab_size or served.tokenizer.n_vocab)
         counted = [(f"{name}<small>{formula}</small>", f"{n:,}") for name, formula, n in parts(config)]
         counted.append(("<b>all</b>", f"<b>{config.n_params:,}</b>"))
         sized = [(f"{name}<small>{formula}</small>", f"{mib:,.1f} MiB") for name, formula, mib in sizes(config)]
-        legend = f"L = {config.n_layer} layers, C = {config.n_embd} wide, V = {config.vocab_size:,} tokens, "
+        legend = f"L = {config.n_layer} layers, C = {config.n_embd} wide, V = {config.n_ids:,} tokens, "
         tables = (
             f'<div class="charts"><div>{heading("Its parameters")}<p class="note">{legend}T = {config.block_size:,} '
             f'positions.</p>{table(counted, "counted")}</div><div>{heading("Its memory")}<p class="note">'

@@ -176,7 +176,7 @@ def configs(tmp_path_factory) -> dict[str, RunConfig]:
     found = {}
     for name in PARAMETERS | PUBLISHED:
         apply_recipe(name, path, RECIPES)
-        found[name] = RunConfig.of(load_params(path))
+        found[name] = RunConfig.of(load_params(path)).sized_for(50257)
         assert load_params(path).section(CorpusConfig).fraction == 1.0
     return found
 

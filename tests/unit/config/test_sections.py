@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import SECTIONS
-from pipeline.data.tokenizer import TOKENIZERS
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
 from pipeline.training.config import RUN_SECTIONS, RunConfig
@@ -61,7 +60,12 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
         ({"train.threads": 100_000}, "less than or equal to 1024"),
         ({"train.seed": 10**22}, "train.seed"),
         ({"target.rule": "validation"}, "set corpus.val_fraction above 0"),
-        ({"corpus.tokenizer": "bert\n"}, f"unknown tokenizer 'bert\\n' (known: {', '.join(TOKENIZERS)})"),
+        ({"corpus.tokenizer": "bert\n"}, "unknown tokenizer 'bert\\n' (known: gpt2, bytes, chars, bpe:N)"),
+        ({"corpus.tokenizer": "bpe:10"}, "'bpe:10' is not bpe:N, in which N, the number of ids, is 258 to 65536"),
+        ({"corpus.tokenizer": "bpe:10000000"}, "'bpe:10000000' is not bpe:N, in which N"),
+        ({"corpus.tokenizer": "chars:9"}, "chars takes no number, got 'chars:9': write chars"),
+        ({"model.vocab_size": 50256}, "model.vocab_size 50256 is below the tokenizer's 50257 ids: set it to null"),
+        ({"model.vocab_size": 0}, "model.vocab_size: input should be greater than or equal to 1, got 0"),
     ],
 )
 def test_contradictions_and_values_out_of_bounds_are_reported(changes, message):

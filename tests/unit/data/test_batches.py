@@ -131,5 +131,5 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, bpe):
     write_shard(tmp_path / "train-00000.bin", [IDS], 50257)
     write_shard(tmp_path / "val-00000.bin", [[]], 50257)
     write_manifest(tmp_path)
-    with pytest.raises(InputError, match=r"has 50257 ids, model.vocab_size is 50256: make model\.vocab_size larger"):
+    with pytest.raises(InputError, match=r"has 50257 ids, the model 50256: run `dvc repro -f tokenize`"):
         TrainingData.read(tmp_path, bpe, 10, 50256, True, torch.device("cpu"))

@@ -7,15 +7,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from fixtures_tokenizer import ByteTokenizer, _project  # noqa: F401 (a fixture)
+from fixtures_tokenizer import NAMES, POEM, Utf8Tokenizer, _made, _project  # noqa: F401 (fixtures)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.__main__ import tokenize
 from pipeline.data import encode as module
-from pipeline.data.encode import Task, write_tokens
+from pipeline.data.encode import Task, training_text, write_tokens
 from pipeline.data.token_files import TokenFolder, data_sha256
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import Tokenizer, make_tokenizer
 from pipeline.system.errors import InputError, RunLocked
 from pipeline.system.files import UNFINISHED, locked
 from stages import tokenize as stage
@@ -58,7 +58,12 @@ def test_the_whole_corpus_has_its_known_tokens(shakespeare, tokenizer, tmp_path)
     assert ids_of(TokenFolder(tmp_path / "tokens").train) == expected
     with patch.object(module, "BLOCK_BYTES", 1 << 14):
         write_tokens(shakespeare, tokenizer, tmp_path / "four", 1.0, 0.1, shard_bytes=200_000, workers=4)
-    assert names(tmp_path / "four") == ["manifest.json", *(f"train-{i:05}.bin" for i in range(6)), "val-00000.bin"]
+    assert names(tmp_path / "four") == [
+        "manifest.json",
+        "tokenizer.json",
+        *(f"train-{i:05}.bin" for i in range(6)),
+        "val-00000.bin",
+    ]
     four = TokenFolder(tmp_path / "four")
     assert ids_of(four.train) + ids_of(four.val) == expected
 
@@ -95,21 +100,23 @@ def test_a_text_without_line_ends_is_divided_between_documents_or_not_at_all(tmp
 def test_the_text_of_another_tokenizer_is_cut_where_that_one_allows_it(tmp_path):
     text = "Wind?\0" + "\u00e4" * 100  # no space: GPT-2's split would not cut it
     with patch.object(module, "BLOCK_BYTES", 7):
-        tokens = encode(tmp_path, tokenizer := ByteTokenizer(), text, shard_bytes=21).train
+        tokens = encode(tmp_path, tokenizer := Utf8Tokenizer(), text, shard_bytes=21).train
     assert len(list((tmp_path / "tokens").glob("train-*.bin"))) == 10
     assert tokenizer.decode(ids_of(tokens)) == text.replace("\0", "<end>")
 
 
+@pytest.mark.parametrize("name", NAMES)
 @given(
-    text=(hard_text | runs).filter(lambda text: text.strip("\0")),
+    text=(hard_text | runs | st.text(POEM + "\0", max_size=60)).filter(lambda text: text.strip("\0")),
     shard_bytes=st.integers(1, 60),
     block_bytes=st.integers(1, 30),
     workers=st.integers(1, 4),
     tasks=st.integers(1, 3),
 )
 def test_the_ids_are_the_same_for_any_shards_workers_and_tasks(
-    tmp_path_factory, tokenizer, text, shard_bytes, block_bytes, workers, tasks
+    tmp_path_factory, made, name, text, shard_bytes, block_bytes, workers, tasks
 ):
+    tokenizer = made(name)
     folder = tmp_path_factory.getbasetemp() / "cut"
     folder.mkdir(exist_ok=True)
     (folder / "corpus.txt").write_bytes(text.encode())
@@ -121,6 +128,27 @@ def test_the_ids_are_the_same_for_any_shards_workers_and_tasks(
             tokens = encode(folder, tokenizer, text, shard_bytes=shard_bytes)
     assert ids_of(tokens.train) == Tokenizer.encode_documents(tokenizer, text.encode()).tolist()  # each text alone
     assert not list(folder.glob(f"{UNFINISHED}*"))
+
+
+def test_the_tokenizer_is_part_of_the_hash_and_another_one_is_refused(tmp_path):
+    tokens, tokenizers = [], []
+    for text in ("\u00e4\u00f6 \u00e4\n", "\u00e9\u00fc \u00e9\n"):  # the same ids, of other characters
+        tokenizers.append(make_tokenizer("chars", tmp_path / "tokenizer", [text.encode()]))
+        tokens.append(encode(tmp_path / text[0], tokenizers[-1], text))
+    assert [ids_of(each.train) for each in tokens] == [[256, 257, 32, 256, 10]] * 2
+    assert tokens[0].sha256 != tokens[1].sha256
+    tokens[0].require_tokenizer(tokenizers[0])
+    with pytest.raises(InputError, match=r"tokens was made by the tokenizer chars .*: run `dvc repro tokenize`"):
+        tokens[0].require_tokenizer(tokenizers[1])
+
+
+def test_a_tokenizer_is_trained_on_the_training_part_in_blocks_that_no_token_crosses(tmp_path, made):
+    (corpus := tmp_path / "corpus.txt").write_text(POEM * 3)
+    with patch.object(module, "TRAINING_BYTES", 20):
+        blocks = [*training_text(corpus, 0.9, 0.3)]
+    assert len(blocks) > 10
+    tokens = encode(tmp_path, tokenizer := made("gpt2"), POEM * 3, 0.9, 0.3)
+    assert [i for block in blocks for i in tokenizer.encode(block.decode())] == ids_of(tokens.train)
 
 
 def test_a_text_is_never_in_memory_as_a_whole(tmp_path, tokenizer):
@@ -160,13 +188,13 @@ def test_b7_after_a_kill_only_intact_finished_shards_are_kept(corpus, tokenizer,
         written.clear(), killed_in.clear()
         write_tokens(*arguments, shard_bytes=500)
     kept = {"train-00000.bin", "train-00004.bin"}
-    assert {*written} == {*names(tmp_path / "tokens")} - kept - {"manifest.json"}
+    assert {*written} == {*names(tmp_path / "tokens")} - kept - {"manifest.json", "tokenizer.json"}
     write_tokens(corpus, tokenizer, tmp_path / "clean", shard_bytes=500)
     assert data_sha256(tmp_path / "tokens") == data_sha256(tmp_path / "clean")
     assert names(tmp_path) == ["clean", "corpus.txt", "tokens"]
 
 
-CHANGES = [{}, {"fraction": 0.9}, {"val_fraction": 0.5}, {"shard_bytes": 2000}, {"tokenizer": ByteTokenizer()}]
+CHANGES = [{}, {"fraction": 0.9}, {"val_fraction": 0.5}, {"shard_bytes": 2000}, {"tokenizer": Utf8Tokenizer()}]
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -177,7 +205,7 @@ def test_shards_of_other_inputs_are_not_used(corpus, tokenizer, tmp_path, change
         corpus.write_text(LINES.replace("Line 1 ", "Line 2 "))
     with patch.object(module, "write_shard", wraps=module.write_shard) as write_shard:
         write_tokens(**arguments | changes)
-    assert write_shard.call_count == len(names(tmp_path / "tokens")) - 1
+    assert write_shard.call_count == len(names(tmp_path / "tokens")) - 2  # without the manifest and the tokenizer's key
     assert names(tmp_path) == ["corpus.txt", "tokens"]  # the other working folder is removed
 
 

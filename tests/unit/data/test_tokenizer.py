@@ -1,18 +1,19 @@
-"""GPT-2's tokenizer: exact round trips, text that may be cut, and verified files."""
+"""Tokenizers: exact round trips, text that may be cut, training, and verified files."""
 
 import re
 import shutil
+from base64 import b64encode
 from itertools import pairwise
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-from fixtures_tokenizer import _byte_tokenizer  # noqa: F401 (a fixture)
+from fixtures_tokenizer import NAMES, POEM, _made, _utf8_tokenizer  # noqa: F401 (fixtures)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import tokenizer as module
-from pipeline.data.tokenizer import BPE_SHA256, CUT, SPACE, fetch_tokenizer, load_tokenizer
+from pipeline.data.tokenizer import BPE_SHA256, SPACE, TOKENIZERS, load_tokenizer, make_tokenizer, n_vocab_in
 from pipeline.system.errors import InputError, IntegrityError
 
 # All that GPT-2's split depends on: spaces of several kinds, \x1c (a space for Python, not for Unicode), contractions.
@@ -27,8 +28,10 @@ def whole(tokenizer, text):
     return tokenizer._encoding.encode_ordinary(text)
 
 
-@given(text=st.text() | hard_text)
-def test_b5_any_text_is_decoded_to_itself(tokenizer, text):
+@pytest.mark.parametrize("name", NAMES)
+@given(text=st.text() | hard_text | st.text(POEM, max_size=60))
+def test_b5_any_text_is_decoded_to_itself(made, name, text):
+    tokenizer = made(name)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == text.encode()
@@ -44,6 +47,28 @@ def test_the_encoding_is_gpt2s(tokenizer):
     assert tokenizer.decode(special) == "a<|endoftext|>b"
 
 
+def test_the_ids_of_bytes_and_characters_are_known(made):
+    text, wide = "Kind 天😀Ω", sorted({char for char in POEM if ord(char) > 127})
+    of_bytes, of_characters = made("bytes"), made("chars")
+    assert of_bytes.encode(text) == list(text.encode())
+    expected = [256 + wide.index(char) if char in wide else ord(char) for char in text[:-1]]
+    assert of_characters.encode(text) == [*expected, *"Ω".encode()]  # which the poem lacks
+    assert len(of_characters.encode(POEM)) == len(POEM)
+    assert (of_bytes.n_vocab, of_bytes.eot) == (257, 256)
+    assert (of_characters.n_vocab, of_characters.eot) == (257 + len(wide), 256 + len(wide))
+    assert [made(name).name for name in NAMES] == [*NAMES]
+    assert len({made(name).key for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_special_tokens_in_a_text_are_plain_text(made, name):
+    tokenizer, text = made(name), "a<|endoftext|>b"
+    assert tokenizer.eot not in tokenizer.encode(text)
+    assert tokenizer.eot not in tokenizer.encode_documents(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+
+
 def test_what_is_not_a_character_becomes_a_replacement_character_but_for_parts_at_the_ends(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     first, *rest = tokenizer.encode("\U0001f600")
@@ -57,12 +82,17 @@ def test_what_is_not_a_character_becomes_a_replacement_character_but_for_parts_a
 # Encoding in parts
 
 
+@pytest.mark.parametrize("name", NAMES)
 @given(
-    texts=st.lists(hard_text | runs | st.text(no_nul, max_size=20) | st.just("<|endoftext|>"), min_size=1, max_size=4)
+    texts=st.lists(
+        hard_text | runs | st.text(no_nul, max_size=20) | st.text(POEM, max_size=30) | st.just("<|endoftext|>"),
+        min_size=1,
+        max_size=4,
+    )
 )
-def test_documents_have_the_ids_of_each_text_alone_also_if_they_are_cut(tokenizer, texts):
-    data = "\0".join(texts).encode()
-    cuts = [0, *(found.start() for found in CUT.finditer(data)), len(data)]
+def test_documents_have_the_ids_of_each_text_alone_also_if_they_are_cut(made, name, texts):
+    tokenizer, data = made(name), "\0".join(texts).encode()
+    cuts = [0, *(found.start() for found in tokenizer.cut.finditer(data)), len(data)]
     parts = [tokenizer.encode_documents(data[start:stop]) for start, stop in pairwise(cuts)]
     for ids in (tokenizer.encode_documents(data), np.concatenate(parts)):
         assert ids.dtype == np.uint16
@@ -102,15 +132,15 @@ def test_an_altered_or_missing_bpe_file_is_named_with_the_command_that_fetches_i
     altered = bytearray((folder / name).read_bytes())
     altered[len(altered) // 2] ^= 1
     (folder / name).write_bytes(altered)
-    with pytest.raises(IntegrityError, match=rf"{name} is not GPT-2's .*dvc repro -f download_tokenizer") as caught:
+    with pytest.raises(IntegrityError, match=rf"{name} is not GPT-2's .*dvc repro -f tokenizer") as caught:
         load_tokenizer(folder)
     assert caught.value.exit_code == 3
     (folder / name).unlink()
-    with pytest.raises(InputError, match=f"{name} not found: run `dvc repro download_tokenizer`"):
+    with pytest.raises(InputError, match=f"{name} not found: run `dvc repro tokenizer`"):
         load_tokenizer(folder)
 
 
-def test_files_that_are_there_are_kept_and_need_no_network(bpe, byte_tokenizer, tmp_path, monkeypatch):
+def test_files_that_are_there_are_kept_and_need_no_network(bpe, tmp_path, monkeypatch):
     fetched = []
 
     def fetch(sources, path, sha256):
@@ -120,22 +150,83 @@ def test_files_that_are_there_are_kept_and_need_no_network(bpe, byte_tokenizer, 
     monkeypatch.setattr(module, "fetch", fetch)
     folder = tmp_path / "tokenizer"
     for _ in range(2):
-        fetch_tokenizer("gpt2", folder)
+        make_tokenizer("gpt2", folder, [])
     assert fetched == [*BPE_SHA256]
     (folder / "manifest.json").unlink()  # as after a copy by hand
-    fetch_tokenizer("gpt2", folder)
+    make_tokenizer("gpt2", folder, [])
     assert (len(fetched), (folder / "manifest.json").is_file()) == (2, True)
-    for damage in (lambda: (folder / "vocab.bpe").write_text("x"), lambda: fetch_tokenizer("bytes", folder)):
+    for damage in (lambda: (folder / "vocab.bpe").write_text("x"), lambda: make_tokenizer("bytes", folder, [])):
         damage()
         fetched.clear()
-        fetch_tokenizer("gpt2", folder)
+        make_tokenizer("gpt2", folder, [])
         assert fetched == [*BPE_SHA256]
 
 
-def test_a_tokenizer_is_found_by_its_files(bpe, byte_tokenizer, tmp_path):
-    fetch_tokenizer("bytes", tmp_path / "tokenizer")
-    assert [load_tokenizer(folder).name for folder in (bpe, tmp_path / "tokenizer")] == ["gpt2", "bytes"]
-    with pytest.raises(InputError, match=r"corpus.tokenizer: unknown tokenizer 'byte' \(did you mean bytes\?\)"):
-        fetch_tokenizer("byte", tmp_path / "tokenizer")
-    with pytest.raises(InputError, match="contains no tokenizer: run `dvc repro download_tokenizer`"):
+def test_a_tokenizer_is_found_by_its_files(bpe, utf8_tokenizer, tmp_path):
+    make_tokenizer("utf8", folder := tmp_path / "tokenizer", [])
+    assert [load_tokenizer(place).name for place in (bpe, folder)] == ["gpt2", "utf8"]
+    assert [n_vocab_in(place) for place in (bpe, folder)] == [50257, 257]
+    with pytest.raises(InputError, match=r"corpus.tokenizer: unknown tokenizer 'utf' \(did you mean utf8\?\)"):
+        make_tokenizer("utf", folder, [])
+    with pytest.raises(InputError, match=r"is utf8, corpus\.tokenizer is chars: run `dvc repro tokenizer`"):
+        load_tokenizer(folder, "chars")
+    with pytest.raises(InputError, match="contains no tokenizer: run `dvc repro tokenizer`"):
         load_tokenizer(tmp_path)
+
+
+# Training
+
+
+def test_training_gives_the_same_bytes_for_any_threads_and_blocks(tmp_path, monkeypatch):
+    text = "".join(f"{i * i % 977:o} {POEM[i % 90 :][:40]}" for i in range(300))  # many pairs that are equally frequent
+    words = [word.encode() for word in re.split(r"(?= )", text)]
+    found = set()
+    for parallel, blocks in (("false", [text.encode()]), ("true", words), ("true", words)):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        make_tokenizer("bpe:500", tmp_path / "tokenizer", blocks)
+        found.add((tmp_path / "tokenizer" / "bpe.tiktoken").read_bytes())
+    assert len(found) == 1
+
+
+def test_merges_are_those_of_the_most_frequent_pairs_within_words_and_documents(tmp_path):
+    tokenizer = make_tokenizer("bpe:260", tmp_path / "tokenizer", [b"low lower\0low newer", b" newer newest xy\0xy"])
+    # "we" occurs four times; then "ewe" and "lo" three times, of which the first in the order of bytes comes first
+    assert [tokenizer.decode_bytes([i]) for i in range(256, 259)] == [b"we", b"ewe", b"lo"]
+    assert (tokenizer.n_vocab, tokenizer.eot) == (260, 259)
+
+
+def test_a_text_with_too_few_pairs_or_too_many_characters_is_refused_and_the_old_tokenizer_kept(tmp_path):
+    make_tokenizer("bytes", folder := tmp_path / "tokenizer", [])
+    with pytest.raises(InputError, match=r"the training text has no more than 258 ids for bpe:300: set a smaller"):
+        make_tokenizer("bpe:300", folder, [b"ab ab"])
+    many = "".join(map(chr, [*range(0x80, 0xD800), *range(0x10000, 0x13000)]))
+    with pytest.raises(InputError, match=r"has 67,456 characters beyond ASCII, chars has room for 65,279: use bpe:N"):
+        make_tokenizer("chars", folder, [many.encode()])
+    assert load_tokenizer(folder).name == "bytes"
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+BYTE_LINES = "".join(f"{b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("bpe", ""),
+        ("bpe", "\xff\n"),
+        ("bpe", BYTE_LINES[:-9]),
+        ("bpe", BYTE_LINES + "YWI= 257\n"),  # no id 256
+        ("bpe", BYTE_LINES + "YWI= 256 1\n"),
+        ("bpe", BYTE_LINES + "YWI= 256\nYWI= 257\n"),  # the same token twice
+        ("bpe", BYTE_LINES + "YQ== 256\n"),
+        ("chars", BYTE_LINES + "YWI= 256\n"),  # two characters
+        ("bytes", BYTE_LINES + "w6k= 256\n"),
+    ],
+)
+def test_a_file_that_is_not_a_tokenizers_is_refused(tmp_path, kind, content):
+    (tmp_path / f"{kind}.tiktoken").write_text(content, encoding="latin-1")
+    with pytest.raises(IntegrityError, match=f"{kind}.tiktoken is not a tokenizer's: .*dvc repro -f tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / f"{kind}.tiktoken").unlink()
+    with pytest.raises(InputError, match=rf"{kind}.tiktoken not found: run `dvc repro tokenizer`"):
+        next(each for each in TOKENIZERS.values() if each.files == (f"{kind}.tiktoken",)).load(tmp_path)

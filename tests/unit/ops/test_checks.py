@@ -1,6 +1,7 @@
 """The doctor's checks of packages, tools, params.yaml and the disk: each fault is found and has a hint."""
 
 import fcntl
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.data.tokenizer import make_tokenizer
 from pipeline.ops import checks
 from pipeline.ops.checks import examine_packages, examine_params, examine_tools
 from pipeline.system.errors import InputError
@@ -41,6 +43,19 @@ def test_the_installed_packages_and_the_committed_params_are_valid():
     (packages,) = examine_packages(ROOT)
     assert (packages.mark, "torch" in packages.what) == ("ok", True)
     assert [finding.mark for finding in examine_params(ROOT) if finding.topic == "params"] == ["ok"]
+
+
+def test_the_disk_that_a_run_needs_depends_on_the_tokenizer(project):
+    def needed(folder):
+        (found,) = (each for each in examine_params(folder) if each.topic == "disk")
+        return float(re.search(r"may need ([\d.,]+) GB", found.what)[1])
+
+    of_gpt2, folder = needed(project("n_embd: 512", "n_embd: 2048")), project("n_embd: 512", "n_embd: 2048")
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("tokenizer: gpt2", "tokenizer: chars"))
+    unknown = needed(folder)  # how many characters the text has: 65,536 ids are assumed
+    make_tokenizer("chars", folder / "data" / "tokenizer", [b"text"])
+    assert unknown > of_gpt2 > needed(folder)
 
 
 @pytest.mark.parametrize(
