@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from webapp.completion import Completion, checked_int, complete
-from webapp.html import MIN_PASSAGE, user_errors
+from webapp.html import user_errors
 from webapp.model_source import Source
 from webapp.tabs.next_token import predict_next
 
@@ -67,7 +67,7 @@ def _sample(completion: Completion, i: int) -> dict[str, Any]:
         "novelty": completion.novelty(i),
         "passages": [
             {"text": served.tokenizer.decode(ids[begin:end]), "place": place, "length": end - begin}
-            for begin, end, place in served.corpus.passages(ids, MIN_PASSAGE)
+            for begin, end, place in served.corpus.passages(ids, served.min_passage)
             if end > start
         ],
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
-from webapp.html import MIN_PASSAGE, split_text
+from webapp.html import split_text
 from webapp.model_source import Served
 
 MAX_PROMPT = 10_000  # characters
@@ -41,7 +41,7 @@ class Completion:
 
     def novelty(self, sample: int) -> float:
         """Share of a sample's new tokens outside of all passages that the training text contains."""
-        return self.served.corpus.novelty(self.ids(sample), len(self.prompt_ids), MIN_PASSAGE)
+        return self.served.corpus.novelty(self.ids(sample), len(self.prompt_ids), self.served.min_passage)
 
     def text(self, sample: int) -> str:
         """A sample without its prompt."""

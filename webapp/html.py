@@ -12,7 +12,6 @@ from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
 from pipeline.system.errors import PipelineError
 from webapp.model_source import Served
 
-MIN_PASSAGE = 8  # consecutive tokens that must occur in the training text to count as copied
 CONTEXT = 60  # tokens shown on either side of a passage
 
 
@@ -62,7 +61,7 @@ def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def marked_html(served: Served, ids: Sequence[int], prompt_length: int) -> str:
     """The text of `ids`, with a muted prompt and marks on copied passages; a click or a key opens a passage."""
     passages, end = {}, prompt_length
-    for passage in served.corpus.passages(ids, MIN_PASSAGE):
+    for passage in served.corpus.passages(ids, served.min_passage):
         if passage.end > end:  # the first of two overlapping marks has the shared tokens; a click shows all of each
             passages[max(passage.begin, end)] = passage
             end = passage.end

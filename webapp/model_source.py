@@ -12,6 +12,8 @@ from pipeline.system.files import read_json
 
 N_EXAMPLES = 5
 EXAMPLE_CHARACTERS = 70  # at most
+PASSAGE_TOKENS, PASSAGE_BYTES = 8, 26  # the shortest passage that counts as copied: as long as both
+MEASURED_TOKENS = 100_000  # at most, for the mean length of a token
 
 
 class Served:
@@ -29,6 +31,12 @@ class Served:
     def ids(self) -> np.ndarray:
         """Token ids of the training text, (N,); of a long text, only the first ones."""
         return self.corpus.ids
+
+    @cached_property
+    def min_passage(self) -> int:
+        """Consecutive tokens that must occur in the training text to count as copied; a token may be one character."""
+        ids = self.ids[:MEASURED_TOKENS].tolist()
+        return max(PASSAGE_TOKENS, round(PASSAGE_BYTES * len(ids) / max(1, len(self.tokenizer.decode_bytes(ids)))))
 
     @cached_property
     def examples(self) -> list[str]:

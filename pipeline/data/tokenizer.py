@@ -55,6 +55,11 @@ class Tokenizer(Protocol):
         """Unique for each mapping of text to ids."""
         return self.name
 
+    @property
+    def description(self) -> str:
+        """What its ids are, for the page and for cards."""
+        return f"the {self.n_vocab:,} ids of the tokenizer {self.name}"
+
     def encode(self, text: str) -> list[int]:
         """Encode `text`; a lone surrogate becomes U+FFFD."""
 
@@ -100,6 +105,8 @@ BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(0x100 + n): byte for n, b
 
 # GPT-2's split of text into pieces, from tiktoken_ext.openai_public. Bytes are merged only within a piece.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+CHARACTERS = r"(?s:.)"  # a piece for each character
 
 # A piece always ends before a whitespace character that a non-space follows: a run of whitespace ends before its last
 # character, and only a space may begin a piece with the characters after it. Text may be cut there; elsewhere a cut can
@@ -176,6 +183,7 @@ class GPT2Tokenizer(BytePairTokenizer):
 
     files = tuple(BPE_SHA256)
     known_size = 50257
+    description = "GPT-2's 50,257 byte-pair tokens"
 
     @classmethod
     def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
@@ -259,6 +267,10 @@ class TrainedTokenizer(BytePairTokenizer):
     def key(self) -> str:
         return f"{self.name} {hashlib.sha256(json.dumps([token.hex() for token in self.ranks]).encode()).hexdigest()}"
 
+    @property
+    def description(self) -> str:
+        return f"{self.n_vocab:,} byte-pair tokens, which were trained on its text"
+
 
 class CharacterTokenizer(TrainedTokenizer):
     """An id for each character of the training text, and for each byte, of which other characters consist: `chars`.
@@ -270,7 +282,7 @@ class CharacterTokenizer(TrainedTokenizer):
 
     files = ("chars.tiktoken",)
     sized = False
-    pieces = r"(?s:.)"
+    pieces = CHARACTERS
     cut = re.compile(rb"[^\x80-\xbf]")  # before any character
 
     @classmethod
@@ -285,6 +297,10 @@ class CharacterTokenizer(TrainedTokenizer):
                 f"{MAX_VOCAB - 257:,}: use bpe:N"
             )
         cls._write(folder, [character.encode() for character in wide])
+
+    @property
+    def description(self) -> str:
+        return f"{self.n_vocab:,} tokens: one for each byte and each character of its text"
 
     @staticmethod
     def _is_token(token: bytes) -> bool:
@@ -319,6 +335,7 @@ class ByteTokenizer(CharacterTokenizer):
     files = ("bytes.tiktoken",)
     trained = False
     known_size = 257
+    description = "257 tokens: the bytes of UTF-8, and the end of text"
 
     @classmethod
     def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -17,7 +17,16 @@ from torch import Tensor
 from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
 from pipeline.data.token_files import TokenFolder
-from pipeline.data.tokenizer import EOT, GPT2Tokenizer, Tokenizer, load_tokenizer
+from pipeline.data.tokenizer import (
+    BYTES,
+    CHARACTERS,
+    EOT,
+    TOKENIZERS,
+    BytePairTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import WEIGHTS, load_model
 from pipeline.report.cards import CURVE, model_card, space_card
@@ -26,6 +35,9 @@ from pipeline.report.style import save_png
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_folder, write_json, write_manifest, write_text
 from pipeline.system.host import SOURCE_ROOT
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HFTokenizer
 
 PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
 APP_REQUIREMENTS = "gradio numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # in a Space
@@ -50,17 +62,16 @@ def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Pat
 def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     """Write a model that Transformers loads into an empty folder."""
     model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
-    if not isinstance(tokenizer, GPT2Tokenizer):
-        raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only GPT-2's can be exported")
+    if not isinstance(tokenizer, BytePairTokenizer):
+        known = ", ".join(name for name, kind in TOKENIZERS.items() if issubclass(kind, BytePairTokenizer))
+        raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only these can be exported: {known}")
     weights = hf_weights(model, tokenizer.n_vocab)
     config = hf_config(model, tokenizer, len(weights["transformer.wpe.weight"]))
     (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
     write_json(folder / "config.json", config)
     generation = {**_special_ids(tokenizer), "max_length": config["n_positions"]}
     write_json(folder / "generation_config.json", generation)
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(config["n_positions"]))
-    shutil.copyfile(artifacts / "model" / "encoder.json", folder / "vocab.json")
-    shutil.copyfile(artifacts / "model" / "vocab.bpe", folder / "merges.txt")
+    _write_tokenizer(artifacts / "model", tokenizer, config["n_positions"], folder)
     _write_params(artifacts, folder)
     shutil.copyfile(SOURCE_ROOT / "LICENSE", folder / "LICENSE")
     if info["history"].get("loss"):
@@ -72,6 +83,7 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
         "n_params": sum(tensor.numel() for tensor in weights.values()),
         "n_used": int((text.counts() > 0).sum()),
         "n_tokens": len(text),
+        "tokenizer": tokenizer.description,
         # A space at the end of a prompt would be encoded as another token.
         "prompt": tokenizer.decode(text.read(0, n_prompt).tolist()).rstrip(" \t\r\n"),
     }
@@ -149,9 +161,44 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
 
 
-def _tokenizer_config(n_positions: int) -> dict[str, Any]:
+def _write_tokenizer(model: Path, tokenizer: BytePairTokenizer, n_positions: int, folder: Path) -> None:
+    """Write the tokenizer's files for Transformers: GPT-2's own, or one for its library `tokenizers`."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        shutil.copyfile(model / "encoder.json", folder / "vocab.json")
+        shutil.copyfile(model / "vocab.bpe", folder / "merges.txt")
+    else:
+        write_text(folder / "tokenizer.json", _hf_tokenizer(tokenizer).to_str())
+    kind = "GPT2Tokenizer" if isinstance(tokenizer, GPT2Tokenizer) else "PreTrainedTokenizerFast"
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(kind, n_positions))
+
+
+def _hf_tokenizer(tokenizer: BytePairTokenizer) -> "HFTokenizer":
+    """The same tokenizer in the library `tokenizers`.
+
+    As tiktoken does, it looks a whole piece of text up first, and then merges any two neighbours that give a token. So
+    each pair of tokens that gives a token is one of its merges, in the order of these tokens.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    ranks, characters = tokenizer.ranks, {byte: char for char, byte in BYTES.items()}
+    written = {token: "".join(characters[byte] for byte in token) for token in ranks}
+    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
+    merges = [(written[left], written[right]) for left, right in splits if left in ranks and right in ranks]
+    found = HFTokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
+    of_bytes, with_pattern = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use) for use in (False, True))
+    if tokenizer.pieces == CHARACTERS:
+        found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), of_bytes])
+    else:
+        found.pre_tokenizer = with_pattern
+    found.decoder = decoders.ByteLevel()
+    found.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
+    return found
+
+
+def _tokenizer_config(kind: str, n_positions: int) -> dict[str, Any]:
     return {
-        "tokenizer_class": "GPT2Tokenizer",
+        "tokenizer_class": kind,
         "model_max_length": n_positions,
         "split_special_tokens": True,  # <|endoftext|> in a text is encoded as plain text, as in training
         "add_prefix_space": False,

@@ -27,7 +27,7 @@ def model_card(info: dict[str, Any], model: dict[str, Any]) -> str:
     """The card for Transformers in Markdown.
 
     `info` is the result of `describe_version`; `model` is the exported config.json with n_params, n_used (ids that
-    occur in the text), n_tokens (of the text) and prompt (its beginning).
+    occur in the text), n_tokens (of the text), tokenizer (its description) and prompt (the text's beginning).
     """
     environment, share = info["environment"], info["params"].get("corpus", {}).get("fraction", 1)
     return _render(

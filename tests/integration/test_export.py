@@ -18,10 +18,12 @@ from fixtures_registry import (  # noqa: F401 (fixtures)
     version_info,
     write_version,
 )
+from fixtures_tokenizer import POEM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sections import RegistryConfig
+from pipeline.data.tokenizer import make_tokenizer
 from pipeline.model.generator import load_generator
 from pipeline.model.weights import load_model
 from pipeline.registry.export import EXPORTS, export_version
@@ -87,6 +89,48 @@ def test_its_tokenizer_gives_the_same_ids_and_decodes_them_to_the_text(exported_
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_its_tokenizer_gives_the_same_ids_for_any_text(exported_tokenizer, tokenizer, text):
     assert exported_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+
+
+@pytest.fixture(scope="module", params=["bytes", "chars", "bpe:320", "bpe:3000"])
+def both(request, transformers, tmp_path_factory, shakespeare) -> tuple[Any, Any]:
+    """A tokenizer that is trained on several scripts, or on English, and Transformers' one from its export."""
+    folder, text = tmp_path_factory.mktemp("both"), POEM
+    if request.param == "bpe:3000":
+        text = shakespeare.read_text()[:300_000]
+    ours = make_tokenizer(request.param, folder / "tokenizer", [text.encode()])
+    version = write_version(folder / "version", folder / "tokenizer", ours, vocab_size=ours.n_vocab + 5)
+    export_version("hf", version / "artifacts", version_info(), folder / "hf")
+    assert f"The model's vocabulary is {ours.description}, of which" in (folder / "hf" / "README.md").read_text()
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    assert model.config.vocab_size == len(theirs) == ours.n_vocab
+    assert model.config.eos_token_id == theirs.eos_token_id == theirs.pad_token_id == ours.eot
+    return ours, theirs
+
+
+def test_transformers_gives_the_same_ids_with_each_tokenizer_for_ten_thousand_texts(both, chance):
+    ours, theirs = both
+    alphabet = POEM + "\n\r\t \u00a0\u3000\u2028'srveLl1.-\u00e9\u03a9\u6f22\U0001f600\0\x1c\ufeff"
+
+    def random_text() -> str:
+        match chance.randrange(4):
+            case 0:
+                return "".join(chance.choices(alphabet, k=chance.randrange(40)))
+            case 1:
+                return POEM[chance.randrange(len(POEM)) :][: chance.randrange(60)]
+            case 2:  # neighbours that overlap, and special tokens
+                return (
+                    "".join(chance.choices("ab aabbthe\n'll", k=chance.randrange(40))) + "<|endoftext|> <|endoftext|>"
+                )
+            case _:
+                codes = (chance.randrange(0x110000) for _ in range(chance.randrange(30)))
+                return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+
+    texts = [*ODD, *(random_text() for _ in range(10_000))]
+    for text, found in zip(texts, theirs(texts)["input_ids"], strict=True):
+        assert found == ours.encode(text), repr(text)
+    for text in texts[:1000]:
+        assert theirs.decode(ours.encode(text)) == text
 
 
 def test_the_cards_example_runs_up_to_the_trained_length(exported, transformers, monkeypatch, capsys):

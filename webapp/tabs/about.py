@@ -81,8 +81,8 @@ def _card(served: Served, config: ModelConfig | None) -> str:
     return (
         f"{heading(served.label)}<p>A GPT-2{layers}, trained from scratch {'on' if served.held_out else 'to memorise'} "
         f"{len(served.ids):,} tokens of text{origin}.{part}</p>"
-        f"<p>It reads and writes GPT-2’s 50,257 byte-pair tokens. It was trained on windows of {served.window} tokens, "
-        "and never sees more than that.</p>"
+        f"<p>It reads and writes {escape(served.tokenizer.description)}. It was trained on windows of {served.window} "
+        "tokens, and never sees more than that.</p>"
     )
 
 

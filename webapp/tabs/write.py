@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from webapp.completion import MAX_PROMPT, MAX_SAMPLES, MAX_TOKENS, Completion, check_number, checked_int, complete
-from webapp.html import MIN_PASSAGE, event_options, html, marked_html, note, place_html, sheet, status_html, user_errors
+from webapp.html import event_options, html, marked_html, note, place_html, sheet, status_html, user_errors
 from webapp.model_source import Source
 
 CHIP = 24  # characters of an example that its button shows
@@ -137,8 +137,9 @@ def _notes(completion: Completion, trouble: str | None) -> str:
     corpus, prompt = completion.served.corpus, completion.prompt_ids
     words = note(trouble, "trouble") if trouble else ""
     words += note(
-        f"Marked passages of {MIN_PASSAGE} tokens or more are in the training text word for word: press one to see "
-        "where. New means that the text does not contain these words in this order, not that they are good."
+        f"Marked passages of {completion.served.min_passage} tokens or more are in the training text word for word: "
+        "press one to see where. New means that the text does not contain these words in this order, not that they are "
+        "good."
     )
     if prompt and corpus.following(prompt)[0] < len(prompt):
         words += note("The training text does not contain this prompt, so the model cannot recite what follows it.")

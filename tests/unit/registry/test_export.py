@@ -23,7 +23,19 @@ from pipeline.system.files import read_json, write_json
 from pipeline.system.host import SOURCE_ROOT
 
 MODEL = dict.fromkeys(
-    ("n_params", "n_positions", "n_layer", "n_head", "n_embd", "vocab_size", "n_used", "n_tokens", "prompt"), 1
+    (
+        "n_params",
+        "n_positions",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "vocab_size",
+        "n_used",
+        "n_tokens",
+        "tokenizer",
+        "prompt",
+    ),
+    1,
 )
 
 

@@ -8,13 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import pytest
 from fixtures_app import INFO, LINES, PROMPT, WINDOW, Stub, _served, _source, _version, event  # noqa: F401 (fixtures)
+from fixtures_tokenizer import POEM, _made  # noqa: F401 (a fixture)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
+from pipeline.data.vocab import Vocabulary
+from pipeline.model.generator import Generator
+from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
 from webapp.chart import line_chart
 from webapp.completion import Completion, complete
@@ -76,7 +81,7 @@ def test_copied_passages_are_marked_and_the_prompt_is_not(served):
 
 def test_each_of_two_overlapping_passages_opens_whole(tokenizer):
     text = [*range(300, 312), 0, *range(306, 320)]
-    served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer, info={"version": "1"})
+    served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer, info={"version": "1"}, min_passage=8)
     html = marked_html(served, range(300, 320), 0)
     assert re.findall(r'data-place="(\d+)" data-length="(\d+)"', html) == [("0", "12"), ("13", "14")]
     assert re.sub("<[^>]*>", "", html) == escape(tokenizer.decode(range(300, 320)))
@@ -190,6 +195,33 @@ def test_the_parts_add_up_to_the_model(served):
     assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)  # as published
     assert "What it is not" in about_html(served)
     assert f"{50257 * 48:,}" in about_html(served)
+
+
+@pytest.mark.parametrize(("name", "shortest"), [("bytes", 26), ("chars", 15), ("bpe:320", 14)])
+def test_the_page_shows_a_model_of_each_tokenizer(made, name, shortest):
+    tokenizer, params = made(name), {"model": {**INFO["params"]["model"], "vocab_size": None}}
+    ids = tokenizer.encode(POEM)
+    shape = ModelConfig.model_validate(params["model"]).updated(vocab_size=tokenizer.n_vocab)
+    model = GPT(shape, Vocabulary.of(np.bincount(ids), tokenizer.n_vocab)).initialise(1).eval()
+    model.trained_length = shape.block_size
+    served = Served(Generator(model, tokenizer, CorpusIndex(ids)), INFO | {"params": params})
+    about = about_html(served)
+    assert escape(tokenizer.description) in about
+    assert f"{tokenizer.n_vocab * 48:,}" in about
+    assert served.min_passage == shortest  # 26 bytes; the poem has 1.8 bytes a character
+    for token in predict_next(served, "天地玄黃", 10, "")["tokens"]:
+        assert token["text"] is None or token["text"].encode().hex() == token["bytes"]
+    assert predict_next(served, "天地玄黃", 10, "")["context_times"] == 2
+    assert served.find("CHARLES", -1) is None
+    first, place = served.find("Kind", -1)[0], POEM.encode().index(b"Kind")
+    assert tokenizer.decode_bytes(ids[:first]) == POEM.encode()[:place]
+    shown = re.sub("<[^>]*>", "", heat_html(served, 40, "").partition('class="heat"')[2].partition("</p>")[0])
+    assert shown.partition(">")[2].strip("\ufffd") in escape(POEM)
+    completion = completed(served, "Wer 漢", max_tokens=9, seed=1)
+    assert tokenizer.decode(completion.prompt_ids) == "Wer 漢"
+    assert len(completion.samples[0]) <= 9
+    marked = marked_html(served, [*tokenizer.encode("Wer"), *ids[:40]], 3)
+    assert marked.count("<mark ") == 1
 
 
 def test_any_curve_can_be_drawn():
