@@ -46,7 +46,7 @@ def _byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
 
 
 def corpus_config(source: str, *mirrors: str, **changes: Any) -> CorpusConfig:
-    values = {"source": source, "mirrors": list(mirrors), "sha256": None, "tokenizer": "gpt2"}
+    values = {"source": source, "mirrors": list(mirrors), "sha256": None, "column": None, "tokenizer": "gpt2"}
     return CorpusConfig(**values | {"fraction": 1.0, "val_fraction": 0.0} | changes)
 
 
