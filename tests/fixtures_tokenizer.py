@@ -65,7 +65,7 @@ def _made(bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 def corpus_config(source: str, *mirrors: str, **changes: Any) -> CorpusConfig:
-    values = {"source": source, "mirrors": list(mirrors), "sha256": None, "tokenizer": "gpt2"}
+    values = {"source": source, "mirrors": list(mirrors), "sha256": None, "column": None, "tokenizer": "gpt2"}
     return CorpusConfig(**values | {"fraction": 1.0, "val_fraction": 0.0} | changes)
 
 

@@ -45,6 +45,7 @@ class CorpusConfig(Section):
     source: Source
     sha256: str | None = Field(pattern="^[0-9a-f]{64}$")  # of the source's files, in order; null: not checked
     mirrors: list[Source]  # tried in order if the source fails
+    column: str | None = Field(min_length=1)  # of a table: its texts; null: `text`, or the only column of strings
     tokenizer: str = Field(min_length=1)  # a name from TOKENIZERS in data/tokenizer.py, or NAME:SIZE
     fraction: float = Field(gt=0, le=1)  # share of the text, from its start
     val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end

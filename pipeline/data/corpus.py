@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from pipeline.config.sections import TEXTS, WHEEL, CorpusConfig, is_local
-from pipeline.data.documents import find_files, read_documents
+from pipeline.data.documents import HTML, find_files, read_documents
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
@@ -39,7 +39,6 @@ BUSY = {408, 429, 500, 502, 503, 504}  # the HTTP codes after which another atte
 AGENT = "Mozilla/5.0 (compatible; gpt2-to-target)"  # some servers refuse urllib's own
 PIP_TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 18
-HTML = re.compile(rb"(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|<!--.*?-->)*<(!doctype html|html|head|script)\b", re.DOTALL)
 HINT = "check the sources, the hash and the connection"
 REFETCH = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f download`"
 
@@ -93,7 +92,7 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
             raw = Path(folder, "raw")
             source = fetch([source, *config.mirrors], raw, config.sha256, f"{HINT}, or save the text in {TEXTS}/")
             files = {source: raw}
-        notes = write_documents(files, unfinished, source)
+        notes = write_documents(files, unfinished, source, config.column)
     print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *notes])}")
     write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
 
@@ -154,21 +153,21 @@ def _copy(source: str, path: Path, sha256: str | None) -> None:
         head = file.read(1024)
     if not head:
         raise InputError(f"{source} is empty")
-    if read is _read_url and HTML.match(head.lower()):
+    if read is _read_url and re.match(HTML, head, re.DOTALL):
         raise IntegrityError(f"{source} is an HTML page")  # such as a login page with another content type
     _check_sha256([path], source, sha256)
 
 
-def write_documents(files: Mapping[str, Path], path: Path, source: str) -> list[str]:
+def write_documents(files: Mapping[str, Path], path: Path, source: str, column: str | None = None) -> list[str]:
     """Write the documents of `files` (name -> path), separated by NULs, and return notes for the user.
 
-    The notes say how many documents there are, if several, and what was normalised. Raises as `read_documents` does,
-    and InputError if there is no text.
+    `column`: as in `read_documents`. The notes say how many documents there are, if several, and what was normalised.
+    Raises as `read_documents` does, and InputError if there is no text.
     """
     changes, n_documents, in_document = Counter[str](), 0, False
     with path.open("wb") as out:
         for name, file in files.items():
-            for chunk in read_documents(file, name, changes):
+            for chunk in read_documents(file, name, changes, column):
                 if chunk and not in_document:
                     out.write(b"\0" if n_documents else b"")
                     n_documents += 1

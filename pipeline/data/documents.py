@@ -1,31 +1,35 @@
-"""Read the documents of text and JSONL files, plain or compressed, as normalised UTF-8 in chunks."""
+"""Read the documents of texts and tables, plain or compressed, as normalised UTF-8 in chunks."""
 
 import codecs
 import gzip
-import json
 import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+from pipeline.data.tables import RECORD, Rows, read_csv, read_jsonl, read_parquet, read_tsv
 from pipeline.system.errors import InputError, IntegrityError
 
 CHUNK_BYTES = 1 << 18
-MAX_LINE_BYTES = 1 << 26  # of JSONL: a whole record is held in memory
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: zstd().open(*arguments)}
 HINT = "save it as UTF-8 text"
-RECORD = 'a record is {"text": "..."}'
-RECORDS = (".jsonl", ".ndjson", ".json")  # of JSON, only JSON Lines
-TABLES = (".csv", ".tsv")
+TABLES: dict[str, Callable[[BinaryIO, str, str | None], Rows]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_jsonl,  # of JSON, only JSON Lines
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+}
 POINTER = ".dvc"
 HEAD_BYTES = 512
-MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd"}
+MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd", ".parquet": rb"PAR1"}
+HTML = rb"(?i)(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|<!--.*?-->)*<(!doctype html|html|head|script)\b"
 MEDIA = "an image, sound or video, not a text: remove it from the texts"
 FORMATS = {  # how a file begins -> what it is, and what to do
     MAGIC[".gz"]: "compressed with gzip: save it under a name that ends with .gz",
@@ -37,7 +41,10 @@ FORMATS = {  # how a file begins -> what it is, and what to do
     rb"%PDF-|%!PS|\{\\rtf|\xd0\xcf\x11\xe0": f"a PDF, PostScript, RTF or Office document: {HINT}",
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}(WEBP|WAVE|AVI )|\0.{3}ftyp|II\*\0|MM\0\*|OggS|ID3[\2-\4]": MEDIA,
     rb"(<\?xml.{,99}\?>\s*)?<(!DOCTYPE )?svg": MEDIA,
-    rb"PAR1|ARROW1|SQLite format 3\0": f"a table or database: write its texts as JSON Lines (.jsonl), where {RECORD}",
+    MAGIC[".parquet"]: "a Parquet table: save it under a name that ends with .parquet",
+    rb"ARROW1|SQLite format 3\0": f"a table or database: write its texts as JSON Lines (.jsonl), where {RECORD}",
+    HTML: f"an HTML page: save its text, or the page as a record of JSON Lines (.jsonl), where {RECORD}",
+    rb'\s*\{\s*"cells"\s*:\s*\[': "a notebook: save it as text with `jupyter nbconvert --to markdown`",
 }
 JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"')  # how an object, or an array of objects, begins
 
@@ -106,40 +113,40 @@ def _refuse_link(path: Path) -> None:
         )
 
 
-def read_documents(path: Path, name: str, changes: Counter[str]) -> Iterator[bytes]:
+def read_documents(path: Path, name: str, changes: Counter[str], column: str | None = None) -> Iterator[bytes]:
     """Yield the text of the file `path` in chunks; an empty chunk ends a document.
 
-    A text file is one document; each line of a JSONL file is one. The suffix of `name`, which may be a URL, decides:
-    one of RECORDS or text, then `.gz` or `.zst` if it is compressed. In text, a byte order mark is removed and CRLF
-    becomes LF; both are counted in `changes`. Raises InputError if the file is of another format, and, with the
-    position, if the text is not UTF-8, contains a NUL or is not JSONL; IntegrityError if compressed data is truncated
-    or corrupt.
+    A text file is one document; each row of a table is one, of which `column` is read: None means `text`, or the only
+    column of texts. The suffix of `name`, which may be a URL, decides: one of TABLES or text, then `.gz` or `.zst` if
+    it is compressed. In text, a byte order mark is removed and CRLF becomes LF; both are counted in `changes`. Raises
+    InputError if the file is of another format or has no such column, and, with the position, if the text is not UTF-8,
+    contains a NUL or a row is not valid; IntegrityError if data is truncated or corrupt.
     """
     suffixes = PurePosixPath(urlsplit(name).path if name.startswith("http") else name).suffixes
     compression = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
     suffix = suffixes[-1].lower() if suffixes else ""
-    read = _records if suffix in RECORDS else _text
     if suffix == POINTER:
         raise InputError(f"{name} is DVC's pointer to a text: fetch the text with `dvc pull`, and name the text itself")
-    if suffix in TABLES:
-        raise InputError(f"{name} is a table: write its texts as JSON Lines (.jsonl), where {RECORD}")
     try:
         with path.open("rb") as file:
-            _refuse_format(file.read(HEAD_BYTES), name, compression)
+            _refuse_format(file.read(HEAD_BYTES), name, compression or suffix)
         with OPENERS.get(compression, open)(path, "rb") as file:
-            _refuse_format(file.read(HEAD_BYTES), name)
+            _refuse_format(file.read(HEAD_BYTES), name, suffix)
             file.seek(0)
-            yield from read(file, name, changes)
+            if read := TABLES.get(suffix):
+                yield from _rows(read(file, name, column), changes)
+            else:
+                yield from _text(file, name, changes)
     except (gzip.BadGzipFile, zlib.error, zstd().ZstdError, EOFError) as error:
         raise IntegrityError(f"{name} is truncated or corrupt ({error}): download or compress it again") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror}): check corpus.source") from None
 
 
-def _refuse_format(head: bytes, name: str, compression: str = "") -> None:
-    """Raise InputError if a file that begins with `head` is in one of FORMATS, other than its own `compression`."""
+def _refuse_format(head: bytes, name: str, suffix: str) -> None:
+    """Raise InputError if a file that begins with `head` is in one of FORMATS, other than that of its own `suffix`."""
     for begin, what in FORMATS.items():
-        if begin != MAGIC.get(compression) and re.match(begin, head, re.DOTALL):
+        if begin != MAGIC.get(suffix) and re.match(begin, head, re.DOTALL):
             raise InputError(f"{name} is {what}")
 
 
@@ -159,7 +166,7 @@ def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
             raise InputError(f"{name} contains a NUL at byte {offset + chunk.index(0)}: {HINT}")
         clean = chunk
         if offset == 0 and JSON.match(chunk):
-            changes["files of JSON read as plain text, records need the suffix .jsonl"] += 1
+            raise InputError(f"{name} is JSON: save it as JSON Lines (.jsonl), where {RECORD}")
         if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
             clean = chunk.removeprefix(codecs.BOM_UTF8)
             changes["byte order marks removed"] += 1
@@ -169,41 +176,18 @@ def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
     yield b""
 
 
-def _records(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
-    """Yield a document and its end for each line of JSONL that is not blank."""
-    offset = 0
-    for number, raw in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
-        where = f"{name} line {number}"
-        if len(raw) > MAX_LINE_BYTES:
-            raise InputError(f"{where} has more than {MAX_LINE_BYTES:,} bytes: save this text in its own file")
+def _rows(rows: Rows, changes: Counter[str]) -> Iterator[bytes]:
+    """Yield a document and its end for each row of a table."""
+    for where, text in rows:
+        if "\0" in text:
+            raise InputError(f"{where} contains a NUL: remove it")
         try:
-            line = raw.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: {HINT}") from None
-        offset += len(raw)
-        if (line := line.removeprefix("\ufeff")).strip():
-            if number == 1 and line.lstrip().startswith("["):
-                raise InputError(f"{where} begins a JSON array: write one record per line, {RECORD}")
-            if document := _with_lf(_record(line, where), changes):
-                yield document
-            yield b""
-
-
-def _record(line: str, where: str) -> bytes:
-    """Parse one record and return its text in UTF-8."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise InputError(f"{where} is not JSON: write one record per line") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f"{where} has no text: {RECORD}")
-    if "\0" in text:
-        raise InputError(f"{where} contains a NUL: remove it")
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where} contains a lone surrogate, which is not a character: remove it") from None
+            document = text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where} contains a lone surrogate, which is not a character: remove it") from None
+        if document := _with_lf(document, changes):
+            yield document
+        yield b""
 
 
 def _with_lf(text: bytes, changes: Counter[str]) -> bytes:

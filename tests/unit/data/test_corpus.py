@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.data.corpus import fetch, fetch_corpus, verify_corpus
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError
 
-RAW = b"<html> is how my own text begins\r\n"
+RAW = b"<b> is how my own text begins\r\n"
 PACKED = gzip.compress(b"packed", mtime=0)
 CORPUS = Path("data/corpus.txt")
 

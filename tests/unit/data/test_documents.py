@@ -1,20 +1,23 @@
-"""Text and JSONL files, plain and compressed, in folders and globs: which are read, and which are refused."""
+"""Texts and tables, plain and compressed, in folders and globs: which are read, and which are refused."""
 
 import codecs
 import gzip
 import json
 import os
+import random
 import tracemalloc
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fixtures_tokenizer import corpus_config
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline.data import documents
+from pipeline.data import documents, tables
 from pipeline.data.corpus import fetch_corpus, write_documents
 from pipeline.data.documents import read_documents, zstd
 from pipeline.system.errors import InputError, IntegrityError
@@ -43,8 +46,13 @@ def records(*texts: str) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def fetched(source: str) -> bytes:
-    fetch_corpus(corpus_config(source), Path("data/corpus.txt"))
+def parquet(group_rows: int = 2, **columns: object) -> bytes:
+    pq.write_table(pa.table(columns), sink := pa.BufferOutputStream(), row_group_size=group_rows, use_dictionary=False)
+    return sink.getvalue().to_pybytes()
+
+
+def fetched(source: str, column: str | None = None) -> bytes:
+    fetch_corpus(corpus_config(source, column=column), Path("data/corpus.txt"))
     return Path("data/corpus.txt").read_bytes()
 
 
@@ -58,20 +66,21 @@ def test_a_folder_of_all_kinds_becomes_one_text_in_the_order_of_its_paths(capsys
     put("mix/c/e.md", "fifth")
     put("mix/c/f.json", records("sixth", "seventh"))
     put("mix/c/g.ndjson.gz", records("eighth"))
-    put("mix/c/h.log", records("ninth"))
+    put("mix/c/h.log", "ninth")
     put("mix/c/h.log.dvc", "outs:")
     Path("texts/mix/c/i.txt").symlink_to(put("../tenth", "tenth").resolve())
+    put("mix/d.parquet", parquet(id=[1, 2], text=["eleventh", None]))
+    put("mix/e.csv.gz", '\ufefftext,n\n"twelfth,\r\n""and"" more",1\n\n"",2\n')
+    put("mix/f.tsv.zst", "n\tverse\n1\tthirteenth\n")
     for empty in ("mix/c/empty.txt", "mix/c/empty.jsonl"):
         put(empty, "")
     for hidden in ("mix/.hidden", "mix/.git/config"):
         put(hidden, b"\xff")
     assert (
-        fetched("texts/mix")
-        == b'first\n\0second\0third\n\0fourth\0fifth\0sixth\0seventh\0eighth\0{"text": "ninth"}\n\0tenth'
+        fetched("texts/mix") == b"first\n\0second\0third\n\0fourth\0fifth\0sixth\0seventh\0eighth\0ninth\0tenth"
+        b'\0eleventh\0twelfth,\n"and" more\0thirteenth'
     )
-    notes = (
-        "from texts/mix; 10 documents in 10 files; CRLF replaced by LF: 1; byte order marks removed: 1; files of JSON"
-    )
+    notes = "from texts/mix; 13 documents in 13 files; CRLF replaced by LF: 2; byte order marks removed: 1"
     assert notes in capsys.readouterr().out
 
 
@@ -85,6 +94,50 @@ def test_a_glob_matches_visible_texts_and_not_the_readme_of_texts():
     assert fetched("texts/*") == fetched("texts/?.*") == b"a.txt\0b.txt\0c.md"
     assert fetched("texts") == b"a.txt\0b.txt\0c.md\0deep/d.txt\0glob/a1.txt\0glob/a[1].txt"
     assert fetched("texts/glob/a[1].txt") == b"glob/a[1].txt"  # a file has precedence over a glob
+
+
+TEXTS = ["aaa", "bb\n", "c"]
+TABLES = {  # a table with the texts of TEXTS in the column `poem`, and with other columns
+    "strings.csv": 'id,poem\nx1,aaa\nx2,"bb\n"\nx3,c\n',
+    "semicolons.csv": "\ufeffno;poem\n1;aaa\n2;'bb\n3;c".replace("'bb", '"bb\n"'),
+    "tabs.csv": 'poem\tx\naaa\t\n"bb\n"\t-1e5\nc\t.5',
+    "bars.csv": 'no|poem\r\n1|aaa\r\n2|"bb\n"\r\n3|c\r\n',
+    "tabs.tsv": 'no\tpoem\n1\taaa\n2\t"bb\n"\n3\tc',
+    "lines.jsonl": "".join(json.dumps({"n": 1, "poem": text}) + "\n" for text in TEXTS),
+    "plain.parquet": parquet(n=[1, 2, 3], poem=TEXTS),
+    "compressed.parquet.gz": gzip.compress(parquet(n=[1, 2, 3], poem=pa.array(TEXTS, pa.large_string()))),
+    "categories.parquet": parquet(when=pa.array([1, 2, 3], pa.date32()), poem=pa.array(TEXTS).dictionary_encode()),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_column_of_texts_is_the_one_that_is_named_or_else_the_only_one(name):
+    source = str(put(name, TABLES[name]))
+    expected = "\0".join(TEXTS).encode()
+    assert fetched(source, "poem") == expected
+    if name == "strings.csv":
+        with pytest.raises(
+            InputError, match=r"^texts/strings.csv has no column 'text': set corpus.column to .* 'id', 'p"
+        ):
+            fetched(source)
+    else:
+        assert fetched(source) == expected
+    with pytest.raises(InputError, match=r"has no column 'Poem': set corpus.column to one of .*'poem'$") as caught:
+        fetched(source, "Poem")
+    assert caught.value.exit_code == 2
+    if name == "bars.csv":
+        assert fetched(source, "no") == b"1\x002\x003"  # a column of numbers, which is named
+
+
+def test_a_column_text_has_precedence_over_others():
+    for name, content in {
+        "a.csv": "a,text\nx,1\n",
+        "a.jsonl": '{"a": "x", "text": "1"}\n{"a": null, "text": null}',
+        "a.parquet": parquet(a=["x"], text=["1"]),
+    }.items():
+        assert fetched(str(put(name, content))) == b"1"
+        assert fetched(f"texts/{name}", "a") == b"x"
+    assert fetched(str(put("long.csv", "text\n" + "a" * 200_000))) == b"a" * 200_000
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -156,6 +209,10 @@ def test_b2_any_bytes_are_normalised_or_refused_with_the_offset(bom, good, bad, 
 
 LINES = '{"text": "one"}\n'
 GZ, ZST = gzip.compress, zstd().compress
+PARQUET = parquet(text=["abcdefgh" * 9])
+LATIN_1 = parquet(
+    text=pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+)
 MANY = records(*map(str, range(1000))).encode()
 
 
@@ -206,8 +263,49 @@ REFUSED = {
     "PDF": ("texts/b.txt", ("b.txt", "%PDF-1.4"), "b.txt is a PDF"),
     "image": ("texts/b.txt", ("b.txt", b"\x89PNG\r\n"), "b.txt is an image"),
     "SVG": ("texts/b.svg", ("b.svg", '<?xml version="1.0"?>\n<svg>'), "b.svg is an image"),
-    "Parquet": ("texts/b.txt", ("b.txt", b"PAR1\x15"), "b.txt is a table or database: write its texts as JSON Lines"),
-    "CSV": ("texts/b.csv.zst", ("b.csv.zst", "text,label"), "b.csv.zst is a table: write its texts as JSON Lines"),
+    "SQLite": ("texts/b.txt", ("b.txt", b"SQLite format 3\0"), "b.txt is a table or database: write its texts as JSON"),
+    "Parquet": ("texts/b.txt", ("b.txt", b"PAR1\x15"), "b.txt is a Parquet table: save it under a name that ends with"),
+    "not Parquet": (
+        "texts/b.parquet",
+        ("b.parquet", "text,label"),
+        r"b.parquet is truncated or corrupt \(.*magic bytes",
+    ),
+    "truncated Parquet": ("texts/b.parquet", ("b.parquet", PARQUET[:-9]), "b.parquet is truncated or corrupt"),
+    "flipped bit in Parquet": (
+        "texts/b.parquet",
+        ("b.parquet", flipped(PARQUET, 20, 255)),
+        "b.parquet is truncated or corrupt",
+    ),
+    "Parquet of numbers": (
+        "texts/b.parquet",
+        ("b.parquet", parquet(a=[1])),
+        "has no column 'text', and no other column",
+    ),
+    "numbers as text": (
+        "texts/b.parquet",
+        ("b.parquet", parquet(text=[1], b=["x"], c=["y"])),
+        "no text in .* one of 'b', 'c'",
+    ),
+    "NUL in Parquet": ("texts/b.parquet", ("b.parquet", parquet(text=["a", "b\0"])), "row 2 contains a NUL"),
+    "not UTF-8 in Parquet": ("texts/b.parquet", ("b.parquet", LATIN_1), "b.parquet is not UTF-8 after row 0"),
+    "CSV of another width": (
+        "texts/b.csv.zst",
+        ("b.csv.zst", "text,n\na, b,1\n"),
+        "line 2 has 3 fields, the header has 2",
+    ),
+    "open quote": (
+        "texts/b.csv",
+        ("b.csv", 'text,n\n"a,1\nb,2\n'),
+        r"b.csv line 3 is not CSV \(unexpected end of data",
+    ),
+    "stray quote": ("texts/b.csv", ("b.csv", 'text,n\n"a" b,1\n'), "b.csv line 2 is not CSV .*: write a field with a"),
+    "NUL in CSV": ("texts/b.csv", ("b.csv", "text,n\n\na\0,1\n"), "b.csv line 3 contains a NUL"),
+    "encoding of CSV": ("texts/b.csv", ("b.csv", "text\naé".encode("latin-1")), "b.csv is not UTF-8 at byte 6"),
+    "CSV of numbers": ("texts/b.csv", ("b.csv", "a,b\n1,2\n"), "b.csv has no column 'text', and no other column"),
+    "CSV without rows": ("texts/b.csv", ("b.csv", "a,b\n"), "texts/b.csv contains no text"),
+    "JSON": ("texts/b.txt", ("b.txt", '\n[ {"text": "a"}]'), r"b.txt is JSON: save it as JSON Lines \(.jsonl\), where"),
+    "notebook": ("texts/b.ipynb", ("b.ipynb", '{\n "cells": [\n'), "b.ipynb is a notebook: save it as text with `jup"),
+    "HTML": ("texts/b.txt", ("b.txt", "\n<!-- a -->\n<HTML lang='en'>"), "b.txt is an HTML page: save its text, or"),
     "JSON array": ("texts/b.json", ("b.json", '[\n{"text": "a"}\n]'), "b.json line 1 begins a JSON array: write one"),
     "empty zst": ("texts/mix", ("mix/b.jsonl.zst", b""), "mix/b.jsonl.zst is truncated or corrupt"),
     "reserved bit in zst": ("texts/mix", ("mix/b.zst", flipped(ZST(MANY), 4, 8)), "b.zst is truncated or corrupt"),
@@ -221,7 +319,7 @@ def test_b2_b5_a_file_that_is_not_a_text_is_named_and_leaves_no_corpus(source, f
         put(*file)
         put("mix/a.txt", "good\n")
     if "1,000" in message:
-        monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
+        monkeypatch.setattr(tables, "MAX_ROW_BYTES", 1000)
     kind, code = (IntegrityError, 3) if "corrupt" in message else (InputError, 2)
     with pytest.raises(kind, match=message.replace("{", r"\{")) as caught:
         fetched(source)
@@ -245,12 +343,22 @@ def test_a_link_to_a_folder_is_refused_since_dvc_sees_no_change_in_it():
         fetched("texts/*.txt")
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_large_text_or_a_bomb_is_read_in_little_memory(suffix):
-    path = put(f"large.txt{suffix}", "0123456789\n" * 500_000)
+ROWS = [random.Random(number).randbytes(250).hex() for number in range(10_000)]
+LONG = {f"large.txt{suffix}": "0123456789\n" * 450_000 for suffix in COMPRESS}
+LONG |= {"large.csv": "\n".join(["text", *ROWS]), "large.jsonl": records(*ROWS)}
+POOL = pa.proxy_memory_pool(pa.default_memory_pool())  # it must not be freed before what it has allocated
+LONG |= {"large.parquet": parquet(10_000, text=ROWS)}  # one row group
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_large_text_or_a_bomb_is_read_in_little_memory(name):
+    path = put(name, LONG[name])
+    pa.set_memory_pool(POOL)
     tracemalloc.start()
     write_documents({path.name: path}, Path("text"), "large")
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert Path("text").stat().st_size == 5_500_000
-    assert peak_bytes < 3_000_000  # a few chunks of 256 KiB
+    pa.set_memory_pool(pa.default_memory_pool())
+    assert 4_900_000 < Path("text").stat().st_size < 5_100_000
+    assert max(peak_bytes, POOL.max_memory()) < 3_000_000  # a few chunks of 256 KiB
+    assert POOL.max_memory() or name != "large.parquet"
