@@ -153,6 +153,7 @@ def test_a_start_of_a_finished_run_opens_the_recorder_only_if_the_end_was_not_se
     monkeypatch.setattr(train, "open_run", lambda *_: nullcontext(run))
     monkeypatch.setattr(train, "_tracked", lambda run, *_: opened.append(run) or nullcontext([]))
     monkeypatch.setattr(train, "count_tokens", lambda _: 34_219)
+    monkeypatch.setattr(train, "n_vocab_in", lambda _: 50_257)
     for name in ("prepare_machine", "read_data", "write_results"):
         monkeypatch.setattr(train, name, lambda *_: None)
     train.run_tracked(load_params(), folder, folder, folder)

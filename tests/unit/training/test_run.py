@@ -47,6 +47,7 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(monkeyp
     params = load_params(ROOT / "params.yaml")
     params.values["windows"]["micro_batch_size"] = 5
     monkeypatch.setattr(training, "world_here", lambda: World(rank=0, size=2))
+    monkeypatch.setattr(training, "n_vocab_in", lambda _: 50_257)
     with pytest.raises(InputError, match=r"^windows.micro_batch_size 5 is not divisible by the 2 processes: change"):
         training.run_tracked(params, Path("data"), Path("models"), Path("timing.json"))
     params = Params({**params.values, "train": {**params.values["train"], "processes": 2}}, params.path)
