@@ -88,7 +88,8 @@ def _overfitting(axes: Axes, report: RunReport) -> list[str]:
     held_out = steps["validation_loss"].dropna() if "validation_loss" in steps else pd.Series(dtype=float)
     if held_out.empty:
         return []
-    best, last = held_out.index[held_out.to_numpy().argmin()], held_out.index[-1]
+    evaluated, losses = held_out.index.to_numpy(), held_out.to_numpy()
+    best, last = int(evaluated[losses.argmin()]), int(evaluated[-1])
     axes.axvline(best, color=style.PINK, lw=1, ls=":")
     axes.annotate(f"step {best:,}: {held_out[best]:.3f}", (best, held_out[best]), (0, -16), textcoords="offset points",
                   color=style.PINK, ha="center", fontsize=10)  # fmt: skip
