@@ -12,16 +12,20 @@ INSTALLED := $(VENV)/installed
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
 IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
+# Where git does not track the folder, DVC must be told to work without git.
+NO_SCM := $(IN_GIT) || grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
 
 .PHONY: repro app sweep dashboard test check faults lowest lint format clean-venv
 
 repro: $(INSTALLED)
+	@$(NO_SCM)
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 
 app: $(INSTALLED)
 	$(BIN)/python app.py
 
 sweep: $(INSTALLED)
+	@$(NO_SCM)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pipeline sweep
 
 dashboard: $(INSTALLED)
@@ -61,5 +65,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true # on all cores; packages have files for other Pythons
-	@$(IN_GIT) || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
+	@$(NO_SCM)
 	touch $@

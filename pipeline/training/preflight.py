@@ -32,9 +32,10 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
     if machine.device.type == "cpu":
         needed *= machine.world.local_size  # these processes share it
     if needed > (free := free_bytes(machine)):
+        needed_gb, free_gb = math.ceil(needed / 1e8) / 10, math.floor(free / 1e8) / 10  # never equal
         raise OutOfSpaceError(
-            f"windows.micro_batch_size {batch} of windows.seq_len {length} needs {needed / 1e9:,.1f} GB of memory, "
-            f"{free / 1e9:,.1f} GB are free: make windows.micro_batch_size smaller and "
+            f"windows.micro_batch_size {batch} of windows.seq_len {length} needs {needed_gb:,.1f} GB of memory, "
+            f"{free_gb:,.1f} GB are free: make windows.micro_batch_size smaller and "
             "windows.gradient_accumulation_steps larger, or set train.gradient_checkpointing"
         )
 

@@ -21,6 +21,8 @@ PAGE = "<!DOCTYPE html>\n<html>Start the server? Log in: connection refused</htm
 HOST = "Invalid Host header - possible DNS rebinding attack detected"
 DENIED = '{"error_code": "PERMISSION_DENIED", "message": "not yours"}'
 OLD = '{"error_code": "INVALID_PARAMETER_VALUE", "message": " Model registry functionality is unavailable; got ..."}'
+DISABLED = '{"error_code": "FEATURE_DISABLED", "message": "The registry is off"}'
+LACKING = '{"error_code": "ENDPOINT_NOT_FOUND", "message": "No API found"}'
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,6 +77,8 @@ def message(root):
         ((502, PAGE), "(HTTP status 502): see the log of the server"),
         ((None, PAGE), "it has no model registry): use an MLflow 3 server with a database"),
         ((None, OLD), "it has no model registry"),
+        ((None, DISABLED), "(FEATURE_DISABLED: The registry is off): use an MLflow 3 server with a database"),
+        ((404, LACKING), "(ENDPOINT_NOT_FOUND: No API found): use an MLflow 3 server with a database"),
     ],
 )
 def test_a_server_that_runs_is_named_with_what_it_answers_and_nobody_is_told_to_start_it(

@@ -81,6 +81,13 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatc
     check_fits(*settings())
 
 
+def test_a_refusal_never_names_as_many_bytes_free_as_needed(monkeypatch):
+    monkeypatch.setattr(preflight, "step_bytes", lambda *_arguments: 704_000_000)
+    monkeypatch.setattr(preflight, "free_bytes", lambda machine: 703_000_000)
+    with pytest.raises(OutOfSpaceError, match=r"needs 0\.8 GB of memory, 0\.7 GB are free"):
+        check_fits(*settings())
+
+
 # The disk
 
 
