@@ -17,8 +17,10 @@ def main() -> None:
     metrics, position_loss = evaluate_model(Path("models/model"), Path("data/tokens"), run, config)
     write_json(Path("reports/metrics.json"), metrics)
     write_json(Path("reports/position_loss.json"), position_loss)
+    bits = metrics["sliding_bits_per_byte"] or 0.0
     print(
-        f"loss from anywhere in the text {metrics['sliding_loss']:.4f}, in fixed windows {metrics['corpus_loss']:.4f}; "
+        f"loss from anywhere in the text {metrics['sliding_loss']:.4f} ({bits:.4f} bits per byte), "
+        f"in fixed windows {metrics['corpus_loss']:.4f}; "
         f"recited exactly from anywhere: {metrics['verbatim_recall_anywhere']:.1%} of continuations"
     )
 

@@ -8,6 +8,7 @@ the conditional entropy of the last token of these n-grams, given the n - 1 toke
 so that H(m + 1) + ... + H(n) = (S(m) - S(n)) / N: the loss of n - m successive tokens needs only two of these sums.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,22 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
         "next_token_entropy": next_token_entropy(ids),
         "irreducible_loss": irreducible_loss(ids),
     }
+
+
+def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float:
+    """Mean length, in bytes of UTF-8, of all tokens but the first: of the targets of a loss. The end of text has none.
+
+    It is a loss in nats per token, divided by it, that can be compared between tokenizers; 0 for fewer than two tokens.
+    """
+    counts = tokens.counts()
+    counts[tokens.read(0, min(1, len(tokens)))] -= 1
+    used = [i for i in np.flatnonzero(counts).tolist() if i != tokenizer.eot]
+    return sum(int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in used) / max(1, len(tokens) - 1)
+
+
+def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
+    """A loss in nats per token as bits per byte; None without a loss, or for a text without bytes."""
+    return None if loss is None or bytes_per_token == 0 else loss / (bytes_per_token * math.log(2))
 
 
 def next_token_entropy(ids: Integers) -> dict[str, float]:

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from pipeline.config.sections import EvaluateConfig
 from pipeline.data.batches import IGNORED, Split, Windows, fixed_windows, make_batch, n_windows, sliding_windows
+from pipeline.data.statistics import bits_per_byte, bytes_per_token
 from pipeline.data.token_files import TokenFolder
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model.generator import AUTO
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model
@@ -76,14 +78,18 @@ def evaluate_model(
         by_shift = {str(shift): corpus_loss(model, split, T, autocast, shift) for shift in shifts}
         recall = {kind: verbatim_recall(model, split, each, autocast) for kind, each in places.items()}
         validation_loss = corpus_loss(model, held_out, T, autocast) if held_out.size > 1 else None
-    results = run["results"]
+    results, tokenizer = run["results"], load_tokenizer(folder)
+    of_train, of_val = (bytes_per_token(part, tokenizer) for part in (text.train, text.val))
     metrics = {
         "sliding_loss": sliding,
+        "sliding_bits_per_byte": bits_per_byte(sliding, of_train),
         "corpus_loss": windows.loss,
+        "corpus_bits_per_byte": bits_per_byte(windows.loss, of_train),
         "corpus_perplexity": math.exp(windows.loss),
         "shifted_loss": sum(by_shift.values()) / len(by_shift),
         "shifted_loss_by_offset": by_shift,
         "validation_loss": validation_loss,
+        "validation_bits_per_byte": bits_per_byte(validation_loss, of_val),
         "top1_accuracy": windows.top1_accuracy,
         "verbatim_recall": recall["aligned"],
         "verbatim_recall_shifted": recall["shifted"],

@@ -11,10 +11,13 @@ TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc5
 CURVE = "loss.png"  # the figure on the card, if the version has a loss history
 MEASURES = {  # metric of the stage `evaluate` -> its name on the card
     "sliding_loss": "loss over all of the training text, each token after at least half a window, nats per token",
+    "sliding_bits_per_byte": "the same in bits per byte, which can be compared between tokenizers",
     "corpus_loss": "loss over all of the training text in fixed windows",
+    "corpus_bits_per_byte": "the same in bits per byte",
     "corpus_perplexity": "perplexity over all of the training text in fixed windows",
     "shifted_loss": "loss in fixed windows shifted by a quarter, a half and three quarters of their length",
     "validation_loss": "loss over the held-out text",
+    "validation_bits_per_byte": "the same in bits per byte",
     "top1_accuracy": "share of tokens that the model ranks first",
     "verbatim_recall_anywhere": "share of 32-token continuations recited exactly, at any place and after any context",
     "verbatim_recall": "the same, after 32 tokens from the start of a fixed window",

@@ -45,6 +45,14 @@ class RunReport:
         average_steps: int = self.run["params"]["target"]["average_steps"]
         return max(1, min(average_steps, len(self.steps) // 50))
 
+    @property
+    def loss_unit(self) -> str:
+        """The label of an axis of losses."""
+        results = self.run["results"]
+        if not (bits := results.get("bits_per_byte")):  # earlier runs do not have it
+            return "loss (nats per token)"
+        return f"loss (nats per token; 1 is {bits / results['loss']:.3g} bits per byte)"
+
 
 @style.house_style()
 def loss_figure(report: RunReport) -> Figure:
@@ -68,8 +76,10 @@ def loss_figure(report: RunReport) -> Figure:
         curve = "-" if column == "validation_loss" else ""
         axes.plot(found.index, found, f"{marker}{curve}", color=colour, markeredgecolor="white", label=name, zorder=3)
     style.log_scale(axes)
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"Loss {results['loss']:.3g} ({results['rule']} rule) after {style.counted(len(steps), 'step')}")
+    axes.set_ylabel(report.loss_unit)
+    bits = f"{bits:.3g} bits per byte, " if (bits := results.get("bits_per_byte")) else ""
+    after = style.counted(len(steps), "step")
+    axes.set_title(f"Loss {results['loss']:.3g} ({bits}{results['rule']} rule) after {after}")
     style.count_steps(axes, len(steps))
     style.legend_above(axes)
     target = results["target_loss"]
@@ -150,7 +160,7 @@ def position_figure(report: RunReport) -> Figure:
     style.level(axes, losses.mean(), f"mean {losses.mean():.3g}")
     style.log_scale(axes)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="position in the window (tokens)", ylabel="loss (nats per token)")
+    axes.set(xlabel="position in the window (tokens)", ylabel=report.loss_unit)
     style.plain_numbers(axes.xaxis)
     axes.set_title(f"The first token of a window costs {losses.iloc[0]:.2g}, the last {losses.iloc[-1]:.2g}")
     return figure

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import ModelConfig, TargetConfig
+from pipeline.data.statistics import bits_per_byte, bytes_per_token
 from pipeline.model.weights import save_model
 from pipeline.system.device import Machine
 from pipeline.system.files import write_json
@@ -18,7 +19,10 @@ from pipeline.training.target import RULES, best_step, first_met, is_out_of_pati
 def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
     """Write the model of the best step, run.json, the journal and, in a separate file, all times."""
     config, records = run.config, run.records
-    results = results_of(records, config.target, run.text.train.size, run.max_steps)
+    split = run.text.validation if RULES[config.target.rule].needs_held_out else run.text.train
+    assert split is not None, "a rule that needs a held-out text has one"
+    length = bytes_per_token(split.tokens, run.text.tokenizer)
+    results = results_of(records, config.target, run.text.train.size, run.max_steps, length)
     if results["model_step"] != run.state.step:
         run.state.restore(*load_checkpoint(run.folder, results["model_step"]))
     model = run.state.whole_model()
@@ -37,9 +41,12 @@ def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
 
 
 def results_of(
-    records: Sequence[StepRecord], target: TargetConfig, train_tokens: int, max_steps: int
+    records: Sequence[StepRecord], target: TargetConfig, train_tokens: int, max_steps: int, bytes_per_token: float
 ) -> dict[str, Any]:
-    """The `results` of models/run.json: the cost of each rule, and the step whose model is kept."""
+    """The `results` of models/run.json: the cost of each rule, and the step whose model is kept.
+
+    `bytes_per_token`: of the text whose loss the rule compares.
+    """
     best = best_step(records, target)
     assert best is not None, "a run's last step is evaluated"
     return {
@@ -48,7 +55,8 @@ def results_of(
         "tokens": records[-1].tokens,
         "model_step": best,
         "train_tokens": train_tokens,
-        "loss": getattr(records[best - 1], RULES[target.rule].loss),
+        "loss": (loss := getattr(records[best - 1], RULES[target.rule].loss)),
+        "bits_per_byte": bits_per_byte(loss, bytes_per_token),
         "target_loss": target.loss,
         "rule": target.rule,
         "to_target": {
@@ -61,10 +69,12 @@ def results_of(
 def summary(results: dict[str, Any], records: Sequence[StepRecord], target: TargetConfig) -> str:
     """The results in one line; one more if patience ended the run, and one if the model is not of the last step."""
     cost = results["to_target"][results["rule"]]
+    bits = results["bits_per_byte"] or ""
     spent, found = cost or results, "reached after" if cost else "not reached in"
     words = (
         f"target {found} {spent['steps']} steps, {spent['tokens']:,} tokens ({results['rule']} rule, "
-        f"target {results['target_loss']:g}, loss {results['loss']:.4f})"
+        f"target {results['target_loss']:g}, loss {results['loss']:.4f}"
+        f"{bits and f', {bits:.4f} bits per byte'})"
     )
     if is_out_of_patience(records, target):
         saved = results["max_steps"] - results["steps"]

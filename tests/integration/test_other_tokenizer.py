@@ -1,5 +1,6 @@
 """All stages run with each tokenizer, and with a new one, which needs only its class; the model can be used."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -60,7 +61,11 @@ def test_a_tokenizer_goes_through_all_stages(
     assert tokenizer.decode(tokens.read(0, 5).tolist()) in TEXT
     assert tokens.counts()[tokenizer.eot] == 1  # of two documents
     assert tokenizer.n_vocab == n_vocab
-    assert read_json(Path("reports/metrics.json"))["sliding_loss"] < 6
+    metrics, n_bytes = read_json(Path("reports/metrics.json")), 2 * len(TEXT.encode()) - 1  # without the first target
+    bits = metrics["sliding_loss"] * (len(tokens) - 1) / n_bytes / math.log(2)
+    assert metrics["sliding_bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+    assert metrics["sliding_loss"] < 6
+    assert read_json(Path("models/run.json"))["results"]["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
     assert read_json(Path("models/run.json"))["params"]["model"]["vocab_size"] == n_vocab
     assert sorted(path.name for path in Path("data/tokenizer").iterdir()) == sorted([file, "manifest.json"])
     registered = register(root_of(store), Path(), RegistryConfig(model="mine", max_target_loss=0.1))

@@ -1,5 +1,6 @@
 """RECORDS.md against the recipes, and README's comparison against RECORDS.md."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ def test_a_records_steps_with_its_recipe_give_its_tokens(recipe):
     seen = number(record["steps"]) * windows.step_tokens
     assert 0.99 * seen < number(record["tokens"]) <= seen  # a little less: each epoch ends with a shorter window
     assert number(record["loss"]) < 0.1
+    bytes_per_token = 3.30 if record["text"] == "whole" else 3.26  # with GPT-2's tokenizer
+    assert number(record["bits per byte"]) == pytest.approx(
+        number(record["loss"]) / bytes_per_token / math.log(2), rel=0.01
+    )
     assert number(record["train s"]) < number(record["wall s"])
 
 

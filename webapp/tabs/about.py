@@ -66,18 +66,17 @@ def about_html(served: Served) -> str:
 
 def _card(served: Served, config: ModelConfig | None) -> str:
     layers = f" of {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide" if config else ""
-    corpus, loss = served.info["params"].get("corpus", {}), served.info["metrics"].get("sliding_loss")
+    corpus, metrics = served.info["params"].get("corpus", {}), served.info["metrics"]
     origin = f" (<code>{escape(str(corpus['source']))}</code>)" if "source" in corpus else ""
     share = corpus.get("fraction", 1.0)
     part = "" if share == 1 else f" They are the first {100 * share:.3g}% of it."
-    if served.held_out and (loss := served.info["metrics"].get("validation_loss")) is not None:
-        part += (
-            f" Its loss on the rest of it, which was held out, is {loss:.4f} nats per token: it gives the true next "
-        )
-        part += f"token a probability of {math.exp(-loss):.0%} (geometric mean)."
-    elif loss is not None:
-        part += f" After at least {served.window // 2} tokens from anywhere in them, its loss is {loss:.4f} nats per "
-        part += f"token: it gives the true next token a probability of {math.exp(-loss):.0%} (geometric mean)."
+    name, where = "sliding", f" After at least {served.window // 2} tokens from anywhere in them, its loss"
+    if served.held_out and metrics.get("validation_loss") is not None:
+        name, where = "validation", " Its loss on the rest of it, which was held out,"
+    if (loss := metrics.get(f"{name}_loss")) is not None:
+        bits = f" ({bits:.4f} bits per byte)" if (bits := metrics.get(f"{name}_bits_per_byte")) is not None else ""
+        part += f"{where} is {loss:.4f} nats per token{bits}: it gives the true next token a probability of "
+        part += f"{math.exp(-loss):.0%} (geometric mean)."
     return (
         f"{heading(served.label)}<p>A GPT-2{layers}, trained from scratch {'on' if served.held_out else 'to memorise'} "
         f"{len(served.ids):,} tokens of text{origin}.{part}</p>"

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from pipeline.data.statistics import bits_per_byte
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
 from webapp.completion import checked_int
@@ -90,11 +91,13 @@ def heat_html(served: Served, place: int, words: str) -> str:
                      f"{escape(text)}</span>")  # fmt: skip
     mean = sum(losses) / len(losses)
     known = sum(loss < math.log(2) for loss in losses) / len(losses)
+    n_bytes = len(served.tokenizer.decode_bytes(i for i in ids[first:] if i != served.tokenizer.eot))
+    bits = f", {bits:.2f} bits per byte" if (bits := bits_per_byte(mean, n_bytes / len(losses))) is not None else ""
     body = (
         f'<p class="heat">{"".join(spans)}</p><div class="scale"><span>known</span><i></i><span>surprising</span></div>'
     )
     return sheet("The model’s loss on the training text", body, f"tokens {place:,}–{place - context + len(ids) - 1:,}",
-                 f"mean loss {mean:.2f} nats", f"{known:.0%} with a probability above 50%")  # fmt: skip
+                 f"mean loss {mean:.2f} nats{bits}", f"{known:.0%} with a probability above 50%")  # fmt: skip
 
 
 def recital_html(served: Served, ids: list[int]) -> str:

@@ -17,13 +17,15 @@ from webapp.tabs.write import OPEN_PLACE, connect_places, sample_html
 COMPARED_TOKENS = 120
 METRICS = {  # metric -> its name and its format
     "sliding_loss": ("loss from anywhere in the training text, nats per token", ".4g"),
-    "corpus_loss": ("the same in fixed windows", ".4g"),
+    "sliding_bits_per_byte": ("the same in bits per byte", ".4g"),
+    "corpus_loss": ("the same in fixed windows, nats per token", ".4g"),
     "shifted_loss": ("the same in shifted windows", ".4g"),
     "top1_accuracy": ("tokens that the model ranks first", ".1%"),
     "verbatim_recall_anywhere": ("passages of 32 tokens recited exactly, from anywhere", ".1%"),
     "verbatim_recall": ("the same from the start of a fixed window", ".1%"),
     "verbatim_recall_shifted": ("the same after 32 tokens from any position", ".1%"),
-    "validation_loss": ("loss over held-out text", ".4g"),
+    "validation_loss": ("loss over held-out text, nats per token", ".4g"),
+    "validation_bits_per_byte": ("the same in bits per byte", ".4g"),
 }
 EVALUATED = ("sliding_loss", "corpus_loss")  # losses over the whole text; the first that a version has is shown
 ORIGINS = ("data_sha256", "model_sha256", "git_commit", "tree_clean", "fingerprint", "run_id", "verdict")

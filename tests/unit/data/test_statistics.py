@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import statistics
-from pipeline.data.statistics import describe_corpus, irreducible_loss, next_token_entropy
+from pipeline.data.statistics import (
+    bits_per_byte,
+    bytes_per_token,
+    describe_corpus,
+    irreducible_loss,
+    next_token_entropy,
+)
 from pipeline.data.token_files import Tokens
 
 few_ids = st.lists(st.integers(0, 3), min_size=2, max_size=60).map(lambda ids: np.array(ids, np.int64))
@@ -76,3 +82,14 @@ def test_all_documents_are_counted_and_entropies_are_those_of_the_beginning_of_a
     assert (figures["tokens"], figures["validation_tokens"]) == (len(train), len(val))
     assert figures["statistics_tokens"] == 20 < len(train)
     assert figures["next_token_entropy"] == next_token_entropy(train.read(0, 20).astype(np.int64))
+
+
+def test_bits_per_byte_are_those_of_all_tokens_but_the_first(tokenizer):
+    tokens = tokens_of(tokenizer, "First naïve\0天 Citizen")
+    ids = tokens.read(1, len(tokens)).tolist()
+    n_bytes = len(tokenizer.decode_bytes(i for i in ids if i != tokenizer.eot))
+    assert bytes_per_token(tokens, tokenizer) == n_bytes / len(ids)
+    assert bits_per_byte(math.log(2), 1) == 1  # a token of one byte that is as likely as not
+    assert bits_per_byte(3 * math.log(2), 3) == pytest.approx(1)
+    assert bytes_per_token(tokens_of(tokenizer, ""), tokenizer) == 0
+    assert bits_per_byte(1.0, 0) is bits_per_byte(None, 3) is None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from pipeline.config.sections import EvaluateConfig, ModelConfig
 from pipeline.data.batches import Split, TrainingData, fixed_windows, sliding_windows
 from pipeline.data.token_files import Tokens, write_shard
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
 from pipeline.model.evaluate import (
@@ -192,6 +193,10 @@ def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_f
     assert metrics["corpus_loss"] == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()))
     assert metrics["sliding_loss"] == pytest.approx(sliding_loss(model, SPLIT, T, nullcontext()))
     assert metrics["validation_loss"] > 0
+    tokenizer, bits = load_tokenizer(bpe), {"sliding": IDS, "corpus": IDS, "validation": IDS[:20]}
+    for name, ids in bits.items():  # of all tokens but the first
+        length = len(tokenizer.decode_bytes(ids[1:].tolist())) / (len(ids) - 1)
+        assert metrics[f"{name}_bits_per_byte"] == pytest.approx(metrics[f"{name}_loss"] / length / np.log(2))
     assert len(position_loss) == T
     assert bars[0].n == bars[0].total  # the bar ends full
     assert (hashed["train-00000.bin"], hashed["val-00000.bin"]) == (1, 1)

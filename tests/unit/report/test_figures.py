@@ -25,7 +25,13 @@ def report_of(n_steps: int, met: dict[str, int], clip: float | None = 1.0, step_
     to_target = {"batch": None, "average": None, "corpus": None} | reached
     optim = {"name": "muon", "lr": 0.002, "muon_lr": 0.01, "max_grad_norm": clip}
     run = {"params": {"optim": optim, "target": {"average_steps": 100}}}
-    run["results"] = {"loss": 0.09, "rule": "corpus", "target_loss": 0.1, "to_target": to_target}
+    run["results"] = {
+        "loss": 0.09,
+        "bits_per_byte": 0.0393,
+        "rule": "corpus",
+        "target_loss": 0.1,
+        "to_target": to_target,
+    }
     timing = {"tokens_per_s": STEP_TOKENS / step_s, "mfu": "unknown", "train_s": 10.0, "peak_memory_bytes": 2**30}
     return RunReport(pd.DataFrame(steps), pd.DataFrame(times), run, [1 / n for n in range(1, 65)], timing)
 
@@ -71,6 +77,8 @@ def test_the_figures_show_when_each_rule_was_met_the_running_mean_and_the_clip(f
     assert notes == ["batch rule met: step 195, 49.9k tokens", "corpus rule met: step 200, 51.2k tokens"]
     (marks,) = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() == "|"]
     assert marks == [[195, 0.1], [200, 0.1]]
+    assert "Loss 0.09 (0.0393 bits per byte, corpus rule)" in texts(figure)
+    assert "1 is 0.437 bits per byte" in figure.axes[0].get_ylabel()
     assert "mean of 4 steps" in texts(figure)  # a fiftieth of a short run
     assert replace(finished, steps=pd.concat([finished.steps] * 30)).mean_steps == 100  # target.average_steps
     assert [text.get_text() for text in training_figure(finished).axes[0].texts] == ["clip at 1"]

@@ -132,7 +132,7 @@ def test_a_new_entry_of_the_table_may_use_all_records_ends_a_run_and_is_in_its_r
     target = RunConfig.of(with_rule("twice")).target
     history = records([1.0] * 16, corpus_loss=[(5, 0.09), (16, 0.08)])
     assert [is_finished(history[:n], 99, target) for n in (5, 15, 16)] == [False, False, True]
-    assert results_of(history, target, 100, 99)["to_target"]["twice"] == {"steps": 16, "tokens": 160}
+    assert results_of(history, target, 100, 99, 3.3)["to_target"]["twice"] == {"steps": 16, "tokens": 160}
 
 
 @pytest.mark.parametrize(("rule", "patience", "named"), [("validation", None, "rule"), ("corpus", 3, "patience is 3")])

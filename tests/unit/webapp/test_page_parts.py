@@ -213,7 +213,8 @@ def test_the_page_shows_a_model_of_each_tokenizer(made, name, shortest):
         assert token["text"] is None or token["text"].encode().hex() == token["bytes"]
     assert predict_next(served, "天地玄黃", 10, "")["context_times"] == 2
     assert served.find("CHARLES", -1) is None
-    assert tokenizer.decode_bytes(ids[served.find("Kind", -1)[0] :]).lstrip().startswith(b"Kind")  # or with " Kind"
+    first, place = served.find("Kind", -1)[0], POEM.encode().index(b"Kind")
+    assert len(tokenizer.decode_bytes(ids[:first])) in (place - 1, place)  # the token may begin with the space
     shown = re.sub("<[^>]*>", "", heat_html(served, 40, "").partition('class="heat"')[2].partition("</p>")[0])
     assert shown.partition(">")[2].strip("\ufffd") in escape(POEM)
     completion = completed(served, "Wer 漢", max_tokens=9, seed=1)
