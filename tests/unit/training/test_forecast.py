@@ -26,7 +26,7 @@ COST = Forecast(0.25, 100.0, 20.0, 12.3456789, 3_000_000_000, 700)
 
 
 def config_of(n_layer=2, micro_batch_size=4, accumulation=1, max_epochs=10.0, **target):
-    whole = RunConfig.of(load_params())
+    whole = RunConfig.of(load_params()).sized_for(50_257)
     sizes = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": accumulation}
     return replace(
         whole,
