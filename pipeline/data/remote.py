@@ -1,4 +1,4 @@
-"""Download the files of data sets on the Hugging Face Hub."""
+"""Download the files of data sets on the Hugging Face Hub, and those of object stores."""
 
 import errno
 import glob
@@ -11,15 +11,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+from fsspec.callbacks import TqdmCallback
+from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 from tqdm import tqdm
 
-from pipeline.config.sections import HUB
+from pipeline.config.sections import HUB, STORES
 from pipeline.data.documents import OPENERS, TABLES
 from pipeline.system.errors import InputError, OutOfSpaceError
 
 AGENT = "gpt2-to-target"
 TRAIN = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)  # in the paths of a training split
+HIDDEN = re.compile(r"(^|/)\.")
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_TEXTS = {"dataset_infos.json", "dataset_dict.json"}  # they describe a data set
 
 
@@ -58,6 +62,46 @@ def fetch_hub(source: str) -> dict[str, Path]:
     return {f"hf://datasets/{repo}/{name}": folder / name for name in names}
 
 
+def fetch_store(source: str, folder: Path, **options: Any) -> dict[str, Path]:
+    """Download the files of an object store, such as `s3://BUCKET/KEY`, into `folder`; return name -> file.
+
+    The key may be that of a file, a folder or a glob. Credentials and endpoint are those of the environment, as for all
+    programs of the store; without any, s3 is read as anybody. Raises InputError.
+    """
+    scheme = source.partition(":")[0]
+    folder.mkdir(exist_ok=True)
+    files = {}
+    try:
+        system, root = url_to_fs(source, skip_instance_cache=True, **options)
+        if system.isfile(root):
+            names = [root]
+        else:
+            found = (system.glob if set(root) & set("*?[") else system.find)(root, detail=True)
+            sizes = {name: info["size"] for name, info in found.items() if info["type"] == "file"}
+            names = sorted(name for name, size in sizes.items() if size and not HIDDEN.search(name))
+        for number, name in enumerate(names):
+            file = files[f"{scheme}://{name}"] = folder / f"{number}"
+            bar = {"desc": f"{scheme}://{name}", "unit": "B", "unit_scale": True, "disable": None}
+            system.get_file(name, file, callback=TqdmCallback(tqdm_kwargs=bar))
+            if (received := file.stat().st_size) != (size := system.info(name)["size"]):
+                raise OSError(f"ended after {received:,} of {size:,} bytes")
+    except ImportError:
+        package = STORES[scheme]
+        raise InputError(
+            f"{source} needs the package {package}: `python -m pip install -c constraints.txt {package}` adds it"
+        ) from None
+    except Exception as error:  # those of botocore have no base in common with OSError
+        if type(error).__name__ == "NoCredentialsError" and not options:
+            return fetch_store(source, folder, anon=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        hint = ": check the credentials" if isinstance(error, PermissionError) else ""
+        raise InputError(f"could not download {source}: {one_line(error)}{hint}") from None
+    if not files:
+        raise InputError(f"{source} matches no file: check corpus.source")
+    return files
+
+
 @contextmanager
 def _as_one_line(source: str, repo: str) -> Iterator[None]:
     """Replace the errors of huggingface_hub, which have no base in common, by ours."""
@@ -75,7 +119,7 @@ def _as_one_line(source: str, repo: str) -> Iterator[None]:
         reason = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
         what = f"the Hub cannot be reached{reason}, and the cache in {constants.HF_HUB_CACHE} lacks files of it"
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise OutOfSpaceError(f"disk full in {constants.HF_HUB_CACHE}: free some space, or set HF_HOME") from None
         what = one_line(error)
     else:
@@ -94,7 +138,7 @@ def choose_files(listing: Sequence[str], pattern: str, source: str) -> list[str]
     `listing`: the paths of all files. Hidden files are ignored, and the README.md of the top folder. Raises InputError
     if there is none, or if it is not clear which files are the training split.
     """
-    visible = sorted(name for name in listing if not re.search(r"(^|/)\.", name) and name != "README.md")
+    visible = sorted(name for name in listing if not HIDDEN.search(name) and name != "README.md")
     if pattern in listing:
         return [pattern]
     if not pattern:
