@@ -11,9 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from fsspec.callbacks import TqdmCallback
-from fsspec.core import url_to_fs
-from fsspec.utils import glob_translate
 from tqdm import tqdm
 
 from pipeline.config.sections import HUB, STORES
@@ -68,6 +65,9 @@ def fetch_store(source: str, folder: Path, **options: Any) -> dict[str, Path]:
     The key may be that of a file, a folder or a glob. Credentials and endpoint are those of the environment, as for all
     programs of the store; without any, s3 is read as anybody. Raises InputError.
     """
+    from fsspec.callbacks import TqdmCallback
+    from fsspec.core import url_to_fs
+
     scheme = source.partition(":")[0]
     folder.mkdir(exist_ok=True)
     files = {}
@@ -138,6 +138,8 @@ def choose_files(listing: Sequence[str], pattern: str, source: str) -> list[str]
     `listing`: the paths of all files. Hidden files are ignored, and the README.md of the top folder. Raises InputError
     if there is none, or if it is not clear which files are the training split.
     """
+    from fsspec.utils import glob_translate
+
     visible = sorted(name for name in listing if not HIDDEN.search(name) and name != "README.md")
     if pattern in listing:
         return [pattern]
