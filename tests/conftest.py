@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fixtures_mlflow import _no_foreign_store, store  # noqa: F401 (fixtures for all)
 from fixtures_network import close_network, wheels  # noqa: F401 (fixtures for all)
+from fixtures_texts import fetch_texts
 from hypothesis import settings
 
 from pipeline.config.params import load_params
@@ -46,6 +47,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             fetched_bpe(session.config)
         if "shakespeare" in needed:
             fetched_corpus(session.config)
+        if "real_text" in needed:
+            fetch_texts(session.config)
     close_network()
 
 

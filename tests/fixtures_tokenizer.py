@@ -48,7 +48,7 @@ def _utf8_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Utf8Tokenizer:
 # Scripts whose characters have one to four bytes, in words that occur twice, so that bytes and characters are merged.
 POEM = """Wer reitet so spät durch Nacht und Wind?
 天地玄黃，宇宙洪荒。日月盈昃，辰宿列張。天地玄黃，宇宙洪荒。
-بسم الله الرحمن الرحيم بسم الله
+بِسْمِ اللَّهِ الرحمن الرحيم بِسْمِ اللَّهِ
 대한민국은 민주공화국이다. 대한민국의 주권은 국민에게 있고 😀👩‍👩‍👧😀
 Es ist der Vater mit seinem Kind; der Vater mit seinem Kind.
 """

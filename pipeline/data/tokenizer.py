@@ -121,6 +121,13 @@ CUT = re.compile(rb"\0|%b(?!%b|\0)(?=.)" % (SPACE_UTF8, SPACE_UTF8), re.DOTALL)
 # It gives the same pieces as PIECES if the text is first cut at each match of CUT: before the last character of each
 # whitespace run that is followed by another character. It needs no lookahead, and takes half the time.
 PIECES_OF_CUT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
+
+# GPT-2's split cuts words at combining marks, with which Arabic, Hindi and Thai write vowels: nearly no pair of a text
+# with them could be merged. In the split of a tokenizer that is trained, a mark belongs to a word like a letter.
+WORDS, WORDS_OF_CUT = (
+    pattern.replace(r" ?\p{L}+", r" ?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+    for pattern in (PIECES, PIECES_OF_CUT)
+)
 MARK = "\0"
 # By code point; no space is above U+3000, so that the last entry serves all higher code points.
 IS_SPACE = np.array([re.match(f"[{SPACE}]", chr(code)) is not None for code in range(0x3002)])
@@ -131,6 +138,7 @@ class BytePairTokenizer(Tokenizer):
     """A byte-pair encoding by tiktoken, with GPT-2's split of text. Subclasses say where its ranks come from."""
 
     pieces: ClassVar[str] = PIECES
+    pieces_of_cut: ClassVar[str] = PIECES_OF_CUT
     cut = CUT
 
     def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
@@ -147,7 +155,7 @@ class BytePairTokenizer(Tokenizer):
     def _encoding_of_cut(self) -> tiktoken.Encoding:
         """Encoding for text in which cuts and ends of documents are marked."""
         return tiktoken.Encoding(
-            "cut", pat_str=PIECES_OF_CUT, mergeable_ranks=self.ranks, special_tokens={MARK: self.eot}
+            "cut", pat_str=self.pieces_of_cut, mergeable_ranks=self.ranks, special_tokens={MARK: self.eot}
         )
 
     def encode(self, text: str) -> list[int]:
@@ -210,15 +218,21 @@ class TrainedTokenizer(BytePairTokenizer):
 
     files = ("bpe.tiktoken",)
     sized = trained = True
+    pieces, pieces_of_cut = WORDS, WORDS_OF_CUT
 
     @classmethod
     def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainable
-        from tokenizers import models, pre_tokenizers, trainers
 
         assert size is not None, "the class is sized"
         trainable = Trainable(models.BPE())
-        trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # it splits text as GPT-2 does
+        trainable.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(cls.pieces), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         trainer = trainers.BpeTrainer(
             vocab_size=size - 1,
             min_frequency=2,  # a pair that occurs once is not merged

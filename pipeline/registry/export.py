@@ -186,11 +186,13 @@ def _hf_tokenizer(tokenizer: BytePairTokenizer) -> "HFTokenizer":
     splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
     merges = [(written[left], written[right]) for left, right in splits if left in ranks and right in ranks]
     found = HFTokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
-    of_bytes, with_pattern = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use) for use in (False, True))
-    if tokenizer.pieces == CHARACTERS:
-        found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), of_bytes])
-    else:
-        found.pre_tokenizer = with_pattern
+    pieces = r"[\s\S]" if tokenizer.pieces == CHARACTERS else tokenizer.pieces  # another notation than tiktoken's
+    found.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     found.decoder = decoders.ByteLevel()
     found.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
     return found

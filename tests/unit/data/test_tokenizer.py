@@ -195,6 +195,12 @@ def test_merges_are_those_of_the_most_frequent_pairs_within_words_and_documents(
     assert (tokenizer.n_vocab, tokenizer.eot) == (260, 259)
 
 
+def test_a_combining_mark_belongs_to_its_word(tmp_path):
+    words = (" \u0628\u0650\u0633\u0652\u0645\u0650", " \u0915\u093f\u0924\u093e\u092c")  # Arabic, Hindi
+    tokenizer = make_tokenizer("bpe:279", tmp_path / "tokenizer", ["".join(words * 9).encode()])
+    assert [len(tokenizer.encode(word)) for word in words] == [1, 1]  # if marks cut words, there are 6 and 4 pieces
+
+
 def test_a_text_with_too_few_pairs_or_too_many_characters_is_refused_and_the_old_tokenizer_kept(tmp_path):
     make_tokenizer("bytes", folder := tmp_path / "tokenizer", [])
     with pytest.raises(InputError, match=r"the training text has no more than 258 ids for bpe:300: set a smaller"):
