@@ -17,6 +17,7 @@ from pipeline.system.signals import StopSignals
 from pipeline.tracking.recorder import OWNER_PID, Recorder
 from pipeline.training.config import RunConfig
 from pipeline.training.consumers import Checkpoints, Consumer, evaluate, sample
+from pipeline.training.forecast import Forecast
 from pipeline.training.progress import Progress
 from pipeline.training.results import write_results
 from pipeline.training.run import Run, open_run
@@ -85,6 +86,8 @@ def _tracked(run: Run, root: Path, tags: dict[str, str]) -> Iterator[list[Consum
     if not run.world.is_main:
         yield []
         return
+    if cost := Forecast.of_environment():
+        tags = tags | cost.tags()
     progress = Progress(run.state.step, run.state.tokens, run.max_steps, run.config.target.loss)
     with Recorder(root, run.folder, dict(run.identity), tags), closing(progress):
         yield [progress.show]
