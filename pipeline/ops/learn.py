@@ -1,0 +1,105 @@
+"""Carry out a plan: bring the text, write params.yaml, run the pipeline, and show what was reached."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.params import PARAMS, load_params
+from pipeline.config.recipes import write_values
+from pipeline.data.openings import openings
+from pipeline.data.token_files import TokenFolder
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model.generator import Generator
+from pipeline.model.sampling import Sampling
+from pipeline.model.weights import load_model
+from pipeline.ops.chat import show
+from pipeline.ops.plan import PLANS, WIDTH, Plan
+from pipeline.ops.sources import bring
+from pipeline.system.errors import PipelineError
+from pipeline.system.files import read_json, sha256_file, write_json, write_text
+from pipeline.system.signals import StopSignals
+from pipeline.tracking.fingerprint import flatten
+from pipeline.tracking.run_record import read_run
+
+SAMPLE_TOKENS = 100
+
+
+class StageFailed(PipelineError):  # noqa: N818 (a result, not a fault of the command)
+    """A stage of the pipeline has failed, and has said why."""
+
+
+def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
+    """Bring the plan's text into texts/, write params.yaml, run `dvc repro`, and show what was reached.
+
+    On a terminal, ask before anything is written, unless `assume_yes`. Raises StageFailed if a stage fails, and
+    Interrupted after a signal.
+    """
+    if not assume_yes and sys.stdin.isatty() and input("Train it? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        print("nothing was changed")
+        return
+    copies = bring(plan.source, in_place)
+    _keep_params(plan.values)
+    stored = {"source": plan.source.source, "text_sha256": plan.text_sha256, "copies": copies}
+    stored |= {"options": dataclasses.asdict(plan.options), "values": plan.values, "lines": plan.lines}
+    write_json(plan.path, stored)
+    print(write_values(plan.values))
+    _reproduce()
+    _show_outcome()
+
+
+def _keep_params(values: dict[str, Any]) -> None:
+    """If `values` change params.yaml, keep a copy of it in PLANS, named by its hash."""
+    present = flatten(load_params().values)
+    if any(repr(present.get(key)) != repr(value) for key, value in values.items()):
+        kept = PLANS / f"params-{sha256_file(PARAMS)[:8]}.yaml"
+        kept.parent.mkdir(exist_ok=True)
+        write_text(kept, PARAMS.read_text(encoding="utf-8"))
+        print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
+
+
+def _reproduce() -> None:
+    """Run `dvc repro` with this Python's programs first on the PATH.
+
+    Ctrl-C reaches DVC and its stage from the terminal; another signal is passed on to DVC, with which its stage ends.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    with StopSignals() as stop:
+        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], env={**os.environ, "PATH": path})
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                if stop.received not in (None, signal.SIGINT):
+                    process.terminate()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+        stop.raise_if_received("during `dvc repro`")
+    if process.returncode:
+        raise StageFailed("`dvc repro` failed, as it says above: the same command resumes where it ended")
+
+
+def _show_outcome() -> None:
+    """Print the loss that was reached, a text by the model, and the commands that use it."""
+    registered, record = read_json(Path("reports/registered.json")), read_run(Path("models"))
+    results = record["results"]
+    reached = results["to_target"][results["rule"]]
+    spent = reached or results
+    cost = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens"
+    target = f"target {results['target_loss']:g} (rule {results['rule']})"
+    print(f"\n{'reached' if reached else 'not reached':{WIDTH}} loss {results['loss']:.4f} after {cost}, {target}")
+    label = f"{registered['model']} version {registered['version']}"
+    print(f"{'model':{WIDTH}} {label}, {'champion' if registered['champion'] else registered['reason']}")
+    if registered["next_step"]:
+        print(f"{'next':{WIDTH}} {registered['next_step']}")
+    model, tokens = load_model(Path("models/model")), TokenFolder(Path("data/tokens")).train
+    tokenizer = load_tokenizer(Path("models/model"))
+    prompt = openings(lambda start, stop: tokens.read(start, stop).tolist(), len(tokens), tokenizer, 1, 40)[0]
+    print(f"\n{label} continues the beginning of its text:\n", flush=True)
+    show(Generator(model, tokenizer), prompt, Sampling(max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1))
+    print("\n`make app` opens the page on this model; `python -m pipeline generate` writes with it in the terminal")

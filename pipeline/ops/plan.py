@@ -1,0 +1,253 @@
+"""Plan the training of a model on a text: measure the text, choose, and say why in one line for each choice."""
+
+import dataclasses
+import math
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.params import Params, load_params
+from pipeline.config.recipes import BASE, recipe_values
+from pipeline.ops import policy
+from pipeline.ops.forecast import Forecast, forecast
+from pipeline.ops.params_check import check_params
+from pipeline.ops.policy import MEMORISE, Choice, Shape, Training, duration, in_words
+from pipeline.ops.sources import Source, conflict_of
+from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text
+from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.files import read_json
+from pipeline.tracking.fingerprint import flatten
+from pipeline.training.config import RunConfig
+
+PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
+WIDTH = 11  # of the first column of a printed plan
+LONG_S = 3600.0  # a longer training gets a hint to --time
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user asks for; None: chosen from the text."""
+
+    target: float | None = None
+    goal: str = MEMORISE
+    tokenizer: str | None = None
+    size: str | None = None  # a recipe, whose model, windows and optimiser are used
+    time_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The training of a model on a text, and the reasons."""
+
+    source: Source
+    text_sha256: str
+    options: Options
+    values: dict[str, Any]  # of params.yaml, by dotted key
+    lines: dict[str, str]  # topic -> sentence for the user
+
+    def __str__(self) -> str:
+        return "\n".join(f"{topic:{WIDTH}} {sentence}" for topic, sentence in self.lines.items())
+
+    @property
+    def path(self) -> Path:
+        """Where the plan is stored."""
+        return PLANS / f"{self.source.name}.json"
+
+
+def make_plan(source: Source, options: Options) -> Plan:
+    """Read the text and plan its training. A stored plan of the same text and options is used again.
+
+    Nothing is written. Raises InputError if the text, its name, an option or the target is not possible.
+    """
+    params = load_params()
+    base = recipe_values(options.size or BASE)
+    stored = stored_plan(source.name)
+    if (other := _sources_of(params).get(source.name, source.source)) != source.source:
+        raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
+    if conflict := conflict_of(source, stored.get("copies", {})):
+        raise InputError(conflict)
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        text = read_text(source, Path(folder))
+        same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
+        if stored.items() >= same.items():
+            return Plan(source, text.sha256, options, stored["values"], stored["lines"])
+        return _new_plan(source, text, options, base, params, Path(folder))
+
+
+def stored_plan(name: str) -> dict[str, Any]:
+    """The stored plan of a model; empty if there is none."""
+    return dict(read_json(path)) if (path := PLANS / f"{name}.json").is_file() else {}
+
+
+def _sources_of(params: Params) -> dict[str, str]:
+    """The text of each model that a plan or a params.yaml of this project names."""
+    found = {}
+    for each in [*(load_params(path) for path in sorted(PLANS.glob("params-*.yaml"))), params]:
+        values = flatten(each.values)
+        found[str(values.get("registry.model"))] = str(values.get("corpus.source"))
+    return found | {path.stem: str(read_json(path)["source"]) for path in PLANS.glob("*.json")}
+
+
+def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any], params: Params, folder: Path) -> Plan:
+    lengths = (base["windows.seq_len"],) if options.size else LENGTHS
+    tokenizer, measured = _choose_tokenizer(text, options.tokenizer, folder, lengths)
+    shape = _shape_of(base) if options.size else None
+    target, training_on, bound = _goal(measured, options, shape)
+
+    def values_of(training: Training) -> dict[str, Any]:
+        share = training.n_tokens / measured.n_tokens
+        values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer.value, target)
+        return values | {"corpus.fraction": 1.0 if share >= 1 else max(1e-6, float(f"{share:.2g}"))}
+
+    @cache
+    def cost_of(training: Training) -> Forecast:
+        config = RunConfig.of(_merged(params, values_of(training)))
+        return forecast(config, measured.n_used)
+
+    training, limit = training_on(measured.n_tokens), None
+    if options.time_s is not None:
+        training, limit = _fit(options.time_s, measured.n_tokens, training_on, cost_of)
+    values, cost = values_of(training), cost_of(training)
+    check_params(_merged(params, values))
+    lines = {
+        "text": _text_line(source, text, measured),
+        "tokenizer": f"{tokenizer.value}: {tokenizer.why}",
+        "lowest loss": bound,
+        "model": _model_line(training, measured, options.size),
+        "training": _training_line(training, options.goal, target),
+        "share": limit or "all of the text",
+        "cost": _cost_line(training, cost, options),
+        "name": f"{source.name}, for the page, generate, models and export",
+    }
+    return Plan(source, text.sha256, options, values, lines)
+
+
+def _merged(params: Params, values: dict[str, Any]) -> Params:
+    """The parameters with `values`, by dotted key."""
+    merged = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in params.values.items()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if "." not in name:  # not in the search space of the sweep
+            merged.setdefault(section, {})[name] = value
+    return Params(merged, params.path)
+
+
+def _choose_tokenizer(text: Text, asked: str | None, folder: Path, lengths: Sequence[int]) -> tuple[Choice, Measured]:
+    """The tokenizer, and the text in its ids. Raises InputError if the tokenizer that is `asked` for cannot be made."""
+    if asked is not None:
+        return Choice(asked, "as given"), measure(text, asked, folder, lengths)
+
+    @cache
+    def with_tokenizer(name: str) -> Measured | None:
+        try:
+            return measure(text, name, folder, lengths)
+        except (InputError, IntegrityError):
+            return None
+
+    def tokens_with(name: str) -> int | None:
+        return found.n_tokens if (found := with_tokenizer(name)) else None
+
+    choice = policy.choose_tokenizer(text.n_bytes, text.characters * text.scale, text.ascii_share, tokens_with)
+    return choice, with_tokenizer(choice.value) or measure(text, choice.value, folder, lengths)
+
+
+def _shape_of(recipe: dict[str, Any]) -> Shape:
+    """The shape of a recipe's model."""
+    step_tokens = recipe["windows.seq_len"] * recipe["windows.micro_batch_size"]
+    step_tokens *= recipe["windows.gradient_accumulation_steps"]
+    n_layer, n_head, n_embd = (recipe[f"model.{key}"] for key in ("n_layer", "n_head", "n_embd"))
+    return Shape(n_layer, n_head, n_embd, step_tokens, math.inf, recipe["optim.lr"], recipe["optim.muon_lr"])
+
+
+def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[float, Callable[[int], Training], str]:
+    """The target, the training on so many tokens of the text, and a sentence about the lowest possible loss."""
+    bits = measured.entropy / math.log(2)
+    if options.goal == MEMORISE:
+        seq_len, target = policy.window_and_target(measured.lowest_loss, options.target)
+        bound = f"{measured.lowest_loss[seq_len]:.3f} nats a token from anywhere, in windows of {seq_len} tokens"
+        if options.target is None and target > policy.DEFAULT_TARGET:
+            bound += f": the text repeats itself, so the target is {target:g} instead of {policy.DEFAULT_TARGET:g}"
+        return target, lambda n: policy.memorise(n, bits, seq_len, target, shape), bound
+    counts = measured.loss_of_counts(policy.HELD_OUT)
+    target = policy.held_out_target(measured.n_tokens, counts, options.target)
+    seq_len = policy.held_out_window(measured.lowest_loss)
+    bound = f"not known for the held-out text; counts of n-grams reach {counts:.2f} nats a token on it"
+    return target, lambda n: policy.generalise(n, bits, seq_len, shape), bound
+
+
+def _fit(
+    time_s: float, n_tokens: int, training_on: Callable[[int], Training], cost_of: Callable[[Training], Forecast]
+) -> tuple[Training, str]:
+    """The training on as much of the text as fits into the time, and a sentence about it; InputError if none fits."""
+
+    def seconds_of(training: Training) -> float:
+        return policy.FIXED_S + training.steps * cost_of(training).step_s
+
+    fitted = policy.largest_within(time_s, n_tokens, training_on, seconds_of)
+    whole = duration(seconds_of(training_on(n_tokens)))
+    if fitted is None:
+        least = seconds_of(training_on(min(1_000, n_tokens)))
+        raise InputError(f"--time {duration(time_s)} is too short: a thousand tokens take {duration(least)}")
+    if fitted.n_tokens >= n_tokens:
+        return fitted, f"all of the text, within {duration(time_s)}"
+    return fitted, (
+        f"the first {100 * fitted.n_tokens / n_tokens:.2g}% of the text, {fitted.n_tokens:,} tokens: the text is too "
+        f"large for {duration(time_s)}, all of it takes {whole}"
+    )
+
+
+def _text_values(source: Source, tokenizer: str, target: float) -> dict[str, Any]:
+    return {
+        "corpus.source": source.source,
+        "corpus.sha256": None,
+        "corpus.mirrors": [],
+        "corpus.tokenizer": tokenizer,
+        "samples.prompts": None,
+        "registry.model": source.name,
+        "registry.max_target_loss": max(policy.DEFAULT_TARGET, target),
+        "sweep.study": re.sub(r"[^A-Za-z0-9_-]", "-", source.name).strip("-_") or "text",
+    }
+
+
+def _text_line(source: Source, text: Text, measured: Measured) -> str:
+    about = "about " if text.scale > 1 else ""
+    documents = f"{text.n_documents:,} documents, " if text.n_documents > 1 else ""
+    notes = "".join(f"; {note}" for note in text.notes if "documents" not in note)
+    return (
+        f"{source.source}: {documents}{text.n_bytes:,} bytes, {about}{measured.n_tokens:,} tokens, "
+        f"{measured.n_used:,} different ones{notes}"
+    )
+
+
+def _model_line(training: Training, measured: Measured, size: str | None) -> str:
+    shape, bits = training.shape, training.n_tokens * measured.entropy / math.log(2)
+    why = f"as in the recipe {size}" if size else "the size that learns such a text fastest"
+    if bits > shape.capacity_bits:
+        why += ", but too small to memorise all of it"
+    return (
+        f"{shape.n_layer} layers of {shape.n_embd}, {why}: its blocks can memorise "
+        f"{in_words(shape.capacity_bits, 'bit')} ({policy.BITS_PER_PARAMETER} a parameter), the text has "
+        f"{in_words(bits, 'bit')}"
+    )
+
+
+def _training_line(training: Training, goal: str, target: float) -> str:
+    steps = f"{training.steps:,} steps of {training.step_windows} windows of {training.seq_len} tokens"
+    until = (
+        f"until its loss from anywhere in the text is below {target:g}"
+        if goal == MEMORISE
+        else f"until its loss on the last tenth of the text, which is held out, is below {target:.3g} or falls no more"
+    )
+    return f"at most {training.max_epochs:g} epochs, {steps}, {until}"
+
+
+def _cost_line(training: Training, cost: Forecast, options: Options) -> str:
+    seconds = training.steps * cost.step_s
+    hint = "; --time 10m learns the part that fits" if options.time_s is None and seconds > LONG_S else ""
+    return (
+        f"at most {duration(seconds)} of training on this machine, and about {duration(policy.FIXED_S)} for the other "
+        f"stages; {in_words(cost.memory_bytes, 'B')} of memory, {in_words(cost.disk_bytes, 'B')} of disk{hint}"
+    )
