@@ -26,7 +26,7 @@ class Forecast(NamedTuple):
 def forecast(config: RunConfig, n_used: int) -> Forecast:
     """Forecast the cost of a training whose text has `n_used` different ids."""
     machine = prepare_machine(config.train)
-    vocabulary = Vocabulary.of(np.arange(config.model.vocab_size) < n_used, config.model.vocab_size)
+    vocabulary = Vocabulary.of(np.arange(config.model.n_ids) < n_used, config.model.n_ids)
     checkpoint, model = saved_bytes(config, vocabulary)
     return Forecast(
         step_s=step_flops(config.model, vocabulary.n_rows, config.windows.seq_len, config.windows.step_tokens)

@@ -5,7 +5,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,37 +92,44 @@ def _sources_of(params: Params) -> dict[str, str]:
 
 
 def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any], params: Params, folder: Path) -> Plan:
-    lengths = (base["windows.seq_len"],) if options.size else LENGTHS
-    tokenizer, measured = _choose_tokenizer(text, options.tokenizer, folder, lengths)
-    shape = _shape_of(base) if options.size else None
-    target, training_on, bound = _goal(measured, options, shape)
+    """Plan for the whole text; if it does not fit into the time, plan again for the part that does.
 
-    def values_of(training: Training) -> dict[str, Any]:
-        share = training.n_tokens / measured.n_tokens
-        values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer.value, target)
-        return values | {"corpus.fraction": 1.0 if share >= 1 else max(1e-6, float(f"{share:.2g}"))}
-
-    @cache
-    def cost_of(training: Training) -> Forecast:
-        config = RunConfig.of(_merged(params, values_of(training)))
-        return forecast(config, measured.n_used)
-
-    training, limit = training_on(measured.n_tokens), None
-    if options.time_s is not None:
-        training, limit = _fit(options.time_s, measured.n_tokens, training_on, cost_of)
-    values, cost = values_of(training), cost_of(training)
+    Again, because a tokenizer that is trained on a shorter text has fewer ids.
+    """
+    share = 1.0
+    for attempt in (1, 2):
+        lengths = (base["windows.seq_len"],) if options.size else LENGTHS
+        tokenizer, measured = _choose_tokenizer(text.first(share), options.tokenizer, folder / str(attempt), lengths)
+        target, training_on, bound = _goal(measured, options, _shape_of(base) if options.size else None)
+        cost_of = cache(partial(_cost, params, base, measured, options.goal, target))
+        training = training_on(measured.n_tokens)
+        if options.time_s is not None:
+            training = _fit(options.time_s, training, training_on, cost_of)
+        if training.n_tokens >= measured.n_tokens:
+            break
+        share *= training.n_tokens / measured.n_tokens
+    share = 1.0 if share >= 1 else float(f"{share:.2g}")
+    values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer, share, target)
+    cost = cost_of(training)
     check_params(_merged(params, values))
     lines = {
-        "text": _text_line(source, text, measured),
+        "text": _text_line(source, text, measured, share),
         "tokenizer": f"{tokenizer.value}: {tokenizer.why}",
         "lowest loss": bound,
         "model": _model_line(training, measured, options.size),
         "training": _training_line(training, options.goal, target),
-        "share": limit or "all of the text",
-        "cost": _cost_line(training, cost, options),
+        "cost": _cost_line(training, cost, options, share),
         "name": f"{source.name}, for the page, generate, models and export",
     }
     return Plan(source, text.sha256, options, values, lines)
+
+
+def _cost(
+    params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float, training: Training
+) -> Forecast:
+    values = base | policy.values_of(training, goal, target)
+    config = RunConfig.of(_merged(params, values)).sized_for(measured.n_vocab)
+    return forecast(config, measured.n_used)
 
 
 def _merged(params: Params, values: dict[str, Any]) -> Params:
@@ -179,32 +186,29 @@ def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[fl
 
 
 def _fit(
-    time_s: float, n_tokens: int, training_on: Callable[[int], Training], cost_of: Callable[[Training], Forecast]
-) -> tuple[Training, str]:
-    """The training on as much of the text as fits into the time, and a sentence about it; InputError if none fits."""
+    time_s: float, whole: Training, training_on: Callable[[int], Training], cost_of: Callable[[Training], Forecast]
+) -> Training:
+    """The training on as much of the text as fits into the time; InputError if too little of it does."""
 
     def seconds_of(training: Training) -> float:
         return policy.FIXED_S + training.steps * cost_of(training).step_s
 
-    fitted = policy.largest_within(time_s, n_tokens, training_on, seconds_of)
-    whole = duration(seconds_of(training_on(n_tokens)))
-    if fitted is None:
-        least = seconds_of(training_on(min(1_000, n_tokens)))
-        raise InputError(f"--time {duration(time_s)} is too short: a thousand tokens take {duration(least)}")
-    if fitted.n_tokens >= n_tokens:
-        return fitted, f"all of the text, within {duration(time_s)}"
-    return fitted, (
-        f"the first {100 * fitted.n_tokens / n_tokens:.2g}% of the text, {fitted.n_tokens:,} tokens: the text is too "
-        f"large for {duration(time_s)}, all of it takes {whole}"
-    )
+    if (fitted := policy.largest_within(time_s, whole.n_tokens, training_on, seconds_of)) is None:
+        least = seconds_of(training_on(min(policy.LEAST_TOKENS, whole.n_tokens)))
+        raise InputError(
+            f"--time {duration(time_s)}: the text is too large for it, {policy.LEAST_TOKENS:,} tokens take "
+            f"{duration(least)}, and all of it {duration(seconds_of(whole))}"
+        )
+    return fitted
 
 
-def _text_values(source: Source, tokenizer: str, target: float) -> dict[str, Any]:
+def _text_values(source: Source, tokenizer: Choice, share: float, target: float) -> dict[str, Any]:
     return {
         "corpus.source": source.source,
         "corpus.sha256": None,
         "corpus.mirrors": [],
-        "corpus.tokenizer": tokenizer,
+        "corpus.tokenizer": tokenizer.value,
+        "corpus.fraction": share,
         "samples.prompts": None,
         "registry.model": source.name,
         "registry.max_target_loss": max(policy.DEFAULT_TARGET, target),
@@ -212,12 +216,13 @@ def _text_values(source: Source, tokenizer: str, target: float) -> dict[str, Any
     }
 
 
-def _text_line(source: Source, text: Text, measured: Measured) -> str:
-    about = "about " if text.scale > 1 else ""
+def _text_line(source: Source, text: Text, measured: Measured, share: float) -> str:
     documents = f"{text.n_documents:,} documents, " if text.n_documents > 1 else ""
-    notes = "".join(f"; {note}" for note in text.notes if "documents" not in note)
+    used = "" if share == 1 else f"of which the first {100 * share:g}% is learnt, "
+    about = "about " if share < 1 or text.scale > 1 else ""
+    notes = "".join(f"; {note}" for note in text.notes if " documents in " not in note)
     return (
-        f"{source.source}: {documents}{text.n_bytes:,} bytes, {about}{measured.n_tokens:,} tokens, "
+        f"{source.source}: {documents}{text.n_bytes:,} bytes, {used}{about}{measured.n_tokens:,} tokens, "
         f"{measured.n_used:,} different ones{notes}"
     )
 
@@ -244,10 +249,14 @@ def _training_line(training: Training, goal: str, target: float) -> str:
     return f"at most {training.max_epochs:g} epochs, {steps}, {until}"
 
 
-def _cost_line(training: Training, cost: Forecast, options: Options) -> str:
+def _cost_line(training: Training, cost: Forecast, options: Options, share: float) -> str:
     seconds = training.steps * cost.step_s
-    hint = "; --time 10m learns the part that fits" if options.time_s is None and seconds > LONG_S else ""
-    return (
+    line = (
         f"at most {duration(seconds)} of training on this machine, and about {duration(policy.FIXED_S)} for the other "
-        f"stages; {in_words(cost.memory_bytes, 'B')} of memory, {in_words(cost.disk_bytes, 'B')} of disk{hint}"
+        f"stages; {in_words(cost.memory_bytes, 'B')} of memory, {in_words(cost.disk_bytes, 'B')} of disk"
     )
+    if options.time_s is not None and share < 1:
+        return f"{line}; the rest of the text is too large for {duration(options.time_s)}"
+    if options.time_s is None and seconds > LONG_S:
+        return f"{line}; --time 10m learns the part of the text that fits into ten minutes"
+    return line

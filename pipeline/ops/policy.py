@@ -13,6 +13,7 @@ HELD_OUT = 0.1  # share of the text, for the goal generalise
 MIN_HELD_OUT = 2_000  # tokens of a text of which a tenth is held out
 BELOW_COUNTS = 0.75  # of the loss of n-gram counts on the held-out text: a network from scratch does not get below it
 BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
+LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
 MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
 MICRO_BATCH_TOKENS = 8192  # at most
@@ -197,12 +198,12 @@ def largest_within(
     training_on: Callable[[int], Training],
     seconds_of: Callable[[Training], float],
 ) -> Training | None:
-    """The training on the most tokens of the text that takes at most `time_s`; None if a thousand tokens do not fit.
+    """The training on the most tokens of the text that takes at most `time_s`; None if LEAST_TOKENS do not fit.
 
     `training_on`: the training on so many tokens; `seconds_of`: its seconds.
     """
     n = float(n_tokens)
-    while n >= min(1_000, n_tokens):
+    while n >= min(LEAST_TOKENS, n_tokens):
         if seconds_of(training := training_on(int(n))) <= time_s:
             return training
         n *= 0.95

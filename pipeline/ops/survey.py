@@ -1,9 +1,10 @@
 """Measure a text: its size, and in the ids of a tokenizer its tokens, their entropy and the lowest possible losses."""
 
+import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ COUNTED_TOKENS = 1_000_000  # at most, for n-gram counts; takes about 5 s
 LENGTHS = (32, 64, 128, 256)  # tokens in a window, of which a plan chooses
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Text:
     """A text's size and hash, and its beginning."""
 
@@ -35,6 +36,13 @@ class Text:
         """Size of the text in samples."""
         return self.n_bytes / len(self.sample)
 
+    def first(self, share: float) -> "Text":
+        """The text's first `share`, for which the sample is cut if it is longer."""
+        n = min(len(self.sample), math.ceil(share * self.n_bytes))
+        return dataclasses.replace(
+            self, n_bytes=math.ceil(share * self.n_bytes), sample=self.sample[:n].decode(errors="ignore").encode()
+        )
+
     @property
     def characters(self) -> int:
         """Number of characters in the sample."""
@@ -46,12 +54,13 @@ class Text:
         return float((np.frombuffer(self.sample, np.uint8) < 128).mean())
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """A text in the ids of a tokenizer; losses in nats per token."""
 
     tokenizer: str
     n_tokens: int  # of the whole text; estimated from the sample if this is shorter
+    n_vocab: int  # ids of the tokenizer
     n_used: int  # ids that occur in the sample
     entropy: float  # of a token by itself
     lowest_loss: dict[int, float]  # windows' length -> the loss from anywhere that no model can get below
@@ -94,6 +103,7 @@ def measure(text: Text, name: str, folder: Path, lengths: Sequence[int] = LENGTH
     return Measured(
         tokenizer=name,
         n_tokens=round(len(ids) * text.scale),
+        n_vocab=tokenizer.n_vocab,
         n_used=len(np.unique(ids)),
         entropy=next_token_entropy(first, (0,))["0"],
         lowest_loss={int(T): loss for T, loss in irreducible_loss(first, lengths, ("sliding",))["sliding"].items()},
