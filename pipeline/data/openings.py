@@ -1,23 +1,44 @@
 """Openings of a text's own lines, as prompts."""
 
-from collections.abc import Callable, Sequence
+import re
 
+from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import Tokenizer
 
+CHARACTERS = 40  # of an opening, at most
+READ_TOKENS = 400  # for an opening: a longer line is opened in its middle
+DOCUMENT_END = "\0"
 
-def openings(
-    read: Callable[[int, int], Sequence[int]], n_tokens: int, tokenizer: Tokenizer, n: int, n_characters: int
-) -> list[str]:
-    """At most `n` passages of at most `n_characters`: the beginning of the text, and lines evenly spread over it.
 
-    `read`: the ids of the text from one position up to another. Where there is no line break, a passage begins with a
-    word. It ends with a whole word if it has several.
+def openings(tokens: Tokens, tokenizer: Tokenizer, n: int, characters: int = CHARACTERS) -> list[str]:
+    """The beginning of the text, and openings of lines that are spread evenly over it; at most `n`, each one once.
+
+    An opening has at most so many `characters`, and ends with a whole word if it has several. Where there is no line
+    break, it begins with any word.
     """
     found = []
-    for begin in range(0, n_tokens, max(1, n_tokens // n)):
-        ids = list(read(begin, min(n_tokens, begin + 4 * n_characters)))
-        text = tokenizer.decode(ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids[1:] else ids)
-        passage = text.lstrip("\n") if begin == 0 else text.partition("\n")[2].lstrip() or text.partition(" ")[2]
-        cut = passage[: n_characters + 1]
-        found.append((cut if cut == passage else cut[: max(map(cut.rfind, " \n"))]).rstrip()[:n_characters])
+    for begin in range(0, len(tokens), max(1, len(tokens) // n)):
+        ids = tokens.read(begin, min(len(tokens), begin + READ_TOKENS)).tolist()
+        text = _decoded(ids, tokenizer)
+        passage = (
+            text if begin == 0 else (re.split(r"[\n\0]", text, maxsplit=1)[1:] or text.split(" ", 1)[1:] or [""])[0]
+        )
+        found.append(_opening(passage.lstrip("\n \0" if begin else "").partition(DOCUMENT_END)[0], characters))
     return list(dict.fromkeys(filter(None, found)))[:n]
+
+
+def _decoded(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of `ids`, in which DOCUMENT_END stands for the end of a document."""
+    documents, begin = [], 0
+    for end in [*(i for i, each in enumerate(ids) if each == tokenizer.eot), len(ids)]:
+        documents.append(tokenizer.decode(ids[begin:end]))
+        begin = end + 1
+    return DOCUMENT_END.join(documents)
+
+
+def _opening(passage: str, characters: int) -> str:
+    """The first words of `passage`."""
+    cut = passage[: characters + 1]
+    if len(cut) > characters:
+        cut = cut[: max(map(cut.rfind, " \n"))]
+    return cut.rstrip()[:characters]

@@ -99,7 +99,7 @@ def _show_outcome() -> None:
         print(f"{'next':{WIDTH}} {registered['next_step']}")
     model, tokens = load_model(Path("models/model")), TokenFolder(Path("data/tokens")).train
     tokenizer = load_tokenizer(Path("models/model"))
-    prompt = openings(lambda start, stop: tokens.read(start, stop).tolist(), len(tokens), tokenizer, 1, 40)[0]
+    prompt = (openings(tokens, tokenizer, 1) or [""])[0]
     print(f"\n{label} continues the beginning of its text:\n", flush=True)
     show(Generator(model, tokenizer), prompt, Sampling(max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1))
     print("\n`make app` opens the page on this model; `python -m pipeline generate` writes with it in the terminal")
