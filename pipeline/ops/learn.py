@@ -18,7 +18,7 @@ from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
-from pipeline.ops.plan import PLANS, WIDTH, Plan
+from pipeline.ops.plan import PLANS, WIDTH, Plan, stored_plan
 from pipeline.ops.sources import bring
 from pipeline.system.errors import PipelineError
 from pipeline.system.files import read_json, sha256_file, write_json, write_text
@@ -44,9 +44,13 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         return
     copies = bring(plan.source, in_place)
     _keep_params(plan.values)
-    stored = {"source": plan.source.source, "text_sha256": plan.text_sha256, "copies": copies}
-    stored |= {"options": dataclasses.asdict(plan.options), "values": plan.values, "lines": plan.lines}
-    write_json(plan.path, stored)
+    origin = {"origin": plan.source.origin, "copies": copies}
+    if not copies:  # the text is in texts/, where an earlier call may have copied it, or not on this machine
+        origin |= {key: value for key, value in stored_plan(plan.source.name).items() if key in origin}
+    write_json(plan.path, {
+        "source": plan.source.source, "text_sha256": plan.text_sha256, **origin,
+        "options": dataclasses.asdict(plan.options), "values": plan.values, "lines": plan.lines,
+    })  # fmt: skip
     print(write_values(plan.values))
     _reproduce()
     _show_outcome()
@@ -101,5 +105,6 @@ def _show_outcome() -> None:
     tokenizer = load_tokenizer(Path("models/model"))
     prompt = (openings(tokens, tokenizer, 1) or [""])[0]
     print(f"\n{label} continues the beginning of its text:\n", flush=True)
-    show(Generator(model, tokenizer), prompt, Sampling(max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1))
+    room = max(1, model.trained_length - len(tokenizer.encode(prompt)))  # the whole text is the model's context
+    show(Generator(model, tokenizer), prompt, Sampling(max_tokens=min(SAMPLE_TOKENS, room), temperature=0.8, seed=1))
     print("\n`make app` opens the page on this model; `python -m pipeline generate` writes with it in the terminal")

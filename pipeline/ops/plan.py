@@ -15,7 +15,7 @@ from pipeline.ops import policy
 from pipeline.ops.forecast import Forecast, forecast
 from pipeline.ops.params_check import check_params
 from pipeline.ops.policy import MEMORISE, Choice, Shape, Training, duration, in_words
-from pipeline.ops.sources import Source, conflict_of
+from pipeline.ops.sources import Source, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import read_json
@@ -65,10 +65,8 @@ def make_plan(source: Source, options: Options) -> Plan:
     params = load_params()
     base = recipe_values(options.size or BASE)
     stored = stored_plan(source.name)
-    if (other := _sources_of(params).get(source.name, source.source)) != source.source:
-        raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
-    if conflict := conflict_of(source, stored.get("copies", {})):
-        raise InputError(conflict)
+    _require_own_name(source, params)
+    require_room(source, stored.get("copies", {}))
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         text = read_text(source, Path(folder))
         same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
@@ -82,13 +80,16 @@ def stored_plan(name: str) -> dict[str, Any]:
     return dict(read_json(path)) if (path := PLANS / f"{name}.json").is_file() else {}
 
 
-def _sources_of(params: Params) -> dict[str, str]:
-    """The text of each model that a plan or a params.yaml of this project names."""
-    found = {}
-    for each in [*(load_params(path) for path in sorted(PLANS.glob("params-*.yaml"))), params]:
-        values = flatten(each.values)
-        found[str(values.get("registry.model"))] = str(values.get("corpus.source"))
-    return found | {path.stem: str(read_json(path)["source"]) for path in PLANS.glob("*.json")}
+def _require_own_name(source: Source, params: Params) -> None:
+    """Raise InputError if a plan, or a params.yaml of this project, has the model's name for another text."""
+    if stored := stored_plan(source.name):
+        others = [stored["origin"] if source.copies else stored["source"]]
+    else:
+        read = [flatten(each.values) for each in (params, *map(load_params, sorted(PLANS.glob("params-*.yaml"))))]
+        others = [values.get("corpus.source") for values in read if values.get("registry.model") == source.name]
+    for other in others:
+        if other not in (source.origin, source.source):
+            raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
 
 
 def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any], params: Params, folder: Path) -> Plan:
@@ -177,6 +178,8 @@ def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[fl
         bound = f"{measured.lowest_loss[seq_len]:.3f} nats a token from anywhere, in windows of {seq_len} tokens"
         if options.target is None and target > policy.DEFAULT_TARGET:
             bound += f": the text repeats itself, so the target is {target:g} instead of {policy.DEFAULT_TARGET:g}"
+        if target < policy.LOWEST_REACHED:
+            bound += f"; but no training here has reached less than {policy.LOWEST_REACHED:g} yet"
         return target, lambda n: policy.memorise(n, bits, seq_len, target, shape), bound
     counts = measured.loss_of_counts(policy.HELD_OUT)
     target = policy.held_out_target(measured.n_tokens, counts, options.target)

@@ -13,6 +13,7 @@ HELD_OUT = 0.1  # share of the text, for the goal generalise
 MIN_HELD_OUT = 2_000  # tokens of a text of which a tenth is held out
 BELOW_COUNTS = 0.75  # of the loss of n-gram counts on the held-out text: a network from scratch does not get below it
 BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
+LOWEST_REACHED = 0.009  # nats per token from anywhere in a text (RECORDS.md)
 LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
 MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
@@ -139,6 +140,7 @@ def window_and_target(lowest_loss: dict[int, float], target: float | None) -> tu
     Without a target, it is .1, or what is possible in the longest window. Raises InputError if the target is not
     possible.
     """
+    _require_positive(target)
     if not lowest_loss:
         raise InputError("the text has fewer tokens than the shortest window, 32: give more text")
     lengths = [T for T in lowest_loss if T >= 64] or list(lowest_loss)
@@ -155,11 +157,17 @@ def window_and_target(lowest_loss: dict[int, float], target: float | None) -> tu
     )
 
 
+def _require_positive(target: float | None) -> None:
+    if target is not None and not 0 < target < math.inf:
+        raise InputError(f"--target {target:g}: give a loss above 0, in nats per token")
+
+
 def held_out_target(n_tokens: int, counts: float, target: float | None) -> float:
     """The validation loss to reach; by default one that the text is too short for, so that early stopping ends the run.
 
     `counts`: loss of n-gram counts on the held-out text. Raises InputError if the text is too short for the target.
     """
+    _require_positive(target)
     if n_tokens < MIN_HELD_OUT:
         raise InputError(
             f"the text has {n_tokens:,} tokens, too few to hold out a tenth ({MIN_HELD_OUT:,} are needed): "

@@ -15,6 +15,7 @@ from pipeline.system.files import atomic_file, sha256_file
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # a URL, or wheel:
 WILDCARDS = set("*?[")
+NAME = re.compile(r"[\w-][\w.-]*")  # of a model, and of a file
 KINDS = "a file, a folder, a glob in quotes, or a URL"
 
 
@@ -24,6 +25,7 @@ class Source:
 
     source: str
     name: str
+    origin: str  # path or URL of the text
     files: Mapping[str, Path] = field(default_factory=dict)  # name for messages -> file; empty for a remote source
     copies: Mapping[Path, Path] = field(default_factory=dict)  # file in texts/ -> its original outside of the project
 
@@ -33,12 +35,14 @@ def find_source(given: str, name: str | None) -> Source:
 
     A text outside of texts/ gets a place there, under its model's name. Raises InputError if there is no such text.
     """
+    if name is not None and not NAME.fullmatch(name):
+        raise InputError(f"--name {name!r}: use letters, digits, `.`, `_` and `-` only")
     if REMOTE.match(given):
-        return Source(given, name or name_of(given))
+        return Source(given, name or name_of(given), given)
     path = Path(os.path.abspath(Path(given).expanduser()))  # not resolved: a link to a text keeps its own name
     if path.is_relative_to(texts := Path(TEXTS).absolute()):
         source = (TEXTS / path.relative_to(texts)).as_posix()
-        return Source(source, name or name_of(source), {str(file): file for file in find_files(source)})
+        return Source(source, name or name_of(source), source, {str(file): file for file in find_files(source)})
     if path.exists():
         whole = path.resolve()
         inside, files = whole, find_files(whole.name, whole.parent)
@@ -51,9 +55,9 @@ def find_source(given: str, name: str | None) -> Source:
     name = name or name_of(given)
     if path.is_file():
         target = f"{TEXTS}/{name}{path.name.removeprefix(stem_of(path.name))}"
-        return Source(target, name, {given: files[0]}, {Path(target): files[0]})
+        return Source(target, name, str(path), {given: files[0]}, {Path(target): files[0]})
     copies = {Path(TEXTS, name, file.relative_to(inside)): file for file in files}
-    return Source(f"{TEXTS}/{name}", name, {str(file): file for file in files}, copies)
+    return Source(f"{TEXTS}/{name}", name, str(path), {str(file): file for file in files}, copies)
 
 
 def name_of(given: str) -> str:
@@ -82,23 +86,29 @@ def require_no_json(files: Mapping[str, Path]) -> None:
                 raise InputError(f'{name} contains JSON: name it .jsonl, with one record {{"text": "..."}} a line')
 
 
-def conflict_of(source: Source, copied: Mapping[str, str]) -> str | None:
-    """Why the text cannot be brought into texts/ without loss, in words for an error; None if it can.
+def require_room(source: Source, copied: Mapping[str, str]) -> None:
+    """Raise InputError if bringing the text into texts/ would replace a file that is not a copy of the same text.
 
-    `copied`: the copies of an earlier call -> SHA-256. Such a copy may be replaced if nobody has changed it.
+    `copied`: the copies that an earlier call has made -> SHA-256. If nobody has changed such a copy since, the text has
+    changed, and the copy is replaced.
     """
 
-    def is_ours(path: Path) -> bool:
+    def is_copy(path: Path) -> bool:
         return copied.get(path.as_posix()) == sha256_file(path)
 
     for path, original in source.copies.items():
-        if os.path.lexists(path) and not (path.is_file() and (same(path, original) or is_ours(path))):
-            return f"{path} is another text than {original}: choose another --name, which is also the name of the copy"
-    if source.copies and (folder := Path(source.source)).is_dir():
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path not in source.copies and not is_ours(path):
-                return f"{path} belongs to another text: choose another --name, which is also the name of the copy"
-    return None
+        if os.path.lexists(path) and not (path.is_file() and (same(path, original) or is_copy(path))):
+            raise InputError(f"{path} is another text than {original}: choose another --name, as the copy has it too")
+    for path in _surplus(source):
+        if not is_copy(path):
+            raise InputError(f"{path} is not in the text {source.name}: choose another --name, as the copy has it too")
+
+
+def _surplus(source: Source) -> list[Path]:
+    """Files in the folder of the copies that the text does not have."""
+    folder = Path(source.source)
+    found = sorted(folder.rglob("*")) if source.copies and folder.is_dir() else []
+    return [path for path in found if not path.is_dir() and path not in source.copies]
 
 
 def same(path: Path, original: Path) -> bool:
@@ -108,8 +118,8 @@ def same(path: Path, original: Path) -> bool:
 def bring(source: Source, in_place: bool) -> dict[str, str]:
     """Copy the text into texts/, or make links to it (`in_place`); return each new file's SHA-256 by its name.
 
-    The originals are not changed. Copies of files that no longer exist are removed; `conflict_of` has checked that
-    they are copies.
+    The originals are not changed. Copies of files that the text no longer has are removed; `require_room` has checked
+    that they are copies.
     """
     for path, original in source.copies.items():
         if path.is_symlink() == in_place and os.path.lexists(path) and same(path, original):
@@ -120,8 +130,6 @@ def bring(source: Source, in_place: bool) -> dict[str, str]:
                 unfinished.symlink_to(original)
             else:
                 shutil.copyfile(original, unfinished)
-    if source.copies and (folder := Path(source.source)).is_dir():
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path not in source.copies:
-                path.unlink()
+    for path in _surplus(source):
+        path.unlink()
     return {path.as_posix(): sha256_file(path) for path in source.copies}
