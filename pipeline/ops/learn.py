@@ -49,10 +49,11 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         origin |= {key: value for key, value in stored_plan(plan.source.name).items() if key in origin}
     write_json(plan.path, {
         "source": plan.source.source, "text_sha256": plan.text_sha256, **origin,
-        "options": dataclasses.asdict(plan.options), "values": plan.values, "lines": plan.lines,
+        "options": dataclasses.asdict(plan.options), "values": plan.values, "cost": plan.cost._asdict(),
+        "lines": plan.lines,
     })  # fmt: skip
     print(write_values(plan.values))
-    _reproduce()
+    _reproduce(plan.cost.environment())
     _show_outcome()
 
 
@@ -66,14 +67,16 @@ def _keep_params(values: dict[str, Any]) -> None:
         print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
 
 
-def _reproduce() -> None:
+def _reproduce(environment: dict[str, str]) -> None:
     """Run `dvc repro` with this Python's programs first on the PATH.
 
     Ctrl-C reaches DVC and its stage from the terminal; another signal is passed on to DVC, with which its stage ends.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with StopSignals() as stop:
-        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], env={**os.environ, "PATH": path})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro"], env={**os.environ, **environment, "PATH": path}
+        )
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):

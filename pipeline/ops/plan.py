@@ -5,25 +5,31 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.config.params import Params, load_params
 from pipeline.config.recipes import BASE, recipe_values
+from pipeline.config.sections import TrainConfig
+from pipeline.data.vocab import Vocabulary
 from pipeline.ops import policy
-from pipeline.ops.forecast import Forecast, forecast
 from pipeline.ops.params_check import check_params
-from pipeline.ops.policy import MEMORISE, Choice, Shape, Training, duration, in_words
+from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training, duration, in_words
 from pipeline.ops.sources import Source, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text
+from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import read_json
 from pipeline.tracking.fingerprint import flatten
 from pipeline.training.config import RunConfig
+from pipeline.training.forecast import Forecast, forecast, step_flops
 
 PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
 WIDTH = 11  # of the first column of a printed plan
+FAR = 3.0  # times the time that is given, from which seconds need not be measured
 LONG_S = 3600.0  # a longer training gets a hint to --time
 
 
@@ -46,6 +52,7 @@ class Plan:
     text_sha256: str
     options: Options
     values: dict[str, Any]  # of params.yaml, by dotted key
+    cost: Forecast
     lines: dict[str, str]  # topic -> sentence for the user
 
     def __str__(self) -> str:
@@ -71,7 +78,7 @@ def make_plan(source: Source, options: Options) -> Plan:
         text = read_text(source, Path(folder))
         same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
         if stored.items() >= same.items():
-            return Plan(source, text.sha256, options, stored["values"], stored["lines"])
+            return Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
         return _new_plan(source, text, options, base, params, Path(folder))
 
 
@@ -102,16 +109,16 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         lengths = (base["windows.seq_len"],) if options.size else LENGTHS
         tokenizer, measured = _choose_tokenizer(text.first(share), options.tokenizer, folder / str(attempt), lengths)
         target, training_on, bound = _goal(measured, options, _shape_of(base) if options.size else None)
-        cost_of = cache(partial(_cost, params, base, measured, options.goal, target))
+        costs = Costs(params, base, measured, options.goal, target)
         training = training_on(measured.n_tokens)
         if options.time_s is not None:
-            training = _fit(options.time_s, training, training_on, cost_of)
+            training = _fit(options.time_s, training, training_on, costs)
         if training.n_tokens >= measured.n_tokens:
             break
         share *= training.n_tokens / measured.n_tokens
     share = 1.0 if share >= 1 else float(f"{share:.2g}")
     values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer, share, target)
-    cost = cost_of(training)
+    cost = costs.of(training)
     check_params(_merged(params, values))
     lines = {
         "text": _text_line(source, text, measured, share),
@@ -119,18 +126,53 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         "lowest loss": bound,
         "model": _model_line(training, measured, options.size),
         "training": _training_line(training, options.goal, target),
-        "cost": _cost_line(training, cost, options, share),
+        "cost": _cost_line(cost, options, share),
         "name": f"{source.name}, for the page, generate, models and export",
     }
-    return Plan(source, text.sha256, options, values, lines)
+    return Plan(source, text.sha256, options, values, cost, lines)
 
 
-def _cost(
-    params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float, training: Training
-) -> Forecast:
-    values = base | policy.values_of(training, goal, target)
-    config = RunConfig.of(_merged(params, values)).sized_for(measured.n_vocab)
-    return forecast(config, measured.n_used)
+class Costs:
+    """Forecasts of trainings on a text; the steps of each shape are timed once."""
+
+    def __init__(self, params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float) -> None:
+        self.params, self.base, self.measured, self.goal, self.target = params, base, measured, goal, target
+        n_ids = measured.n_vocab
+        self.vocabulary = Vocabulary.of(np.arange(n_ids) < measured.n_used, n_ids)
+        self.machine = prepare_machine(params.section(TrainConfig))
+        self._timed: dict[Shape, tuple[Training, Forecast]] = {}
+
+    def of(self, training: Training) -> Forecast:
+        """The cost of a training, in proportion to the tokens of the first one of its shape, which is timed."""
+        if training.shape not in self._timed:
+            held_out = round(HELD_OUT * training.n_tokens) if self.goal == GENERALISE else 0
+            tokens = training.n_tokens - held_out
+            found = forecast(self._config_of(training), self.machine, self.vocabulary, tokens, held_out)
+            self._timed[training.shape] = training, found
+        first, cost = self._timed[training.shape]
+        share = training.n_tokens / first.n_tokens
+        return cost._replace(
+            train_s=training.steps * cost.step_s,
+            evaluation_s=share * cost.evaluation_s,
+            evaluate_s=share * cost.evaluate_s,
+        )
+
+    def seconds_within(self, training: Training, time_s: float) -> float:
+        """Seconds of all stages; only estimated from the FLOPs of another shape if they are far above `time_s`."""
+        if training.shape not in self._timed and self._timed:
+            first, cost = next(iter(self._timed.values()))
+            estimate = training.steps * cost.step_s * self._step_flops(training) / self._step_flops(first)
+            if estimate > FAR * time_s:
+                return estimate
+        cost = self.of(training)
+        return cost.train_s + cost.evaluation_s + cost.evaluate_s + policy.FIXED_S
+
+    def _config_of(self, training: Training) -> RunConfig:
+        values = self.base | policy.values_of(training, self.goal, self.target)
+        return RunConfig.of(_merged(self.params, values)).sized_for(self.measured.n_vocab)
+
+    def _step_flops(self, training: Training) -> int:
+        return step_flops(self._config_of(training), self.vocabulary.n_rows)
 
 
 def _merged(params: Params, values: dict[str, Any]) -> Params:
@@ -188,19 +230,18 @@ def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[fl
     return target, lambda n: policy.generalise(n, bits, seq_len, shape), bound
 
 
-def _fit(
-    time_s: float, whole: Training, training_on: Callable[[int], Training], cost_of: Callable[[Training], Forecast]
-) -> Training:
+def _fit(time_s: float, whole: Training, training_on: Callable[[int], Training], costs: Costs) -> Training:
     """The training on as much of the text as fits into the time; InputError if too little of it does."""
+    least = training_on(min(policy.LEAST_TOKENS, whole.n_tokens))
+    least_s = costs.seconds_within(least, time_s)
 
     def seconds_of(training: Training) -> float:
-        return policy.FIXED_S + training.steps * cost_of(training).step_s
+        return costs.seconds_within(training, time_s)
 
     if (fitted := policy.largest_within(time_s, whole.n_tokens, training_on, seconds_of)) is None:
-        least = seconds_of(training_on(min(policy.LEAST_TOKENS, whole.n_tokens)))
         raise InputError(
-            f"--time {duration(time_s)}: the text is too large for it, {policy.LEAST_TOKENS:,} tokens take "
-            f"{duration(least)}, and all of it {duration(seconds_of(whole))}"
+            f"--time {duration(time_s)}: the text is too large for it, its first {least.n_tokens:,} tokens take "
+            f"{duration(least_s)}, and all of it {duration(seconds_of(whole))}"
         )
     return fitted
 
@@ -252,11 +293,12 @@ def _training_line(training: Training, goal: str, target: float) -> str:
     return f"at most {training.max_epochs:g} epochs, {steps}, {until}"
 
 
-def _cost_line(training: Training, cost: Forecast, options: Options, share: float) -> str:
-    seconds = training.steps * cost.step_s
+def _cost_line(cost: Forecast, options: Options, share: float) -> str:
+    seconds = cost.train_s + cost.evaluation_s
     line = (
-        f"at most {duration(seconds)} of training on this machine, and about {duration(policy.FIXED_S)} for the other "
-        f"stages; {in_words(cost.memory_bytes, 'B')} of memory, {in_words(cost.disk_bytes, 'B')} of disk"
+        f"at most {duration(seconds)} of training on this machine, and about "
+        f"{duration(policy.FIXED_S + cost.evaluate_s)} for the other stages; {in_words(cost.memory_bytes, 'B')} of "
+        f"memory, {in_words(cost.disk_bytes, 'B')} of disk"
     )
     if options.time_s is not None and share < 1:
         return f"{line}; the rest of the text is too large for {duration(options.time_s)}"
