@@ -43,19 +43,25 @@ def choose_tokenizer(
 
     `tokens_with`: number of tokens of the text with a tokenizer, None if it cannot be made; called only if needed.
     """
+    n_gpt2: float | None = None
     if ascii_share < MIN_ASCII:
         why = f"{100 * (1 - ascii_share):.0f}% of the bytes are not ASCII, for which GPT-2's tokens are too short"
-    elif (n := tokens_with("gpt2")) is None:
+    elif (n_gpt2 := tokens_with("gpt2")) is None:
         why = "GPT-2's tokenizer could not be downloaded"
-    elif n_bytes >= MIN_GPT2_BYTES * n:
-        return Choice("gpt2", f"{n_bytes / n:.1f} bytes of this text a token")
     else:
-        why = f"GPT-2's tokens have only {n_bytes / n:.1f} bytes of this text"
+        gpt2 = Choice("gpt2", f"{n_bytes / n_gpt2:.1f} bytes of this text a token")
+        if n_bytes >= MIN_GPT2_BYTES * n_gpt2:
+            return gpt2
+        why = f"GPT-2's tokens have only {n_bytes / n_gpt2:.1f} bytes of this text"
     for size in reversed(BPE_SIZES):
         if size * CHARACTERS_PER_ID <= characters and (n := tokens_with(name := f"bpe:{size}")) is not None:
             if n > FEWER * characters:
                 break
+            if n_gpt2 is not None and n_gpt2 <= n:
+                return gpt2
             return Choice(name, f"{why}, and tokens that are trained on it have {n_bytes / n:.1f}")
+    if n_gpt2 is not None and n_gpt2 <= FEWER * characters:
+        return gpt2
     return Choice("chars", f"{why}, and the text is too short to train longer ones")
 
 

@@ -37,6 +37,9 @@ from pipeline.system.errors import InputError
         (60_000, 20_000, 0.02, {"bpe:512": 17_000}, "chars", "98% of the bytes are not ASCII"),  # a Chinese chapter
         (3e6, 1e6, 0.02, {"bpe:16384": 6e5}, "bpe:16384", "tokens that are trained on it have 5.0"),  # a Chinese novel
         (3e6, 1e6, 0.02, {"bpe:16384": None, "bpe:8192": 6e5}, "bpe:8192", "5.0"),  # has fewer pairs than that
+        (60_000, 60_000, 1.0, {"gpt2": 24_000, "bpe:1024": 25_000}, "gpt2", "2.5 bytes of this text a token"),  # code
+        (9_000, 9_000, 1.0, {"gpt2": 4_000}, "gpt2", "2.2 bytes"),  # short
+        (9_000, 9_000, 1.0, {"gpt2": 8_000}, "chars", "only 1.1 bytes"),  # numbers
         (1_000, 400, 0.3, {}, "chars", "too short to train longer ones"),
     ],
 )
