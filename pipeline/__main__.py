@@ -227,6 +227,7 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
             add("--tokenizer", help="as corpus.tokenizer; default: chosen from the text")
             add("--size", metavar="RECIPE", default="auto", help="a recipe with the model to use; default: auto")
             add("--time", help="train only on the part of the text that is learnt in this time, such as 10m or 2h")
+            add("--column", help="column with the texts of a table; default: `text`, or the only column of texts")
             add("--name", help="name of the model; default: that of the text")
             add("--in-place", action="store_true", help="make links to a text outside of the project, not a copy")
             if command == "learn":
@@ -281,6 +282,7 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         goal=arguments.goal,
         tokenizer=arguments.tokenizer,
         size=None if arguments.size == "auto" else arguments.size,
+        column=arguments.column,
         time_s=None if arguments.time is None else parse_duration(arguments.time),
     )
     return make_plan(find_source(given[0], arguments.name), options)

@@ -121,15 +121,15 @@ def next_token_entropy(ids: Integers, contexts: Iterable[int] = CONTEXTS) -> dic
 
 
 def irreducible_loss(
-    ids: Integers, lengths: Iterable[int] = LENGTHS, kinds: Iterable[str] = KINDS
+    ids: Integers, lengths: Iterable[int] | None = None, kinds: Iterable[str] = KINDS
 ) -> dict[str, dict[str, float]]:
-    """Lowest mean loss on windows of T tokens, for each T of `lengths` that is shorter than the text.
+    """Lowest mean loss on windows of T tokens, for each T of `lengths`, or of LENGTHS, that is shorter than the text.
 
     `fixed`: fixed windows; `shifted`: windows that are shifted by any offset; `sliding`: the same, of targets with more
     than T/2 inputs only, as in sliding windows. The best model knows a target's position in the window and the tokens
     before it in the window, but not the window's position in the text.
     """
-    grams, n, shorter = NGrams(ids), len(ids), [length for length in lengths if length < len(ids)]
+    grams, n, shorter = NGrams(ids), len(ids), [length for length in lengths or LENGTHS if length < len(ids)]
     of = {
         "fixed": lambda T: grams.mean_entropy(1, T + 1, n - T, stride=T),
         "shifted": lambda T: grams.mean_entropy(1, T + 1, n - T),

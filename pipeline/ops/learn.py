@@ -18,13 +18,18 @@ from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
-from pipeline.ops.plan import PLANS, WIDTH, Plan, stored_plan
+from pipeline.ops.plan import PLANS, WIDTH, Options, Plan, stored_plan
+from pipeline.ops.policy import GENERALISE
 from pipeline.ops.sources import bring
+from pipeline.registry.catalog import CHAMPION, find_version, open_registry, registered_model
+from pipeline.registry.promotion import promote
 from pipeline.system.errors import PipelineError
 from pipeline.system.files import read_json, sha256_file, write_json, write_text
+from pipeline.system.host import project_root
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.run_record import read_run
+from pipeline.training.target import RULES
 
 SAMPLE_TOKENS = 100
 
@@ -54,7 +59,35 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
     })  # fmt: skip
     print(write_values(plan.values))
     _reproduce(plan.cost.environment())
-    _show_outcome()
+    _show_outcome(plan.options)
+
+
+def _wants_the_best(options: Options) -> bool:
+    """Whether the target is only the end of a run that early stopping ends before: its best model is wanted."""
+    return options.goal == GENERALISE and options.target is None
+
+
+def _promoted(registered: dict[str, Any]) -> dict[str, Any] | None:
+    """Make the new version champion if the gate cannot compare it with what the user asks for now.
+
+    That is so if there is no champion, if the champion has another target rule, or if the text has changed and is not
+    shorter. On the same held-out text, the lower loss decides. Returns the changes of `registered`; None: it stays.
+    """
+    store, name = open_registry(project_root()), registered["model"]
+    version = find_version(store, name, registered["version"])
+    number = registered_model(store, name).aliases.get(CHAMPION)
+    if number is not None:
+        champion, ours = find_version(store, name, str(number)).tags, version.tags
+        loss = RULES[ours["rule"]].loss
+        if champion.get("rule") == ours["rule"]:
+            if champion.get("data_sha256") != ours["data_sha256"]:
+                better = int(champion.get("train_tokens", 0)) <= int(ours["train_tokens"])
+            else:
+                better = RULES[ours["rule"]].needs_held_out and float(ours[loss]) < float(champion[loss])
+            if not better:
+                return None
+    print(promote(store, name, str(version.version)))
+    return {"champion": True, "next_step": None}
 
 
 def _keep_params(values: dict[str, Any]) -> None:
@@ -91,11 +124,12 @@ def _reproduce(environment: dict[str, str]) -> None:
         raise StageFailed("`dvc repro` failed, as it says above: the same command resumes where it ended")
 
 
-def _show_outcome() -> None:
+def _show_outcome(options: Options) -> None:
     """Print the loss that was reached, a text by the model, and the commands that use it."""
-    registered, record = read_json(Path("reports/registered.json")), read_run(Path("models"))
-    results = record["results"]
+    registered, results = read_json(Path("reports/registered.json")), read_run(Path("models"))["results"]
     reached = results["to_target"][results["rule"]]
+    if not registered["champion"] and (reached or _wants_the_best(options)):
+        registered |= _promoted(registered) or {}
     spent = reached or results
     cost = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens"
     target = f"target {results['target_loss']:g} (rule {results['rule']})"

@@ -42,6 +42,7 @@ class Options:
     tokenizer: str | None = None
     size: str | None = None  # a recipe, whose model, windows and optimiser are used
     time_s: float | None = None
+    column: str | None = None  # of a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def make_plan(source: Source, options: Options) -> Plan:
     _require_own_name(source, params)
     require_room(source, stored.get("copies", {}))
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        text = read_text(source, Path(folder))
+        text = read_text(source, options.column, Path(folder))
         same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
         if stored.items() >= same.items():
             return Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
@@ -118,6 +119,7 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         share *= training.n_tokens / measured.n_tokens
     share = 1.0 if share >= 1 else float(f"{share:.2g}")
     values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer, share, target)
+    values["corpus.column"] = options.column
     cost = costs.of(training)
     check_params(_merged(params, values))
     lines = {

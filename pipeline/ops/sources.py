@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from pipeline.config.sections import TEXTS
-from pipeline.data.documents import JSON, OPENERS, RECORDS, find_files
+from pipeline.data.documents import OPENERS, find_files
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_file, sha256_file
 
@@ -72,18 +72,6 @@ def stem_of(name: str) -> str:
     """A file's name without its suffix, and without that of a compression."""
     path = PurePosixPath(name)
     return PurePosixPath(path.stem).stem if path.suffix.lower() in OPENERS else path.stem
-
-
-def require_no_json(files: Mapping[str, Path]) -> None:
-    """Raise InputError if a file contains JSON, but its name does not say so: it would be read as plain text."""
-    for name, file in files.items():
-        suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes if suffix.lower() not in OPENERS]
-        opener = OPENERS.get(PurePosixPath(name).suffix.lower(), open)
-        if suffixes[-1:] and suffixes[-1] in RECORDS:
-            continue
-        with opener(file, "rb") as opened:
-            if JSON.match(opened.read(1024)):
-                raise InputError(f'{name} contains JSON: name it .jsonl, with one record {{"text": "..."}} a line')
 
 
 def require_room(source: Source, copied: Mapping[str, str]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.corpus import fetch, write_documents
+from pipeline.config.params import Params, load_params
+from pipeline.config.sections import CorpusConfig
+from pipeline.data.corpus import fetch_corpus, write_documents
 from pipeline.data.statistics import STATISTICS_TOKENS, Integers, counts_loss, irreducible_loss, next_token_entropy
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from pipeline.ops.sources import Source, require_no_json
+from pipeline.ops.sources import Source
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import sha256_file
 
@@ -73,14 +75,16 @@ class Measured:
         return counts_loss(ids, max(1, round(share * len(ids))))
 
 
-def read_text(source: Source, folder: Path) -> Text:
-    """Read the whole text, with a copy in `folder`. Raises as `fetch` and `read_documents` do."""
-    files, corpus = dict(source.files), folder / "corpus.txt"
-    with redirect_stdout(sys.stderr):
-        if not files:
-            files = {fetch([source.source], folder / "raw", None): folder / "raw"}
-        require_no_json(files)
-        notes = write_documents(files, corpus, source.source)
+def read_text(source: Source, column: str | None, folder: Path) -> Text:
+    """Read the whole text, with a copy in `folder`; `column`: of a table. Raises as `fetch_corpus` does."""
+    corpus, notes = folder / "corpus.txt", list[str]()
+    if source.files:
+        notes = write_documents(source.files, corpus, source.origin, column)
+    else:
+        values = load_params().values["corpus"] | {"source": source.source, "column": column}
+        config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path("SOURCE")).section(CorpusConfig)
+        with redirect_stdout(sys.stderr):
+            fetch_corpus(config, corpus)
     with corpus.open("rb") as file:
         sample = file.read(SURVEYED_BYTES)
         n_documents = 1 + sample.count(0)
@@ -88,7 +92,7 @@ def read_text(source: Source, folder: Path) -> Text:
             n_documents += block.count(0)
     whole = sample.decode(errors="ignore").encode()  # without the part of a character at the end
     if not whole.strip(b"\0 \t\r\n"):
-        raise InputError(f"{source.source} contains no text: give another text")
+        raise InputError(f"{source.origin} contains no text: give another text")
     return Text(sha256_file(corpus), n_documents, corpus.stat().st_size, tuple(notes), whole)
 
 
