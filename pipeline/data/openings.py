@@ -18,12 +18,11 @@ def openings(tokens: Tokens, tokenizer: Tokenizer, n: int, characters: int = CHA
     """
     found = []
     for begin in range(0, len(tokens), max(1, len(tokens) // n)):
-        ids = tokens.read(begin, min(len(tokens), begin + READ_TOKENS)).tolist()
-        text = _decoded(ids, tokenizer)
-        passage = (
-            text if begin == 0 else (re.split(r"[\n\0]", text, maxsplit=1)[1:] or text.split(" ", 1)[1:] or [""])[0]
-        )
-        found.append(_opening(passage.lstrip("\n \0" if begin else "").partition(DOCUMENT_END)[0], characters))
+        start = max(0, begin - 1)  # the token before may end a line
+        text = _decoded(tokens.read(start, min(len(tokens), begin + READ_TOKENS)).tolist(), tokenizer)
+        passages = [text] if begin == 0 else [*re.split(r"[\n\0]\s*", text, maxsplit=1)[1:], *text.split(" ", 1)[1:]]
+        passage = next(filter(str.strip, passages), "")
+        found.append(_opening(passage.partition(DOCUMENT_END)[0], characters))
     return list(dict.fromkeys(filter(None, found)))[:n]
 
 
