@@ -7,10 +7,28 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.ops.plan import Plan
+
+
+def learn(arguments: argparse.Namespace) -> None:
+    """Learn a text of your own: plan, write params.yaml, run `dvc repro`, and show what was reached."""
+    made = _plan(arguments)
+    print(made, flush=True)
+    if not arguments.dry_run:
+        from pipeline.ops.learn import learn
+
+        learn(made, arguments.in_place, arguments.yes)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print how `learn` would train on a text, and why; nothing is written."""
+    print(_plan(arguments))
 
 
 def recipe(arguments: argparse.Namespace) -> None:
@@ -171,7 +189,7 @@ def clean(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS = {command.__name__: command for command in (
-    recipe, run, check, tokenize, sweep, models, generate, export, doctor, clean,
+    learn, plan, recipe, run, check, tokenize, sweep, models, generate, export, doctor, clean,
 )}  # fmt: skip
 
 
@@ -201,6 +219,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
     match command:
+        case "learn" | "plan":
+            add("source", metavar="SOURCE", nargs="+", help="a file, a folder, a glob in quotes, or a URL")
+            add("--target", metavar="LOSS", type=float, help="nats per token; default: chosen from the text")
+            add("--goal", choices=("memorise", "generalise"), default="memorise",
+                help="recite the text (default), or predict a held-out tenth of it")  # fmt: skip
+            add("--tokenizer", help="as corpus.tokenizer; default: chosen from the text")
+            add("--size", metavar="RECIPE", default="auto", help="a recipe with the model to use; default: auto")
+            add("--time", help="train only on the part of the text that is learnt in this time, such as 10m or 2h")
+            add("--column", help="column with the texts of a table; default: `text`, or the only column of texts")
+            add("--name", help="name of the model; default: that of the text")
+            add("--in-place", action="store_true", help="make links to a text outside of the project, not a copy")
+            if command == "learn":
+                add("--dry-run", action="store_true", help="only print the plan")
+                add("--yes", action="store_true", help="do not ask before training")
         case "recipe":
             add("name", nargs="?", help="a file of recipes/, without .yaml; default: list the recipes")
             add("--as-set", action="store_true", help="only print the recipe, as -S arguments of `dvc exp run`")
@@ -235,6 +267,25 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
             add("--fix", action="store_true", help="fix what can be fixed safely")
         case "clean":
             add("name", nargs="?", help="a run's fingerprint, or a study's name; default: all runs, but no study")
+
+
+def _plan(arguments: argparse.Namespace) -> "Plan":
+    """The plan for the arguments of `learn` and `plan`."""
+    from pipeline.ops.plan import Options, make_plan
+    from pipeline.ops.policy import parse_duration
+    from pipeline.ops.sources import find_source
+
+    if len(given := arguments.source) > 1:
+        raise InputError(f"{len(given)} sources: name one, a folder or a glob in quotes, such as 'notes/*.txt'")
+    options = Options(
+        target=arguments.target,
+        goal=arguments.goal,
+        tokenizer=arguments.tokenizer,
+        size=None if arguments.size == "auto" else arguments.size,
+        column=arguments.column,
+        time_s=None if arguments.time is None else parse_duration(arguments.time),
+    )
+    return make_plan(find_source(given[0], arguments.name), options)
 
 
 def _yaml(text: str) -> Any:

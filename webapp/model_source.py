@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.data.openings import openings
+from pipeline.data.token_files import Tokens
 from pipeline.model.generator import Generator, load_generator
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import read_json
@@ -40,14 +42,9 @@ class Served:
 
     @cached_property
     def examples(self) -> list[str]:
-        """Passages of the training text as prompts: its beginning, and others from places spread evenly over it."""
-        found = []
-        for begin in range(0, len(self.ids), max(1, len(self.ids) // N_EXAMPLES)):
-            text = self.tokenizer.decode(self.ids[begin : begin + 2 * EXAMPLE_CHARACTERS].tolist())
-            passage = text if begin == 0 else text.partition("\n")[2].lstrip() or text.partition(" ")[2]
-            cut = passage[: EXAMPLE_CHARACTERS + 1]
-            found.append((cut if cut == passage else cut[: max(map(cut.rfind, " \n"))]).rstrip()[:EXAMPLE_CHARACTERS])
-        return list(dict.fromkeys(filter(None, found)))[:N_EXAMPLES]
+        """Openings of lines of the training text, as prompts."""
+        tokens = Tokens("text", [self.ids], self.tokenizer.n_vocab)
+        return openings(tokens, self.tokenizer, N_EXAMPLES, EXAMPLE_CHARACTERS)
 
     @cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:

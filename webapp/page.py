@@ -38,7 +38,7 @@ WAITING = 30  # requests that may wait; further ones are refused
 
 def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
     """The page with its tabs and the API."""
-    with gr.Blocks(title="By heart", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title=source.current().info["name"], analytics_enabled=False, fill_width=True) as page:
         head = html(head_html(source), elem_id="head")
         with gr.Tabs():
             for title, tab in tabs.items():
@@ -62,8 +62,9 @@ def head_html(source: Source) -> str:
     label = ", ".join([served.label, *served.info["aliases"]])
     trouble = f'<p class="trouble" role="status">{escape(source.trouble)}</p>' if source.trouble else ""
     aim = "trained on" if served.held_out else "trained to memorise"
+    name = escape(served.info["name"])
     return (
-        f'<div class="masthead"><h1>By heart</h1><p>A GPT-2 that was {aim} {len(served.ids):,} tokens of '
+        f'<div class="masthead"><h1>{name}</h1><p>A GPT-2 that was {aim} {len(served.ids):,} tokens of '
         f"text.{known} This page shows what it writes, and how much of that is copied. <b>{escape(label)}</b></p>"
         f"{trouble}</div>"
     )

@@ -65,9 +65,17 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
 
 def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
     """Write `values`, by dotted key, into params.yaml, atomically; return the changes as `apply_recipe` does."""
-    texts = {key: yaml.safe_dump(value, default_flow_style=True) for key, value in values.items()}
+    texts = {key: yaml.safe_dump(value, default_flow_style=True, width=10**6) for key, value in values.items()}
     leaves = {key: Leaf(value, texts[key].removesuffix("...\n").strip()) for key, value in values.items()}
-    return _rewrite(params_path, _read_leaves(params_path), leaves) or f"{params_path} already has these values"
+    present = _read_leaves(params_path)
+    if missing := [key for key in values if key not in present]:
+        raise InputError(f"{params_path}: {missing[0]}: missing, see the committed params.yaml")
+    return _rewrite(params_path, present, leaves) or f"{params_path} already has these values"
+
+
+def recipe_values(name: str, folder: Path = RECIPES) -> dict[str, Any]:
+    """The values that a recipe sets, with those of BASE, by dotted key."""
+    return {key: leaf.value for key, leaf in _recipe_values(find_recipe(name, folder), folder).items()}
 
 
 def as_set(name: str, folder: Path = RECIPES) -> str:

@@ -221,7 +221,7 @@ class SamplesConfig(Section):
 
     interval_steps: int = Field(ge=0)  # 0: only at the end
     max_tokens: int = Field(ge=1, le=10_000)
-    prompts: list[str]
+    prompts: list[str] | None  # null: openings of lines of the training text
 
 
 class EvaluateConfig(Section):

@@ -9,6 +9,7 @@ so that H(m + 1) + ... + H(n) = (S(m) - S(n)) / N: the loss of n - m successive 
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ STATISTICS_TOKENS = 5_000_000  # at most, from the beginning of the text, for en
 N_FREQUENT = 20  # tokens listed
 CONTEXTS = range(5)  # number of tokens before the predicted one
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens in a window
+MAX_N = 6  # tokens of an n-gram, in `counts_loss`
+KINDS = ("fixed", "shifted", "sliding")  # of windows
 
 BASE = 0x9E3779B97F4A7C15  # of the rolling hash; odd, so that it has an inverse modulo 2**64
 
@@ -35,6 +38,13 @@ class NGrams:
         powers = np.cumprod(np.full(len(ids), BASE, np.uint64))
         self._inverses = np.cumprod(np.full(len(ids), pow(BASE, -1, 2**64), np.uint64))
         self._sums = np.insert(np.cumsum(codes[ids] * powers), 0, 0)  # (N + 1,), modulo 2**64
+
+    def hashes(self, n: int) -> npt.NDArray[np.uint64]:
+        """Hash of each n-gram of the text, (N + 1 - n,)."""
+        stop = len(self._sums) - n
+        inverses: npt.NDArray[np.uint64] = np.append(self._inverses, np.uint64(0))
+        hashes: npt.NDArray[np.uint64] = (self._sums[n:] - self._sums[:stop]) * inverses[:stop]
+        return hashes
 
     def c_log_c(self, n: int, n_positions: int, stride: int = 1) -> float:
         """S(n) of the n-grams that start at every `stride`-th of the first `n_positions` positions."""
@@ -104,25 +114,50 @@ def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
     return None if loss is None or bytes_per_token == 0 else loss / (bytes_per_token * math.log(2))
 
 
-def next_token_entropy(ids: Integers) -> dict[str, float]:
-    """Entropy of a token given the k tokens before it, in nats, for each k of CONTEXTS."""
+def next_token_entropy(ids: Integers, contexts: Iterable[int] = CONTEXTS) -> dict[str, float]:
+    """Entropy of a token given the k tokens before it, in nats, for each k of `contexts`."""
     grams = NGrams(ids)
-    return {str(k): grams.mean_entropy(k, k + 1, max(len(ids) - k, 0)) for k in CONTEXTS}
+    return {str(k): grams.mean_entropy(k, k + 1, max(len(ids) - k, 0)) for k in contexts}
 
 
-def irreducible_loss(ids: Integers) -> dict[str, dict[str, float]]:
-    """Lowest mean loss on windows of T tokens, for each T of LENGTHS.
+def irreducible_loss(
+    ids: Integers, lengths: Iterable[int] | None = None, kinds: Iterable[str] = KINDS
+) -> dict[str, dict[str, float]]:
+    """Lowest mean loss on windows of T tokens, for each T of `lengths`, or of LENGTHS, that is shorter than the text.
 
     `fixed`: fixed windows; `shifted`: windows that are shifted by any offset; `sliding`: the same, of targets with more
     than T/2 inputs only, as in sliding windows. The best model knows a target's position in the window and the tokens
     before it in the window, but not the window's position in the text.
     """
-    grams, lengths = NGrams(ids), [length for length in LENGTHS if length < len(ids)]
-    return {
-        "fixed": {str(T): grams.mean_entropy(1, T + 1, len(ids) - T, stride=T) for T in lengths},
-        "shifted": {str(T): grams.mean_entropy(1, T + 1, len(ids) - T) for T in lengths},
-        "sliding": {str(T): grams.mean_entropy(T // 2 + 1, T + 1, len(ids) - T) for T in lengths},
+    grams, n, shorter = NGrams(ids), len(ids), [length for length in lengths or LENGTHS if length < len(ids)]
+    of = {
+        "fixed": lambda T: grams.mean_entropy(1, T + 1, n - T, stride=T),
+        "shifted": lambda T: grams.mean_entropy(1, T + 1, n - T),
+        "sliding": lambda T: grams.mean_entropy(T // 2 + 1, T + 1, n - T),
     }
+    return {kind: {str(T): of[kind](T) for T in shorter} for kind in kinds}
+
+
+def counts_loss(ids: Integers, held_out: int) -> float:
+    """Loss of n-gram counts on the last `held_out` tokens, in nats per token: the lowest over n from 1 to MAX_N.
+
+    Counts are of the tokens before, interpolated by Witten and Bell (1991): p(w | h) = (c(h w) + T(h) p(w | h')) /
+    (c(h) + T(h)), where T(h) is the number of different tokens after h, and h' is h without its first token.
+    """
+    grams, split = NGrams(ids), len(ids) - held_out
+    losses, p = [], np.full(held_out, 1 / len(np.unique(ids)))  # (held_out,)
+    for n in range(1, min(MAX_N, split) + 1):
+        whole, context = grams.hashes(n), grams.hashes(n - 1)
+        known, first, n_known = np.unique(whole[: split - n + 1], return_index=True, return_counts=True)
+        contexts, which, n_contexts = np.unique(context[: split - n + 1], return_inverse=True, return_counts=True)
+        followers = np.bincount(which[first], minlength=len(contexts))
+        asked, given = whole[split - n + 1 :], context[split - n + 1 : len(ids) - n + 1]
+        at = np.searchsorted(known, asked).clip(max=len(known) - 1)
+        times = np.where(known[at] == asked, n_known[at], 0)
+        at = np.searchsorted(contexts, given).clip(max=len(contexts) - 1)
+        p = np.where(contexts[at] == given, (times + followers[at] * p) / (n_contexts[at] + followers[at]), p)
+        losses.append(float(-np.log(p).mean()))
+    return min(losses)
 
 
 def _characters(piece: bytes) -> int:

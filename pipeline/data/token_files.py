@@ -117,7 +117,7 @@ class TokenFolder:
         _require_folder(folder)
         verify_manifest(folder)
         self.folder, self.sha256 = folder, data_sha256(folder)
-        self.train, self.val = (_open(folder, part) for part in ("train", "val"))
+        self.train, self.val = (open_part(folder, part) for part in ("train", "val"))
 
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise InputError if another tokenizer made the files."""
@@ -131,7 +131,7 @@ class TokenFolder:
 def count_tokens(folder: Path) -> int:
     """The number of tokens of the training text, by the headers of its shards. Raises as TokenFolder."""
     _require_folder(folder)
-    return len(_open(folder, "train"))
+    return len(open_part(folder, "train"))
 
 
 def _require_folder(folder: Path) -> None:
@@ -139,7 +139,8 @@ def _require_folder(folder: Path) -> None:
         raise InputError(f"{folder} not found: run `dvc repro tokenize`, which makes it")
 
 
-def _open(folder: Path, part: str) -> Tokens:
+def open_part(folder: Path, part: str) -> Tokens:
+    """The ids of a part, whose files TokenFolder has verified."""
     shards = [ShardFile(path) for path in sorted(folder.glob(f"{part}-*.bin"))]
     return Tokens(f"{folder}/{part}", shards, max((shard.vocab_size for shard in shards), default=0))
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from pipeline.data.openings import openings
+from pipeline.data.token_files import open_part
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
@@ -193,6 +196,12 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
     return {"model_id": model_id, LISTING_TAG: sha256}  # MLflow's SQL registry does not keep the model's id
 
 
+def _first_prompt(project: Path) -> list[str]:
+    """The beginning of the training text."""
+    tokens = open_part(project / "data" / "tokens", "train")
+    return openings(tokens, load_tokenizer(project / "models" / "model"), 1) or ["The"]
+
+
 def _save_files(folder: Path, project: Path, run_id: str, model_id: str) -> None:
     """Write a version's folder: code, weights, tokenizer, tokens and params.yaml, without a pickle."""
     import pandas as pd
@@ -220,7 +229,7 @@ def _save_files(folder: Path, project: Path, run_id: str, model_id: str) -> None
             outputs=Schema([ColSpec("string")]),
             params=ParamSchema([ParamSpec(*default) for default in defaults]),
         ),
-        input_example=pd.DataFrame({"prompt": ["ROMEO:"]}),
+        input_example=pd.DataFrame({"prompt": _first_prompt(project)}),
         pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         mlflow_model=Model(run_id=run_id, model_id=model_id),
     )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from pipeline.data.openings import openings
 from pipeline.model.evaluate import LOSSES, text_loss
 from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
@@ -14,6 +15,7 @@ from pipeline.training.extension import plateau_end
 from pipeline.training.run import Run
 from pipeline.training.target import RULES, best_step, evaluation_is_due
 
+N_PROMPTS = 2  # of a sample, if params.yaml names none
 Consumer = Callable[[StepRecord], None]  # called after each step; an exception ends the run
 
 
@@ -46,16 +48,18 @@ def evaluate(run: Run, record: StepRecord) -> None:
 
 
 def sample(run: Run, record: StepRecord) -> None:
-    """Write completions of the fixed prompts to the run's folder `samples`, from which the recorder uploads them."""
+    """Write completions of the prompts to the run's folder `samples`, from which the recorder uploads them."""
     config = run.config.samples
     if not run.finished and (config.interval_steps == 0 or record.step % config.interval_steps):
         return
     model = run.state.whole_model()
     if model is None or not run.world.is_main:
         return
-    generator = Generator(model, run.text.tokenizer, precision=run.machine.precision)
+    tokenizer, tokens = run.text.tokenizer, run.text.train.tokens
+    prompts = openings(tokens, tokenizer, N_PROMPTS) if config.prompts is None else config.prompts
+    generator = Generator(model, tokenizer, precision=run.machine.precision)
     greedy = Sampling(max_tokens=config.max_tokens, temperature=0)
-    texts = [generator.text(prompt, greedy) for prompt in config.prompts]
+    texts = [generator.text(prompt, greedy) for prompt in prompts]
     write_text(run.folder / "samples" / f"step-{record.step:06d}.txt", "\n\n---\n\n".join(texts) + "\n")
 
 

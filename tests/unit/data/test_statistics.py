@@ -12,6 +12,7 @@ from pipeline.data import statistics
 from pipeline.data.statistics import (
     bits_per_byte,
     bytes_per_token,
+    counts_loss,
     describe_corpus,
     irreducible_loss,
     next_token_entropy,
@@ -93,3 +94,28 @@ def test_bits_per_byte_are_those_of_all_tokens_but_the_first(tokenizer):
     assert bits_per_byte(3 * math.log(2), 3) == pytest.approx(1)
     assert bytes_per_token(tokens_of(tokenizer, ""), tokenizer) == 0
     assert bits_per_byte(1.0, 0) is bits_per_byte(None, 3) is None
+
+
+def loss_by_definition(ids, held_out, n):
+    """Mean loss of interpolated n-gram counts, by Witten and Bell's formula."""
+    train = tuple(ids[:-held_out])
+
+    def p(token, context):
+        grams = [train[i : i + len(context) + 1] for i in range(len(train) - len(context))]
+        lower = p(token, context[1:]) if context else 1 / len(set(ids))
+        followers = [gram[-1] for gram in grams if gram[:-1] == context]
+        if not followers:
+            return lower
+        different = len(set(followers))
+        return (followers.count(token) + different * lower) / (len(followers) + different)
+
+    targets = range(len(ids) - held_out, len(ids))
+    return -sum(math.log(p(ids[i], tuple(ids[i - n + 1 : i]))) for i in targets) / held_out
+
+
+@given(ids=few_ids, share=st.floats(0.1, 0.6))
+def test_the_loss_of_counts_is_that_of_the_best_order(ids, share):
+    held_out = max(1, int(share * len(ids)))
+    ids = ids.tolist()
+    losses = [loss_by_definition(ids, held_out, n) for n in range(1, min(6, len(ids) - held_out) + 1)]
+    assert counts_loss(np.array(ids), held_out) == pytest.approx(min(losses))

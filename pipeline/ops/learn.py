@@ -1,0 +1,147 @@
+"""Carry out a plan: bring the text, write params.yaml, run the pipeline, and show what was reached."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.params import PARAMS, load_params
+from pipeline.config.recipes import write_values
+from pipeline.data.openings import openings
+from pipeline.data.token_files import TokenFolder
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model.generator import Generator
+from pipeline.model.sampling import Sampling
+from pipeline.model.weights import load_model
+from pipeline.ops.chat import show
+from pipeline.ops.plan import PLANS, WIDTH, Options, Plan, stored_plan
+from pipeline.ops.policy import GENERALISE
+from pipeline.ops.sources import bring
+from pipeline.registry.catalog import CHAMPION, find_version, open_registry, registered_model
+from pipeline.registry.promotion import promote
+from pipeline.system.errors import PipelineError
+from pipeline.system.files import read_json, sha256_file, write_json, write_text
+from pipeline.system.host import project_root
+from pipeline.system.signals import StopSignals
+from pipeline.tracking.fingerprint import flatten
+from pipeline.tracking.run_record import read_run
+from pipeline.training.target import RULES
+
+SAMPLE_TOKENS = 100
+
+
+class StageFailed(PipelineError):  # noqa: N818 (a result, not a fault of the command)
+    """A stage of the pipeline has failed, and has said why."""
+
+
+def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
+    """Bring the plan's text into texts/, write params.yaml, run `dvc repro`, and show what was reached.
+
+    On a terminal, ask before anything is written, unless `assume_yes`. Raises StageFailed if a stage fails, and
+    Interrupted after a signal.
+    """
+    if not assume_yes and sys.stdin.isatty() and input("Train it? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        print("nothing was changed")
+        return
+    copies = bring(plan.source, in_place)
+    _keep_params(plan.values)
+    origin = {"origin": plan.source.origin, "copies": copies}
+    if not copies:  # the text is in texts/, where an earlier call may have copied it, or not on this machine
+        origin |= {key: value for key, value in stored_plan(plan.source.name).items() if key in origin}
+    write_json(plan.path, {
+        "source": plan.source.source, "text_sha256": plan.text_sha256, **origin,
+        "options": dataclasses.asdict(plan.options), "values": plan.values, "cost": plan.cost._asdict(),
+        "lines": plan.lines,
+    })  # fmt: skip
+    print(write_values(plan.values))
+    _reproduce(plan.cost.environment())
+    _show_outcome(plan.options)
+
+
+def _wants_the_best(options: Options) -> bool:
+    """Whether the target is only the end of a run that early stopping ends before: its best model is wanted."""
+    return options.goal == GENERALISE and options.target is None
+
+
+def _promoted(registered: dict[str, Any]) -> dict[str, Any] | None:
+    """Make the new version champion if the gate cannot compare it with what the user asks for now.
+
+    That is so if there is no champion, if the champion has another target rule, or if the text has changed and is not
+    shorter. On the same held-out text, the lower loss decides. Returns the changes of `registered`; None: it stays.
+    """
+    store, name = open_registry(project_root()), registered["model"]
+    version = find_version(store, name, registered["version"])
+    number = registered_model(store, name).aliases.get(CHAMPION)
+    if number is not None:
+        champion, ours = find_version(store, name, str(number)).tags, version.tags
+        loss = RULES[ours["rule"]].loss
+        if champion.get("rule") == ours["rule"]:
+            if champion.get("data_sha256") != ours["data_sha256"]:
+                better = int(champion.get("train_tokens", 0)) <= int(ours["train_tokens"])
+            else:
+                better = RULES[ours["rule"]].needs_held_out and float(ours[loss]) < float(champion[loss])
+            if not better:
+                return None
+    print(promote(store, name, str(version.version)))
+    return {"champion": True, "next_step": None}
+
+
+def _keep_params(values: dict[str, Any]) -> None:
+    """If `values` change params.yaml, keep a copy of it in PLANS, named by its hash."""
+    present = flatten(load_params().values)
+    if any(repr(present.get(key)) != repr(value) for key, value in values.items()):
+        kept = PLANS / f"params-{sha256_file(PARAMS)[:8]}.yaml"
+        kept.parent.mkdir(exist_ok=True)
+        write_text(kept, PARAMS.read_text(encoding="utf-8"))
+        print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
+
+
+def _reproduce(environment: dict[str, str]) -> None:
+    """Run `dvc repro` with this Python's programs first on the PATH.
+
+    Ctrl-C reaches DVC and its stage from the terminal; another signal is passed on to DVC, with which its stage ends.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    with StopSignals() as stop:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro"], env={**os.environ, **environment, "PATH": path}
+        )
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                if stop.received not in (None, signal.SIGINT):
+                    process.terminate()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+        stop.raise_if_received("during `dvc repro`")
+    if process.returncode:
+        raise StageFailed("`dvc repro` failed, as it says above: the same command resumes where it ended")
+
+
+def _show_outcome(options: Options) -> None:
+    """Print the loss that was reached, a text by the model, and the commands that use it."""
+    registered, results = read_json(Path("reports/registered.json")), read_run(Path("models"))["results"]
+    reached = results["to_target"][results["rule"]]
+    if not registered["champion"] and (reached or _wants_the_best(options)):
+        registered |= _promoted(registered) or {}
+    spent = reached or results
+    cost = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens"
+    target = f"target {results['target_loss']:g} (rule {results['rule']})"
+    print(f"\n{'reached' if reached else 'not reached':{WIDTH}} loss {results['loss']:.4f} after {cost}, {target}")
+    label = f"{registered['model']} version {registered['version']}"
+    print(f"{'model':{WIDTH}} {label}, {'champion' if registered['champion'] else registered['reason']}")
+    if registered["next_step"]:
+        print(f"{'next':{WIDTH}} {registered['next_step']}")
+    model, tokens = load_model(Path("models/model")), TokenFolder(Path("data/tokens")).train
+    tokenizer = load_tokenizer(Path("models/model"))
+    prompt = (openings(tokens, tokenizer, 1) or [""])[0]
+    print(f"\n{label} continues the beginning of its text:\n", flush=True)
+    room = max(1, model.trained_length - len(tokenizer.encode(prompt)))  # the whole text is the model's context
+    show(Generator(model, tokenizer), prompt, Sampling(max_tokens=min(SAMPLE_TOKENS, room), temperature=0.8, seed=1))
+    print("\n`make app` opens the page on this model; `python -m pipeline generate` writes with it in the terminal")

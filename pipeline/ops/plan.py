@@ -1,0 +1,309 @@
+"""Plan the training of a model on a text: measure the text, choose, and say why in one line for each choice."""
+
+import dataclasses
+import math
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.params import Params, load_params
+from pipeline.config.recipes import BASE, recipe_values
+from pipeline.config.sections import TrainConfig
+from pipeline.data.vocab import Vocabulary
+from pipeline.ops import policy
+from pipeline.ops.params_check import check_params
+from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training, duration, in_words
+from pipeline.ops.sources import Source, require_room
+from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text
+from pipeline.system.device import prepare_machine
+from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.files import read_json
+from pipeline.tracking.fingerprint import flatten
+from pipeline.training.config import RunConfig
+from pipeline.training.forecast import Forecast, forecast, step_flops
+
+PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
+WIDTH = 11  # of the first column of a printed plan
+FAR = 3.0  # times the time that is given, from which seconds need not be measured
+LONG_S = 3600.0  # a longer training gets a hint to --time
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user asks for; None: chosen from the text."""
+
+    target: float | None = None
+    goal: str = MEMORISE
+    tokenizer: str | None = None
+    size: str | None = None  # a recipe, whose model, windows and optimiser are used
+    time_s: float | None = None
+    column: str | None = None  # of a table
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The training of a model on a text, and the reasons."""
+
+    source: Source
+    text_sha256: str
+    options: Options
+    values: dict[str, Any]  # of params.yaml, by dotted key
+    cost: Forecast
+    lines: dict[str, str]  # topic -> sentence for the user
+
+    def __str__(self) -> str:
+        return "\n".join(f"{topic:{WIDTH}} {sentence}" for topic, sentence in self.lines.items())
+
+    @property
+    def path(self) -> Path:
+        """Where the plan is stored."""
+        return PLANS / f"{self.source.name}.json"
+
+
+def make_plan(source: Source, options: Options) -> Plan:
+    """Read the text and plan its training. A stored plan of the same text and options is used again.
+
+    Nothing is written. Raises InputError if the text, its name, an option or the target is not possible.
+    """
+    params = load_params()
+    base = recipe_values(options.size or BASE)
+    stored = stored_plan(source.name)
+    _require_own_name(source, params)
+    require_room(source, stored.get("copies", {}))
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        text = read_text(source, options.column, Path(folder))
+        same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
+        if stored.items() >= same.items():
+            return Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
+        return _new_plan(source, text, options, base, params, Path(folder))
+
+
+def stored_plan(name: str) -> dict[str, Any]:
+    """The stored plan of a model; empty if there is none."""
+    return dict(read_json(path)) if (path := PLANS / f"{name}.json").is_file() else {}
+
+
+def _require_own_name(source: Source, params: Params) -> None:
+    """Raise InputError if a plan, or a params.yaml of this project, has the model's name for another text."""
+    if stored := stored_plan(source.name):
+        others = [stored["origin"] if source.copies else stored["source"]]
+    else:
+        read = [flatten(each.values) for each in (params, *map(load_params, sorted(PLANS.glob("params-*.yaml"))))]
+        others = [values.get("corpus.source") for values in read if values.get("registry.model") == source.name]
+    for other in others:
+        if other not in (source.origin, source.source):
+            raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
+
+
+def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any], params: Params, folder: Path) -> Plan:
+    """Plan for the whole text; if it does not fit into the time, plan again for the part that does.
+
+    Again, because a tokenizer that is trained on a shorter text has fewer ids.
+    """
+    share = 1.0
+    for attempt in (1, 2):
+        lengths = (base["windows.seq_len"],) if options.size else LENGTHS
+        tokenizer, measured = _choose_tokenizer(text.first(share), options.tokenizer, folder / str(attempt), lengths)
+        target, training_on, bound = _goal(measured, options, _shape_of(base) if options.size else None)
+        costs = Costs(params, base, measured, options.goal, target)
+        training = training_on(measured.n_tokens)
+        if options.time_s is not None:
+            training = _fit(options.time_s, training, training_on, costs)
+        if training.n_tokens >= measured.n_tokens:
+            break
+        share *= training.n_tokens / measured.n_tokens
+    share = 1.0 if share >= 1 else float(f"{share:.2g}")
+    values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer, share, target)
+    values["corpus.column"] = options.column
+    cost = costs.of(training)
+    check_params(_merged(params, values))
+    lines = {
+        "text": _text_line(source, text, measured, share),
+        "tokenizer": f"{tokenizer.value}: {tokenizer.why}",
+        "lowest loss": bound,
+        "model": _model_line(training, measured, options.size),
+        "training": _training_line(training, options.goal, target),
+        "cost": _cost_line(cost, options, share),
+        "name": f"{source.name}, for the page, generate, models and export",
+    }
+    return Plan(source, text.sha256, options, values, cost, lines)
+
+
+class Costs:
+    """Forecasts of trainings on a text; the steps of each shape are timed once."""
+
+    def __init__(self, params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float) -> None:
+        self.params, self.base, self.measured, self.goal, self.target = params, base, measured, goal, target
+        n_ids = measured.n_vocab
+        self.vocabulary = Vocabulary.of(np.arange(n_ids) < measured.n_used, n_ids)
+        self.machine = prepare_machine(params.section(TrainConfig))
+        self._timed: dict[Shape, tuple[Training, Forecast]] = {}
+
+    def of(self, training: Training) -> Forecast:
+        """The cost of a training, in proportion to the tokens of the first one of its shape, which is timed."""
+        if training.shape not in self._timed:
+            held_out = round(HELD_OUT * training.n_tokens) if self.goal == GENERALISE else 0
+            tokens = training.n_tokens - held_out
+            found = forecast(self._config_of(training), self.machine, self.vocabulary, tokens, held_out)
+            self._timed[training.shape] = training, found
+        first, cost = self._timed[training.shape]
+        share = training.n_tokens / first.n_tokens
+        return cost._replace(
+            train_s=training.steps * cost.step_s,
+            evaluation_s=share * cost.evaluation_s,
+            evaluate_s=share * cost.evaluate_s,
+        )
+
+    def seconds_within(self, training: Training, time_s: float) -> float:
+        """Seconds of all stages; only estimated from the FLOPs of another shape if they are far above `time_s`."""
+        if training.shape not in self._timed and self._timed:
+            first, cost = next(iter(self._timed.values()))
+            estimate = training.steps * cost.step_s * self._step_flops(training) / self._step_flops(first)
+            if estimate > FAR * time_s:
+                return estimate
+        cost = self.of(training)
+        return cost.train_s + cost.evaluation_s + cost.evaluate_s + policy.FIXED_S
+
+    def _config_of(self, training: Training) -> RunConfig:
+        values = self.base | policy.values_of(training, self.goal, self.target)
+        return RunConfig.of(_merged(self.params, values)).sized_for(self.measured.n_vocab)
+
+    def _step_flops(self, training: Training) -> int:
+        return step_flops(self._config_of(training), self.vocabulary.n_rows)
+
+
+def _merged(params: Params, values: dict[str, Any]) -> Params:
+    """The parameters with `values`, by dotted key."""
+    merged = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in params.values.items()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if "." not in name:  # not in the search space of the sweep
+            merged.setdefault(section, {})[name] = value
+    return Params(merged, params.path)
+
+
+def _choose_tokenizer(text: Text, asked: str | None, folder: Path, lengths: Sequence[int]) -> tuple[Choice, Measured]:
+    """The tokenizer, and the text in its ids. Raises InputError if the tokenizer that is `asked` for cannot be made."""
+    if asked is not None:
+        return Choice(asked, "as given"), measure(text, asked, folder, lengths)
+
+    @cache
+    def with_tokenizer(name: str) -> Measured | None:
+        try:
+            return measure(text, name, folder, lengths)
+        except (InputError, IntegrityError):
+            return None
+
+    def tokens_with(name: str) -> int | None:
+        return found.n_tokens if (found := with_tokenizer(name)) else None
+
+    choice = policy.choose_tokenizer(text.n_bytes, text.characters * text.scale, text.ascii_share, tokens_with)
+    return choice, with_tokenizer(choice.value) or measure(text, choice.value, folder, lengths)
+
+
+def _shape_of(recipe: dict[str, Any]) -> Shape:
+    """The shape of a recipe's model."""
+    step_tokens = recipe["windows.seq_len"] * recipe["windows.micro_batch_size"]
+    step_tokens *= recipe["windows.gradient_accumulation_steps"]
+    n_layer, n_head, n_embd = (recipe[f"model.{key}"] for key in ("n_layer", "n_head", "n_embd"))
+    return Shape(n_layer, n_head, n_embd, step_tokens, math.inf, recipe["optim.lr"], recipe["optim.muon_lr"])
+
+
+def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[float, Callable[[int], Training], str]:
+    """The target, the training on so many tokens of the text, and a sentence about the lowest possible loss."""
+    bits = measured.entropy / math.log(2)
+    if options.goal == MEMORISE:
+        seq_len, target = policy.window_and_target(measured.lowest_loss, options.target)
+        bound = f"{measured.lowest_loss[seq_len]:.3f} nats a token from anywhere, in windows of {seq_len} tokens"
+        if options.target is None and target > policy.DEFAULT_TARGET:
+            bound += f": the text repeats itself, so the target is {target:g} instead of {policy.DEFAULT_TARGET:g}"
+        if target < policy.LOWEST_REACHED:
+            bound += f"; but no training here has reached less than {policy.LOWEST_REACHED:g} yet"
+        return target, lambda n: policy.memorise(n, bits, seq_len, target, shape), bound
+    counts = measured.loss_of_counts(policy.HELD_OUT)
+    target = policy.held_out_target(measured.n_tokens, counts, options.target)
+    seq_len = policy.held_out_window(measured.lowest_loss)
+    bound = f"not known for the held-out text; counts of n-grams reach {counts:.2f} nats a token on it"
+    return target, lambda n: policy.generalise(n, bits, seq_len, shape), bound
+
+
+def _fit(time_s: float, whole: Training, training_on: Callable[[int], Training], costs: Costs) -> Training:
+    """The training on as much of the text as fits into the time; InputError if too little of it does."""
+    least = training_on(min(policy.LEAST_TOKENS, whole.n_tokens))
+    least_s = costs.seconds_within(least, time_s)
+
+    def seconds_of(training: Training) -> float:
+        return costs.seconds_within(training, time_s)
+
+    if (fitted := policy.largest_within(time_s, whole.n_tokens, training_on, seconds_of)) is None:
+        raise InputError(
+            f"--time {duration(time_s)}: the text is too large for it, its first {least.n_tokens:,} tokens take "
+            f"{duration(least_s)}, and all of it {duration(seconds_of(whole))}"
+        )
+    return fitted
+
+
+def _text_values(source: Source, tokenizer: Choice, share: float, target: float) -> dict[str, Any]:
+    return {
+        "corpus.source": source.source,
+        "corpus.sha256": None,
+        "corpus.mirrors": [],
+        "corpus.tokenizer": tokenizer.value,
+        "corpus.fraction": share,
+        "samples.prompts": None,
+        "registry.model": source.name,
+        "registry.max_target_loss": max(policy.DEFAULT_TARGET, target),
+        "sweep.study": re.sub(r"[^A-Za-z0-9_-]", "-", source.name).strip("-_") or "text",
+    }
+
+
+def _text_line(source: Source, text: Text, measured: Measured, share: float) -> str:
+    documents = f"{text.n_documents:,} documents, " if text.n_documents > 1 else ""
+    used = "" if share == 1 else f"of which the first {100 * share:g}% is learnt, "
+    about = "about " if share < 1 or text.scale > 1 else ""
+    notes = "".join(f"; {note}" for note in text.notes if " documents in " not in note)
+    return (
+        f"{source.source}: {documents}{text.n_bytes:,} bytes, {used}{about}{measured.n_tokens:,} tokens, "
+        f"{measured.n_used:,} different ones{notes}"
+    )
+
+
+def _model_line(training: Training, measured: Measured, size: str | None) -> str:
+    shape, bits = training.shape, training.n_tokens * measured.entropy / math.log(2)
+    why = f"as in the recipe {size}" if size else "the size that learns such a text fastest"
+    if bits > shape.capacity_bits:
+        why += ", but too small to memorise all of it"
+    return (
+        f"{shape.n_layer} layers of {shape.n_embd}, {why}: its blocks can memorise "
+        f"{in_words(shape.capacity_bits, 'bit')} ({policy.BITS_PER_PARAMETER} a parameter), the text has "
+        f"{in_words(bits, 'bit')}"
+    )
+
+
+def _training_line(training: Training, goal: str, target: float) -> str:
+    steps = f"{training.steps:,} steps of {training.step_windows} windows of {training.seq_len} tokens"
+    until = (
+        f"until its loss from anywhere in the text is below {target:g}"
+        if goal == MEMORISE
+        else f"until its loss on the last tenth of the text, which is held out, is below {target:.3g} or falls no more"
+    )
+    return f"at most {training.max_epochs:g} epochs, {steps}, {until}"
+
+
+def _cost_line(cost: Forecast, options: Options, share: float) -> str:
+    seconds = cost.train_s + cost.evaluation_s
+    line = (
+        f"at most {duration(seconds)} of training on this machine, and about "
+        f"{duration(policy.FIXED_S + cost.evaluate_s)} for the other stages; {in_words(cost.memory_bytes, 'B')} of "
+        f"memory, {in_words(cost.disk_bytes, 'B')} of disk"
+    )
+    if options.time_s is not None and share < 1:
+        return f"{line}; the rest of the text is too large for {duration(options.time_s)}"
+    if options.time_s is None and seconds > LONG_S:
+        return f"{line}; --time 10m learns the part of the text that fits into ten minutes"
+    return line

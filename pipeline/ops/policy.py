@@ -1,0 +1,287 @@
+"""Choose tokenizer, model and training for a text, as pure functions of what was measured, and say why."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from pipeline.system.errors import InputError
+
+MEMORISE, GENERALISE = "memorise", "generalise"
+GOALS = (MEMORISE, GENERALISE)
+DEFAULT_TARGET = 0.1  # nats per token, of the goal memorise
+HELD_OUT = 0.1  # share of the text, for the goal generalise
+MIN_HELD_OUT = 2_000  # tokens of a text of which a tenth is held out
+BELOW_COUNTS = 0.75  # of the loss of n-gram counts on the held-out text: a network from scratch does not get below it
+BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
+LOWEST_REACHED = 0.009  # nats per token from anywhere in a text (RECORDS.md)
+LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
+MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
+FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
+MICRO_BATCH_TOKENS = 8192  # at most
+
+
+class Choice(NamedTuple):
+    """A value, and the reason for it."""
+
+    value: Any
+    why: str
+
+
+# The tokenizer
+
+MIN_GPT2_BYTES = 3.0  # bytes of text in a token, from which GPT-2's tokenizer is used
+MIN_ASCII = 0.8  # share of the text's bytes; below it GPT-2's tokenizer is not tried
+BPE_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
+CHARACTERS_PER_ID = 32  # of a text, for each id of a tokenizer that is trained on it
+FEWER = 0.7  # tokens of a byte-pair encoding for each character, at most; with more, characters are used
+
+
+def choose_tokenizer(
+    n_bytes: float, characters: float, ascii_share: float, tokens_with: Callable[[str], float | None]
+) -> Choice:
+    """The tokenizer that gives few tokens, each of which occurs often enough to be learnt.
+
+    `tokens_with`: number of tokens of the text with a tokenizer, None if it cannot be made; called only if needed.
+    """
+    n_gpt2: float | None = None
+    if ascii_share < MIN_ASCII:
+        why = f"{100 * (1 - ascii_share):.0f}% of the bytes are not ASCII, for which GPT-2's tokens are too short"
+    elif (n_gpt2 := tokens_with("gpt2")) is None:
+        why = "GPT-2's tokenizer could not be downloaded"
+    else:
+        gpt2 = Choice("gpt2", f"{n_bytes / n_gpt2:.1f} bytes of this text a token")
+        if n_bytes >= MIN_GPT2_BYTES * n_gpt2:
+            return gpt2
+        why = f"GPT-2's tokens have only {n_bytes / n_gpt2:.1f} bytes of this text"
+    for size in reversed(BPE_SIZES):
+        if size * CHARACTERS_PER_ID <= characters and (n := tokens_with(name := f"bpe:{size}")) is not None:
+            if n > FEWER * characters:
+                break
+            if n_gpt2 is not None and n_gpt2 <= n:
+                return gpt2
+            return Choice(name, f"{why}, and tokens that are trained on it have {n_bytes / n:.1f}")
+    if n_gpt2 is not None and n_gpt2 <= FEWER * characters:
+        return gpt2
+    return Choice("chars", f"{why}, and the text is too short to train longer ones")
+
+
+# The model and its training
+
+
+class Shape(NamedTuple):
+    """The blocks of a model, and how they are trained."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    step_tokens: int
+    max_bits: float  # of a text; for a longer text the next shape needs fewer seconds
+    lr: float = 0.01
+    muon_lr: float = 0.024
+
+    def __str__(self) -> str:
+        return f"{self.n_layer} layers of {self.n_embd}"
+
+    @property
+    def capacity_bits(self) -> float:
+        """Bits that the blocks can memorise at most."""
+        return BITS_PER_PARAMETER * 12 * self.n_layer * self.n_embd**2
+
+
+# The first three were measured with texts of 3 kbit to .5 Mbit (benchmarks/LOG.md). The others have a capacity of eight
+# times the bits of the text and more; rates and steps are those of the recipes of this size.
+SHAPES = (
+    Shape(2, 2, 128, 256, 4e4),
+    Shape(2, 4, 256, 512, 2e5),
+    Shape(2, 8, 512, 1024, 1e6),
+    Shape(6, 6, 384, 2048, 4.5e6, 0.01, 0.026),
+    Shape(8, 8, 512, 4096, 1e7, 0.01),
+    Shape(12, 12, 768, 6144, 3.5e7, 0.003, 0.02),
+    Shape(24, 16, 1024, 6144, 1.2e8, 0.002, 0.02),
+    Shape(36, 20, 1280, 6144, 3e8, 0.0015, 0.02),
+)
+
+
+class Training(NamedTuple):
+    """What is trained, on how many tokens of the text."""
+
+    shape: Shape
+    seq_len: int
+    n_tokens: int  # of the training split
+    max_epochs: float
+
+    @property
+    def step_windows(self) -> int:
+        return max(1, self.shape.step_tokens // self.seq_len)
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.max_epochs * self.n_tokens / (self.step_windows * self.seq_len))
+
+
+def shape_for(n_bits: float) -> Shape:
+    """The shape for a text of so many bits; the largest one if none has the capacity."""
+    return next((shape for shape in SHAPES if n_bits <= shape.max_bits), SHAPES[-1])
+
+
+def epochs_to_memorise(n_tokens: int, step_tokens: int, target: float) -> float:
+    """Epochs of the training budget: about a fifth more than texts of 285 to 34,219 tokens needed (benchmarks/LOG.md).
+
+    A target that is lower by a factor of ten needs 30% more. A budget has 120 steps at least.
+    """
+    epochs = (
+        13 * math.pow(max(1.0, 34_000 / n_tokens), 0.23) * (1 + 0.3 * max(0.0, math.log10(DEFAULT_TARGET / target)))
+    )
+    return round(max(epochs, 120 * step_tokens / n_tokens), 1)
+
+
+def epochs_to_generalise(n_tokens: int) -> float:
+    """Epochs after which a validation loss rises again, approximately; early stopping ends the run before."""
+    return round(max(1.0, 10 * math.pow(15_000 / n_tokens, 0.25)), 1)
+
+
+def window_and_target(lowest_loss: dict[int, float], target: float | None) -> tuple[int, float]:
+    """The shortest window, of 64 tokens or more, in which the target is possible, and the target.
+
+    Without a target, it is .1, or what is possible in the longest window. Raises InputError if the target is not
+    possible.
+    """
+    _require_positive(target)
+    if not lowest_loss:
+        raise InputError("the text has fewer tokens than the shortest window, 32: give more text")
+    lengths = [T for T in lowest_loss if T >= 64] or list(lowest_loss)
+    for T in lengths:
+        if (target or DEFAULT_TARGET) >= MARGIN * lowest_loss[T]:
+            return T, target or DEFAULT_TARGET
+    T = lengths[-1]
+    possible = math.ceil(100 * MARGIN * lowest_loss[T]) / 100
+    if target is None:
+        return T, possible
+    raise InputError(
+        f"--target {target:g} is not possible: the text repeats itself, and in windows of {T} tokens no model gets "
+        f"below {lowest_loss[T]:.3f}: choose {possible:g} or more"
+    )
+
+
+def _require_positive(target: float | None) -> None:
+    if target is not None and not 0 < target < math.inf:
+        raise InputError(f"--target {target:g}: give a loss above 0, in nats per token")
+
+
+def held_out_target(n_tokens: int, counts: float, target: float | None) -> float:
+    """The validation loss to reach; by default one that the text is too short for, so that early stopping ends the run.
+
+    `counts`: loss of n-gram counts on the held-out text. Raises InputError if the text is too short for the target.
+    """
+    _require_positive(target)
+    if n_tokens < MIN_HELD_OUT:
+        raise InputError(
+            f"the text has {n_tokens:,} tokens, too few to hold out a tenth ({MIN_HELD_OUT:,} are needed): "
+            "give more text, or --goal memorise"
+        )
+    lowest = round(BELOW_COUNTS * counts, 2)
+    if target is not None and target < lowest:
+        raise InputError(
+            f"--target {target:g}: the text is too small for it, counts of n-grams reach {counts:.2f} on the held-out "
+            f"tenth and a network about {lowest:g}: give more text, a higher target, or --goal memorise"
+        )
+    return target or lowest
+
+
+def held_out_window(lengths: Iterable[int]) -> int:
+    """Tokens in a window: 128, or the most that the text has."""
+    return max(T for T in lengths if T <= 128)
+
+
+def memorise(n_tokens: int, entropy_bits: float, seq_len: int, target: float, shape: Shape | None = None) -> Training:
+    """The training that memorises `n_tokens` of a text; `entropy_bits`: of a token by itself."""
+    shape = shape or shape_for(n_tokens * entropy_bits)
+    return Training(shape, seq_len, n_tokens, epochs_to_memorise(n_tokens, shape.step_tokens, target))
+
+
+def generalise(n_tokens: int, entropy_bits: float, seq_len: int, shape: Shape | None = None) -> Training:
+    """The training on `n_tokens` of a text, of which a tenth is held out."""
+    shape = shape or shape_for(n_tokens * entropy_bits)
+    n_train = round(n_tokens * (1 - HELD_OUT))
+    return Training(shape, seq_len, n_tokens, epochs_to_generalise(n_train))
+
+
+def largest_within(
+    time_s: float,
+    n_tokens: int,
+    training_on: Callable[[int], Training],
+    seconds_of: Callable[[Training], float],
+) -> Training | None:
+    """The training on the most tokens of the text that takes at most `time_s`; None if LEAST_TOKENS do not fit.
+
+    `training_on`: the training on so many tokens; `seconds_of`: its seconds.
+    """
+    n = float(n_tokens)
+    while n >= min(LEAST_TOKENS, n_tokens):
+        if seconds_of(training := training_on(int(n))) <= time_s:
+            return training
+        n *= 0.95
+    return None
+
+
+def dropout_for(shape: Shape, goal: str) -> float:
+    """Dropout for a held-out loss: the larger the text, the less; none to memorise."""
+    if goal == MEMORISE or shape.max_bits > 3.5e7:
+        return 0.0
+    return 0.2 if shape.max_bits < 4.5e6 else 0.1
+
+
+def values_of(training: Training, goal: str, target: float) -> dict[str, Any]:
+    """The values of params.yaml for a training, by dotted key."""
+    shape, T, windows = training.shape, training.seq_len, training.step_windows
+    parts = next(n for n in range(1, windows + 1) if windows % n == 0 and windows // n * T <= MICRO_BATCH_TOKENS)
+    held_out = goal == GENERALISE
+    return {
+        "corpus.val_fraction": HELD_OUT if held_out else 0.0,
+        "model.n_layer": shape.n_layer,
+        "model.n_head": shape.n_head,
+        "model.n_embd": shape.n_embd,
+        "model.block_size": T,
+        "model.dropout": dropout_for(shape, goal),
+        "windows.seq_len": T,
+        "windows.micro_batch_size": windows // parts,
+        "windows.gradient_accumulation_steps": parts,
+        "windows.order": "jittered",
+        "optim.lr": shape.lr,
+        "optim.muon_lr": shape.muon_lr,
+        "optim.max_epochs": training.max_epochs,
+        "optim.warmup": 0.02,
+        "target.loss": target,
+        "target.rule": "validation" if held_out else "sliding",
+        "target.eval_interval": max(1, training.steps // 20) if held_out else None,
+        "target.early_stopping_patience": 4 if held_out else None,
+    }
+
+
+def in_words(number: float, unit: str = "") -> str:
+    """A number of bits, parameters or bytes with an SI prefix, such as 6.3M."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}{unit}".rstrip()
+    return f"{number:.3g} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as 3 min."""
+    for factor, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * factor:
+            return f"{seconds / factor:.{0 if seconds >= 10 * factor else 1}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90`, `90s`, `10m`, `2h` or `1d`. Raises InputError."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--time {text}: give a time such as 90s, 10m or 2h")
+    return seconds

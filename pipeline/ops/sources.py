@@ -1,0 +1,123 @@
+"""Find the text that the argument SOURCE of a command names, and bring it into texts/."""
+
+import filecmp
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pipeline.config.sections import TEXTS
+from pipeline.data.documents import OPENERS, find_files
+from pipeline.system.errors import InputError
+from pipeline.system.files import atomic_file, sha256_file
+
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # a URL, or wheel:
+WILDCARDS = set("*?[")
+NAME = re.compile(r"[\w-][\w.-]*")  # of a model, and of a file
+KINDS = "a file, a folder, a glob in quotes, or a URL"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text: the value of corpus.source, the name of its model, and where its files are."""
+
+    source: str
+    name: str
+    origin: str  # path or URL of the text
+    files: Mapping[str, Path] = field(default_factory=dict)  # name for messages -> file; empty for a remote source
+    copies: Mapping[Path, Path] = field(default_factory=dict)  # file in texts/ -> its original outside of the project
+
+
+def find_source(given: str, name: str | None) -> Source:
+    """Find the files that `given` names, a path or a URL; nothing is written.
+
+    A text outside of texts/ gets a place there, under its model's name. Raises InputError if there is no such text.
+    """
+    if name is not None and not NAME.fullmatch(name):
+        raise InputError(f"--name {name!r}: use letters, digits, `.`, `_` and `-` only")
+    if REMOTE.match(given):
+        return Source(given, name or name_of(given), given)
+    path = Path(os.path.abspath(Path(given).expanduser()))  # not resolved: a link to a text keeps its own name
+    if path.is_relative_to(texts := Path(TEXTS).absolute()):
+        source = (TEXTS / path.relative_to(texts)).as_posix()
+        return Source(source, name or name_of(source), source, {str(file): file for file in find_files(source)})
+    if path.exists():
+        whole = path.resolve()
+        inside, files = whole, find_files(whole.name, whole.parent)
+    elif WILDCARDS & set(given):
+        fixed = next(folder for folder in path.parents if not WILDCARDS & set(str(folder)))
+        inside = fixed.resolve()
+        files = find_files((inside.name / path.relative_to(fixed)).as_posix(), inside.parent)
+    else:
+        raise InputError(f"{given} not found: give {KINDS}")
+    name = name or name_of(given)
+    if path.is_file():
+        target = f"{TEXTS}/{name}{path.name.removeprefix(stem_of(path.name))}"
+        return Source(target, name, str(path), {given: files[0]}, {Path(target): files[0]})
+    copies = {Path(TEXTS, name, file.relative_to(inside)): file for file in files}
+    return Source(f"{TEXTS}/{name}", name, str(path), {str(file): file for file in files}, copies)
+
+
+def name_of(given: str) -> str:
+    """The name for a model of the text `given`: its last part without a wildcard, without suffixes."""
+    parts = [part for part in re.split(r"[/:]+", given.split("?")[0]) if part not in ("", ".", "..")]
+    plain = [part for part in parts if not WILDCARDS & set(part)]
+    word = stem_of(plain[-1]) if plain else Path.cwd().name
+    return re.sub(r"[^\w.-]+", "-", word).strip("-.") or "text"
+
+
+def stem_of(name: str) -> str:
+    """A file's name without its suffix, and without that of a compression."""
+    path = PurePosixPath(name)
+    return PurePosixPath(path.stem).stem if path.suffix.lower() in OPENERS else path.stem
+
+
+def require_room(source: Source, copied: Mapping[str, str]) -> None:
+    """Raise InputError if bringing the text into texts/ would replace a file that is not a copy of the same text.
+
+    `copied`: the copies that an earlier call has made -> SHA-256. If nobody has changed such a copy since, the text has
+    changed, and the copy is replaced.
+    """
+
+    def is_copy(path: Path) -> bool:
+        return copied.get(path.as_posix()) == sha256_file(path)
+
+    for path, original in source.copies.items():
+        if os.path.lexists(path) and not (path.is_file() and (same(path, original) or is_copy(path))):
+            raise InputError(f"{path} is another text than {original}: choose another --name, as the copy has it too")
+    for path in _surplus(source):
+        if not is_copy(path):
+            raise InputError(f"{path} is not in the text {source.name}: choose another --name, as the copy has it too")
+
+
+def _surplus(source: Source) -> list[Path]:
+    """Files in the folder of the copies that the text does not have."""
+    folder = Path(source.source)
+    found = sorted(folder.rglob("*")) if source.copies and folder.is_dir() else []
+    return [path for path in found if not path.is_dir() and path not in source.copies]
+
+
+def same(path: Path, original: Path) -> bool:
+    return path.samefile(original) or filecmp.cmp(path, original, shallow=False)
+
+
+def bring(source: Source, in_place: bool) -> dict[str, str]:
+    """Copy the text into texts/, or make links to it (`in_place`); return each new file's SHA-256 by its name.
+
+    The originals are not changed. Copies of files that the text no longer has are removed; `require_room` has checked
+    that they are copies.
+    """
+    for path, original in source.copies.items():
+        if path.is_symlink() == in_place and os.path.lexists(path) and same(path, original):
+            continue
+        with atomic_file(path) as unfinished:
+            unfinished.unlink(missing_ok=True)
+            if in_place:
+                unfinished.symlink_to(original)
+            else:
+                shutil.copyfile(original, unfinished)
+    for path in _surplus(source):
+        path.unlink()
+    return {path.as_posix(): sha256_file(path) for path in source.copies}
