@@ -17,6 +17,8 @@ def main() -> None:
     metrics, position_loss = evaluate_model(Path("models/model"), Path("data/tokens"), run, config)
     write_json(Path("reports/metrics.json"), metrics)
     write_json(Path("reports/position_loss.json"), position_loss)
+    if (held_out := metrics["validation_loss"]) is not None:
+        print(f"loss on the held-out text {held_out:.4f}")
     bits = metrics["sliding_bits_per_byte"] or 0.0
     print(
         f"loss from anywhere in the text {metrics['sliding_loss']:.4f} ({bits:.4f} bits per byte), "

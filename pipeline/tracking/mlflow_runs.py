@@ -146,7 +146,7 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
             "steps": max(logged_steps(store, run.info.run_id), default=0),
             **{
                 key: run.data.metrics[key]
-                for key in ("loss", "sliding_loss", "corpus_loss", "tokens")
+                for key in ("loss", "sliding_loss", "corpus_loss", "validation_loss", "tokens")
                 if key in run.data.metrics
             },
         }

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser  # what 
 
 from pipeline.config.params import load_params
 from pipeline.config.recipes import apply_recipe, as_set, find_recipe, list_recipes
-from pipeline.config.sections import CorpusConfig
+from pipeline.config.sections import CorpusConfig, RegistryConfig
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
 from pipeline.tracking.fingerprint import flatten
@@ -32,6 +32,8 @@ STEPS = {
     "smoke": (1568, 300),
     **dict.fromkeys(("gpt2-124m", "gpt2-124m-cpu", "gpt2-medium", "gpt2-large"), (338_025, 386)),
     "gpt2-xl": (338_025, 1321),
+    "shakespeare-char-cpu": (1_003_836, 484),  # in characters
+    "shakespeare-char": (1_003_836, 1471),
     "seed-000": (338_025, 10_000),
     "seed-001": (301_962, 2000),  # a tenth is held out
     "seed-002": (338_025, 26_500),
@@ -69,6 +71,8 @@ def test_a_recipe_changes_only_values_which_are_valid_and_laptop_resets_them(nam
     assert config.optim.max_steps(config.windows, n_tokens) == steps
     held_out = load_params(params).section(CorpusConfig).val_fraction
     assert bool(held_out) is bool(config.needs_held_out)
+    if config.target.rule == "sliding":  # else the recipe could make no champion
+        assert config.target.loss <= load_params(params).section(RegistryConfig).max_target_loss
     apply_recipe("laptop", params, RECIPES)
     assert params.read_text() == before
     assert apply_recipe("laptop", params, RECIPES).endswith("already has the values of recipe laptop")
