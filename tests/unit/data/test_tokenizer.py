@@ -193,6 +193,8 @@ def test_merges_are_those_of_the_most_frequent_pairs_within_words_and_documents(
     # "we" occurs four times; then "ewe" and "lo" three times, of which the first in the order of bytes comes first
     assert [tokenizer.decode_bytes([i]) for i in range(256, 259)] == [b"we", b"ewe", b"lo"]
     assert (tokenizer.n_vocab, tokenizer.eot) == (260, 259)
+    with pytest.raises(InputError, match="has no more than 257 ids for bpe:258"):  # nothing is merged across a NUL
+        make_tokenizer("bpe:258", tmp_path / "tokenizer", [b"x!\0!y\n" * 3])
 
 
 def test_a_combining_mark_belongs_to_its_word(tmp_path):
