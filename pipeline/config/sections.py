@@ -26,14 +26,16 @@ STORE = re.compile(rf"(?P<scheme>{'|'.join(STORES)})://[\w.-]+(/.*)?", re.ASCII)
 HUB = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?", re.ASCII
 )
-HUB_PAGE = re.compile(r"https?://(?:www\.)?huggingface\.co/datasets/([^/]+/[^/]+)(?:/(?:blob|tree|raw)/([^/]+))?(/.*)?")
+HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?huggingface\.co/datasets/([^/?]+/[^/?]+)/?(?:(?:blob|tree)/([^/?]+)([^?]*)|viewer.*)?(?:\?.*)?"
+)
 SECRET = re.compile(r"//[^/?#]*:[^/?#]*@|[?&](sig|[\w-]*(signature|token|secret|password|api_?key))=", re.IGNORECASE)
 
 
 def _check_source(source: str) -> str:
     if SECRET.search(source):
         return source  # CorpusConfig refuses it without printing it
-    if (page := HUB_PAGE.fullmatch(source)) and "/resolve/" not in source:
+    if page := HUB_PAGE.fullmatch(source):
         repo, revision, path = page.groups("")
         raise ValueError(f"this is a web page: its files are hf://datasets/{repo}{revision and '@'}{revision}{path}")
     local = is_local(source) and ".." not in PurePosixPath(source).parts

@@ -77,8 +77,9 @@ def fetch_store(source: str, folder: Path, **options: Any) -> dict[str, Path]:
             names = [root]
         else:
             found = (system.glob if set(root) & set("*?[") else system.find)(root, detail=True)
-            sizes = {name: info["size"] for name, info in found.items() if info["type"] == "file"}
-            names = sorted(name for name, size in sizes.items() if size and not HIDDEN.search(name))
+            names = sorted(
+                name for name, info in found.items() if info["size"] and not HIDDEN.search(name)
+            )  # no folders
         for number, name in enumerate(names):
             file = files[f"{scheme}://{name}"] = folder / f"{number}"
             bar = {"desc": f"{scheme}://{name}", "unit": "B", "unit_scale": True, "disable": None}

@@ -160,6 +160,7 @@ def test_a_download_of_a_file_that_has_changed_begins_again(server, tmp_path, na
     server.ranges.clear()
     assert fetch([server.url + name], tmp_path / "text", SHA256)
     assert (tmp_path / "text").read_bytes() == TEXT
+    assert server.ranges.count(None) == (2 if name == "resumed-blindly" else 1)  # the other server sends the whole file
     assert "bytes=3000-" in server.ranges
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from fixtures_tokenizer import corpus_config
 
-from pipeline.data import remote
 from pipeline.data.corpus import fetch_corpus
 from pipeline.data.remote import fetch_store
 from pipeline.system.errors import InputError, IntegrityError
@@ -110,5 +109,5 @@ def test_what_cannot_be_read_is_named_in_one_line_without_credentials(monkeypatc
     )
     short = type("Short", (), {"isfile": lambda *_: True, "info": lambda *_: {"size": 9}})()
     short.get_file = lambda name, file, callback: Path(file).write_bytes(b"half")
-    monkeypatch.setattr(remote, "url_to_fs", lambda source, **_: (short, source))
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda source, **_: (short, source))
     assert refused("s3://books/a") == "could not download s3://books/a: ended after 4 of 9 bytes"

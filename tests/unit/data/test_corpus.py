@@ -70,12 +70,20 @@ def test_a_source_of_another_kind_is_refused(source):
 
 @pytest.mark.parametrize(
     ("page", "source"),
-    [("a/b", "a/b"), ("a/b/", "a/b/"), ("a/b/blob/main/x/y.txt", "a/b@main/x/y.txt"), ("a/b/tree/v1", "a/b@v1")],
+    [
+        ("a/b", "a/b"),
+        ("a/b/", "a/b"),
+        ("a/b?x=1", "a/b"),
+        ("a/b/viewer/default/train?row=1", "a/b"),
+        ("a/b/blob/main/x/y.txt", "a/b@main/x/y.txt"),
+        ("a/b/tree/v1", "a/b@v1"),
+    ],
 )
 def test_a_page_of_the_hub_is_refused_with_the_source_to_write(page, source):
-    with pytest.raises(ValidationError, match=f"this is a web page: its files are hf://datasets/{source} "):
+    with pytest.raises(ValidationError, match=f"this is a web page: its files are hf://datasets/{source} \\["):
         corpus_config(f"https://huggingface.co/datasets/{page}")
-    corpus_config("https://huggingface.co/datasets/a/b/resolve/main/x.txt")
+    for kind in ("resolve", "raw"):
+        corpus_config(f"https://huggingface.co/datasets/a/b/{kind}/main/x.txt?download=true")
 
 
 @pytest.mark.parametrize(

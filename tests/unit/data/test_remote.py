@@ -44,7 +44,7 @@ def test_files_are_chosen_by_path_folder_glob_or_split(pattern):
 def test_without_a_path_the_files_must_be_of_one_kind_in_one_folder():
     for listing, expected in {
         "b.txt a.txt LICENSE image.png": "a.txt b.txt",
-        "a-test.txt a_train.txt constraint.txt": "a_train.txt",
+        "a-test.txt a_train.txt constraint.txt retrain.txt": "a_train.txt",
         "train/b.jsonl.zst train/a.jsonl.gz test/a.jsonl train/x.md": "train/a.jsonl.gz train/b.jsonl.zst",
     }.items():
         assert choose_files(listing.split(), "", "hf://a") == expected.split()
