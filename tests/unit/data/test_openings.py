@@ -22,11 +22,11 @@ def found(text, tokenizer, n=3, characters=20):
     ("text", "expected"),
     [
         ("One two\nthree four\nfive six\nseven\n", ["One two\nthree four", "five six\nseven", "seven"]),
-        ("It was a dark and stormy night.\n", ["It was a dark and", "and stormy night."]),  # one line
-        ("no line breaks but words here all over", ["no line breaks but", "but words here all", "all over"]),
+        ("It was a dark and stormy night.\n", ["It was a dark and", "and stormy night.", "night."]),  # one line
+        ("no line breaks but words here all over", ["no line breaks but", "but words here all", "here all over"]),
         ("one line\0two line\0tri line\0", ["one line", "two line", "tri line"]),  # within a document
         ("A" * 50, ["A" * 20]),
-        ("hé\n" * 9, ["\n".join(["hé"] * 7), "\n".join(["hé"] * 5), "hé\nhé"]),  # no half of a character
+        ("hé\n" * 9, ["\n".join(["hé"] * 7), "\n".join(["hé"] * 6), "\n".join(["hé"] * 3)]),  # no half of a character
         ("same\n" * 40, ["same\nsame\nsame\nsame"]),  # once
         ("", []),
     ],

@@ -1,0 +1,193 @@
+"""The commands `plan` and `learn --dry-run`, in process: what they say of a text, what they refuse, and write nothing."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.config.params import load_params
+from pipeline.config.recipes import write_values
+from pipeline.ops import learn, plan
+from pipeline.ops.plan import Options, make_plan
+from pipeline.ops.sources import find_source
+from pipeline.system.errors import InputError
+from pipeline.training.forecast import Forecast
+
+ROOT = Path(__file__).parents[3]
+ENGLISH = "I went to the market and bought a bag of rice, then we cooked dinner for {} people.\n"
+
+
+def forecast_of(config, machine, vocabulary, n_tokens, n_held_out=0):
+    """A step takes a nanosecond for each parameter of the blocks and token: no step is timed in these tests."""
+    step_s = 1e-9 * 12 * config.model.n_layer * config.model.n_embd**2 * config.windows.step_tokens
+    return Forecast(step_s, step_s * config.optim.max_steps(config.windows, n_tokens), 1.0, 1.0, 10**9, 10**8)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, bpe):
+    """A project's folder with GPT-2's tokenizer, in which commands run, and a folder with texts beside it."""
+    (folder := tmp_path / "project").mkdir()
+    shutil.copy(ROOT / "params.yaml", folder)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copytree(bpe, folder / "data" / "tokenizer")
+    (folder / "texts").mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(plan, "forecast", forecast_of)
+    random.seed(1)
+    texts = {
+        "diary.txt": "".join(ENGLISH.format(i * i) for i in range(300)),
+        "empty.txt": "",
+        "blank.txt": " \n\n",
+        "tiny.txt": "hi",
+        "log.txt": "".join(
+            f"{'ab'[i * i % 7 % 2]} the same line that follows everything in this log, " for i in range(900)
+        ),
+        "json.txt": '{"text": "a record"}\n',
+        "pointer.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:abc\n",
+        "pointer.dvc": "outs:\n- md5: x\n",
+        "page.pdf": "%PDF-1.4",
+        "table.csv": "id,text\n1,hello\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "binary.txt").write_bytes(b"\0\1\xff\xfe")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
+    return folder
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def command(project, capsys):
+    """Runs a command that must write nothing; returns its exit code, its output and its messages on stderr."""
+
+    def call(*arguments):
+        before = snapshot(project.parent)
+        code = main(arguments)
+        assert snapshot(project.parent) == before
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_plan_and_dry_run_say_what_would_be_trained_and_why(command):
+    code, said, _ = command("plan", "../diary.txt")
+    assert code == 0
+    lines = dict(line.split(" ", 1) for line in said.splitlines())
+    assert lines["text"].split(": ", 1)[1].startswith(f"{Path('../diary.txt').stat().st_size:,} bytes, ")
+    assert lines["tokenizer"].split() == "gpt2: 3.9 bytes of this text a token".split()
+    assert "2 layers of 128" in lines["model"]
+    assert "(3.6 a parameter)" in lines["model"]
+    assert "until its loss from anywhere in the text is below 0.1" in lines["training"]
+    assert "1 GB of memory, 100 MB of disk" in lines["cost"]
+    assert lines["name"].split()[0] == "diary,"
+    assert command("learn", "../diary.txt", "--dry-run") == (0, said, "")
+
+
+def test_a_plan_is_valid_for_every_goal_and_size(project):
+    for options in (Options(), Options(goal="generalise"), Options(size="laptop-full"), Options(tokenizer="bpe:300")):
+        made = make_plan(find_source("../diary.txt", None), options)
+        shutil.copy(ROOT / "params.yaml", "params.yaml")
+        write_values(made.values)
+        learned = load_params().values
+        assert learned["corpus"]["source"] == "texts/diary.txt"
+        assert learned["registry"]["model"] == "diary"
+        assert learned["samples"]["prompts"] is learned["corpus"]["sha256"] is None
+        assert learned["target"]["rule"] == ("validation" if options.goal == "generalise" else "sliding")
+        assert learned["model"]["n_layer"] == (6 if options.size else 2)
+        assert learned["corpus"]["tokenizer"] == (options.tokenizer or "gpt2")
+        assert "# when the run stops" in Path("params.yaml").read_text()  # comments are kept
+
+
+def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
+    Path("../long.txt").write_text("".join(ENGLISH.format(i * i * i) for i in range(20_000)))
+    _, said, _ = command("plan", "../long.txt", "--time", "60s")
+    assert "of which the first " in said
+    assert "the rest of the text is too large for 60 s" in said
+    made = make_plan(find_source("../long.txt", None), Options(time_s=60))
+    assert 0 < made.values["corpus.fraction"] < 0.5
+    assert made.cost.train_s + made.cost.evaluation_s + made.cost.evaluate_s + plan.policy.FIXED_S <= 60
+    whole = make_plan(find_source("../long.txt", None), Options(time_s=1e6))
+    assert whole.values["corpus.fraction"] == 1.0
+    assert command("plan", "../long.txt", "--time", "10s")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["../missing.txt"], "../missing.txt not found: give a file"),
+        (["../empty.txt"], "empty.txt contains no text"),
+        (["../blank.txt"], "blank.txt contains no text"),
+        (["../tiny.txt"], "fewer tokens than the shortest window"),
+        (["../binary.txt"], "is not UTF-8 at byte 2"),
+        (["../picture.png"], "is an image"),
+        (["../page.pdf"], "is a PDF"),
+        (["../pointer.txt"], "is a Git LFS pointer"),
+        (["../pointer.dvc"], "is DVC's pointer"),
+        (["../json.txt"], "is JSON: save it as JSON Lines"),
+        (["../table.csv", "--column", "body"], "has no column 'body'"),
+        (["../diary.txt", "../log.txt"], "2 sources: name one"),
+        (["../diary.txt", "--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),
+        (["../diary.txt", "--tokenizer", "bpe:10"], "'bpe:10' is not bpe:N"),
+        (["../diary.txt", "--tokenizer", "bpe:10000000"], "'bpe:10000000' is not bpe:N"),
+        (["../diary.txt", "--tokenizer", "bpe:60000"], "no more than"),
+        (["../diary.txt", "--target", "0"], "give a loss above 0"),
+        (["../log.txt", "--target", "0.0001"], "is not possible: the text repeats itself"),
+        (["../diary.txt", "--goal", "generalise", "--target", "0.0001"], "the text is too small for it"),
+        (["../diary.txt", "--time", "soon"], "give a time such as"),
+        (["../diary.txt", "--size", "lapto"], "no recipe lapto"),
+        (["../diary.txt", "--name", "shakespeare-gpt2"], "belongs to the text https://"),
+        (["ftp://example.com/a.txt"], "a source is a URL"),
+    ],
+)
+def test_a_text_or_an_option_that_is_not_possible_is_refused_in_one_line(command, arguments, words):
+    code, said, error = command("learn", *arguments, "--yes")
+    assert (code, said) == (2, "")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_again(project, monkeypatch, capsys):
+    monkeypatch.setattr(learn, "_reproduce", lambda environment: None)
+    monkeypatch.setattr(learn, "_show_outcome", lambda options: None)
+    before = Path("params.yaml").read_bytes()
+    assert main(["learn", "../diary.txt"]) == 0  # without a terminal it does not ask
+    written = snapshot(project)
+    (copy,) = Path("plans").glob("params-*.yaml")
+    assert copy.read_bytes() == before
+    assert "corpus.fraction: 0.1 -> 1.0" in capsys.readouterr().out
+    monkeypatch.setattr(plan, "forecast", None)  # nothing is measured again
+    assert main(["learn", "../diary.txt"]) == main(["learn", "texts/diary.txt"]) == 0
+    assert {path: text for path, text in snapshot(project).items() if path.suffix != ".json"} == {
+        path: text for path, text in written.items() if path.suffix != ".json"
+    }
+    monkeypatch.setattr(plan, "forecast", forecast_of)
+    for given, name, words in [
+        ("../log.txt", "diary", "the model name diary belongs to the text "),
+        ("../table.csv", "diary", "the model name diary belongs to the text "),
+    ]:
+        with pytest.raises(InputError, match=words):
+            make_plan(find_source(given, name), Options())
+    Path("texts/log.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"texts/log.txt is another text than"):
+        make_plan(find_source("../log.txt", None), Options())
+    Path("../diary.txt").write_text(Path("../diary.txt").read_text() + ENGLISH.format("many"))
+    assert main(["learn", "../diary.txt"]) == 0  # the diary has grown: the copy follows
+    assert Path("texts/diary.txt").read_text() == Path("../diary.txt").read_text()
+
+
+@pytest.mark.parametrize(("answer", "trained"), [("", True), ("y", True), ("n", False), ("what", False)])
+def test_a_terminal_is_asked_before_anything_is_written(project, monkeypatch, capsys, answer, trained):
+    monkeypatch.setattr(learn, "_reproduce", lambda environment: None)
+    monkeypatch.setattr(learn, "_show_outcome", lambda options: None)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    before = snapshot(project)
+    assert main(["learn", "../diary.txt"]) == 0
+    assert (snapshot(project) != before) is trained
+    assert ("nothing was changed" in capsys.readouterr().out) is not trained
