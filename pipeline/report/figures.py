@@ -101,9 +101,11 @@ def _overfitting(axes: Axes, report: RunReport) -> list[str]:
     evaluated, losses = held_out.index.to_numpy(), held_out.to_numpy()
     best, last = int(evaluated[losses.argmin()]), int(evaluated[-1])
     axes.axvline(best, color=style.PINK, lw=1, ls=":")
-    axes.annotate(f"step {best:,}: {held_out[best]:.3f}", (best, held_out[best]), (0, -16), textcoords="offset points",
-                  color=style.PINK, ha="center", fontsize=10)  # fmt: skip
-    notes = [f"lowest held-out loss {held_out[best]:.4f} at step {best:,}; {held_out[last]:.4f} at step {last:,}"]
+    side = "right" if best > len(steps) / 2 else "left"  # inside of the axes
+    axes.annotate(f" step {best:,}: {held_out[best]:.3f} ", (best, held_out[best]), (0, -16),
+                  textcoords="offset points", color=style.PINK, ha=side, fontsize=10)  # fmt: skip
+    later = f"; {held_out[last]:.4f} at step {last:,}" if last != best else ", the last one"
+    notes = [f"lowest held-out loss {held_out[best]:.4f} at step {best:,}{later}"]
     saved = results.get("max_steps", len(steps)) - len(steps)  # an early run has no max_steps
     if saved and results["to_target"].get(results["rule"]) is None:
         notes.append(f"early stopping saved {saved:,} of {results['max_steps']:,} steps")

@@ -32,7 +32,7 @@ STEPS = {
     "smoke": (1568, 300),
     **dict.fromkeys(("gpt2-124m", "gpt2-124m-cpu", "gpt2-medium", "gpt2-large"), (338_025, 386)),
     "gpt2-xl": (338_025, 1321),
-    "shakespeare-char-cpu": (1_003_836, 484),  # in characters
+    "shakespeare-char-cpu": (1_003_836, 458),  # in characters
     "shakespeare-char": (1_003_836, 1471),
     "seed-000": (338_025, 10_000),
     "seed-001": (301_962, 2000),  # a tenth is held out
