@@ -93,7 +93,8 @@ TENTH = 34_219  # tokens of the committed corpus
     ],
 )
 def test_a_budget_that_the_text_makes_too_short_is_reported(changes, message):
-    assert error_of(RunConfig.of(changed(changes)).require_length, TENTH) == message
+    given = {"windows.micro_batch_size": 16, "optim.max_epochs": 17, **changes}
+    assert error_of(RunConfig.of(changed(given)).require_length, TENTH) == message
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_budget_that_the_text_makes_too_short_is_reported(changes, message):
     ],
 )
 def test_the_steps_of_a_budget_in_epochs_are_rounded_up(epochs, n_tokens, steps):
-    config = RunConfig.of(changed({"optim.max_epochs": epochs}))
+    config = RunConfig.of(changed({"windows.micro_batch_size": 16, "optim.max_epochs": epochs}))
     assert config.optim.max_steps(config.windows, n_tokens) == steps
 
 

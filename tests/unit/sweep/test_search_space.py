@@ -66,8 +66,8 @@ def test_a_value_that_fits_into_no_run_on_the_text_is_named_once_the_text_is_tok
     with pytest.raises(InputError) as error:
         check_space(sweep, params, n_tokens=34_219)
     assert str(error.value).partition(": ")[2] == (
-        "sweep.space.optim: warmup 1000 and decay 0 take 1000 steps, the run has 569; "
-        "sweep.space.optim.max_epochs 0.01 of 34,219 tokens is less than one step of 1,024 tokens"
+        "sweep.space.optim: warmup 1000 and decay 0 take 1000 steps, the run has 234; "
+        "sweep.space.optim.max_epochs 0.01 of 34,219 tokens is less than one step of 2,048 tokens"
     )
 
 

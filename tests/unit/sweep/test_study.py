@@ -30,7 +30,7 @@ def study(sweep):
     ("params", "settings", "other", "named"),
     [
         ({"optim.max_grad_norm": 2.0}, {}, {}, "optim.max_grad_norm 1.0 -> 2.0"),
-        ({"target.loss": 0.2}, {}, {}, "target.loss 0.01 -> 0.2"),
+        ({"target.loss": 0.2}, {}, {}, "target.loss 0.02 -> 0.2"),
         ({}, {"objective": "steps"}, {}, "objective tokens -> steps"),
         ({}, {"space": WIDER}, {}, "space.optim.lr.high 0.1 -> 0.2"),
         ({}, {}, {"data_sha256": "eee"}, "data_sha256 d"),

@@ -43,9 +43,9 @@ def identity(data="d" * 64, machine=MACHINE, **sections):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"optim": {"lr": 0.5}}, "optim.lr 0.01 -> 0.5"),
+        ({"optim": {"lr": 0.5}}, "optim.lr 0.005 -> 0.5"),
         ({"train": {"seed": 9}}, "train.seed 1 -> 9"),
-        ({"target": {"loss": 0.2}}, "target.loss 0.01 -> 0.2"),
+        ({"target": {"loss": 0.2}}, "target.loss 0.02 -> 0.2"),
         ({"data": "e" * 64}, "data_sha256 ddd"),
     ],
 )
