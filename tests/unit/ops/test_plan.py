@@ -1,4 +1,4 @@
-"""The commands `plan` and `learn --dry-run`, in process: what they say of a text, what they refuse, and write nothing."""
+"""`plan` and `learn --dry-run`: what they say of a text, what they refuse, and that they write nothing."""
 
 import random
 import shutil
