@@ -25,7 +25,7 @@ from pipeline.system.signals import StopSignals
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast
 from pipeline.training.run import open_run
-from pipeline.training.train import follow, read_data
+from pipeline.training.train import follow, read_config, read_data
 
 TEXT_TOKENS = 8_000
 
@@ -47,11 +47,11 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "small": Case(2, 2, 128, 64, 4, 240),
-    "narrow": Case(2, 4, 256, 64, 8, 80),
-    "wide": Case(2, 8, 512, 64, 16, 30),
-    "deep": Case(6, 6, 384, 128, 16, 12),
-    "adamw": Case(4, 4, 256, 128, 8, 40, "adamw", "corpus"),
+    "small": Case(2, 2, 128, 64, 4, 120),
+    "narrow": Case(2, 4, 256, 64, 8, 40),
+    "wide": Case(2, 8, 512, 64, 16, 16),
+    "deep": Case(6, 6, 384, 128, 16, 8),
+    "adamw": Case(4, 4, 256, 128, 8, 20, "adamw", "corpus"),
 }
 
 
@@ -92,7 +92,7 @@ def _in_process(function: Callable[[Case, int | None], Any], case: Case, threads
 
 
 def _prepare(case: Case, threads: int | None) -> tuple[RunConfig, Machine, TrainingData]:
-    whole = RunConfig.of(load_params())
+    whole = read_config(load_params(), Path("data"))
     config = replace(
         whole,
         model=whole.model.updated(

@@ -19,7 +19,7 @@ from pipeline.config.sections import TargetConfig
 from pipeline.data.batches import Batch, Split, fixed_windows, make_batch, steps_of, steps_per_epoch
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.evaluate import BATCH_TOKENS
+from pipeline.model.evaluate import BATCH_TOKENS, MIN_BATCHES
 from pipeline.model.gpt import GPT
 from pipeline.system.device import Machine
 from pipeline.training.config import RunConfig
@@ -35,7 +35,7 @@ MIN_S = 3.0  # seconds of timed steps, at least; a third of them for evaluations
 MAX_S = 15.0  # seconds of all steps, at most: the last step begins earlier
 TIMED_FLOPS = {"cpu": 1e12}  # of a timed step, at most: seconds on two cores
 TEXT_TOKENS = 1 << 20  # of the throw-away text, at most
-PROCESS_BYTES = 380_000_000  # of a process that trains on a CPU, without tensors: Python, torch and its kernels
+PROCESS_BYTES = 410_000_000  # of a process that trains on a CPU, without tensors: Python, torch and its kernels
 MODEL_COPIES = 3  # in models/, DVC's cache and MLflow's store
 SLIDING = 16 / 7  # tokens that `sliding_windows` reads for each token of the text
 SHIFTED = 3  # losses of shifted windows, which the stage `evaluate` measures besides those of training
@@ -91,7 +91,8 @@ def forecast(
         train_s=n_steps * step_s,
         evaluation_s=n_evaluated * token_s,
         evaluate_s=((1 + SHIFTED + SLIDING) * n_tokens + n_held_out) * token_s,
-        memory_bytes=step_bytes(config, vocabulary, machine) + PROCESS_BYTES * (machine.device.type == "cpu"),
+        memory_bytes=step_bytes(config, vocabulary, machine, math.ceil(SLIDING * n_tokens / MIN_BATCHES))
+        + PROCESS_BYTES * (machine.device.type == "cpu"),
         disk_bytes=n_checkpoints(config.optim) * checkpoint + MODEL_COPIES * model,
     )
 
@@ -124,7 +125,7 @@ def _timed_part(config: RunConfig, n_rows: int, limit: float) -> RunConfig:
 def _time(config: RunConfig, machine: Machine, vocabulary: Vocabulary, n_tokens: int) -> tuple[float, float]:
     """Mean seconds of a training step, and of a token in an evaluation, of an untrained model on random ids."""
     windows, length = config.windows, config.windows.seq_len
-    ids = np.random.default_rng(0).choice(vocabulary.used.numpy(), min(max(n_tokens, length + 1), TEXT_TOKENS))
+    ids = np.random.default_rng(0).choice(vocabulary.used.numpy(), min(n_tokens, TEXT_TOKENS))
     text = Split(Tokens("text", [ids.astype(np.uint16)], vocabulary.size), vocabulary, machine.device)
     optim = config.optim.updated(schedule="constant", warmup=10**6)  # a rate near zero: the loss stays finite
     state = fresh_state(config.model, vocabulary, optim, config.train, machine)

@@ -40,11 +40,14 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
         )
 
 
-def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
+def step_bytes(
+    config: RunConfig, vocabulary: Vocabulary, machine: Machine, evaluated_tokens: int = BATCH_TOKENS
+) -> int:
     """Bytes of weights, gradients, optimiser state, activations and logits, for one process of the machine's world.
 
     A process has its share of the batch. If the model is sharded it has its share of the weights, gradients and
-    optimiser state, plus the blocks that FSDP2 unshards at one time.
+    optimiser state, plus the blocks that FSDP2 unshards at one time. `evaluated_tokens`: in a forward pass of an
+    evaluation, at most BATCH_TOKENS; fewer in a short text.
     """
     batch = config.windows.micro_batch_size // machine.world.size
     windows = config.windows.updated(micro_batch_size=batch)
@@ -57,7 +60,9 @@ def step_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
         weights, state = _trained_bytes(model, config.optim)
     n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
     step = activations + 10 * n_logits  # bf16 or fp16; on a GPU also fp32, before and after the softmax
-    evaluation = 8 * BATCH_TOKENS * vocabulary.n_rows  # fp32 logits, before and after the softmax
+    evaluation = (
+        8 * min(BATCH_TOKENS, evaluated_tokens) * vocabulary.n_rows
+    )  # fp32 logits, before and after the softmax
     held = 2 * weights + sum(state)
     if config.train.shard and machine.world.size > 1:
         block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())

@@ -30,7 +30,7 @@ def config_of(n_layer=2, micro_batch_size=4, accumulation=1, max_epochs=10.0, **
     sizes = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": accumulation}
     return replace(
         whole,
-        model=whole.model.updated(n_layer=n_layer, n_head=2, n_embd=32, block_size=16),
+        model=whole.model.updated(n_layer=n_layer, n_head=2, n_embd=32, block_size=16, vocab_size=50257),
         windows=whole.windows.updated(seq_len=16, **sizes),
         optim=whole.optim.updated(max_epochs=max_epochs),
         target=whole.target.updated(**target),
@@ -74,7 +74,7 @@ def test_the_cost_of_the_whole_run_follows_from_what_was_timed(monkeypatch):
     assert cost.step_s == pytest.approx(0.5 * times)
     assert cost.train_s == pytest.approx(157 * cost.step_s)  # 10 epochs of 1000 tokens in steps of 64
     assert cost.evaluate_s == pytest.approx((1000 * (4 + 16 / 7) + 100) * 0.001 * times)
-    assert cost.memory_bytes == step_bytes(config, VOCABULARY, MACHINE) + PROCESS_BYTES
+    assert cost.memory_bytes == step_bytes(config, VOCABULARY, MACHINE, 143) + PROCESS_BYTES  # 1000 / 7
     checkpoint, model = saved_bytes(config, VOCABULARY)
     assert cost.disk_bytes == n_checkpoints(config.optim) * checkpoint + MODEL_COPIES * model
     assert token_flops(config, 10) == step_flops(config, 10) / 64

@@ -40,7 +40,7 @@ def settings(batch=4, kind="adamw", gradient_checkpointing=False):
     return config, VOCABULARY, MACHINE
 
 
-def test_the_estimate_equals_the_bytes_that_a_real_forward_pass_keeps(monkeypatch):
+def test_the_estimate_equals_the_bytes_that_a_real_forward_pass_keeps():
     model, ids = GPT(SHAPE, VOCABULARY).initialise(1), torch.zeros(4, 32, dtype=torch.int64)
     storages = {}
     with saved_tensors_hooks(
@@ -52,8 +52,7 @@ def test_the_estimate_equals_the_bytes_that_a_real_forward_pass_keeps(monkeypatc
     assert loss.requires_grad
     weights = sum(p.numel() * 4 for p in model.parameters())
     logits = 10 * 4 * 32 * VOCABULARY.n_rows
-    monkeypatch.setattr(preflight, "BATCH_TOKENS", 1)
-    assert step_bytes(*settings()) == pytest.approx(4 * weights + kept + logits, rel=0.01)
+    assert step_bytes(*settings(), evaluated_tokens=1) == pytest.approx(4 * weights + kept + logits, rel=0.01)
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_gradient_checkpointing_and_muon():
@@ -68,6 +67,8 @@ def test_on_a_cpu_the_bytes_of_an_evaluation_are_added_to_those_of_a_step():
     folded, full = (step_bytes(config, v, machine) for v in (VOCABULARY, Vocabulary.full(50257)))
     evaluation, weights, step = (n * (50257 - VOCABULARY.n_rows) for n in (8 * 8192, 5 * 4 * 64, 10 * 32))
     assert full - folded == evaluation + weights + step
+    short, long = (step_bytes(config, VOCABULARY, machine, n) for n in (100, 10**9))  # tokens of an evaluation's batch
+    assert (long, folded - short) == (folded, 8 * (8192 - 100) * VOCABULARY.n_rows)
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatch):  # A14
