@@ -125,7 +125,7 @@ def _timed_part(config: RunConfig, n_rows: int, limit: float) -> RunConfig:
 def _time(config: RunConfig, machine: Machine, vocabulary: Vocabulary, n_tokens: int) -> tuple[float, float]:
     """Mean seconds of a training step, and of a token in an evaluation, of an untrained model on random ids."""
     windows, length = config.windows, config.windows.seq_len
-    ids = np.random.default_rng(0).choice(vocabulary.used.numpy(), min(max(n_tokens, length + 1), TEXT_TOKENS))
+    ids = np.random.default_rng(0).choice(vocabulary.used.numpy(), min(n_tokens, TEXT_TOKENS))
     text = Split(Tokens("text", [ids.astype(np.uint16)], vocabulary.size), vocabulary, machine.device)
     optim = config.optim.updated(schedule="constant", warmup=10**6)  # a rate near zero: the loss stays finite
     state = fresh_state(config.model, vocabulary, optim, config.train, machine)
