@@ -33,7 +33,7 @@ def test_a_records_steps_with_its_recipe_give_its_tokens(recipe):
     windows = WindowsConfig(**{"gradient_accumulation_steps": 1, "order": "shuffled", **settings["windows"]})
     seen = number(record["steps"]) * windows.step_tokens
     assert 0.99 * seen < number(record["tokens"]) <= seen  # a little less: each epoch ends with a shorter window
-    assert number(record["loss"]) < 0.1
+    assert number(record["loss"]) < settings["target"]["loss"]
     bytes_per_token = 3.30 if record["text"] == "whole" else 3.26  # with GPT-2's tokenizer
     assert number(record["bits per byte"]) == pytest.approx(
         number(record["loss"]) / bytes_per_token / math.log(2), rel=0.01
@@ -43,7 +43,8 @@ def test_a_records_steps_with_its_recipe_give_its_tokens(recipe):
 
 @pytest.mark.parametrize("recipe", LATEST)
 def test_readme_compares_the_latest_record(recipe):
-    (shown,) = [row for row in table("README.md", "trained by") if row["trained by"].strip("*") == recipe]
-    assert shown["steps"] == LATEST[recipe]["steps"]
+    below = "held-out characters" if LATEST[recipe]["rule"] == "validation" else "trained by"
+    (shown,) = [row for row in table("README.md", below) if row[below].strip("*") == recipe]
+    assert shown.get("steps", LATEST[recipe]["steps"]) == LATEST[recipe]["steps"]
     assert shown["tokens"] == f"{number(LATEST[recipe]['tokens']) / 1e6:.2f}M"
     assert shown["time"].startswith(f"{round(number(LATEST[recipe]['train s'])):,} s")
