@@ -86,7 +86,7 @@ def _promoted(registered: dict[str, Any]) -> dict[str, Any] | None:
                 better = RULES[ours["rule"]].needs_held_out and float(ours[loss]) < float(champion[loss])
             if not better:
                 return None
-    print(promote(store, name, str(version.version)))
+    promote(store, name, str(version.version))
     return {"champion": True, "next_step": None}
 
 
@@ -127,13 +127,14 @@ def _reproduce(environment: dict[str, str]) -> None:
 def _show_outcome(options: Options) -> None:
     """Print the loss that was reached, a text by the model, and the commands that use it."""
     registered, results = read_json(Path("reports/registered.json")), read_run(Path("models"))["results"]
-    reached = results["to_target"][results["rule"]]
-    if not registered["champion"] and (reached or _wants_the_best(options)):
+    reached, best = results["to_target"][results["rule"]], _wants_the_best(options)
+    if not registered["champion"] and (reached or best):
         registered |= _promoted(registered) or {}
     spent = reached or results
     cost = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens"
-    target = f"target {results['target_loss']:g} (rule {results['rule']})"
-    print(f"\n{'reached' if reached else 'not reached':{WIDTH}} loss {results['loss']:.4f} after {cost}, {target}")
+    word = "reached" if reached else "best" if best else "not reached"
+    target = f"rule {results['rule']}" + f", target {results['target_loss']:g}" * (not best)
+    print(f"\n{word:{WIDTH}} loss {results['loss']:.4f} after {cost} ({target})")
     label = f"{registered['model']} version {registered['version']}"
     print(f"{'model':{WIDTH}} {label}, {'champion' if registered['champion'] else registered['reason']}")
     if registered["next_step"]:
