@@ -22,7 +22,7 @@ from pipeline.ops.plan import PLANS, WIDTH, Options, Plan, stored_plan
 from pipeline.ops.policy import GENERALISE
 from pipeline.ops.sources import bring
 from pipeline.registry.catalog import CHAMPION, find_version, open_registry, registered_model
-from pipeline.registry.promotion import promote
+from pipeline.registry.promotion import ROLLED_BACK, promote
 from pipeline.system.errors import PipelineError
 from pipeline.system.files import read_json, sha256_file, write_json, write_text
 from pipeline.system.host import project_root
@@ -71,11 +71,14 @@ def _promoted(registered: dict[str, Any]) -> dict[str, Any] | None:
     """Make the new version champion if the gate cannot compare it with what the user asks for now.
 
     That is so if there is no champion, if the champion has another target rule, or if the text has changed and is not
-    shorter. On the same held-out text, the lower loss decides. Returns the changes of `registered`; None: it stays.
+    shorter. On the same held-out text, the lower loss decides. A version that was rolled back by hand stays so. Returns
+    the changes of `registered`; None: it stays.
     """
     store, name = open_registry(project_root()), registered["model"]
     version = find_version(store, name, registered["version"])
     number = registered_model(store, name).aliases.get(CHAMPION)
+    if ROLLED_BACK in version.tags:
+        return None
     if number is not None:
         champion, ours = find_version(store, name, str(number)).tags, version.tags
         loss = RULES[ours["rule"]].loss
