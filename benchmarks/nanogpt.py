@@ -202,8 +202,8 @@ def serve(pipe: Connection, name: str, which: str, seed: int) -> None:
         data = replace(data, train=train, validation=validation, vocabulary=train.vocabulary)
     steps = enumerate(RUNS[name](config, machine, data, setting), 1)
     pipe.send("ready")
-    train_s = 0.0
-    while True:
+    train_s, finished = 0.0, False
+    while not finished:
         until, points, finished = train_s + pipe.recv(), [], True
         for step, (model, tokens, seconds, is_due) in steps:
             train_s += seconds
