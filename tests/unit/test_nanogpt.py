@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import nanogpt
 from benchmarks.nanogpt import SETTINGS, Point, evaluate, plain, print_table, summary_of, with_own_ids
 from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import Split, TrainingData
@@ -58,6 +59,20 @@ def test_the_plain_loop_trains_a_model_without_biases(data, monkeypatch):
     assert point.loss == pytest.approx(np.log(3), abs=0.2)
     assert point.estimate == pytest.approx(point.loss, abs=0.2)  # the same text, other windows
     assert model.training
+
+
+def test_a_run_answers_each_slice_with_its_evaluations_and_ends_by_itself(data, monkeypatch):
+    def steps(*_):
+        for n in range(1, 6):
+            yield None, 10 * n, 1.0, n % 2 == 0  # a second each, and an evaluation after every other step
+
+    answers = []
+    pipe = Namespace(send=answers.append, recv=lambda: 2.0)
+    monkeypatch.setattr(nanogpt, "prepare", lambda recipe, seed: (None, MACHINE, data))
+    monkeypatch.setattr(nanogpt, "evaluate", lambda *given: given[-3:])
+    monkeypatch.setitem(nanogpt.RUNS, "ours", steps)
+    nanogpt.serve(pipe, "ours", "cpu", seed=1)
+    assert answers == ["ready", (False, [(2, 20, 2.0)]), (False, [(4, 40, 4.0)]), (True, [])]
 
 
 CURVE = [Point(100, 1000, 10.0, 2.0, 1.87), Point(200, 2000, 20.0, 1.9, 1.86), Point(300, 3000, 30.0, 1.95, 1.9)]
