@@ -148,6 +148,7 @@ def test_a_time_limits_the_part_of_the_text_and_a_smaller_part_gets_a_smaller_mo
     assert seconds_of(part) <= 100 < seconds_of(more)
     assert part.shape.capacity_bits < whole.shape.capacity_bits
     assert largest_within(0.1, whole.n_tokens, training_on, seconds_of) is None
+    assert largest_within(5, 10_000, training_on, lambda training: training.n_tokens / 100) is None  # 500 tokens fit
 
 
 @pytest.mark.parametrize("goal", [MEMORISE, GENERALISE])

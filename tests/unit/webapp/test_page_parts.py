@@ -260,6 +260,8 @@ def test_the_page_says_which_rule_ended_the_training_and_promises_no_memory_of_a
     assert "memori" not in page
     assert "Its loss on the rest of it, which was held out, is 1.8612 nats" in page
     assert "memori" in head_html(source)
+    assert f"<h1>{INFO['name']}</h1>" in head_html(source)  # the title is the model's name
+    assert compose(source).title == INFO["name"]
     training = run_html(held_out)
     for words in ("target rule: the held-out text", "validation", "thick: over the held-out text"):
         assert words in training
