@@ -33,7 +33,7 @@ def test_mps_trains_resumes_with_the_same_bits_evaluates_and_generates(workspace
     metrics, _ = evaluate_model(Path("models/model"), tokens, run, load_params().section(EvaluateConfig))
     assert metrics["sliding_loss"] == run["results"]["loss"]
     assert "evaluating in fp32: the run's precision bf16" in capsys.readouterr().out
-    assert model_loss(Path(), tokens) == pytest.approx(metrics["sliding_loss"])
+    assert model_loss(Path(), tokens, "sliding_loss") == pytest.approx(metrics["sliding_loss"])
     shutil.copytree(tokens, "models/tokens")
     generator = load_generator(Path("models"))
     sample = max((run_folder() / "samples").iterdir()).read_text().split("\n\n---")[0]

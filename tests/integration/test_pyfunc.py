@@ -15,6 +15,8 @@ from fixtures_mlflow import root_of, trained_project
 from fixtures_registry import _keep_threads, save_small_model, serving  # noqa: F401 (a fixture)
 
 from pipeline.config.sections import RegistryConfig
+from pipeline.data.openings import openings
+from pipeline.data.token_files import TokenFolder
 from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
 from pipeline.registry.catalog import find_version, open_version
@@ -73,7 +75,8 @@ def test_mlflow_loads_the_registered_files_which_hold_no_pickle(store, champion,
     expected = [generator.text(prompt, Sampling(**sampled)) for prompt in PROMPTS]
     assert served.predict(pd.DataFrame({"prompt": PROMPTS}), params=sampled) == expected
     assert served.metadata.get_input_schema().input_names() == ["prompt"]
-    assert list(served.input_example["prompt"]) == ["ROMEO:"]
+    text = TokenFolder(files / "artifacts" / "tokens").train
+    assert list(served.input_example["prompt"]) == openings(text, generator.tokenizer, 1)
 
 
 def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(server, champion, store):
