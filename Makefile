@@ -1,5 +1,5 @@
-# make repro: text -> registered model. make app: its web page. make test, make check, make faults: unit, integration and
-# fault tests. Each target first makes .venv from the pinned dependencies.
+# make install: .venv, which each other target makes first from the pinned dependencies. make repro: text -> registered
+# model. make app: its web page. make test, make check, make faults: unit, integration and fault tests.
 ifeq ($(OS),Windows_NT)
 $(error this program runs on Linux and macOS: on Windows, run it in WSL 2)
 endif
@@ -15,7 +15,10 @@ IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
 # Where git does not track the folder, DVC must be told to work without git.
 NO_SCM := $(IN_GIT) || grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
 
-.PHONY: repro app sweep dashboard test check faults lowest lint format clean-venv
+.PHONY: install repro app sweep dashboard test check faults lowest lint format clean-venv
+
+install: $(INSTALLED)
+	@$(NO_SCM)
 
 repro: $(INSTALLED)
 	@$(NO_SCM)
