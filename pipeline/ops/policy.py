@@ -88,6 +88,8 @@ class Shape(NamedTuple):
         return BITS_PER_PARAMETER * 12 * self.n_layer * self.n_embd**2
 
 
+MEASURED_BITS = 1e6  # of a text, up to which shapes were measured
+
 # The first three were measured with texts of 3 kbit to .5 Mbit (benchmarks/LOG.md). The others have a capacity of eight
 # times the bits of the text and more; rates and steps are those of the recipes of this size.
 SHAPES = (
