@@ -275,7 +275,9 @@ def _text_line(source: Source, text: Text, measured: Measured, share: float) -> 
 
 def _model_line(training: Training, measured: Measured, size: str | None) -> str:
     shape, bits = training.shape, training.n_tokens * measured.entropy / math.log(2)
-    why = f"as in the recipe {size}" if size else "the size that learns such a text fastest"
+    measured_size = "the size that learnt such texts in the fewest seconds"
+    larger = "a size with the capacity for such a text, which was not measured"
+    why = f"as in the recipe {size}" if size else measured_size if shape.max_bits <= policy.MEASURED_BITS else larger
     if bits > shape.capacity_bits:
         why += ", but too small to memorise all of it"
     return (

@@ -88,12 +88,14 @@ class Shape(NamedTuple):
         return BITS_PER_PARAMETER * 12 * self.n_layer * self.n_embd**2
 
 
+MEASURED_BITS = 1e6  # of a text, up to which shapes were measured
+
 # The first three were measured with texts of 3 kbit to .5 Mbit (benchmarks/LOG.md). The others have a capacity of eight
 # times the bits of the text and more; rates and steps are those of the recipes of this size.
 SHAPES = (
     Shape(2, 2, 128, 256, 4e4),
     Shape(2, 4, 256, 512, 2e5),
-    Shape(2, 8, 512, 1024, 1e6),
+    Shape(2, 8, 512, 2048, 1e6, 0.005),
     Shape(6, 6, 384, 2048, 4.5e6, 0.01, 0.026),
     Shape(8, 8, 512, 4096, 1e7, 0.01),
     Shape(12, 12, 768, 6144, 3.5e7, 0.003, 0.02),
