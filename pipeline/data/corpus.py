@@ -14,7 +14,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
@@ -131,7 +131,7 @@ def verify_corpus(path: Path) -> None:
         raise IntegrityError(f"{path} is altered (SHA-256 {found}, expected {expected}): {REFETCH}")
 
 
-def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HINT) -> tuple[str, dict[str, Path]]:
+def fetch(sources: Sequence[str], path: Path, sha256: str | None, hint: str = HINT) -> tuple[str, dict[str, Path]]:
     """Download the first source that is complete and has the hash `sha256`; return it, and its files by name.
 
     `path`: the file for a source that is one file. If all fail, raises IntegrityError if any source returned wrong
@@ -149,13 +149,15 @@ def fetch(sources: Iterable[str], path: Path, sha256: str | None, hint: str = HI
                 wait_s = fault.wait_s if isinstance(fault, _BusyError) else PAUSE_S
                 may_succeed = isinstance(fault, _BusyError | _IncompleteDownloadError) and wait_s <= MAX_PAUSE_S
                 if failures == ATTEMPTS or not may_succeed:
-                    print(f"skipped: {fault}")
+                    if len(sources) > 1:  # else the error says it
+                        print(f"skipped: {fault}")
                     faults.append(fault)
                     break
                 print(f"next attempt in {wait_s:.0f} s: {fault}")
                 time.sleep(wait_s)
     kind = IntegrityError if any(isinstance(fault, IntegrityError) for fault in faults) else InputError
-    raise kind(f"all sources failed: {'; '.join(map(str, faults))}: {hint}")
+    label = "all sources failed: " if len(sources) > 1 else ""
+    raise kind(f"{label}{'; '.join(map(str, faults))}: {hint}")
 
 
 def _copy(source: str, path: Path, sha256: str | None, received: _Received) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
 from pipeline.ops.plan import PLANS, WIDTH, Options, Plan, stored_plan
-from pipeline.ops.policy import GENERALISE
+from pipeline.ops.policy import GENERALISE, MEMORISE
 from pipeline.ops.sources import bring
 from pipeline.registry.catalog import CHAMPION, find_version, open_registry, registered_model
 from pipeline.registry.promotion import ROLLED_BACK, promote
@@ -48,6 +48,16 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         print("nothing was changed")
         return
     copies = bring(plan.source, in_place)
+    _train(plan, copies)
+    if plan.may_be_longer and not _reached():
+        plan = plan.longer()
+        print(f"\nThe target was not reached: now {plan.lines['training']}", flush=True)
+        _train(plan, copies)
+    _show_outcome(plan)
+
+
+def _train(plan: Plan, copies: dict[str, str]) -> None:
+    """Store the plan, write its values into params.yaml, and run the pipeline."""
     _keep_params(plan.values)
     origin = {"origin": plan.source.origin, "copies": copies}
     if not copies:  # the text is in texts/, where an earlier call may have copied it, or not on this machine
@@ -57,9 +67,14 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         "options": dataclasses.asdict(plan.options), "values": plan.values, "cost": plan.cost._asdict(),
         "lines": plan.lines,
     })  # fmt: skip
-    print(write_values(plan.values))
+    print(write_values(plan.values), flush=True)
     _reproduce(plan.cost.environment())
-    _show_outcome(plan.options)
+
+
+def _reached() -> bool:
+    """Whether the last run has reached the target by its rule."""
+    results = read_run(Path("models"))["results"]
+    return results["to_target"][results["rule"]] is not None
 
 
 def _wants_the_best(options: Options) -> bool:
@@ -127,10 +142,19 @@ def _reproduce(environment: dict[str, str]) -> None:
         raise StageFailed("`dvc repro` failed, as it says above: the same command resumes where it ended")
 
 
-def _show_outcome(options: Options) -> None:
+def _more_training(plan: Plan) -> str:
+    """What to do after a training that did not reach its target."""
+    if plan.options.time_s is not None:
+        return "the same command without --time trains longer"
+    if plan.may_be_longer:
+        return "the same command again trains with twice the epochs"
+    return f"set optim.max_epochs to {plan.longer().values['optim.max_epochs']:g} in {PARAMS}, and run `dvc repro`"
+
+
+def _show_outcome(plan: Plan) -> None:
     """Print the loss that was reached, a text by the model, and the commands that use it."""
     registered, results = read_json(Path("reports/registered.json")), read_run(Path("models"))["results"]
-    reached, best = results["to_target"][results["rule"]], _wants_the_best(options)
+    reached, best = results["to_target"][results["rule"]], _wants_the_best(plan.options)
     if not registered["champion"] and (reached or best):
         registered |= _promoted(registered) or {}
     spent = reached or results
@@ -140,6 +164,8 @@ def _show_outcome(options: Options) -> None:
     print(f"\n{word:{WIDTH}} loss {results['loss']:.4f} after {cost} ({target})")
     label = f"{registered['model']} version {registered['version']}"
     print(f"{'model':{WIDTH}} {label}, {'champion' if registered['champion'] else registered['reason']}")
+    if not (reached or best) and plan.options.goal == MEMORISE:
+        registered["next_step"] = _more_training(plan)
     if registered["next_step"]:
         print(f"{'next':{WIDTH}} {registered['next_step']}")
     model, tokens = load_model(Path("models/model")), TokenFolder(Path("data/tokens")).train

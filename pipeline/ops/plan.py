@@ -30,7 +30,8 @@ from pipeline.training.forecast import Forecast, forecast, step_flops
 PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
 WIDTH = 11  # of the first column of a printed plan
 FAR = 3.0  # times the time that is given, from which seconds need not be measured
-LONG_S = 3600.0  # a longer training gets a hint to --time
+LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
+LONGER = "; if that does not suffice, once more with twice the epochs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,20 @@ class Plan:
     def path(self) -> Path:
         """Where the plan is stored."""
         return PLANS / f"{self.source.name}.json"
+
+    @property
+    def may_be_longer(self) -> bool:
+        """Whether a training that has not reached its target is followed by a longer one."""
+        return self.options.goal == MEMORISE and self.options.time_s is None and self.cost.train_s <= LONG_S
+
+    def longer(self) -> "Plan":
+        """The same plan with twice the epochs."""
+        epochs = round(2 * self.values["optim.max_epochs"], 1)
+        cost = self.cost._replace(train_s=2 * self.cost.train_s, evaluation_s=2 * self.cost.evaluation_s)
+        seconds = duration(cost.train_s + cost.evaluation_s)
+        line = f"at most {epochs:g} epochs, {seconds}, since half of them did not reach the target"
+        values, lines = self.values | {"optim.max_epochs": epochs}, self.lines | {"training": line}
+        return dataclasses.replace(self, values=values, cost=cost, lines=lines)
 
 
 def make_plan(source: Source, options: Options) -> Plan:
@@ -122,16 +137,17 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
     values["corpus.column"] = options.column
     cost = costs.of(training)
     check_params(_merged(params, values))
+    plan = Plan(source, text.sha256, options, values, cost, {})
     lines = {
         "text": _text_line(source, text, measured, share),
         "tokenizer": f"{tokenizer.value}: {tokenizer.why}",
         "lowest loss": bound,
         "model": _model_line(training, measured, options.size),
-        "training": _training_line(training, options.goal, target),
+        "training": _training_line(training, options.goal, target) + LONGER * plan.may_be_longer,
         "cost": _cost_line(cost, options, share),
         "name": f"{source.name}, for the page, generate, models and export",
     }
-    return Plan(source, text.sha256, options, values, cost, lines)
+    return dataclasses.replace(plan, lines=lines)
 
 
 class Costs:

@@ -125,6 +125,13 @@ def test_b1_a_bad_download_is_reported_and_the_next_mirror_is_used(server, tmp_p
     assert re.search("skipped: " + FAULTS[name].format(server.url + name), capsys.readouterr().out)
 
 
+def test_the_failure_of_a_single_source_is_said_once(server, tmp_path, capsys):
+    with pytest.raises(InputError, match=f"^could not download {server.url}missing: ") as caught:
+        fetch_corpus(corpus_config(server.url + "missing"), tmp_path / "corpus.txt")
+    assert str(caught.value).count("could not download") == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_b1_a_download_that_fails_names_all_sources_and_keeps_the_previous_file(server, tmp_path):
     (tmp_path / "corpus.txt").write_text("before")
     unreachable, missing = "http://127.0.0.1:1/", server.url + "missing"

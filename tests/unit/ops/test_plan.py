@@ -152,7 +152,8 @@ def test_a_text_or_an_option_that_is_not_possible_is_refused_in_one_line(command
 
 def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_again(project, monkeypatch, capsys):
     monkeypatch.setattr(learn, "_reproduce", lambda environment: None)
-    monkeypatch.setattr(learn, "_show_outcome", lambda options: None)
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "_show_outcome", lambda plan: None)
     before = Path("params.yaml").read_bytes()
     assert main(["learn", "../diary.txt"]) == 0  # without a terminal it does not ask
     written = snapshot(project)
@@ -182,10 +183,34 @@ def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_a
 @pytest.mark.parametrize(("answer", "trained"), [("", True), ("y", True), ("n", False), ("what", False)])
 def test_a_terminal_is_asked_before_anything_is_written(project, monkeypatch, capsys, answer, trained):
     monkeypatch.setattr(learn, "_reproduce", lambda environment: None)
-    monkeypatch.setattr(learn, "_show_outcome", lambda options: None)
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "_show_outcome", lambda plan: None)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: answer)
     before = snapshot(project)
     assert main(["learn", "../diary.txt"]) == 0
     assert (snapshot(project) != before) is trained
     assert ("nothing was changed" in capsys.readouterr().out) is not trained
+
+
+@pytest.mark.parametrize(
+    ("options", "reached", "budgets"),
+    [
+        ([], [True], [1]),
+        ([], [False], [1, 2]),
+        (["--time", "1h"], [False], [1]),  # the time that the user has given
+        (["--goal", "generalise"], [False], [1]),  # early stopping has ended it
+    ],
+)
+def test_a_training_that_misses_its_target_is_followed_by_one_with_twice_the_epochs(
+    project, monkeypatch, options, reached, budgets
+):
+    epochs, shown = [], []
+    monkeypatch.setattr(learn, "_reproduce", lambda _: epochs.append(load_params().values["optim"]["max_epochs"]))
+    monkeypatch.setattr(learn, "_reached", lambda: reached[0])
+    monkeypatch.setattr(learn, "_show_outcome", shown.append)
+    assert main(["learn", "../diary.txt", *options]) == 0
+    assert epochs == pytest.approx([factor * epochs[0] for factor in budgets], rel=0.01)
+    assert shown[0].values["optim.max_epochs"] == epochs[-1]
+    assert main(["learn", "../diary.txt", *options]) == 0  # resumes the last one
+    assert epochs[len(budgets)] == epochs[len(budgets) - 1]
