@@ -252,6 +252,17 @@ REFUSED = {
         "a Git LFS pointer",
     ),
     "DVC pointer": ("texts/mix", ("mix/b.txt.dvc", "outs:"), "b.txt.dvc is DVC's pointer to a text"),
+    "DVC pointer as text": ("texts/b.txt", ("b.txt", "outs:\n- md5: 0f1e\n  size: 9\n"), "b.txt is DVC's pointer to a"),
+    "DVC pointer of an import": (
+        "texts/b.csv",
+        ("b.csv", f"md5: {'0f' * 16}\nfrozen: true\ndeps:\n- path: b.csv\nouts:\n- md5: 0f1e\n"),
+        "b.csv is DVC's pointer to a text",
+    ),
+    "LFS pointer as text": (
+        "texts/b.txt",
+        ("b.txt", "version https://git-lfs.github.com/spec/v1"),
+        "a Git LFS pointer",
+    ),
     "no suffix gz": (
         "texts/mix",
         ("mix/b.txt", GZ(MANY)),
