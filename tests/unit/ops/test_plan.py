@@ -47,6 +47,7 @@ def project(tmp_path, monkeypatch, bpe):
         "pointer.dvc": "outs:\n- md5: x\n",
         "page.pdf": "%PDF-1.4",
         "table.csv": "id,text\n1,hello\n",
+        "poems.csv": "id,title,poem\n1,a,hello\n",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -127,7 +128,8 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
         (["../pointer.txt"], "is a Git LFS pointer"),
         (["../pointer.dvc"], "is DVC's pointer"),
         (["../json.txt"], "is JSON: save it as JSON Lines"),
-        (["../table.csv", "--column", "body"], "has no column 'body'"),
+        (["../table.csv", "--column", "body"], "has no column 'body': set --column to one of 'text'"),
+        (["../poems.csv"], "has no column 'text': set --column to one of 'title', 'poem'"),
         (["../diary.txt", "../log.txt"], "2 sources: name one"),
         (["../diary.txt", "--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),
         (["../diary.txt", "--tokenizer", "bpe:10"], "'bpe:10' is not bpe:N"),
