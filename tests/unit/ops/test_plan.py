@@ -9,6 +9,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
+from pipeline.data import corpus
 from pipeline.ops import learn, plan
 from pipeline.ops.plan import Options, make_plan
 from pipeline.ops.sources import find_source
@@ -85,6 +86,14 @@ def test_plan_and_dry_run_say_what_would_be_trained_and_why(command):
     assert "1 GB of memory, 100 MB of disk" in lines["cost"]
     assert lines["name"].split()[0] == "diary,"
     assert command("learn", "../diary.txt", "--dry-run") == (0, said, "")
+
+
+def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
+    monkeypatch.setattr(corpus, "fetch", lambda sources, *_: (sources[0], {sources[0]: Path("../diary.txt")}))
+    size = Path("../diary.txt").stat().st_size
+    code, said, messages = command("plan", "https://example.com/diary.txt")
+    assert (code, messages) == (0, f"https://example.com/diary.txt: {size:,} bytes\n")
+    assert f"https://example.com/diary.txt: {size:,} bytes, " in said
 
 
 def test_a_plan_is_valid_for_every_goal_and_size(project):
