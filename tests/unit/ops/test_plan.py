@@ -216,12 +216,19 @@ def test_a_terminal_is_asked_before_anything_is_written(project, monkeypatch, ca
 def test_a_training_that_misses_its_target_is_followed_by_one_with_twice_the_epochs(
     project, monkeypatch, options, reached, budgets
 ):
-    epochs, shown = [], []
-    monkeypatch.setattr(learn, "_reproduce", lambda _: epochs.append(load_params().values["optim"]["max_epochs"]))
+    epochs, searched, shown = [], [], []
+
+    def reproduce(_):
+        values = load_params().values
+        epochs.append(values["optim"]["max_epochs"])
+        searched.append(values["sweep"]["space"]["optim"]["max_epochs"])
+
+    monkeypatch.setattr(learn, "_reproduce", reproduce)
     monkeypatch.setattr(learn, "_reached", lambda: reached[0])
     monkeypatch.setattr(learn, "_show_outcome", shown.append)
     assert main(["learn", "../diary.txt", *options]) == 0
     assert epochs == pytest.approx([factor * epochs[0] for factor in budgets], rel=0.01)
+    assert searched == [{"low": round(0.75 * n, 1), "high": round(1.1 * n, 1)} for n in epochs]
     assert shown[0].values["optim.max_epochs"] == epochs[-1]
     assert main(["learn", "../diary.txt", *options]) == 0  # resumes the last one
     assert epochs[len(budgets)] == epochs[len(budgets) - 1]
