@@ -104,7 +104,7 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
             hint = f"{HINT}, or save the text in {TEXTS}/"
             source, files = fetch([source, *config.mirrors], Path(folder, "raw"), config.sha256, hint)
         notes = write_documents(files, unfinished, source, config.column)
-    print(f"{path}: {path.stat().st_size:,} bytes from {'; '.join([source, *notes])}")
+    print("; ".join([f"{source}: {path.stat().st_size:,} bytes", *notes]))
     write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
 
 

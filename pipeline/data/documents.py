@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[BinaryIO, str, str | None], Rows]] = {
     ".parquet": read_parquet,
 }
 POINTER = ".dvc"
+IS_POINTER = "DVC's pointer to a text: fetch the text with `dvc pull`, and name the text itself"
 HEAD_BYTES = 512
 MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd", ".parquet": rb"PAR1"}
 HTML = rb"(?i)(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|<!--.*?-->)*<(!doctype html|html|head|script)\b"
@@ -35,6 +36,7 @@ FORMATS = {  # how a file begins -> what it is, and what to do
     MAGIC[".gz"]: "compressed with gzip: save it under a name that ends with .gz",
     MAGIC[".zst"]: "compressed with zstd: save it under a name that ends with .zst",
     rb"BZh\d|\xfd7zXZ\0": "compressed with bzip2 or xz: use gzip or zstd",
+    rb"(md5: \w{32}\s+)?(frozen: true\s+deps:\s+- |outs:\s+- (md5|etag|checksum|hash): )": IS_POINTER,
     rb"version https://git-lfs": "a Git LFS pointer: fetch the text with `git lfs pull`",
     rb"/annex/objects/": "a git-annex pointer: fetch the text with `git annex get`",
     rb"PK[\3\5]|.{257}ustar|7z\xbc\xaf|Rar!\x1a": "an archive, as a .docx or .epub is: save its texts as UTF-8",
@@ -126,7 +128,7 @@ def read_documents(path: Path, name: str, changes: Counter[str], column: str | N
     compression = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
     suffix = suffixes[-1].lower() if suffixes else ""
     if suffix == POINTER:
-        raise InputError(f"{name} is DVC's pointer to a text: fetch the text with `dvc pull`, and name the text itself")
+        raise InputError(f"{name} is {IS_POINTER}")
     try:
         with path.open("rb") as file:
             _refuse_format(file.read(HEAD_BYTES), name, compression or suffix)

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import math
 import os
 import platform
 import shutil
@@ -117,7 +118,8 @@ def examine_params(root: Path) -> Iterator[Finding]:
     checkpoint, model = saved_bytes(config, Vocabulary.full(config.model.n_ids))
     needed = n_checkpoints(config.optim) * checkpoint + 3 * model  # in models/, DVC's cache and MLflow's artifacts
     free = shutil.disk_usage(root).free
-    what = f"{free / 1e9:,.1f} GB free in {root}, a run may need {needed / 1e9:,.1f} GB"
+    needed_gb, free_gb = math.ceil(needed / 1e8) / 10, math.floor(free / 1e8) / 10  # never equal if free < needed
+    what = f"{free_gb:,.1f} GB free in {root}, a run may need {needed_gb:,.1f} GB"
     if free < needed:
         yield Finding("to fix", "disk", what, "free disk space; `python -m pipeline clean` removes checkpoints")
     else:

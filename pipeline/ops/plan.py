@@ -76,7 +76,7 @@ class Plan:
         cost = self.cost._replace(train_s=2 * self.cost.train_s, evaluation_s=2 * self.cost.evaluation_s)
         seconds = duration(cost.train_s + cost.evaluation_s)
         line = f"at most {epochs:g} epochs, {seconds}, since half of them did not reach the target"
-        values, lines = self.values | {"optim.max_epochs": epochs}, self.lines | {"training": line}
+        values, lines = self.values | policy.budget_values(epochs), self.lines | {"training": line}
         return dataclasses.replace(self, values=values, cost=cost, lines=lines)
 
 

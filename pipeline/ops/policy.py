@@ -18,6 +18,7 @@ LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
 MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
 MICRO_BATCH_TOKENS = 8192  # at most
+SEARCHED = (0.75, 1.1)  # range of a sweep, as shares of the training budget
 
 
 class Choice(NamedTuple):
@@ -233,6 +234,13 @@ def dropout_for(shape: Shape, goal: str) -> float:
     return 0.2 if shape.max_bits < 4.5e6 else 0.1
 
 
+def budget_values(max_epochs: float) -> dict[str, Any]:
+    """The values of params.yaml for a training budget: the budget, and the range that a sweep searches around it."""
+    low, high = (round(share * max_epochs, 1) for share in SEARCHED)
+    space = "sweep.space.optim.max_epochs"
+    return {"optim.max_epochs": max_epochs, f"{space}.low": low, f"{space}.high": high}
+
+
 def values_of(training: Training, goal: str, target: float) -> dict[str, Any]:
     """The values of params.yaml for a training, by dotted key."""
     shape, T, windows = training.shape, training.seq_len, training.step_windows
@@ -251,7 +259,7 @@ def values_of(training: Training, goal: str, target: float) -> dict[str, Any]:
         "windows.order": "jittered",
         "optim.lr": shape.lr,
         "optim.muon_lr": shape.muon_lr,
-        "optim.max_epochs": training.max_epochs,
+        **budget_values(training.max_epochs),
         "optim.warmup": 0.02,
         "target.loss": target,
         "target.rule": "validation" if held_out else "sliding",

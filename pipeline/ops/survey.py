@@ -13,6 +13,7 @@ from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, write_documents
 from pipeline.data.statistics import STATISTICS_TOKENS, Integers, counts_loss, irreducible_loss, next_token_entropy
+from pipeline.data.tables import ColumnError
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from pipeline.ops.sources import Source
 from pipeline.system.errors import InputError, IntegrityError
@@ -77,14 +78,11 @@ class Measured:
 
 def read_text(source: Source, column: str | None, folder: Path) -> Text:
     """Read the whole text, with a copy in `folder`; `column`: of a table. Raises as `fetch_corpus` does."""
-    corpus, notes = folder / "corpus.txt", list[str]()
-    if source.files:
-        notes = write_documents(source.files, corpus, source.origin, column)
-    else:
-        values = load_params().values["corpus"] | {"source": source.source, "column": column}
-        config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path("SOURCE")).section(CorpusConfig)
-        with redirect_stdout(sys.stderr):
-            fetch_corpus(config, corpus)
+    corpus = folder / "corpus.txt"
+    try:
+        notes = _write_corpus(source, column, corpus)
+    except ColumnError as error:
+        raise ColumnError(error.what, error.columns, "--column") from None
     with corpus.open("rb") as file:
         sample = file.read(SURVEYED_BYTES)
         n_documents = 1 + sample.count(0)
@@ -94,6 +92,17 @@ def read_text(source: Source, column: str | None, folder: Path) -> Text:
     if not whole.strip(b"\0 \t\r\n"):
         raise InputError(f"{source.origin} contains no text: give another text")
     return Text(sha256_file(corpus), n_documents, corpus.stat().st_size, tuple(notes), whole)
+
+
+def _write_corpus(source: Source, column: str | None, corpus: Path) -> list[str]:
+    """Write the text to `corpus`; return what was normalised."""
+    if source.files:
+        return write_documents(source.files, corpus, source.origin, column)
+    values = load_params().values["corpus"] | {"source": source.source, "column": column}
+    config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path("SOURCE")).section(CorpusConfig)
+    with redirect_stdout(sys.stderr):
+        fetch_corpus(config, corpus)
+    return []
 
 
 def measure(text: Text, name: str, folder: Path, lengths: Sequence[int] = LENGTHS) -> Measured:

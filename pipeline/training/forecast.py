@@ -58,8 +58,16 @@ class Forecast(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> Self | None:
-        """The forecast that `environment` has passed on, or None."""
-        return cls(**json.loads(os.environ[VARIABLE])) if VARIABLE in os.environ else None
+        """The forecast that `environment` has passed on, or None; what is not a forecast is ignored with a message."""
+        if VARIABLE not in os.environ:
+            return None
+        try:
+            passed_on = cls(**json.loads(os.environ[VARIABLE]))
+            passed_on.tags()  # raises TypeError if a value is not a number
+        except (ValueError, TypeError):
+            print(f"the environment variable {VARIABLE} is not a forecast: the run gets no tags of it")
+            return None
+        return passed_on
 
     def tags(self) -> dict[str, str]:
         """The tags of a run, such as forecast_train_s; its metrics train_s, wall_s and memory_bytes are the outcome."""

@@ -80,8 +80,9 @@ def test_a_folder_of_all_kinds_becomes_one_text_in_the_order_of_its_paths(capsys
         fetched("texts/mix") == b"first\n\0second\0third\n\0fourth\0fifth\0sixth\0seventh\0eighth\0ninth\0tenth"
         b'\0eleventh\0twelfth,\n"and" more\0thirteenth'
     )
-    notes = "from texts/mix; 13 documents in 13 files; CRLF replaced by LF: 2; byte order marks removed: 1"
-    assert notes in capsys.readouterr().out
+    notes = "13 documents in 13 files; CRLF replaced by LF: 2; byte order marks removed: 1"
+    size = Path("data/corpus.txt").stat().st_size
+    assert capsys.readouterr().out == f"texts/mix: {size} bytes; {notes}\n"
 
 
 def test_a_glob_matches_visible_texts_and_not_the_readme_of_texts():
@@ -252,6 +253,17 @@ REFUSED = {
         "a Git LFS pointer",
     ),
     "DVC pointer": ("texts/mix", ("mix/b.txt.dvc", "outs:"), "b.txt.dvc is DVC's pointer to a text"),
+    "DVC pointer as text": ("texts/b.txt", ("b.txt", "outs:\n- md5: 0f1e\n  size: 9\n"), "b.txt is DVC's pointer to a"),
+    "DVC pointer of an import": (
+        "texts/b.csv",
+        ("b.csv", f"md5: {'0f' * 16}\nfrozen: true\ndeps:\n- path: b.csv\nouts:\n- md5: 0f1e\n"),
+        "b.csv is DVC's pointer to a text",
+    ),
+    "LFS pointer as text": (
+        "texts/b.txt",
+        ("b.txt", "version https://git-lfs.github.com/spec/v1"),
+        "a Git LFS pointer",
+    ),
     "no suffix gz": (
         "texts/mix",
         ("mix/b.txt", GZ(MANY)),

@@ -132,4 +132,12 @@ def test_a_disk_too_small_for_the_run_is_named_with_both_sizes(project, monkeypa
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         (disk,) = [finding for finding in examine_params(project()) if finding.topic == "disk"]
         assert disk.mark == mark
-        assert f"{free / 1e9:,.1f} GB free" in disk.what
+        assert f"{free // 10**8 / 10:,.1f} GB free" in disk.what
+
+
+def test_a_disk_that_is_too_small_never_has_as_many_bytes_free_as_needed(project, monkeypatch):
+    monkeypatch.setattr(checks, "saved_bytes", lambda *_: (101_000_000, 100_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=703_000_000))
+    (disk,) = [finding for finding in examine_params(project()) if finding.topic == "disk"]
+    assert disk.mark == "to fix"
+    assert re.search(r"^0\.7 GB free in .*, a run may need 0\.8 GB$", disk.what)

@@ -9,6 +9,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
+from pipeline.data import corpus
 from pipeline.ops import learn, plan
 from pipeline.ops.plan import Options, make_plan
 from pipeline.ops.sources import find_source
@@ -47,6 +48,7 @@ def project(tmp_path, monkeypatch, bpe):
         "pointer.dvc": "outs:\n- md5: x\n",
         "page.pdf": "%PDF-1.4",
         "table.csv": "id,text\n1,hello\n",
+        "poems.csv": "id,title,poem\n1,a,hello\n",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -84,6 +86,14 @@ def test_plan_and_dry_run_say_what_would_be_trained_and_why(command):
     assert "1 GB of memory, 100 MB of disk" in lines["cost"]
     assert lines["name"].split()[0] == "diary,"
     assert command("learn", "../diary.txt", "--dry-run") == (0, said, "")
+
+
+def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
+    monkeypatch.setattr(corpus, "fetch", lambda sources, *_: (sources[0], {sources[0]: Path("../diary.txt")}))
+    size = Path("../diary.txt").stat().st_size
+    code, said, messages = command("plan", "https://example.com/diary.txt")
+    assert (code, messages) == (0, f"https://example.com/diary.txt: {size:,} bytes\n")
+    assert f"https://example.com/diary.txt: {size:,} bytes, " in said
 
 
 def test_a_plan_is_valid_for_every_goal_and_size(project):
@@ -127,7 +137,8 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
         (["../pointer.txt"], "is a Git LFS pointer"),
         (["../pointer.dvc"], "is DVC's pointer"),
         (["../json.txt"], "is JSON: save it as JSON Lines"),
-        (["../table.csv", "--column", "body"], "has no column 'body'"),
+        (["../table.csv", "--column", "body"], "has no column 'body': set --column to one of 'text'"),
+        (["../poems.csv"], "has no column 'text': set --column to one of 'title', 'poem'"),
         (["../diary.txt", "../log.txt"], "2 sources: name one"),
         (["../diary.txt", "--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),
         (["../diary.txt", "--tokenizer", "bpe:10"], "'bpe:10' is not bpe:N"),
@@ -205,12 +216,19 @@ def test_a_terminal_is_asked_before_anything_is_written(project, monkeypatch, ca
 def test_a_training_that_misses_its_target_is_followed_by_one_with_twice_the_epochs(
     project, monkeypatch, options, reached, budgets
 ):
-    epochs, shown = [], []
-    monkeypatch.setattr(learn, "_reproduce", lambda _: epochs.append(load_params().values["optim"]["max_epochs"]))
+    epochs, searched, shown = [], [], []
+
+    def reproduce(_):
+        values = load_params().values
+        epochs.append(values["optim"]["max_epochs"])
+        searched.append(values["sweep"]["space"]["optim"]["max_epochs"])
+
+    monkeypatch.setattr(learn, "_reproduce", reproduce)
     monkeypatch.setattr(learn, "_reached", lambda: reached[0])
     monkeypatch.setattr(learn, "_show_outcome", shown.append)
     assert main(["learn", "../diary.txt", *options]) == 0
     assert epochs == pytest.approx([factor * epochs[0] for factor in budgets], rel=0.01)
+    assert searched == [{"low": round(0.75 * n, 1), "high": round(1.1 * n, 1)} for n in epochs]
     assert shown[0].values["optim.max_epochs"] == epochs[-1]
     assert main(["learn", "../diary.txt", *options]) == 0  # resumes the last one
     assert epochs[len(budgets)] == epochs[len(budgets) - 1]

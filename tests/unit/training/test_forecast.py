@@ -1,5 +1,6 @@
 """The forecast of a run: what is timed, in proportion to what, and how it reaches the run's tags."""
 
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -145,3 +146,11 @@ def test_a_forecast_in_the_environment_becomes_tags_of_the_run(monkeypatch):
         "forecast_memory_bytes": "3000000000",
         "forecast_disk_bytes": "700",
     }
+
+
+@pytest.mark.parametrize("value", ["", "{", "7", '{"step_s": 1}', json.dumps(COST._replace(step_s="soon")._asdict())])
+def test_a_variable_that_is_not_a_forecast_is_ignored_with_one_line(monkeypatch, capsys, value):
+    monkeypatch.setenv(module.VARIABLE, value)
+    assert Forecast.of_environment() is None
+    said = "the environment variable TOTARGET_FORECAST is not a forecast: the run gets no tags of it\n"
+    assert capsys.readouterr().out == said
