@@ -18,7 +18,7 @@ from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
-from pipeline.ops.plan import PLANS, WIDTH, Options, Plan, stored_plan
+from pipeline.ops.plan import DOUBLINGS, PLANS, WIDTH, Options, Plan, stored_plan
 from pipeline.ops.policy import GENERALISE, MEMORISE
 from pipeline.ops.sources import bring
 from pipeline.registry.catalog import CHAMPION, find_version, open_registry, registered_model
@@ -49,7 +49,9 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         return
     copies = bring(plan.source, in_place)
     _train(plan, copies)
-    if plan.may_be_longer and not _reached():
+    for _ in range(DOUBLINGS):
+        if not plan.may_be_longer or _reached():
+            break
         plan = plan.longer()
         print(f"\nThe target was not reached: now {plan.lines['training']}", flush=True)
         _train(plan, copies)

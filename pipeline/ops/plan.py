@@ -31,7 +31,8 @@ PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml
 WIDTH = 11  # of the first column of a printed plan
 FAR = 3.0  # times the time that is given, from which seconds need not be measured
 LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
-LONGER = "; if that does not suffice, once more with twice the epochs"
+DOUBLINGS = 2  # longer trainings after one that has not reached its target, each with twice the epochs
+LONGER = "; if that does not suffice, again with twice and four times the epochs"
 
 
 @dataclasses.dataclass(frozen=True)

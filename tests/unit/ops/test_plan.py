@@ -208,14 +208,13 @@ def test_a_terminal_is_asked_before_anything_is_written(project, monkeypatch, ca
     ("options", "reached", "budgets"),
     [
         ([], [True], [1]),
-        ([], [False], [1, 2]),
+        ([], [False, True], [1, 2]),
+        ([], [False], [1, 2, 4]),
         (["--time", "1h"], [False], [1]),  # the time that the user has given
         (["--goal", "generalise"], [False], [1]),  # early stopping has ended it
     ],
 )
-def test_a_training_that_misses_its_target_is_followed_by_one_with_twice_the_epochs(
-    project, monkeypatch, options, reached, budgets
-):
+def test_a_training_that_misses_its_target_is_followed_by_longer_ones(project, monkeypatch, options, reached, budgets):
     epochs, searched, shown = [], [], []
 
     def reproduce(_):
@@ -224,7 +223,8 @@ def test_a_training_that_misses_its_target_is_followed_by_one_with_twice_the_epo
         searched.append(values["sweep"]["space"]["optim"]["max_epochs"])
 
     monkeypatch.setattr(learn, "_reproduce", reproduce)
-    monkeypatch.setattr(learn, "_reached", lambda: reached[0])
+    answers = [*reached]
+    monkeypatch.setattr(learn, "_reached", lambda: answers.pop(0) if len(answers) > 1 else answers[0])
     monkeypatch.setattr(learn, "_show_outcome", shown.append)
     assert main(["learn", "../diary.txt", *options]) == 0
     assert epochs == pytest.approx([factor * epochs[0] for factor in budgets], rel=0.01)
