@@ -27,7 +27,7 @@ def openings(tokens: Tokens, tokenizer: Tokenizer, n: int, characters: int = CHA
 
 
 def _decoded(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text of `ids`, in which DOCUMENT_END stands for the end of a document."""
+    """The text of `ids`, with DOCUMENT_END between two documents."""
     documents, begin = [], 0
     for end in [*(i for i, each in enumerate(ids) if each == tokenizer.eot), len(ids)]:
         documents.append(tokenizer.decode(ids[begin:end]))

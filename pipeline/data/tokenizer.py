@@ -8,7 +8,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from pipeline.config.params import nearest
 from pipeline.data.corpus import fetch
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_folder, sha256_file
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 REMAKE = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f tokenizer`"
 MAX_VOCAB = 1 << 16  # an id has 16 bits
@@ -186,6 +189,14 @@ def _code_points(data: bytes) -> npt.NDArray[np.uint32]:
     return np.frombuffer(data.decode().encode("utf-32-le"), "<u4")
 
 
+def split_into(pieces: str) -> "PreTokenizer":
+    """The split of a text by the pattern `pieces`, for Hugging Face's library `tokenizers`."""
+    from tokenizers import Regex, pre_tokenizers
+
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pieces), "isolated"), bytes_of])
+
+
 class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's byte-pair encoding of 50,257 tokens."""
 
@@ -222,17 +233,12 @@ class TrainedTokenizer(BytePairTokenizer):
 
     @classmethod
     def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:
-        from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainable
+        from tokenizers import models, pre_tokenizers, trainers
 
         assert size is not None, "the class is sized"
         trainable = Trainable(models.BPE())
-        trainable.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(cls.pieces), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        trainable.pre_tokenizer = split_into(cls.pieces)
         trainer = trainers.BpeTrainer(
             vocab_size=size - 1,
             min_frequency=2,  # a pair that occurs once is not merged

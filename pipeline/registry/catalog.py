@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"  # aliases; `rule_alias` has those of the target rules
 TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # in every version that `register` made
 TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # only in those that reached the target
-RULE_LOSS = "rule_loss"  # stands for the tag of the loss that the version's target rule compares
+RULE_LOSS = "rule_loss"  # a key of the table, for the loss that the version's target rule compares
 NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the table -> tag, type, format
     "loss": (RULE_LOSS, float, ".4f"),
     "target": ("target_loss", float, "g"),

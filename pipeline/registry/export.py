@@ -26,6 +26,7 @@ from pipeline.data.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
     load_tokenizer,
+    split_into,
 )
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import WEIGHTS, load_model
@@ -178,7 +179,7 @@ def _hf_tokenizer(tokenizer: BytePairTokenizer) -> "HFTokenizer":
     As tiktoken does, it looks a whole piece of text up first, and then merges any two neighbours that give a token. So
     each pair of tokens that gives a token is one of its merges, in the order of these tokens.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as HFTokenizer
 
     ranks, characters = tokenizer.ranks, {byte: char for char, byte in BYTES.items()}
@@ -187,12 +188,7 @@ def _hf_tokenizer(tokenizer: BytePairTokenizer) -> "HFTokenizer":
     merges = [(written[left], written[right]) for left, right in splits if left in ranks and right in ranks]
     found = HFTokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
     pieces = r"[\s\S]" if tokenizer.pieces == CHARACTERS else tokenizer.pieces  # another notation than tiktoken's
-    found.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pieces), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    found.pre_tokenizer = split_into(pieces)
     found.decoder = decoders.ByteLevel()
     found.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
     return found
