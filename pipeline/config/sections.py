@@ -307,7 +307,10 @@ class SweepConfig(Section):
     study: Annotated[str, AfterValidator(_check_study)] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the study; a new name starts a new study"
     )
-    storage: str = Field(pattern=r"^(sqlite|postgresql)", description="SQLAlchemy URL of the study's database")
+    storage: str = Field(
+        pattern=r"^(journal:///.|sqlite|postgresql)",
+        description="where the study is stored: journal:///FILE, or SQLAlchemy's URL of a database",
+    )
     objective: Literal["tokens", "steps", "train_s"] = Field(
         description="cost to minimise until the target: tokens, steps or train_s"
     )

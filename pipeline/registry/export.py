@@ -44,7 +44,7 @@ PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
 APP_REQUIREMENTS = "gradio numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # in a Space
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CONV1D = ("c_attn", "c_proj", "c_fc")  # the original GPT-2 stores these weights transposed, as (in, out)
-LOCAL_STUDIES = "sqlite:///optuna.db"
+LOCAL_STUDIES = "journal:///optuna.journal"
 PROMPT_TOKENS = 16  # at most, from the beginning of the text, for the example in the model card
 
 

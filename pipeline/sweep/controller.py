@@ -25,7 +25,6 @@ from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, check_space, va
 from pipeline.sweep.study import (
     MAX_RETRIES,
     SHARED,
-    absolute_url,
     enqueue,
     find_study,
     has_work,
@@ -131,12 +130,13 @@ def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
 
 
 def open_dashboard(sweep: SweepConfig) -> None:
-    """Serve Optuna's dashboard for the study's database, on localhost only, until interrupted."""
+    """Serve Optuna's dashboard for the study's storage, on localhost only, until interrupted."""
     from optuna_dashboard import run_server
 
     find_study(sweep, root := project_root())
     print(f"study {sweep.study}: http://127.0.0.1:{DASHBOARD_PORT}/dashboard (Ctrl-C ends it)", flush=True)
-    run_server(absolute_url(sweep.storage, root), host="127.0.0.1", port=DASHBOARD_PORT)
+    storage = open_storage(sweep.storage, root, sweep.heartbeat_timeout_s)
+    run_server(storage, host="127.0.0.1", port=DASHBOARD_PORT)
 
 
 def _prepare_tokens() -> None:

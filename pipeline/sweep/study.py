@@ -10,13 +10,14 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config.sections import SweepConfig
+from pipeline.sweep.journal_storage import JournalStudyStorage
 from pipeline.sweep.pruner import ExtrapolationPruner, best_trial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from_choice
 from pipeline.system.errors import InputError
@@ -29,29 +30,32 @@ from pipeline.training.config import RunConfig
 # its budget. FAIL: it has a `reason`, or a later trial retries it.
 SHARED = "question"  # user attribute of a study: the settings that all of its trials share
 MAX_RETRIES = 3  # of a trial whose worker died: the trial may be the cause
+FILES = ("journal", "sqlite")  # storages that are files, SCHEME:///PATH
 
 
-def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> RDBStorage:
-    """Open the database, or create it; a relative path of an SQLite file starts at `root`.
+def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> BaseStorage:
+    """Open a study's storage, or create it; a relative path of a file starts at `root`.
 
     Optuna re-queues a trial whose worker has sent no heartbeat for `heartbeat_timeout_s` seconds. Raises InputError
-    if the database does not answer.
+    if the storage does not answer.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # workers print their trials themselves
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
-    local = url.startswith("sqlite")
+    retry = RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)
     try:
+        if url.startswith("journal:///"):
+            return JournalStudyStorage(root / url.removeprefix("journal:///"), heartbeat_timeout_s, retry)
         with _exclusive(url, root):
             return RDBStorage(
                 absolute_url(url, root),
-                engine_kwargs={"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True},
+                engine_kwargs={"connect_args": {"timeout": 60}} if is_sqlite(url) else {"pool_pre_ping": True},
                 heartbeat_interval=max(1, int(heartbeat_timeout_s / 6)),
                 grace_period=int(heartbeat_timeout_s),
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
+                heartbeat_stale_trial_callback=retry,
             )
     except ImportError:
         raise InputError("sweep.storage: PostgreSQL's driver is not installed: `pip install '.[postgres]'`") from None
-    except (SQLAlchemyError, RuntimeError) as error:
+    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
         raise InputError(
             f"sweep.storage {url} does not answer ({first_line(error)}): start it, fix it, or name another"
         ) from None
@@ -60,7 +64,7 @@ def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> RDBStorage
 @contextmanager
 def _exclusive(url: str, root: Path) -> Iterator[None]:
     """Hold a lock while the tables are created: two processes that create them at once break the database."""
-    if url.startswith("sqlite"):
+    if is_sqlite(url):
         with locked(root / "checkpoints" / ".storage.lock", wait=True):
             yield
     else:
@@ -69,21 +73,27 @@ def _exclusive(url: str, root: Path) -> Iterator[None]:
             yield
 
 
+def is_sqlite(url: str) -> bool:
+    """Whether a storage is an SQLite file, which only the processes of one machine can share."""
+    return url.startswith("sqlite")
+
+
 def absolute_url(url: str, root: Path) -> str:
-    """The database's URL, valid in any working directory."""
-    return f"sqlite:///{root / url.removeprefix('sqlite:///')}" if url.startswith("sqlite:///") else url
+    """The URL of a storage, valid in any working directory."""
+    scheme, separator, path = url.partition(":///")
+    return f"{scheme}:///{root / path}" if scheme in FILES and separator else url
 
 
 @contextmanager
 def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
-    """Raise InputError, with a message of one line, for errors of the database."""
+    """Raise InputError, with a message of one line, for errors of the storage."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
         raise InputError(f"sweep.storage {sweep.storage} fails ({first_line(error)}): fix it and repeat") from None
 
 
-def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: RDBStorage, worker: int = 0) -> Study:
+def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: BaseStorage, worker: int = 0) -> Study:
     """Open the study, or create it. Raises InputError if its shared settings are not `shared`."""
     study = optuna.create_study(study_name=sweep.study, storage=storage, load_if_exists=True)
     study.sampler = _sampler(sweep, sweep.seed + 1000 * worker + len(study.get_trials(deepcopy=False)))
@@ -104,9 +114,9 @@ def _sampler(sweep: SweepConfig, seed: int) -> BaseSampler:
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:
     """Open the study. Raises InputError if it does not exist."""
-    path = Path(absolute_url(sweep.storage, root).removeprefix("sqlite:///"))
+    scheme, _, path = absolute_url(sweep.storage, root).partition(":///")
     try:
-        if sweep.storage.startswith("sqlite:///") and path.parent.is_dir() and not path.exists():
+        if scheme in FILES and Path(path).parent.is_dir() and not Path(path).exists():
             raise KeyError(path)  # opening it would create it
         storage = open_storage(sweep.storage, root, sweep.heartbeat_timeout_s)
         return optuna.load_study(study_name=sweep.study, storage=storage)

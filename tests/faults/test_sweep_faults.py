@@ -1,5 +1,6 @@
 """A sweep whose worker, whose machine, or which itself is killed loses no trial."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,9 +11,10 @@ import psutil
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
+from pipeline.sweep.study import join_study, open_storage
 from pipeline.sweep.worker import WORKER
 from pipeline.system.errors import InputError
-from tests.studies import ROOT, study_here, sweep_project
+from tests.studies import ROOT, shared_by, study_here, sweep_config, sweep_project
 from tests.trainings import change
 from tests.waiting import is_alive, wait_until
 
@@ -34,7 +36,7 @@ def start_sweep(trials):
 def running_trials(before_step=10**6):
     """The running trials whose newest checkpoint is of an earlier step than this."""
     try:
-        running = study_here().get_trials(states=(TrialState.RUNNING,)) if Path("optuna.db").is_file() else []
+        running = study_here().get_trials(states=(TrialState.RUNNING,))
     except InputError:  # the study has not been created yet
         return []
     return [trial for trial in running if 0 < newest_checkpoint(trial) < before_step]
@@ -94,3 +96,42 @@ def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(tmp_path, mo
         (run,) = store.client.search_runs([store.experiment_id], query)
         assert (run.info.status, run.data.tags["trial"]) == ("FINISHED", str(retry.number))
     assert all(trial.state is TrialState.COMPLETE or retry_of(trial) for trial in trials)
+
+
+def finish_trials(sweep, root, told):
+    """Finish trials without end; write the number of each to the file `told` when the study has it."""
+    study = join_study(sweep, shared_by(sweep), open_storage(sweep.storage, root, 60))
+    with told.open("a", buffering=1) as file:
+        while True:
+            study.tell(trial := study.ask(), float(trial.number))
+            file.write(f"{trial.number}\n")
+
+
+def test_killed_writers_neither_damage_the_journal_of_a_study_nor_stop_the_others(tmp_path, chance):  # D1
+    sweep, fork = sweep_config(storage="journal:///studies"), multiprocessing.get_context("fork")
+    told = [tmp_path / str(number) for number in range(20)]
+
+    def start(path):
+        process = fork.Process(target=finish_trials, args=(sweep, tmp_path, path))
+        process.start()
+        return process
+
+    writers = [start(path) for path in told[:3]]
+    for path in told[3:]:
+        before = sum(map(lines_in, told))
+        assert wait_until(lambda before=before: sum(map(lines_in, told)) > before + chance.randrange(20), 60)
+        (writer := writers.pop(0)).kill()
+        writer.join()
+        writers.append(start(path))
+    for writer in writers:
+        writer.kill()
+        writer.join()
+    study = join_study(sweep, shared_by(sweep), open_storage(sweep.storage, tmp_path, 60))
+    states = {trial.number: trial.state for trial in study.trials}
+    finished = [int(line) for path in told if path.is_file() for line in path.read_text().split("\n")[:-1]]
+    assert len(finished) == len(set(finished)) > 20
+    assert {states[number] for number in finished} == {TrialState.COMPLETE}
+
+
+def lines_in(path):
+    return path.read_bytes().count(b"\n") if path.is_file() else 0

@@ -35,7 +35,7 @@ def age_heartbeat(database, seconds):
         connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, ?)", [shift])
 
 
-def test_a_trial_is_requeued_after_the_heartbeat_timeout_and_not_before(tmp_path):  # D1, D3
+def test_a_database_requeues_a_trial_after_the_heartbeat_timeout_and_not_before(tmp_path):  # D1, D3
     sweep = sweep_config()
     storage = open_storage("sqlite:///optuna.db", tmp_path, heartbeat_timeout_s=600)
     study = join_study(sweep, shared_by(sweep), storage)
@@ -75,7 +75,7 @@ def answer_of(url):
 
 def test_a_sweep_waits_for_a_trial_of_a_dead_machine_and_retries_it(monkeypatch, tmp_path):  # D2
     sweep = sweep_config(trials=2, heartbeat_timeout_s=2)
-    storage = open_storage("sqlite:///optuna.db", tmp_path, 2)
+    storage = open_storage(sweep.storage, tmp_path, 2)
     study = join_study(sweep, shared_by(sweep), storage)
     storage.record_heartbeat(study.ask()._trial_id)  # the last one of the dead machine
 
@@ -90,19 +90,24 @@ def test_a_sweep_waits_for_a_trial_of_a_dead_machine_and_retries_it(monkeypatch,
     assert study.trials[2].system_attrs["failed_trial"] == 0
 
 
-def test_a_relative_sqlite_file_is_in_the_project_and_looking_for_a_study_creates_none(tmp_path):
-    sweep = sweep_config()
-    with pytest.raises(InputError, match=r"no study s in sqlite:///optuna\.db"):
+@pytest.mark.parametrize("scheme", ["journal", "sqlite"])
+def test_a_relative_file_is_in_the_project_and_looking_for_a_study_creates_none(scheme, tmp_path):
+    sweep = sweep_config(storage=f"{scheme}:///studies")
+    with pytest.raises(InputError, match=f"no study s in {scheme}:///studies"):
         find_study(sweep, tmp_path)
     assert not list(tmp_path.iterdir())
-    join_study(sweep, shared_by(sweep), open_storage("sqlite:///optuna.db", tmp_path, 60))
-    assert (tmp_path / "optuna.db").is_file()
-    found = find_study(sweep_config(storage=f"sqlite:///{tmp_path}/optuna.db"), Path("/nowhere"))
+    join_study(sweep, shared_by(sweep), open_storage(sweep.storage, tmp_path, 60))
+    assert (tmp_path / "studies").is_file()
+    found = find_study(sweep_config(storage=f"{scheme}:///{tmp_path}/studies"), Path("/nowhere"))
     assert found.study_name == "s"
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite:///folder.db", "sqlite:///nowhere/optuna.db", "postgresql://nobody@127.0.0.1:1/none"]
+    "url",
+    [
+        *(f"{scheme}:///{path}" for scheme in ("journal", "sqlite") for path in ("folder.db", "nowhere/studies")),
+        "postgresql://nobody@127.0.0.1:1/none",
+    ],
 )
 def test_a_storage_that_does_not_answer_is_named_in_one_line(tmp_path, url):
     if url.startswith("postgresql"):
@@ -143,8 +148,9 @@ def create_together(url, roots):
     assert sorted(trial.number for trial in study.trials) == list(range(20))
 
 
-def test_processes_that_create_a_study_together_lose_no_trial(tmp_path):  # C4
-    create_together("sqlite:///optuna.db", [tmp_path] * 4)
+@pytest.mark.parametrize("scheme", ["journal", "sqlite"])
+def test_processes_that_create_a_study_together_lose_no_trial(scheme, tmp_path):  # C4
+    create_together(f"{scheme}:///studies", [tmp_path] * 4)
 
 
 @pytest.fixture

@@ -227,4 +227,4 @@ def test_a_second_sweep_names_the_first_and_a_sweep_without_tokens_does_not_star
         code, _, err = sweep()
     assert (code, f"is held by process {os.getpid()}" in err) == (6, True)
     assert sweep()[::2] == (2, "error: sweep: `dvc repro tokenize` failed, see the error above: fix it first")
-    assert not Path("optuna.db").exists()
+    assert not Path("optuna.journal").exists()

@@ -175,7 +175,7 @@ def test_neither_the_address_of_the_studies_nor_a_local_path_is_exported(exporte
     for private in (SECRET, "s3cret", "db.example", str(exported), str(SOURCE_ROOT)):
         assert private.encode() not in content
     params = next((exported / kind).rglob("params.yaml")).read_text()
-    assert params == "sweep:\n  storage: sqlite:///optuna.db # where\n  trials: 3\n"
+    assert params == "sweep:\n  storage: journal:///optuna.journal # where\n  trials: 3\n"
 
 
 def test_a_space_holds_the_program_the_version_and_how_to_publish_it(exported):
