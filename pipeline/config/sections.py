@@ -326,8 +326,9 @@ class SweepConfig(Section):
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
         union_mode="left_to_right",
-        description="number of processes, which share cores and GPUs; auto: one for each GPU",
+        description="number of processes, which share the cores; auto: one for each GPU",
     )
+    share_devices: bool = Field(description="true: several workers may share a GPU; false: each has its own")
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
     pruner_tolerance: float = Field(

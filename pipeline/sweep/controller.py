@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from optuna.storages import fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.config.params import PARAMS, Params, load_params
 from pipeline.config.recipes import write_values
-from pipeline.config.sections import SweepConfig
+from pipeline.config.sections import SweepConfig, TrainConfig
 from pipeline.data.token_files import count_tokens, data_sha256
+from pipeline.report.style import counted
 from pipeline.sweep import worker
 from pipeline.sweep.figures import UNITS, draw_study
 from pipeline.sweep.mlflow_run import close_study_run, open_study_run
@@ -57,6 +59,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     """
     config = RunConfig.of(params)
     check_space(sweep, params)
+    devices = assign_devices(sweep, config.train)
     root = project_root()
     home = root / "checkpoints" / sweep.study
     lock = home.parent / f"{sweep.study}.lock"
@@ -74,15 +77,13 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep.study, sweep.model_dump())
         study.set_user_attr("mlflow_run_id", run_id)
         study.set_user_attr("trials", sweep.trials)
-        gpus = gpu_ids() if config.train.device in ("auto", "cuda") else []
-        n_workers = max(1, len(gpus)) if sweep.workers == "auto" else sweep.workers
-        threads = max(1, cores() // n_workers) if config.train.threads == "auto" else config.train.threads
-        given = str(root), sweep.updated(workers=n_workers).model_dump(mode="json"), params.values, shared
+        threads = max(1, cores() // len(devices)) if config.train.threads == "auto" else config.train.threads
+        given = str(root), sweep.updated(workers=len(devices)).model_dump(mode="json"), params.values, shared
         configs = [
-            WorkerConfig(*given, number, threads, run_id, os.getpid(), gpus[number % len(gpus)] if gpus else None)
-            for number in range(n_workers)
+            WorkerConfig(*given, number, threads, run_id, os.getpid(), device) for number, device in enumerate(devices)
         ]
-        print(f"study {sweep.study}: {n_workers} workers of {threads} threads, {len(gpus)} GPUs", flush=True)
+        n_gpus = len(set(devices) - {None})
+        print(f"study {sweep.study}: {len(devices)} workers of {threads} threads, {n_gpus} GPUs", flush=True)
         _supervise(study, sweep, configs, stop)
         draw_study(study, home / "figures")
         with naming_dead_store(root, "then sweep again"):
@@ -90,6 +91,23 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
         print(_summary(study))
         stop.raise_if_received(f"everything saved in {sweep.storage} and {home}")
         _require_best(study)
+
+
+def assign_devices(sweep: SweepConfig, train: TrainConfig) -> list[str | None]:
+    """The GPU of each worker, as `gpu_ids` names it; None without GPUs: the workers share the cores.
+
+    Raises InputError if there are more workers than GPUs, unless `sweep.share_devices` allows it.
+    """
+    gpus: list[str | None] = list(gpu_ids()) if train.device in ("auto", "cuda") else []
+    if not gpus and train.device in ("auto", "mps") and torch.backends.mps.is_available():
+        gpus = [None]  # it is one device, without a name
+    n_workers = max(1, len(gpus)) if sweep.workers == "auto" else sweep.workers
+    if 0 < len(gpus) < n_workers and not sweep.share_devices:
+        raise InputError(
+            f"sweep.workers: {n_workers} workers, but {counted(len(gpus), 'GPU')}: choose auto, which starts "
+            "one for each GPU, or set sweep.share_devices to true"
+        )
+    return [gpus[number % len(gpus)] if gpus else None for number in range(n_workers)]
 
 
 def print_status(sweep: SweepConfig) -> None:

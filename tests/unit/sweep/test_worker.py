@@ -15,7 +15,7 @@ from pipeline.config.sections import TargetConfig
 from pipeline.sweep import worker
 from pipeline.sweep.pruner import curve_of
 from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig, ended_with, requeue_interrupted
-from pipeline.system.device import gpu_ids
+from pipeline.system.device import gpu_ids, use_gpu
 from pipeline.system.errors import Pruned
 from pipeline.tracking.journal import StepRecord
 from tests.studies import add, new_study, sweep_config
@@ -218,3 +218,16 @@ def test_a_worker_sees_only_its_gpu(hip, variable, visible, count, expected, mon
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(config._asdict()) + "\n"))
         worker.main()
     assert seen == (expected or [visible])
+
+
+def test_a_gpu_is_chosen_among_those_that_rocr_visible_devices_leaves(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "4,6")  # as Slurm sets it; HIP numbers what is left from 0
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert gpu_ids() == ["0", "1"]
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")  # restored after the test
+    use_gpu(gpu_ids()[1])
+    assert (os.environ["ROCR_VISIBLE_DEVICES"], os.environ["HIP_VISIBLE_DEVICES"]) == ("4,6", "1")
