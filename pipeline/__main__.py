@@ -3,6 +3,7 @@
 # Each command imports only what it needs, so that short commands start without importing torch and MLflow.
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.config.params import Params
+    from pipeline.config.sections import SlurmConfig
     from pipeline.ops.plan import Plan
 
 
@@ -267,6 +270,47 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
             add("--fix", action="store_true", help="fix what can be fixed safely")
         case "clean":
             add("name", nargs="?", help="a run's fingerprint, or a study's name; default: all runs, but no study")
+
+
+def _add_slurm(add: Callable[..., argparse.Action]) -> None:
+    """Add `--on slurm` and a flag for each key of the section `slurm`, which `_slurm` reads."""
+    from pipeline.config.sections import SlurmConfig
+
+    add("--on", choices=("slurm",), help="run as jobs of this Slurm cluster; default: on this machine")
+    for name, field in SlurmConfig.model_fields.items():
+        if name != "options":
+            of, text = _minutes if name == "time_min" else _yaml, f"{field.description}; instead of slurm.{name}"
+            add(_flag(name), dest=f"slurm_{name}", type=of, default=argparse.SUPPRESS, help=text)
+
+
+def _slurm(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | None":
+    """The section `slurm` with the flags of the command line; None without `--on slurm`. Raises InputError."""
+    from pipeline.config.params import Params
+    from pipeline.config.sections import SlurmConfig
+
+    flags = {key.removeprefix("slurm_"): value for key, value in vars(arguments).items() if key.startswith("slurm_")}
+    if arguments.on is None:
+        if flags:
+            raise InputError(f"{', '.join(map(_flag, flags))}: only with --on slurm")
+        return None
+    own = given.values.get(SlurmConfig.section_name)
+    values = given.values | ({SlurmConfig.section_name: own | flags} if isinstance(own, dict) else {})
+    return Params(values, Path(f"{given.path} with the command line") if flags else given.path).section(SlurmConfig)
+
+
+def _flag(key: str) -> str:
+    """The flag of a key of the section `slurm`."""
+    return f"--{key.removesuffix('_min').removesuffix('_gb')}"
+
+
+def _minutes(text: str) -> int:
+    """Minutes, rounded up, of 90m, 24h or 7d; a plain number could be minutes or seconds."""
+    from pipeline.ops.policy import parse_duration
+
+    try:
+        return math.ceil(parse_duration(text if text[-1:].isalpha() else "?") / 60)
+    except InputError:
+        raise argparse.ArgumentTypeError(f"{text}: give a time such as 90m or 24h") from None
 
 
 def _plan(arguments: argparse.Namespace) -> "Plan":

@@ -295,6 +295,8 @@ def _check_study(name: str) -> str:
     """Reject a name that looks like a fingerprint, since studies and runs have their folders in the same place."""
     if re.fullmatch("[0-9a-f]{16}", name):
         raise ValueError("16 hexadecimal digits are the fingerprint of a run: choose another name")
+    if name == "jobs":
+        raise ValueError("checkpoints/jobs is the folder of the jobs on Slurm: choose another name")
     return name
 
 
@@ -350,6 +352,18 @@ class SweepConfig(Section):
     @property
     def axes(self) -> dict[str, Range | list[Any]]:
         return {f"{section}.{key}": axis for section, keys in self.space.items() for key, axis in keys.items()}
+
+
+class SlurmConfig(Section):
+    """What a job gets on a Slurm cluster; not part of the fingerprint, since it changes no result."""
+
+    partition: str | None = Field(pattern=r"^[\w,.-]+$", description="partition of the cluster; null: its default")
+    time_min: int = Field(ge=1, strict=True, description="time limit; a job that reaches it saves and is requeued")
+    gpus: int | None = Field(ge=1, strict=True, description="GPUs on each node; null: none")
+    cpus: int | None = Field(ge=1, strict=True, description="cores on each node; null: the cluster's default")
+    mem_gb: float | None = Field(gt=0, description="memory on each node in GiB; null: the cluster's default")
+    nodes: int = Field(ge=1, strict=True, description="nodes of one training; each runs train.processes")
+    options: dict[str, str | int] = Field(description="further options of sbatch, such as {account: x, qos: y}")
 
 
 SECTIONS: tuple[type[Section], ...] = tuple(Section.__subclasses__())  # those of this module

@@ -20,14 +20,16 @@ PACKAGES = {  # package -> what it may import
     "tracking": "config system",
     "training": "config system data model tracking",
     "report": "config system tracking training",
-    "sweep": "config system data tracking training report",
+    "cluster": "config system",
+    "sweep": "cluster config system data tracking training report",
     "registry": "config system data model tracking training report",
-    "ops": "config system data model tracking training report sweep registry",
-    "__main__": "config system data model tracking training report sweep registry ops",
+    "ops": "cluster config system data model tracking training report sweep registry",
+    "__main__": "cluster config system data model tracking training report sweep registry ops",
 }
 LIBRARIES = {  # library -> packages and modules that may import it
     "mlflow": "tracking registry sweep.mlflow_run ops.stale_runs",
     "optuna": "sweep",
+    "submitit": "cluster",
     "matplotlib": "report sweep.figures",
     "gradio": "",
     "transformers": "",
@@ -105,9 +107,9 @@ def test_a_stage_is_a_short_script_with_a_description():
         assert stage["cmd"] == f"exec python -m stages.{name}"  # `exec`: no shell between DVC and the stage
 
 
-def test_every_section_of_params_belongs_to_a_stage_or_to_the_sweep():
+def test_every_section_of_params_belongs_to_a_stage_to_the_sweep_or_to_slurm():
     whole = {section for stage in STAGES.values() for section in stage.get("params", []) if "." not in section}
-    assert set(PARAMS) == whole | {"sweep"}
+    assert set(PARAMS) == whole | {"sweep", "slurm"}
 
 
 def test_text_and_tokenizer_are_fetched_again_only_when_their_source_changes():

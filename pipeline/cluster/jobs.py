@@ -1,0 +1,329 @@
+"""Submit, list, follow and cancel the project's jobs on a Slurm cluster."""
+
+import getpass
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from itertools import chain, count
+from pathlib import Path
+from typing import NamedTuple
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.helpers import clean_env
+
+from pipeline.cluster import task as program
+from pipeline.config.sections import SlurmConfig
+from pipeline.system.errors import InputError, Interrupted, PipelineError
+from pipeline.system.files import read_json, write_json
+from pipeline.system.host import SOURCE_ROOT, project_root
+from pipeline.system.signals import StopSignals
+
+JOBS = Path("checkpoints/jobs")  # a folder for each job
+JOB = "job.json"
+WARNING_S = 90  # the most seconds that a command gets to save before its time limit
+MAX_POLL_S = 15.0  # between two questions to Slurm's controller, which all users share
+LOG_POLL_S = 0.5
+
+WAITS = {  # reasons of squeue -> what they mean
+    "Resources": "the nodes are in use",
+    "Priority": "other jobs have a higher priority",
+    "Dependency": "another job must end first",
+    "BeginTime": "Slurm starts it again in a moment",
+    "PartitionTimeLimit": "--time is above the limit of the partition: cancel it and lower --time",
+    "PartitionNodeLimit": "--nodes is above the limit of the partition: cancel it and lower --nodes",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition takes no jobs",
+    "BadConstraints": "no node can ever run it: cancel it and ask for less",
+    "DependencyNeverSatisfied": "the job before it has failed: cancel it",
+    "ReqNodeNotAvail": "a node that it needs is down or reserved",
+    "JobHeldUser": "it is held: `scontrol release`",
+    "JobHeldAdmin": "an administrator holds it",
+}
+ENDS = {  # final states of Slurm -> what they mean
+    "CANCELLED": "it was cancelled",
+    "TIMEOUT": "its time was over before everything was saved: raise --time",
+    "OUT_OF_MEMORY": "it was out of memory: raise --mem",
+    "NODE_FAIL": "its node died",
+    "BOOT_FAIL": "its node did not start",
+    "PREEMPTED": "it was pre-empted",
+}
+FINAL = {"COMPLETED", "FAILED", "DEADLINE", *ENDS}
+
+
+class JobFailed(PipelineError):  # noqa: N818
+    """A job ended without having done its work."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class TaskState(NamedTuple):
+    """What a task of a job does: `state` is done, failed, or Slurm's word, such as pending or running."""
+
+    number: int
+    state: str
+    node: str = ""
+    elapsed: str = ""
+    why: str = ""
+    code: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("done", "failed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job of one task, or an array of several."""
+
+    id: str
+    name: str
+    commands: list[list[str]]
+    after: str | None  # the id of the job that must succeed first
+    folder: Path  # with job.json, and the state, the log and submitit's files of each task
+
+    @property
+    def tasks(self) -> list[TaskState]:
+        """The state of each task, from Slurm unless the task itself has noted its end. Raises InputError."""
+        noted = [self._noted(number) for number in range(len(self.commands))]
+        rows = {}
+        if not all(task and task.ended for task in noted):
+            rows = {name: rest for name, *rest in _squeue() if name.partition("_")[0] == self.id}
+        return [task if task and task.ended else self._state(number, rows) for number, task in enumerate(noted)]
+
+    @property
+    def ended(self) -> bool:
+        return all(task.ended for task in self.tasks)
+
+    def log(self, number: int) -> Path:
+        """The output of a task's command."""
+        return self.folder / f"task-{number}.log"
+
+    def _noted(self, number: int) -> TaskState | None:
+        """What the task itself has noted; None before its start."""
+        path = self.folder / f"task-{number}.json"
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        code = found["code"]
+        state = "running" if code is None else "failed" if code else "done"
+        why = (found["message"] or self._error(number) or f"exit code {code}") if code else ""
+        return TaskState(number, state, found["host"], why=why, code=code)
+
+    def _state(self, number: int, rows: dict[str, list[str]]) -> TaskState:
+        """What Slurm says of a task that has not noted its end."""
+        row = rows.get(f"{self.id}_{number}") or rows.get(self.id)
+        if row is None:
+            return TaskState(number, "failed", why=self._error(number) or "it is gone, cancelled or lost with its node")
+        state, reason, node, elapsed = row
+        if state not in FINAL:
+            name = "" if state != "PENDING" or reason == "None" else reason.split(",")[0]
+            return TaskState(number, state.lower(), node, elapsed, f"{name} ({WAITS[name]})" if name in WAITS else name)
+        return TaskState(number, "failed", node, elapsed, ENDS.get(state) or self._error(number) or state.lower())
+
+    def _error(self, number: int) -> str:
+        """The line of the task's output that says why it failed."""
+        task = f"{self.id}_{number}" if len(self.commands) > 1 else self.id
+        lines = _lines(self.folder.glob(f"task-{number}*.log")), _lines(self.folder.glob(f"{task}_*_log.err"))
+        errors = [line for line in chain(*lines) if re.match(r"(slurmstepd: )?error: ", line)]
+        others = [line for line in lines[1] if not line.startswith(("srun: ", "submitit "))]
+        return next((line.partition("error: ")[2] for line in reversed(errors)), "") or next(reversed(others), "")
+
+
+def require_slurm() -> None:
+    """Raise InputError, unless this machine can submit jobs."""
+    if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
+        raise InputError(f"no {missing[0]} on the PATH: run this on a login node of a Slurm cluster")
+
+
+def submit(
+    name: str, commands: Sequence[Sequence[str]], slurm: SlurmConfig, *, nodes: int = 1, after: Job | None = None
+) -> Job:
+    """Submit a job with a task for each of `commands`, which are a module and its arguments, run with this Python.
+
+    Each task has `nodes` nodes, with what `slurm` says of each, and runs its command in the project's folder, on every
+    node. The job starts after all tasks of `after` have succeeded. Before the time limit, or when Slurm pre-empts it, a
+    task gets SIGTERM and is requeued. Raises InputError if Slurm refuses the job.
+    """
+    require_slurm()
+    root = project_root()
+    home = next(path for i in count(1) if not (path := root / JOBS / f"{name}-{i}").exists())
+    home.mkdir(parents=True)
+    time_s = 60.0 * slurm.time_min
+    executor = _Executor(home, max_num_timeout=10**6)  # `Task` says when to stop
+    options = {"requeue": True, "export": "ALL", **slurm.options}
+    if after:
+        options |= {"dependency": f"afterok:{after.id}", "kill-on-invalid-dep": "yes"}
+    asked: dict[str, str | int | None] = {
+        "partition": slurm.partition,
+        "gpus_per_node": slurm.gpus,
+        "cpus_per_task": slurm.cpus,
+        "mem": f"{math.ceil(slurm.mem_gb * 1024)}M" if slurm.mem_gb else None,
+    }
+    executor.update_parameters(
+        job_name=name,
+        time=slurm.time_min,
+        nodes=nodes,
+        ntasks_per_node=1,
+        signal_delay_s=min(WARNING_S, int(time_s / 3)),
+        setup=[f"cd {shlex.quote(str(root))}", f"export PYTHONPATH={shlex.quote(_python_path())}"],
+        # srun does not take the number of cores from sbatch; a node that fails ends the others
+        srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else [])],
+        additional_parameters=options,
+        **{key: value for key, value in asked.items() if value is not None},
+    )
+    tasks = [program.Task(command, home, number, root, time_s, None) for number, command in enumerate(commands)]
+    try:
+        with _submitting(), executor.batch():
+            submitted = [executor.submit(task) for task in tasks]
+    except (FailedJobError, FailedSubmissionError) as error:
+        shutil.rmtree(home)
+        raise InputError(f"Slurm refuses the job {name}: {_refusal(str(error))}") from None
+    identity = submitted[0].job_id.partition("_")[0]
+    job = Job(identity, name, [list(command) for command in commands], after.id if after else None, home)
+    write_json(home / JOB, {key: value for key, value in vars(job).items() if key != "folder"})
+    print(f"job {identity} ({name}) is submitted, {len(tasks)} x {nodes} nodes: {home}", flush=True)
+    return job
+
+
+class _Executor(SlurmExecutor):
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -u -m {program.__name__} {shlex.quote(str(self.folder))}"
+
+
+@contextmanager
+def _submitting() -> Iterator[None]:
+    """Hide the variables of a job from jobs that it submits, and what submitit prints of an error of sbatch."""
+    kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF"}
+    with clean_env(), redirect_stderr(StringIO()):
+        os.environ.update(kept)
+        yield
+
+
+def find_jobs(name: str | None = None) -> list[Job]:
+    """The jobs of this project, or those of one name, oldest first."""
+    found = [Job(**read_json(path), folder=path.parent) for path in (project_root() / JOBS).glob(f"*/{JOB}")]
+    return sorted((job for job in found if name in (None, job.name)), key=lambda job: int(job.id))
+
+
+def find_live(name: str) -> Job | None:
+    """The newest job of a name that has not ended."""
+    return next((job for job in reversed(find_jobs(name)) if not job.ended), None)
+
+
+def wait(job: Job, stop: StopSignals) -> None:
+    """Follow a job until it has ended: print its states, and the output of its only task.
+
+    Raises JobFailed if a task failed, and Interrupted after a signal, which leaves the job running.
+    """
+    before, shown, poll_s, asked = "", 0, LOG_POLL_S, -math.inf
+    tasks: list[TaskState] = []
+    while True:
+        if stop.received is not None:
+            raise Interrupted(
+                f"while job {job.id} ({job.name}) runs on: `totarget jobs` shows it, "
+                f"`totarget jobs --cancel {job.id}` ends it",
+                stop.received,
+            )
+        if time.monotonic() - asked >= poll_s:
+            try:
+                tasks = job.tasks
+                line = _summary(job, tasks)
+            except InputError as error:  # the controller restarts, or has too much to do
+                line = f"job {job.id} ({job.name}): {error}"
+            asked, poll_s = time.monotonic(), min(MAX_POLL_S, poll_s * 1.3)
+            if line != before:
+                print(line, flush=True)
+                before, poll_s = line, LOG_POLL_S
+        if len(job.commands) == 1:
+            shown = _print_from(job.log(0), shown)
+        if tasks and all(task.ended for task in tasks):
+            break
+        time.sleep(LOG_POLL_S)
+    if failed := next((task for task in tasks if task.state == "failed"), None):
+        code = failed.code if failed.code and failed.code > 0 else 1
+        raise JobFailed(f"job {job.id} ({job.name}), task {failed.number}: {failed.why}: see {job.folder}", code)
+
+
+def print_jobs() -> None:
+    """Print each job of this project, and each of its tasks that has not ended or has failed."""
+    for job in (jobs := find_jobs()):
+        print(_summary(job, tasks := job.tasks))
+        for task in tasks:
+            if task.state != "done":
+                print(f"  task {task.number}: {' '.join(filter(None, task[1:5]))}")
+    if not jobs:
+        print(f"no jobs in {project_root() / JOBS}")
+
+
+def cancel(identity: str) -> None:
+    """Cancel a job of this project, and the jobs that wait for it. Raises InputError if there is none."""
+    jobs = find_jobs()
+    chosen = [job.id for job in jobs if job.id == identity or job.after == identity]
+    if identity not in chosen:
+        raise InputError(f"no job {identity} in {project_root() / JOBS}: `totarget jobs` lists them")
+    done = subprocess.run(["scancel", *chosen], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"scancel {identity}: {_refusal(done.stderr)}")
+    print(f"cancelled {', '.join(chosen)}: checkpoints and finished shards are kept")
+
+
+def _squeue() -> list[list[str]]:
+    """Id of a task, state, reason, nodes and elapsed time of each of the user's jobs that Slurm knows."""
+    require_slurm()
+    command = ["squeue", f"--user={getpass.getuser()}", "--states=all", "--array", "--noheader"]
+    done = subprocess.run([*command, "--format=%i|%T|%r|%N|%M"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"squeue: {_refusal(done.stderr)}")
+    return [line.split("|", 4) for line in done.stdout.splitlines()]
+
+
+def _lines(paths: Iterable[Path]) -> list[str]:
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    return [line for text in texts for line in text.splitlines() if line]
+
+
+def _refusal(stderr: str) -> str:
+    """The last line of what a program of Slurm said, without the names in front."""
+    lines = [line for line in stderr.splitlines() if "error:" in line or "fatal:" in line] or stderr.splitlines()
+    return (
+        re.sub(r"^\w+: (error|fatal): (Batch job submission failed: )?", "", lines[-1]) if lines else "no reason given"
+    )
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
+def _summary(job: Job, tasks: Sequence[TaskState]) -> str:
+    """One line: the job, how many of its tasks are in which state, where they run, why the first one waits."""
+    states = [task.state for task in tasks]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    nodes = ",".join(dict.fromkeys(task.node for task in tasks if task.node and not task.ended))
+    why = next((task.why for task in tasks if task.why and not task.ended), "")
+    return f"job {job.id} ({job.name}): {counts}{nodes and f' on {nodes}'}{why and f', waits: {why}'}"
+
+
+def _print_from(path: Path, shown: int) -> int:
+    """Print what a file has after its first `shown` bytes, up to its last whole line; return its new length."""
+    if not path.is_file():
+        return shown
+    with path.open("rb") as file:
+        file.seek(shown)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    sys.stdout.write(whole.decode(errors="replace"))
+    sys.stdout.flush()
+    return shown + len(whole)
