@@ -25,6 +25,7 @@ from pipeline.sweep.mlflow_run import Outcome, close_study_run, open_study_run
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, check_space, values_of, with_values
 from pipeline.sweep.study import (
+    CONFIRMED,
     MAX_RETRIES,
     SHARED,
     VALUES,
@@ -102,7 +103,7 @@ def run_study(
             store = open_store(root)
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep)
         study.set_user_attr("mlflow_run_id", run_id)
-        study.set_user_attr("trials", sweep.trials)
+        study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
         gpus = gpu_ids() if config.train.device in ("auto", "cuda") else []
         n_workers = max(1, len(gpus)) if sweep.workers == "auto" else sweep.workers
         threads = max(1, cores() // n_workers) if config.train.threads == "auto" else config.train.threads
@@ -140,6 +141,8 @@ def print_best(sweep: SweepConfig) -> None:
     study = find_study(sweep, project_root())
     best = require_best(study)
     print(_summary(study))
+    if confirmed := study.user_attrs.get(CONFIRMED):
+        print(f"confirmed, {confirmed['verdict']}")
     for key, value in best.user_attrs[VALUES].items():
         print(f"  {key} {value}")
     run_id = best.user_attrs.get("mlflow_run_id", "unknown")
@@ -149,16 +152,23 @@ def print_best(sweep: SweepConfig) -> None:
 def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     """Write the best trial's values into params.yaml, and the trial's name into `sweep.applied`.
 
-    Raises InputError if params.yaml differs from the study in a parameter that was not searched.
+    After `sweep confirm` it is the confirmed winner, which may be the default. Raises InputError if params.yaml differs
+    from the study in a parameter that was not searched.
     """
     study = find_study(sweep, project_root())
-    best = require_best(study)
-    values, shared = best.user_attrs[VALUES], study.user_attrs[SHARED]
+    best, shared = require_best(study), study.user_attrs[SHARED]
+    name, values = f"trial {best.number}", best.user_attrs[VALUES]
+    if confirmed := study.user_attrs.get(CONFIRMED):
+        if best.number not in confirmed["trials"]:
+            print(f"trial {best.number} has the lowest cost, and was not confirmed: `sweep confirm` compares it")
+        name, values = confirmed["name"], confirmed["values"]
+    print(f"applying {name}, {'the confirmed winner' if confirmed else 'the trial with the lowest cost'}")
     config = RunConfig.of(with_values(load_params(path), values, sweep.micro_batch_tokens))
     searched = sweep.updated(space=shared["space"], objective=shared["objective"])
     require_same(study, shared_settings(searched, config, shared["data_sha256"]))
     keys = {key for name in values for key in ((name,) if name != STEP_TOKENS else BATCH_KEYS)}
-    applied = {"sweep.applied": f"{sweep.study}/{best.number}/{config.digest}"}
+    number = name.removeprefix("trial ")
+    applied = {"sweep.applied": None if number == "default" else f"{sweep.study}/{number}/{config.digest}"}
     print(write_values(values_of(config, sorted(keys)) | applied, path))
 
 
@@ -224,7 +234,9 @@ def require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        hint = "correct the space" if failed else "raise optim.max_epochs, widen the space, or allow more trials"
+        is_list = not study.user_attrs[SHARED]["space"]
+        hint = "raise optim.max_epochs" if is_list else "raise optim.max_epochs, widen the space, or allow more trials"
+        hint = f"correct the {'parameters' if is_list else 'space'}" if failed else hint
         raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {hint}")
     return best
 

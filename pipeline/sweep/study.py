@@ -30,6 +30,7 @@ from pipeline.training.config import RunConfig
 SHARED = "question"  # user attribute of a study: the settings that all of its trials share
 VALUES = "values"  # user attribute of a trial: the value of each key that differs between trials, by dotted key
 SURPLUS = "surplus"  # user attribute of a trial: its worker found that the last trial of the list was taken
+CONFIRMED = "confirmed"  # user attribute of a searched study: the winner of `sweep confirm`
 MAX_RETRIES = 3  # of a trial whose worker died: the trial may be the cause
 
 
