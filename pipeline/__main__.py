@@ -84,17 +84,33 @@ def tokenize(arguments: argparse.Namespace) -> None:
     print(f"{place}: all shards of task {task.first} of {task.of} are written")
 
 
-def sweep(arguments: argparse.Namespace) -> None:
-    """Search for the parameters that reach the target at the lowest cost; show, apply or plot the results."""
+def replicate(arguments: argparse.Namespace) -> None:
+    """Train the parameters with several seeds, and show mean and spread of what they spend until the target."""
     from pipeline.config import params, sections
-    from pipeline.sweep import controller, search_space, study
+    from pipeline.sweep import replicate, search_space, study
 
+    given = params.load_params()
+    config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
+    with study.naming_dead_storage(config):
+        replicate.run_replicate(given, config, arguments.seeds)
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """Search for the parameters that reach the target at the lowest cost; show, confirm, apply or plot the results."""
+    from pipeline.config import params, sections
+    from pipeline.sweep import controller, replicate, search_space, study
+
+    counts = {"top": arguments.top, "n_seeds": arguments.seeds}
+    counts = {name: count for name, count in counts.items() if count is not None}
+    if counts and arguments.action != "confirm":
+        raise InputError("--top and --seeds need `confirm`: `python -m pipeline sweep confirm --top 3 --seeds 3`")
     given = params.load_params()
     config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
     actions = {
         "run": lambda config: controller.run_sweep(given, config),
         "status": controller.print_status,
         "best": controller.print_best,
+        "confirm": lambda config: replicate.run_confirm(given, config, **{"top": 3, "n_seeds": 3} | counts),
         "apply": controller.apply_best,
         "dashboard": controller.open_dashboard,
     }
@@ -191,8 +207,11 @@ def clean(arguments: argparse.Namespace) -> None:
         print(f"kept {', '.join(kept)}: a study is removed only by name, `python -m pipeline clean {kept[0]}`")
 
 
+# Keys of the section `sweep` that a list of trials does not read.
+SEARCH_ONLY = ("study", "objective", "space", "micro_batch_tokens", "trials", "patience", "sampler", "pruner",
+               "pruner_tolerance", "seed", "applied")  # fmt: skip
 COMMANDS = {command.__name__: command for command in (
-    learn, plan, recipe, run, check, tokenize, sweep, models, generate, export, doctor, clean,
+    learn, plan, recipe, run, check, tokenize, replicate, sweep, models, generate, export, doctor, clean,
 )}  # fmt: skip
 
 
@@ -242,14 +261,14 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
         case "tokenize":
             add("--shard", metavar="I", type=int, required=True, help="number of this task, 0 to N - 1")
             add("--of", metavar="N", type=int, required=True, help="number of tasks")
+        case "replicate":
+            add("--seeds", metavar="N", type=int, default=5, help="number of seeds, from train.seed on; default: 5")
+            _add_sweep(add, without=SEARCH_ONLY)
         case "sweep":
-            from pipeline.config.sections import SweepConfig
-
-            add("action", nargs="?", default="run", choices=("run", "status", "best", "apply", "dashboard"))
-            for name, field in SweepConfig.model_fields.items():
-                if name != "applied":
-                    flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
-                    add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
+            add("action", nargs="?", default="run", choices=("run", "status", "best", "confirm", "apply", "dashboard"))
+            add("--top", metavar="K", type=int, help="for confirm: number of best trials to repeat; default: 3")
+            add("--seeds", metavar="N", type=int, help="for confirm: seeds of each, after train.seed; default: 3")
+            _add_sweep(add, without=("applied",))
         case "models":
             add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"))
             add("version", nargs="?", help="a number or an alias; default for verify: all versions")
@@ -311,6 +330,16 @@ def _minutes(text: str) -> int:
         return math.ceil(parse_duration(text if text[-1:].isalpha() else "?") / 60)
     except InputError:
         raise argparse.ArgumentTypeError(f"{text}: give a time such as 90m or 24h") from None
+
+
+def _add_sweep(add: Callable[..., argparse.Action], without: Sequence[str]) -> None:
+    """A flag for each key of the section `sweep`."""
+    from pipeline.config.sections import SweepConfig
+
+    for name, field in SweepConfig.model_fields.items():
+        if name not in without:
+            flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
+            add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
 
 
 def _plan(arguments: argparse.Namespace) -> "Plan":

@@ -317,7 +317,6 @@ class SweepConfig(Section):
         description="cost to minimise until the target: tokens, steps or train_s"
     )
     space: dict[str, dict[str, Axis]] = Field(
-        min_length=1,
         description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole space",
     )
     micro_batch_tokens: int = Field(ge=1, description="maximum number of tokens in a forward pass")
@@ -348,6 +347,11 @@ class SweepConfig(Section):
                 "PostgreSQL's clients read it from ~/.pgpass or PGPASSWORD"
             )
         return self
+
+    @property
+    def is_list(self) -> bool:
+        """Whether nothing is searched: the study trains a list of trials (sweep/replicate.py)."""
+        return not self.space
 
     @property
     def axes(self) -> dict[str, Range | list[Any]]:

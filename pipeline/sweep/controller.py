@@ -1,10 +1,12 @@
 """Run a study's workers, print its trials, and write the best values into params.yaml."""
 
+import json
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from pipeline.data.token_files import count_tokens, data_sha256
 from pipeline.report.style import counted
 from pipeline.sweep import worker
 from pipeline.sweep.figures import UNITS, draw_study
-from pipeline.sweep.mlflow_run import close_study_run, open_study_run
+from pipeline.sweep.mlflow_run import Outcome, close_study_run, open_study_run
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, check_space, values_of, with_values
 from pipeline.sweep.study import (
+    CONFIRMED,
     MAX_RETRIES,
     SHARED,
+    VALUES,
     enqueue,
     find_study,
     has_work,
@@ -36,6 +40,7 @@ from pipeline.sweep.study import (
     requeue,
     require_same,
     shared_settings,
+    unfinished_trials,
 )
 from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
 from pipeline.system.device import gpu_ids
@@ -59,38 +64,66 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     """
     config = RunConfig.of(params)
     check_space(sweep, params)
-    devices = assign_devices(sweep, config.train)
-    root = project_root()
-    home = root / "checkpoints" / sweep.study
-    lock = home.parent / f"{sweep.study}.lock"
-    with locked(lock):  # on a disk without locks, DVC would wait for its own without end
-        _prepare_tokens()
-    tokens = root / "data" / "tokens"
+    tokens = prepared_tokens(sweep.study)
     check_space(sweep, params, count_tokens(tokens))
     shared = shared_settings(sweep, config, data_sha256(tokens))
-    with locked(lock), StopSignals() as stop:
-        study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
+
+    def queue_default(study: Study) -> None:
         if not study.get_trials(deepcopy=False) and not enqueue(study, sweep, values_of(config, list(sweep.axes))):
             print("the values of params.yaml are outside the search space: no trial uses them")
-        with naming_dead_store(root, "then sweep again"):
+
+    require_best(run_study(params, sweep, shared, queue_default, _search_outcome))
+
+
+def prepared_tokens(lock_name: str) -> Path:
+    """The folder of the tokens, updated by DVC. Raises RunLocked if another process holds the lock of this name."""
+    root = project_root()
+    with locked(root / "checkpoints" / f"{lock_name}.lock"):  # without locks, DVC would wait for its own without end
+        _prepare_tokens()
+    return root / "data" / "tokens"
+
+
+def run_study(
+    params: Params,
+    sweep: SweepConfig,
+    shared: dict[str, Any],
+    queue: Callable[[Study], None],
+    outcome: Callable[[Study, Path], Outcome],
+) -> Study:
+    """Run the workers of a study until it has no more work, its time is over, or a signal arrives; return the study.
+
+    `queue` adds the trials that are known at the start. `outcome` writes the figures into a folder, and returns what is
+    printed and logged. Raises RunLocked if another process runs the study in this checkout, Interrupted after a signal.
+    """
+    config, root = RunConfig.of(params), project_root()
+    devices = assign_devices(sweep, config.train)
+    home = root / "checkpoints" / sweep.study
+    with locked(home.with_suffix(".lock")), StopSignals() as stop:
+        study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
+        queue(study)
+        with naming_dead_store(root, "then repeat the command"):
             store = open_store(root)
-            run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep.study, sweep.model_dump())
+            run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep)
         study.set_user_attr("mlflow_run_id", run_id)
-        study.set_user_attr("trials", sweep.trials)
+        study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
         threads = max(1, cores() // len(devices)) if config.train.threads == "auto" else config.train.threads
         given = str(root), sweep.updated(workers=len(devices)).model_dump(mode="json"), params.values, shared
         configs = [
             WorkerConfig(*given, number, threads, run_id, os.getpid(), device) for number, device in enumerate(devices)
         ]
-        n_gpus = len(set(devices) - {None})
-        print(f"study {sweep.study}: {len(devices)} workers of {threads} threads, {n_gpus} GPUs", flush=True)
-        _supervise(study, sweep, configs, stop)
-        draw_study(study, home / "figures")
-        with naming_dead_store(root, "then sweep again"):
-            close_study_run(store, study, "FINISHED" if stop.received is None else "KILLED", home / "figures")
-        print(_summary(study))
+        if sweep.is_list:
+            configs = configs[: len(unfinished_trials(study))]
+        if configs:
+            n_gpus = len(set(devices) - {None})
+            print(f"study {sweep.study}: {len(configs)} workers of {threads} threads, {n_gpus} GPUs", flush=True)
+            _supervise(study, sweep, configs, stop)
+        found = outcome(study, home / "figures")
+        with naming_dead_store(root, "then repeat the command"):
+            status = "FINISHED" if stop.received is None else "KILLED"
+            close_study_run(store, study, status, found, home / "figures")
+        print(found.text)
         stop.raise_if_received(f"everything saved in {sweep.storage} and {home}")
-        _require_best(study)
+        return study
 
 
 def assign_devices(sweep: SweepConfig, train: TrainConfig) -> list[str | None]:
@@ -123,9 +156,11 @@ def print_status(sweep: SweepConfig) -> None:
 def print_best(sweep: SweepConfig) -> None:
     """Print the best trial, its values and its MLflow run."""
     study = find_study(sweep, project_root())
-    best = _require_best(study)
+    best = require_best(study)
     print(_summary(study))
-    for key, value in best.user_attrs["values"].items():
+    if confirmed := study.user_attrs.get(CONFIRMED):
+        print(f"confirmed, {confirmed['verdict']}")
+    for key, value in best.user_attrs[VALUES].items():
         print(f"  {key} {value}")
     run_id = best.user_attrs.get("mlflow_run_id", "unknown")
     print(f"MLflow run {run_id}; `python -m pipeline sweep apply` writes these values into params.yaml")
@@ -134,16 +169,23 @@ def print_best(sweep: SweepConfig) -> None:
 def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     """Write the best trial's values into params.yaml, and the trial's name into `sweep.applied`.
 
-    Raises InputError if params.yaml differs from the study in a parameter that was not searched.
+    After `sweep confirm` it is the confirmed winner, which may be the default. Raises InputError if params.yaml differs
+    from the study in a parameter that was not searched.
     """
     study = find_study(sweep, project_root())
-    best = _require_best(study)
-    values, shared = best.user_attrs["values"], study.user_attrs[SHARED]
+    best, shared = require_best(study), study.user_attrs[SHARED]
+    name, values = f"trial {best.number}", best.user_attrs[VALUES]
+    if confirmed := study.user_attrs.get(CONFIRMED):
+        if best.number not in confirmed["trials"]:
+            print(f"trial {best.number} has the lowest cost, and was not confirmed: `sweep confirm` compares it")
+        name, values = confirmed["name"], confirmed["values"]
+    print(f"applying {name}, {'the confirmed winner' if confirmed else 'the trial with the lowest cost'}")
     config = RunConfig.of(with_values(load_params(path), values, sweep.micro_batch_tokens))
     searched = sweep.updated(space=shared["space"], objective=shared["objective"])
     require_same(study, shared_settings(searched, config, shared["data_sha256"]))
     keys = {key for name in values for key in ((name,) if name != STEP_TOKENS else BATCH_KEYS)}
-    applied = {"sweep.applied": f"{sweep.study}/{best.number}/{config.digest}"}
+    number = name.removeprefix("trial ")
+    applied = {"sweep.applied": None if number == "default" else f"{sweep.study}/{number}/{config.digest}"}
     print(write_values(values_of(config, sorted(keys)) | applied, path))
 
 
@@ -206,13 +248,25 @@ def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadli
         fail_stale_trials(study)
 
 
-def _require_best(study: Study) -> FrozenTrial:
+def require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
         failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
-        hint = "correct the space" if failed else "raise optim.max_epochs, widen the space, or allow more trials"
+        is_list = not study.user_attrs[SHARED]["space"]
+        hint = "raise optim.max_epochs" if is_list else "raise optim.max_epochs, widen the space, or allow more trials"
+        hint = f"correct the {'parameters' if is_list else 'space'}" if failed else hint
         raise TargetNotReached(f"no trial of study {study.study_name} has reached the target{why}: {hint}")
     return best
+
+
+def _search_outcome(study: Study, figures: Path) -> Outcome:
+    """The best trial of a search so far."""
+    draw_study(study, figures)
+    if (best := best_trial(study)) is None:
+        return Outcome(_summary(study))
+    metrics = {f"best/{study.user_attrs[SHARED]['objective']}": float(best.value)}
+    tags = {"best_trial": str(best.number), "best_values": json.dumps(best.user_attrs[VALUES])}
+    return Outcome(_summary(study), metrics, tags)
 
 
 def _summary(study: Study) -> str:
@@ -238,7 +292,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         "value": trial.value if trial.state is TrialState.COMPLETE else math.nan,  # a pruned trial's is its loss
         "spent": f"{_last_step(trial):,}",
         "last loss": trial.intermediate_values.get(_last_step(trial)),
-        **trial.user_attrs.get("values", {}),
+        **trial.user_attrs.get(VALUES, {}),
         "why": trial.user_attrs.get("reason", ""),
     }
 

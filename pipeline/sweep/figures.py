@@ -1,24 +1,43 @@
 """Make the figures of a study: its learning curves, and those of Optuna."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna.visualization.matplotlib as optuna_plots
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna import create_study, create_trial
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from pipeline.report.style import BLUE, GREY, RED, counted, house_style, level, log_scale, save_png, short
+from pipeline.report.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    counted,
+    house_style,
+    legend_above,
+    level,
+    log_scale,
+    save_png,
+    short,
+)
 from pipeline.sweep.pruner import best_trial, curve_of, forecast
+from pipeline.sweep.statistics import Candidate, Spread
 from pipeline.sweep.study import SHARED
 from pipeline.training.target import RULES
 
 UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
+SERIES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY, BLACK)  # colours of candidates
 
 
 def draw_study(study: Study, folder: Path) -> None:
@@ -55,6 +74,46 @@ def curves_figure(study: Study) -> Figure:
             axes.annotate(name, points[-1], (0, -14), textcoords="offset points", color=RED, ha="center")
         axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, lw=width)
         axes.plot(*points[-1], "o" if complete else "x", color=colour, alpha=alpha, ms=4)
+    _losses(axes, shared)
+    states = [trial.state for trial in trials]
+    reached, stopped = counted(states.count(TrialState.COMPLETE), "trial"), states.count(TrialState.PRUNED)
+    axes.set_title(f"{reached} reached the target (blue, the best red), {stopped} did not (grey)")
+    return figure
+
+
+@house_style()
+def seeds_figure(candidates: Sequence[Candidate], shared: dict[str, Any]) -> Figure:
+    """Plot the loss of every run over what it spent, in a colour for each candidate, and the mean at the target.
+
+    The shade is one standard deviation on each side of the mean. A run that missed the target ends in a cross.
+    """
+    figure, colours = Figure(), {}
+    axes, objective = figure.subplots(), shared["objective"]
+    scale = 1000 if objective == "train_s" else 1  # reports are in ms
+    for place, candidate in enumerate(candidates):
+        colour = colours[candidate.name] = SERIES[place % len(SERIES)]
+        for trial in candidate.trials:
+            if points := curve_of(trial):
+                reached = trial.state is TrialState.COMPLETE
+                axes.plot(*zip(*points, strict=True), color=colour, lw=1.2 if reached else 0.8, alpha=0.7)
+                axes.plot(*points[-1], "o" if reached else "x", color=colour, ms=4 if reached else 6)
+        if costs := candidate.costs(objective):
+            spread = Spread.of([scale * cost for cost in costs])
+            axes.axvline(spread.mean, color=colour, lw=1, ls=":")
+            if spread.sd:
+                axes.axvspan(spread.mean - spread.sd, spread.mean + spread.sd, color=colour, alpha=0.1, lw=0)
+    _losses(axes, shared)
+    n_runs, n_missed = (sum(map(count, candidates)) for count in (lambda c: len(c.trials), lambda c: c.n_missed))
+    axes.set_title(f"{n_runs - n_missed} of {counted(n_runs, 'run')} reached the target")
+    for name, colour in colours.items() if len(candidates) > 1 else ():
+        axes.plot([], [], color=colour, label=name)
+    if len(candidates) > 1:
+        legend_above(axes)
+    return figure
+
+
+def _losses(axes: Axes, shared: dict[str, Any]) -> None:
+    """Scale and name the axes of learning curves, and mark the target."""
     if not axes.lines:
         axes.set_ylim(0.01, 15)
     log_scale(axes)
@@ -65,10 +124,6 @@ def curves_figure(study: Study) -> Figure:
     measured = "loss of the held-out text" if held_out else "mean loss of the last epoch"
     axes.set(xlabel=unit, ylabel=f"{measured} (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
-    states = [trial.state for trial in trials]
-    reached, stopped = counted(states.count(TrialState.COMPLETE), "trial"), states.count(TrialState.PRUNED)
-    axes.set_title(f"{reached} reached the target (blue, the best red), {stopped} did not (grey)")
-    return figure
 
 
 def with_forecasts(study: Study) -> Study:

@@ -32,7 +32,7 @@ def check_space(sweep: SweepConfig, params: Params, n_tokens: int | None = None)
     """
     sections = {kind.section_name: kind for kind in RUN_SECTIONS if kind.section_name not in NOT_SEARCHED}
     known = [f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields] + [STEP_TOKENS]
-    faults = []
+    faults = [] if sweep.axes else ["sweep.space: names no key, so that nothing can be searched"]
     for key, axis in sweep.axes.items():
         if key not in known:
             why = "cannot be searched" if key.split(".")[0] in NOT_SEARCHED else f"unknown key{nearest(key, known)}"

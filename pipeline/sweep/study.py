@@ -1,7 +1,7 @@
 """Open an Optuna study, check the settings that its trials share, and queue its trials."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pipeline.config.sections import SweepConfig
 from pipeline.sweep.journal_storage import JournalStudyStorage
 from pipeline.sweep.pruner import ExtrapolationPruner, best_trial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from_choice
-from pipeline.system.errors import InputError
+from pipeline.system.errors import DivergedError, InputError, Pruned
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import differences
 from pipeline.tracking.mlflow_errors import first_line
@@ -29,6 +29,9 @@ from pipeline.training.config import RunConfig
 # States of a trial. COMPLETE: it reached the target, and its value is what it spent. PRUNED: it was stopped, or used up
 # its budget. FAIL: it has a `reason`, or a later trial retries it.
 SHARED = "question"  # user attribute of a study: the settings that all of its trials share
+VALUES = "values"  # user attribute of a trial: the value of each key that differs between trials, by dotted key
+SURPLUS = "surplus"  # user attribute of a trial: its worker found that the last trial of the list was taken
+CONFIRMED = "confirmed"  # user attribute of a searched study: the winner of `sweep confirm`
 MAX_RETRIES = 3  # of a trial whose worker died: the trial may be the cause
 FILES = ("journal", "sqlite")  # storages that are files, SCHEME:///PATH
 
@@ -124,13 +127,16 @@ def find_study(sweep: SweepConfig, root: Path) -> Study:
         raise InputError(f"no study {sweep.study} in {sweep.storage}: `python -m pipeline sweep` starts it") from None
 
 
-def shared_settings(sweep: SweepConfig, config: RunConfig, data_sha256: str) -> dict[str, Any]:
-    """The settings that make trials comparable: objective, space, data, and all parameters that are not searched."""
-    varied = {
-        *sweep.axes,
-        *(BATCH_KEYS if STEP_TOKENS in sweep.axes else ()),
-        "train.threads",
-    }  # workers divide the cores
+def shared_settings(
+    sweep: SweepConfig, config: RunConfig, data_sha256: str, varied: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """The settings that make trials comparable: objective, space, data, and all parameters that are not `varied`.
+
+    By default, the keys of the space are varied.
+    """
+    varied = {*(sweep.axes if varied is None else varied), "train.threads"}  # workers divide the cores
+    by_tokens = STEP_TOKENS in varied
+    varied |= {*BATCH_KEYS} if by_tokens else set()
     params = {
         (name := section.section_name): {
             key: value for key, value in section.model_dump(mode="json").items() if f"{name}.{key}" not in varied
@@ -139,7 +145,7 @@ def shared_settings(sweep: SweepConfig, config: RunConfig, data_sha256: str) -> 
     }
     space = sweep.model_dump(mode="json")["space"]
     shared = {"objective": sweep.objective, "space": space, "data_sha256": data_sha256, "params": params}
-    return shared | ({"micro_batch_tokens": sweep.micro_batch_tokens} if STEP_TOKENS in sweep.axes else {})
+    return shared | ({"micro_batch_tokens": sweep.micro_batch_tokens} if by_tokens else {})
 
 
 def require_same(study: Study, shared: dict[str, Any]) -> None:
@@ -151,7 +157,15 @@ def require_same(study: Study, shared: dict[str, Any]) -> None:
 
 
 def suggest(trial: Trial, sweep: SweepConfig) -> dict[str, Any]:
-    """The trial's value of every key of the space."""
+    """The trial's value of every key of the space; of a list of trials, the values that it was queued with.
+
+    Raises Pruned if another worker has taken the last trial of the list: Optuna then makes a new one.
+    """
+    if sweep.is_list:
+        if VALUES in trial.user_attrs:
+            return dict(trial.user_attrs[VALUES])
+        trial.set_user_attr(SURPLUS, True)
+        raise Pruned("no trial of the list is left")
     values: dict[str, Any] = {}
     for key, axis in sweep.axes.items():
         if isinstance(axis, list):
@@ -173,6 +187,24 @@ def enqueue(study: Study, sweep: SweepConfig, values: dict[str, Any]) -> bool:
     return True
 
 
+def enqueue_list(study: Study, listed: Sequence[dict[str, Any]]) -> None:
+    """Queue a trial for each of the `listed` values that has none, or whose trial failed for lack of space or a worker.
+
+    The values are an attribute of the trial, since Optuna's choices cannot grow when the list does.
+    """
+    trials = unfinished_trials(study) + [trial for trial in latest_trials(study) if has_ended(trial)]
+    present = [trial.user_attrs.get(VALUES) for trial in trials]
+    for values in listed:
+        if values not in present:
+            study.enqueue_trial({}, user_attrs={VALUES: values})
+
+
+def has_ended(trial: FrozenTrial) -> bool:
+    """Whether to train a trial again would give the same result: it reached the target, missed it, or diverged."""
+    diverged = str(trial.user_attrs.get("reason")).startswith(DivergedError.__name__)
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (trial.state is TrialState.FAIL and diverged)
+
+
 def requeue(study: Study, trial: FrozenTrial, max_retries: int | None = None) -> None:
     """Mark an unfinished trial as failed, and queue its settings again: the retry resumes from the checkpoint."""
     if trial.state is TrialState.RUNNING:
@@ -181,17 +213,27 @@ def requeue(study: Study, trial: FrozenTrial, max_retries: int | None = None) ->
 
 
 def latest_trials(study: Study) -> list[FrozenTrial]:
-    """All trials except those that a later trial retries."""
-    trials = study.get_trials(deepcopy=False)
+    """All trials except those that a later trial retries, and those of which no listed trial was left."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs]
     retried = {number for trial in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(trial)}
     return [trial for trial in trials if trial.number not in retried]
 
 
+def unfinished_trials(study: Study) -> list[FrozenTrial]:
+    """The trials that are queued or running."""
+    return [trial for trial in latest_trials(study) if trial.state in (TrialState.WAITING, TrialState.RUNNING)]
+
+
 def has_work(study: Study, sweep: SweepConfig) -> bool:
-    """Whether a worker should start a trial: one is queued, or neither trials nor patience are used up."""
+    """Whether a worker should start a trial: one is queued, or neither trials nor patience are used up.
+
+    In a list of trials all are queued.
+    """
     trials, best = latest_trials(study), best_trial(study)
     if any(trial.state is TrialState.WAITING for trial in trials):
         return True
+    if sweep.is_list:
+        return False
     if sweep.patience is not None and best is not None:
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         if sum(trial.number > best.number and trial.state in ended for trial in trials) >= sweep.patience:

@@ -19,7 +19,7 @@ from pipeline.config.sections import SweepConfig
 from pipeline.data.token_files import count_tokens
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import with_values
-from pipeline.sweep.study import has_work, join_study, naming_dead_storage, open_storage, requeue, suggest
+from pipeline.sweep.study import VALUES, has_work, join_study, naming_dead_storage, open_storage, requeue, suggest
 from pipeline.system.device import give_back_memory, prepare_machine, use_gpu
 from pipeline.system.entrypoint import is_out_of_memory, run_stage
 from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned
@@ -36,6 +36,7 @@ from pipeline.training.train import follow, read_config, read_data
 REPORTS_PER_EPOCH = 4
 OUT_OF_BUDGET = "its budget is used up"
 WORKER = "worker"  # user attribute of a trial: host and process id of its worker
+SPENT = "spent"  # user attribute of a trial that was trained: tokens, steps and train_s of its last step
 
 
 class WorkerConfig(NamedTuple):
@@ -99,7 +100,7 @@ class Worker:
     def _train(self, trial: Trial) -> float:
         values = suggest(trial, self.sweep)
         same = ended_with(values, self.study)
-        trial.set_user_attr("values", values)
+        trial.set_user_attr(VALUES, values)
         if same is not None and same.state is TrialState.PRUNED:
             raise Pruned(f"same values as trial {same.number}, which was pruned")
         if same is not None:
@@ -119,6 +120,8 @@ class Worker:
                         follow(run, self.stop, reporter.after_step)
                     reporter.require_target()
             finally:
+                if run.records:
+                    trial.set_user_attr(SPENT, spent_at(run.records[-1]))
                 if (path := run.folder / RUN_ID).is_file():
                     trial.set_user_attr("mlflow_run_id", path.read_text(encoding="utf-8").strip())
                 if self.stop.received is None:
@@ -170,8 +173,7 @@ class TrialReporter:
 
     def _note(self, record: StepRecord) -> bool:
         """Update what was spent; make a report if one is due, and return whether it was."""
-        spent = {"tokens": record.tokens, "steps": record.step, "train_s": record.train_s}
-        self.spent = spent[self.sweep.objective]
+        self.spent = spent_at(record)[self.sweep.objective]
         if is_due := self._is_due(record):
             self._report(record.step)
         return is_due
@@ -202,6 +204,11 @@ class TrialReporter:
         return Pruned(f"{self.run.records[-1].tokens:,} tokens, loss {self._loss(step):.2f}: {why}{other}")
 
 
+def spent_at(record: StepRecord) -> dict[str, float]:
+    """What a run has spent after a step, by objective; train_s is in seconds."""
+    return {"tokens": record.tokens, "steps": record.step, "train_s": record.train_s}
+
+
 def report_step(spent: float, objective: str) -> int:
     """Convert what was spent to the integer step of an Optuna report: tokens, steps or milliseconds."""
     return round(1000 * spent) if objective == "train_s" else int(spent)
@@ -210,7 +217,7 @@ def report_step(spent: float, objective: str) -> int:
 def ended_with(values: dict[str, Any], study: Study) -> FrozenTrial | None:
     """The trial that has ended with the same values, which are not trained again; None if there is none."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return next((trial for trial in ended if trial.user_attrs.get("values") == values), None)
+    return next((trial for trial in ended if trial.user_attrs.get(VALUES) == values), None)
 
 
 def requeue_interrupted(study: Study, trial: FrozenTrial) -> None:
@@ -224,7 +231,7 @@ def worker_name(pid: int) -> str:
 
 
 def announce(trial: Trial, what: str) -> None:
-    values = ", ".join(f"{key} {value}" for key, value in trial.user_attrs.get("values", {}).items())
+    values = ", ".join(f"{key} {value}" for key, value in trial.user_attrs.get(VALUES, {}).items())
     print(f"trial {trial.number}: {what} ({values})", flush=True)
 
 

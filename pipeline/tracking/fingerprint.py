@@ -73,10 +73,7 @@ class Identity(TypedDict):
 def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") -> Identity:
     """The identity of a run that trains on these data, with these sections of params.yaml and the present code."""
     params = {section.section_name: section.model_dump(mode="json", exclude={"processes"}) for section in sections}
-    sources = {}
-    for entry in DECISIVE:
-        path, _, name = entry.partition(":")
-        sources[entry] = source_hash((SOURCE_ROOT / path).read_text(encoding="utf-8"), name)
+    sources = source_hashes()
     decisive = {"data": data_sha256, "params": params, "sources": sources}
     return Identity(
         fingerprint=sha256_json(decisive)[:16],
@@ -86,6 +83,15 @@ def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") 
         environment=_environment(machine),
         inexact=[],
     )
+
+
+def source_hashes() -> dict[str, str]:
+    """The hash of each entry of DECISIVE."""
+    hashes = {}
+    for entry in DECISIVE:
+        path, _, name = entry.partition(":")
+        hashes[entry] = source_hash((SOURCE_ROOT / path).read_text(encoding="utf-8"), name)
+    return hashes
 
 
 def source_hash(text: str, name: str = "") -> str:
