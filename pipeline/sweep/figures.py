@@ -104,7 +104,7 @@ def seeds_figure(candidates: Sequence[Candidate], shared: dict[str, Any]) -> Fig
                 axes.axvspan(spread.mean - spread.sd, spread.mean + spread.sd, color=colour, alpha=0.1, lw=0)
     _losses(axes, shared)
     n_runs, n_missed = (sum(map(count, candidates)) for count in (lambda c: len(c.trials), lambda c: c.n_missed))
-    axes.set_title(f"{n_runs - n_missed} of {counted(n_runs, 'run')} reached the target")
+    axes.set_title(f"{n_runs - n_missed} of {counted(n_runs, 'run')} reached the target (shaded: mean ± deviation)")
     for name, colour in colours.items() if len(candidates) > 1 else ():
         axes.plot([], [], color=colour, label=name)
     if len(candidates) > 1:

@@ -250,4 +250,4 @@ def as_recorded(key: str, spread: Spread) -> str:
 
 
 def _number(key: str, value: float) -> str:
-    return f"{value:,.1f}" if key != "tokens" else f"{value:,.0f}"
+    return f"{value:,.0f}" if key == "tokens" or isinstance(value, int) else f"{value:,.1f}"

@@ -1,10 +1,11 @@
-"""Whole studies of tiny runs: results, tracking, failures, and signals. The workers run in this process."""
+"""Whole studies of tiny runs: results, tracking, failures, signals, seeds. The workers run in this process."""
 
 import json
 import os
 import signal
 import threading
 from pathlib import Path
+from statistics import fmean, stdev
 from types import SimpleNamespace as Namespace
 
 import pytest
@@ -12,9 +13,10 @@ from optuna.trial import TrialState
 
 from pipeline.__main__ import main
 from pipeline.config.params import load_params
+from pipeline.config.sections import SweepConfig
 from pipeline.data.encode import write_tokens
 from pipeline.sweep import controller, worker
-from pipeline.sweep.study import requeue
+from pipeline.sweep.study import find_study, latest_trials, requeue
 from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig
 from pipeline.system.files import locked, write_text
 from pipeline.system.signals import StopSignals
@@ -81,19 +83,25 @@ def untracked(monkeypatch):
 
 
 @pytest.fixture
-def sweep(capfd):
-    """Runs `python -m pipeline sweep ...`; returns its exit code, its output and its last line on stderr."""
+def command(capfd):
+    """Runs `python -m pipeline ...`; returns its exit code, its output and its last line on stderr."""
 
     def call(*arguments):
-        code = main(["sweep", *map(str, arguments)])
+        code = main([*map(str, arguments)])
         out, err = capfd.readouterr()
         return code, out, (err.splitlines() or [""])[-1]
 
     return call
 
 
-def journal_of(trial):
-    path = Path("checkpoints/tiny") / trial.user_attrs["fingerprint"] / "steps.jsonl"
+@pytest.fixture
+def sweep(command):
+    """Runs `python -m pipeline sweep ...`."""
+    return lambda *arguments: command("sweep", *arguments)
+
+
+def journal_of(trial, study="tiny"):
+    path = Path("checkpoints", study) / trial.user_attrs["fingerprint"] / "steps.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -228,3 +236,87 @@ def test_a_second_sweep_names_the_first_and_a_sweep_without_tokens_does_not_star
     assert (code, f"is held by process {os.getpid()}" in err) == (6, True)
     assert sweep()[::2] == (2, "error: sweep: `dvc repro tokenize` failed, see the error above: fix it first")
     assert not Path("optuna.journal").exists()
+
+
+def list_study(prefix):
+    """The study of a list of trials whose name begins with `prefix`."""
+    (folder,) = [path for path in Path("checkpoints").glob(f"{prefix}-*") if path.is_dir()]
+    return find_study(load_params().section(SweepConfig).updated(study=folder.name), Path.cwd()), folder
+
+
+def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_trained_once(
+    workspace, store, command, monkeypatch, untracked
+):
+    after_step, taken = TrialReporter.after_step, []
+
+    def interrupted_in_the_second_seed(self, record):
+        after_step(self, record)
+        taken.append((self.run.config.train.seed, record.step))
+        if taken[-1] == (2, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrialReporter, "after_step", interrupted_in_the_second_seed)
+    code, out, err = command("replicate", "--seeds", 3)
+    assert code == 143, err
+    assert "1 of 3 seeds trained, 1 reached the target (100%)" in out
+    code, out, err = command("replicate", "--seeds", 3)
+    assert code == 0, err
+    assert "resumes from step 7 of" in out
+    study, folder = list_study("replicate")
+    trials = {trial.user_attrs["values"]["train.seed"]: trial for trial in latest_trials(study)}
+    assert [trial.state for _, trial in sorted(trials.items())] == [TrialState.COMPLETE] * 3
+    journals = {seed: journal_of(trial, folder.name) for seed, trial in trials.items()}
+    assert sorted(taken) == [(seed, step["step"]) for seed in (1, 2, 3) for step in journals[seed]]  # each step once
+    assert len({step["loss"] for journal in journals.values() for step in journal[:1]}) == 3
+    tokens = [journals[seed][-1]["tokens"] for seed in (1, 2, 3)]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["tokens"] == pytest.approx(
+        {"mean": fmean(tokens), "sd": stdev(tokens), "min": min(tokens), "max": max(tokens)}
+    )
+    assert [run["tokens"] for run in results["runs"]] == tokens
+    # The study's run in MLflow has the same numbers, and the picture.
+    run = store.client.get_run(study.user_attrs["mlflow_run_id"])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", folder.name)
+    assert run.data.metrics["tokens/mean"] == pytest.approx(fmean(tokens))
+    assert run.data.metrics["share_reached"] == 1
+    files = store.client.list_artifacts(run.info.run_id, "figures")
+    assert [file.path for file in files] == ["figures/curves.png"]
+    # A finished set is only shown; one more seed is added to it. The sweep's study does not exist.
+    n_steps = len(taken)
+    code, again, _ = command("replicate", "--seeds", 2)
+    assert (code, len(taken)) == (0, n_steps)
+    assert "3 of 3 seeds trained" in again
+    assert command("replicate", "--seeds", 4)[0] == 0
+    assert {seed for seed, _ in taken[n_steps:]} == {4}
+    # A target out of reach is missed, and that is no failure; the changed parameters are another set.
+    change(workspace, **{"target.loss": 0.001, "optim.max_epochs": load_params().values["optim"]["max_epochs"] / 50})
+    code, out, err = command("replicate", "--seeds", 2)
+    assert code == 8
+    assert "2 of 2 seeds trained, 0 reached the target (0%)" in out
+    assert err.endswith("has reached the target: raise optim.max_epochs")
+
+
+def test_the_confirmed_winner_is_applied(workspace, store, sweep, untracked):
+    change(workspace, **{"sweep.space": {"optim": {"lr": [0.004, 0.012]}}})
+    assert sweep("confirm")[::2] == (
+        2,
+        "error: no study tiny in journal:///optuna.journal: `python -m pipeline sweep` starts it",
+    )
+    sweep("--trials", 4)
+    by_lr = {trial.user_attrs["values"]["optim.lr"]: trial for trial in study_here().trials}
+    assert by_lr.keys() == {0.004, 0.012}
+    code, out, err = sweep("confirm", "--top", 1, "--seeds", 2)
+    assert code == 0, err
+    study, folder = list_study("tiny-confirm")
+    costs = {lr: [] for lr in by_lr}
+    for trial in study.trials:
+        costs[trial.user_attrs["values"]["optim.lr"]].append(journal_of(trial, folder.name)[-1]["tokens"])
+    assert {trial.user_attrs["values"]["train.seed"] for trial in study.trials} == {2, 3}
+    assert len(study.trials) == 4
+    winner = min(costs, key=lambda lr: fmean(costs[lr]))
+    name = "default" if winner == 0.004 else f"trial {by_lr[winner].number}"
+    assert f"winner: {name}" in out
+    assert store.client.get_run(study.user_attrs["mlflow_run_id"]).data.tags["winner"] == name
+    assert f"applying {name}, the confirmed winner" in sweep("apply")[1]
+    assert load_params().values["optim"]["lr"] == winner
+    assert f"confirmed, winner: {name}" in sweep("best")[1]

@@ -220,7 +220,7 @@ def test_the_figure_has_a_curve_for_each_run_and_the_mean_of_each_candidate(stud
     first, second, third = study.trials
     candidates = [Candidate("default", {}, [first, second]), Candidate("trial 3", {}, [third])]
     axes = seeds_figure(candidates, study.user_attrs[SHARED]).axes[0]
-    assert axes.get_title(loc="left") == "2 of 3 runs reached the target"
+    assert axes.get_title(loc="left") == "2 of 3 runs reached the target (shaded: mean ± deviation)"
     ends = [max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2 and line.get_ls() == "-"]
     assert sorted(ends) == [1000, 1200, 1500]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_ls() == ":"] == [1100]
