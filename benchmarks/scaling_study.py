@@ -30,6 +30,7 @@ import numpy as np
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy import inspect, text
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import SweepConfig
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="duration of each measurement of workers and mlflow"
     )
+    parser.add_argument("--figures", action="store_true", help="trials: also draw the study's figures, which is slow")
     parser.add_argument("--step-s", type=float, default=0.5, help="duration of a simulated training step")
     arguments = parser.parse_args()
     measure: Callable[[Any], Iterator[dict[str, Any]]] = globals()[f"measure_{arguments.what}"]
@@ -193,25 +195,44 @@ def quantiles_ms(seconds: Sequence[float]) -> list[float]:
 
 
 def measure_trials(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """For each number of trials in a study: seconds of each question that the sweep asks it."""
+    """For each number of trials in a study: milliseconds of CPU of each question that the sweep asks it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        root = Path(folder)
+        root, chance = Path(folder), random.Random(1)  # noqa: S311 (no secret)
         (root / "params.yaml").write_text(PARAMS_TEXT)
-        chance, n = random.Random(1), 0  # noqa: S311 (no secret)
+        sweep, shared = settings(storage=arguments.storage, trials=10**6, workers=2)
+        study = open_study(sweep, shared, root)
+        study.set_user_attr("trials", sweep.trials)
+        space = distributions(sweep)
+        for number in range(first := min(arguments.counts)):
+            study.add_trial(simulated_trial(number, chance, space))
         for count in arguments.counts:
-            sweep, shared = settings(storage=arguments.storage, trials=10**6, workers=2)
-            began, study = time.perf_counter(), open_study(sweep, shared, root)
-            study.set_user_attr("trials", sweep.trials)
-            for number in range(n, count):
-                study.add_trial(simulated_trial(number, chance, study))
-            fill_s, added = time.perf_counter() - began, count - n
-            n = count
-            yield {"storage": arguments.storage, "trials": count, "fill_ms": round(1000 * fill_s / added, 2)} | {
-                f"{name}_ms": round(1000 * value, 2) for name, value in questions(sweep, shared, root).items()
+            for number in range(len(study.get_trials(deepcopy=False)), count, first):
+                multiply(study, first, chance, space, number)
+            yield {"storage": arguments.storage, "trials": len(study.get_trials(deepcopy=False))} | {
+                f"{name}_ms": round(1000 * value, 2)
+                for name, value in questions(sweep, shared, root, arguments.figures).items()
             }
 
 
-def questions(sweep: SweepConfig, shared: dict[str, Any], root: Path) -> dict[str, float]:
+def multiply(study: Study, first: int, chance: random.Random, space: dict[str, Any], number: int) -> None:
+    """Add as many trials as the study had at first; in SQL where adding each would take minutes."""
+    backend = getattr(study._storage, "_backend", None)
+    if not hasattr(backend, "engine"):
+        for n in range(number, number + first):
+            study.add_trial(simulated_trial(n, chance, space))
+        return
+    tables = "trial_params trial_values trial_intermediate_values trial_user_attributes trial_system_attributes".split()
+    with backend.engine.begin() as connection:
+        for table in ("trials", *tables):
+            names = [column["name"] for column in inspect(backend.engine).get_columns(table)][1:]
+            moved = [f"{name} + {number}" if name in ("trial_id", "number") else name for name in names]
+            added = (f"trial_id, {', '.join(names)}", f"trial_id + {number}, {', '.join(moved)}")
+            columns, values = added if table == "trials" else (", ".join(names), ", ".join(moved))
+            query = f"INSERT INTO {table} ({columns}) SELECT {values} FROM {table} WHERE trial_id <= {first}"  # noqa: S608 (no input)
+            connection.execute(text(query))
+
+
+def questions(sweep: SweepConfig, shared: dict[str, Any], root: Path, figures: bool) -> dict[str, float]:
     """Seconds of each question; warm ones are the median of five."""
     found = {}
     began = time.process_time()
@@ -245,21 +266,22 @@ def questions(sweep: SweepConfig, shared: dict[str, Any], root: Path) -> dict[st
     timed("ask_suggest_tell", ask)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         timed("status", lambda: print_status(sweep), rounds=1)
-        timed("figures", lambda: draw_study(study, root / "figures"), rounds=1)
+        if figures:
+            timed("figures", lambda: draw_study(study, root / "figures"), rounds=1)
     return found
 
 
-def simulated_trial(number: int, chance: random.Random, study: Study) -> FrozenTrial:
-    """A trial that has ended: one in ten reached the target; one in fifty was interrupted and is retried."""
-    sampler = optuna.samplers.RandomSampler(seed=number)
-    if number == 0:
-        simulated_trial.distributions = distributions(study)  # type: ignore[attr-defined]
-    space = simulated_trial.distributions  # type: ignore[attr-defined]
-    params = {key: sampler.sample_independent(study, None, key, axis) for key, axis in space.items()}
+def simulated_trial(number: int, chance: random.Random, space: dict[str, Any]) -> FrozenTrial:
+    """A trial that has ended: one in ten reached the target; one in fifty retries another."""
+    study, sampler = optuna.create_study(), optuna.samplers.RandomSampler(seed=number)
+    other = study.ask()
+    params = {
+        key: sampler.sample_independent(study, study._storage.get_trial(other._trial_id), key, axis)
+        for key, axis in space.items()
+    }
     state = TrialState.COMPLETE if number % 10 == 0 else TrialState.PRUNED
     reports = STEPS // 2 if state is TrialState.COMPLETE else chance.randrange(2, STEPS // 2)
     curve = {2 * STEP_TOKENS * i: 10.8 * (1 - i / STEPS) for i in range(1, reports + 1)}
-    retry = {"failed_trial": number - 1, "retry_history": [number - 1]} if number % 50 == 49 else {}
     return create_trial(
         state=state,
         value=float(max(curve)) + number if state is TrialState.COMPLETE else None,
@@ -267,16 +289,16 @@ def simulated_trial(number: int, chance: random.Random, study: Study) -> FrozenT
         distributions=space,
         intermediate_values=curve,
         user_attrs={"values": params, "worker": f"host:{number}", "fingerprint": "f" * 16, "mlflow_run_id": "r" * 32},
-        system_attrs=retry,
+        system_attrs={"failed_trial": 0, "retry_history": [0]} if number % 50 == 49 else {},
     )
 
 
-def distributions(study: Study) -> dict[str, Any]:
+def distributions(sweep: SweepConfig) -> dict[str, Any]:
     """The distributions of the search space, from a trial that asks for all of them."""
-    sweep, _ = settings()
-    other = optuna.create_study(sampler=optuna.samplers.RandomSampler())
-    suggest(other.ask(), sweep)
-    return other.trials[0].distributions
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler())
+    suggest(study.ask(), sweep)
+    found: dict[str, Any] = study.trials[0].distributions
+    return found
 
 
 # MLflow
@@ -358,11 +380,11 @@ def measure_shards(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             write_shard(folder / shard_name("val", 0), [[]], 256)
             write_manifest(folder)
             cpu, wall = time.process_time(), time.perf_counter()
-            text = TokenFolder(folder)
+            tokens = TokenFolder(folder)
             opened, opened_wall = time.process_time() - cpu, time.perf_counter() - wall
             wall = time.perf_counter()
             for start in range(0, 32 * min(count, 1000), 32 * 100):
-                text.train.read(start, start + 64)
+                tokens.train.read(start, start + 64)
             yield {
                 "shards": count,
                 "manifest_bytes": (folder / "manifest.json").stat().st_size,
