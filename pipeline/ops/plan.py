@@ -46,6 +46,11 @@ class Options:
     time_s: float | None = None
     column: str | None = None  # of a table
 
+    @property
+    def wants_the_best(self) -> bool:
+        """Whether the target only ends a run that early stopping ends before: its best model is wanted."""
+        return self.goal == GENERALISE and self.target is None
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -135,7 +140,7 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         share *= training.n_tokens / measured.n_tokens
     share = 1.0 if share >= 1 else float(f"{share:.2g}")
     values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer, share, target)
-    values["corpus.column"] = options.column
+    values |= {"corpus.column": options.column, "registry.require_target": not options.wants_the_best}
     cost = costs.of(training)
     check_params(_merged(params, values))
     plan = Plan(source, text.sha256, options, values, cost, {})
@@ -275,6 +280,7 @@ def _text_values(source: Source, tokenizer: Choice, share: float, target: float)
         "samples.prompts": None,
         "registry.model": source.name,
         "registry.max_target_loss": max(policy.DEFAULT_TARGET, target),
+        "registry.replace_champion": True,  # the last text that was learnt under a name is the one that is wanted
         "sweep.study": re.sub(r"[^A-Za-z0-9_-]", "-", source.name).strip("-_") or "text",
     }
 

@@ -145,7 +145,7 @@ def _judge(
         best = None
         if number not in (None, str(version.version)):
             best = _champion(store, config.model, str(number), RULES[candidate.rule].loss, project, loss_on)
-        return judge(candidate, best, config.max_target_loss, other)
+        return judge(candidate, best, config, other)
     except InputError as error:
         return Verdict(False, False, first_line(error))
     except BROKEN + store_errors() as error:

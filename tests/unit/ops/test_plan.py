@@ -97,13 +97,21 @@ def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
 
 
 def test_a_plan_is_valid_for_every_goal_and_size(project):
-    for options in (Options(), Options(goal="generalise"), Options(size="laptop-full"), Options(tokenizer="bpe:300")):
+    for options in (
+        Options(),
+        Options(goal="generalise"),
+        Options(goal="generalise", target=3.0),
+        Options(size="laptop-full"),
+        Options(tokenizer="bpe:300"),
+    ):
         made = make_plan(find_source("../diary.txt", None), options)
         shutil.copy(ROOT / "params.yaml", "params.yaml")
         write_values(made.values)
         learned = load_params().values
         assert learned["corpus"]["source"] == "texts/diary.txt"
         assert learned["registry"]["model"] == "diary"
+        assert learned["registry"]["replace_champion"]
+        assert learned["registry"]["require_target"] == (options.goal != "generalise" or options.target is not None)
         assert learned["samples"]["prompts"] is learned["corpus"]["sha256"] is None
         assert learned["target"]["rule"] == ("validation" if options.goal == "generalise" else "sliding")
         assert learned["model"]["n_layer"] == (6 if options.size else 2)
