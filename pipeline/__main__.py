@@ -3,6 +3,7 @@
 # Each command imports only what it needs, so that short commands start without importing torch and MLflow.
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.system.entrypoint import exit_code_of
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
     from pipeline.ops.plan import Plan
@@ -285,7 +286,12 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         column=arguments.column,
         time_s=None if arguments.time is None else parse_duration(arguments.time),
     )
-    return make_plan(find_source(given[0], arguments.name), options)
+    try:
+        return make_plan(find_source(given[0], arguments.name), options)
+    except (InputError, IntegrityError) as error:  # the user has typed an argument, not a key of params.yaml
+        words = {"corpus.source": "SOURCE", "corpus.column": "--column", "corpus.tokenizer": "--tokenizer"}
+        message = re.sub("|".join(map(re.escape, words)), lambda key: words[key[0]], str(error))
+        raise (InputError if isinstance(error, InputError) else IntegrityError)(message) from None
 
 
 def _yaml(text: str) -> Any:

@@ -5,6 +5,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from pipeline.ops.params_check import check_params
 from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training, duration, in_words
 from pipeline.ops.sources import Source, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text
+from pipeline.registry.catalog import open_registry, source_of
 from pipeline.system.device import prepare_machine
-from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import read_json
+from pipeline.system.host import project_root
 from pipeline.tracking.fingerprint import flatten
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast, step_flops
@@ -110,12 +113,18 @@ def stored_plan(name: str) -> dict[str, Any]:
 
 
 def _require_own_name(source: Source, params: Params) -> None:
-    """Raise InputError if a plan, or a params.yaml of this project, has the model's name for another text."""
+    """Raise InputError if a plan, a params.yaml or a registered model has the model's name for another text.
+
+    A registry that cannot be read is not asked.
+    """
     if stored := stored_plan(source.name):
         others = [stored["origin"] if source.copies else stored["source"]]
     else:
         read = [flatten(each.values) for each in (params, *map(load_params, sorted(PLANS.glob("params-*.yaml"))))]
         others = [values.get("corpus.source") for values in read if values.get("registry.model") == source.name]
+        if not others:
+            with suppress(ModelMissing, IntegrityError):
+                others = [source_of(open_registry(project_root()), source.name) or source.source]
     for other in others:
         if other not in (source.origin, source.source):
             raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")

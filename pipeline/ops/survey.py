@@ -13,7 +13,6 @@ from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, write_documents
 from pipeline.data.statistics import STATISTICS_TOKENS, Integers, counts_loss, irreducible_loss, next_token_entropy
-from pipeline.data.tables import ColumnError
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from pipeline.ops.sources import Source
 from pipeline.system.errors import InputError, IntegrityError
@@ -79,10 +78,7 @@ class Measured:
 def read_text(source: Source, column: str | None, folder: Path) -> Text:
     """Read the whole text, with a copy in `folder`; `column`: of a table. Raises as `fetch_corpus` does."""
     corpus = folder / "corpus.txt"
-    try:
-        notes = _write_corpus(source, column, corpus)
-    except ColumnError as error:
-        raise ColumnError(error.what, error.columns, "--column") from None
+    notes = _write_corpus(source, column, corpus)
     with corpus.open("rb") as file:
         sample = file.read(SURVEYED_BYTES)
         n_documents = 1 + sample.count(0)
@@ -99,7 +95,7 @@ def _write_corpus(source: Source, column: str | None, corpus: Path) -> list[str]
     if source.files:
         return write_documents(source.files, corpus, source.origin, column)
     values = load_params().values["corpus"] | {"source": source.source, "column": column}
-    config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path("SOURCE")).section(CorpusConfig)
+    config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path(source.source)).section(CorpusConfig)
     with redirect_stdout(sys.stderr):
         fetch_corpus(config, corpus)
     return []

@@ -218,7 +218,7 @@ def test_a_champion_of_another_rule_stays_and_each_rule_has_its_own_best(store, 
     assert aliases(store, name)["champion"] == "2"
 
 
-def test_another_text_replaces_the_champion_if_params_say_so_and_a_rollback_restores_it(store, name, tmp_path):
+def test_a_champion_of_another_text_is_replaced_if_params_say_so(store, name, cheap_versions, tmp_path):
     config = RegistryConfig(model=name, max_target_loss=0.1, replace_champion=True)
     register(root_of(store), trained_project(tmp_path / "champion", n_tokens=65), config)
     done = register(root_of(store), trained_project(tmp_path / "shorter", salt=1), config, pytest.fail)

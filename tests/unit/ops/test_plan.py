@@ -145,10 +145,10 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
         (["../pointer.txt"], "is a Git LFS pointer"),
         (["../pointer.dvc"], "is DVC's pointer"),
         (["../json.txt"], "is JSON: save it as JSON Lines"),
-        (["../table.csv", "--column", "body"], "has no column 'body': set --column to one of 'text'"),
+        (["../table.csv", "--column", "body"], "has no column 'body': set --column to one of 'text'\n"),
         (["../poems.csv"], "has no column 'text': set --column to one of 'title', 'poem'"),
         (["../diary.txt", "../log.txt"], "2 sources: name one"),
-        (["../diary.txt", "--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),
+        (["../diary.txt", "--tokenizer", "gpt3"], "error: --tokenizer: unknown tokenizer 'gpt3'"),
         (["../diary.txt", "--tokenizer", "bpe:10"], "'bpe:10' is not bpe:N"),
         (["../diary.txt", "--tokenizer", "bpe:10000000"], "'bpe:10000000' is not bpe:N"),
         (["../diary.txt", "--tokenizer", "bpe:60000"], "no more than"),
@@ -158,7 +158,8 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
         (["../diary.txt", "--time", "soon"], "give a time such as"),
         (["../diary.txt", "--size", "lapto"], "no recipe lapto"),
         (["../diary.txt", "--name", "shakespeare-gpt2"], "belongs to the text https://"),
-        (["ftp://example.com/a.txt"], "a source is a URL"),
+        (["ftp://example.com/a.txt"], "ftp://example.com/a.txt: SOURCE: a source is a URL"),
+        (["../*.md"], "matches no file: add texts or set another SOURCE"),
     ],
 )
 def test_a_text_or_an_option_that_is_not_possible_is_refused_in_one_line(command, arguments, words):
