@@ -6,6 +6,7 @@ import argparse
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,19 @@ if TYPE_CHECKING:
 
 def learn(arguments: argparse.Namespace) -> None:
     """Learn a text of your own: plan, write params.yaml, run `dvc repro`, and show what was reached."""
-    made = _plan(arguments)
-    print(made, flush=True)
-    if not arguments.dry_run:
-        from pipeline.ops.learn import learn
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        made = _plan(arguments, Path(folder))
+        print(made, flush=True)
+        if not arguments.dry_run:
+            from pipeline.ops.learn import learn
 
-        learn(made, arguments.in_place, arguments.yes)
+            learn(made, arguments.in_place, arguments.yes)
 
 
 def plan(arguments: argparse.Namespace) -> None:
     """Print how `learn` would train on a text, and why; nothing is written."""
-    print(_plan(arguments))
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        print(_plan(arguments, Path(folder)))
 
 
 def recipe(arguments: argparse.Namespace) -> None:
@@ -270,8 +273,8 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
             add("name", nargs="?", help="a run's fingerprint, or a study's name; default: all runs, but no study")
 
 
-def _plan(arguments: argparse.Namespace) -> "Plan":
-    """The plan for the arguments of `learn` and `plan`."""
+def _plan(arguments: argparse.Namespace, folder: Path) -> "Plan":
+    """The plan for the arguments of `learn` and `plan`, with temporary files in `folder`."""
     from pipeline.ops.plan import Options, make_plan
     from pipeline.ops.policy import parse_duration
     from pipeline.ops.sources import find_source
@@ -287,9 +290,14 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         time_s=None if arguments.time is None else parse_duration(arguments.time),
     )
     try:
-        return make_plan(find_source(given[0], arguments.name), options)
+        return make_plan(find_source(given[0], arguments.name), options, folder)
     except (InputError, IntegrityError) as error:  # the user has typed an argument, not a key of params.yaml
-        words = {"corpus.source": "SOURCE", "corpus.column": "--column", "corpus.tokenizer": "--tokenizer"}
+        words = {
+            "SOURCE: corpus.source": "SOURCE",
+            "corpus.source": "SOURCE",
+            "corpus.column": "--column",
+            "corpus.tokenizer": "--tokenizer",
+        }
         message = re.sub("|".join(map(re.escape, words)), lambda key: words[key[0]], str(error))
         raise (InputError if isinstance(error, InputError) else IntegrityError)(message) from None
 

@@ -67,7 +67,14 @@ def _train(plan: Plan, copies: dict[str, str]) -> None:
         "lines": plan.lines,
     })  # fmt: skip
     print(write_values(plan.values), flush=True)
+    if plan.fetched and plan.text_sha256 != _text_sha256():  # DVC does not see that the text of a URL has changed
+        _reproduce(plan.fetched.environment(), "--force", "--single-item", "download")
     _reproduce(plan.cost.environment())
+
+
+def _text_sha256() -> str:
+    """The SHA-256 of data/corpus.txt; empty if there is none."""
+    return path.read_text().split(" ")[0] if (path := Path("data/corpus.sha256")).is_file() else ""
 
 
 def _reached() -> bool:
@@ -86,7 +93,7 @@ def _keep_params(values: dict[str, Any]) -> None:
         print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
 
 
-def _reproduce(environment: dict[str, str]) -> None:
+def _reproduce(environment: dict[str, str], *arguments: str) -> None:
     """Run `dvc repro` with this Python's programs first on the PATH.
 
     Ctrl-C reaches DVC and its stage from the terminal; another signal is passed on to DVC, with which its stage ends.
@@ -94,7 +101,7 @@ def _reproduce(environment: dict[str, str]) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with StopSignals() as stop:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro"], env={**os.environ, **environment, "PATH": path}
+            [sys.executable, "-m", "dvc", "repro", *arguments], env={**os.environ, **environment, "PATH": path}
         )
         try:
             while process.poll() is None:

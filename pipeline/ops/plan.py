@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -15,6 +14,7 @@ import numpy as np
 from pipeline.config.params import Params, load_params
 from pipeline.config.recipes import BASE, recipe_values
 from pipeline.config.sections import TrainConfig
+from pipeline.data.corpus import Fetched
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops import policy
 from pipeline.ops.params_check import check_params
@@ -65,6 +65,7 @@ class Plan:
     values: dict[str, Any]  # of params.yaml, by dotted key
     cost: Forecast
     lines: dict[str, str]  # topic -> sentence for the user
+    fetched: Fetched | None = None  # the text, if it is not on this machine otherwise
 
     def __str__(self) -> str:
         return "\n".join(f"{topic:{WIDTH}} {sentence}" for topic, sentence in self.lines.items())
@@ -89,22 +90,28 @@ class Plan:
         return dataclasses.replace(self, values=values, cost=cost, lines=lines)
 
 
-def make_plan(source: Source, options: Options) -> Plan:
+def make_plan(source: Source, options: Options, folder: Path) -> Plan:
     """Read the text and plan its training. A stored plan of the same text and options is used again.
 
-    Nothing is written. Raises InputError if the text, its name, an option or the target is not possible.
+    Nothing is written but temporary files in `folder`, among them a text that was downloaded. Raises InputError if the
+    text, its name, an option or the target is not possible.
     """
     params = load_params()
     base = recipe_values(options.size or BASE)
     stored = stored_plan(source.name)
     _require_own_name(source, params)
     require_room(source, stored.get("copies", {}))
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        text = read_text(source, options.column, Path(folder))
-        same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
-        if stored.items() >= same.items():
-            return Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
-        return _new_plan(source, text, options, base, params, Path(folder))
+    text = read_text(source, options.column, folder)
+    same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
+    if stored.items() >= same.items():
+        plan = Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
+    else:
+        plan = _new_plan(source, text, options, base, params, folder)
+    if source.files:
+        text.path.unlink()
+        return plan
+    fetched = Fetched(source.source, options.column, str(text.path.absolute()), text.sha256)
+    return dataclasses.replace(plan, fetched=fetched)
 
 
 def stored_plan(name: str) -> dict[str, Any]:

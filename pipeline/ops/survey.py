@@ -25,8 +25,9 @@ LENGTHS = (32, 64, 128, 256)  # tokens in a window, of which a plan chooses
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text's size and hash, and its beginning."""
+    """A text's file, size and hash, and its beginning."""
 
+    path: Path
     sha256: str
     n_documents: int
     n_bytes: int
@@ -87,7 +88,7 @@ def read_text(source: Source, column: str | None, folder: Path) -> Text:
     whole = sample.decode(errors="ignore").encode()  # without the part of a character at the end
     if not whole.strip(b"\0 \t\r\n"):
         raise InputError(f"{source.origin} contains no text: give another text")
-    return Text(sha256_file(corpus), n_documents, corpus.stat().st_size, tuple(notes), whole)
+    return Text(corpus, sha256_file(corpus), n_documents, corpus.stat().st_size, tuple(notes), whole)
 
 
 def _write_corpus(source: Source, column: str | None, corpus: Path) -> list[str]:
@@ -95,7 +96,7 @@ def _write_corpus(source: Source, column: str | None, corpus: Path) -> list[str]
     if source.files:
         return write_documents(source.files, corpus, source.origin, column)
     values = load_params().values["corpus"] | {"source": source.source, "column": column}
-    config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path(source.source)).section(CorpusConfig)
+    config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path("SOURCE")).section(CorpusConfig)
     with redirect_stdout(sys.stderr):
         fetch_corpus(config, corpus)
     return []

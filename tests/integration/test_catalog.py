@@ -123,6 +123,7 @@ def test_a_version_that_register_did_not_make_is_refused(store, name, tmp_path, 
 
 def test_the_table_has_aligned_columns(store, name, intact, capsys):
     reached = {"rule": "sliding", "sliding_loss": "0.09", "steps_to_target": "20", "tokens_to_target": "160"}
+    reached |= {"sliding_bits_per_byte": "0.0385"}
     data = {"git_commit": "0123456789abcdef"}
     add_version(store, name, intact, "champion", train_tokens="64", **reached, **data)
     add_version(store, name, intact, "candidate", train_tokens="3000", rule="validation", validation_loss="2.5", **data)
@@ -130,11 +131,11 @@ def test_the_table_has_aligned_columns(store, name, intact, capsys):
     today = time.strftime("%Y-%m-%d", time.gmtime())
     sha256 = find_version(store, name, "1").tags["data_sha256"][:8]
     assert capsys.readouterr().out == (
-        "version  aliases    rule          loss  target  steps to target  tokens to target  train tokens"
+        "version  aliases    rule          loss  bits/byte  target  steps to target  tokens to target  train tokens"
         "  data      commit    created\n"
-        "2        candidate  validation  2.5000     0.1                -                 -         3,000"
+        "2        candidate  validation  2.5000          -     0.1                -                 -         3,000"
         f"  {sha256}  01234567  {today}\n"
-        "1        champion   sliding     0.0900     0.1               20               160            64"
+        "1        champion   sliding     0.0900     0.0385     0.1               20               160            64"
         f"  {sha256}  01234567  {today}\n"
     )
 
