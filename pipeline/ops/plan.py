@@ -35,6 +35,7 @@ WIDTH = 11  # of the first column of a printed plan
 FAR = 3.0  # times the time that is given, from which seconds need not be measured
 LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
 DOUBLINGS = 2  # longer trainings after one that has not reached its target, each with twice the epochs
+NOTED = 1.1  # a text that needs so many times as many epochs as usual is said to repeat its passages
 LONGER = "; if that does not suffice, again with twice and four times the epochs"
 
 
@@ -165,7 +166,7 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         "tokenizer": f"{tokenizer.value}: {tokenizer.why}",
         "lowest loss": bound,
         "model": _model_line(training, measured, options.size),
-        "training": _training_line(training, options.goal, target) + LONGER * plan.may_be_longer,
+        "training": _training_line(training, options.goal, target, measured) + LONGER * plan.may_be_longer,
         "cost": _cost_line(cost, options, share),
         "name": f"{source.name}, for the page, generate, models and export",
     }
@@ -262,7 +263,7 @@ def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[fl
             bound += f": the text repeats itself, so the target is {target:g} instead of {policy.DEFAULT_TARGET:g}"
         if target < policy.LOWEST_REACHED:
             bound += f"; but no training here has reached less than {policy.LOWEST_REACHED:g} yet"
-        return target, lambda n: policy.memorise(n, bits, seq_len, target, shape), bound
+        return target, lambda n: policy.memorise(n, bits, seq_len, target, measured.ambiguity(n), shape), bound
     counts = measured.loss_of_counts(policy.HELD_OUT)
     target = policy.held_out_target(measured.n_tokens, counts, options.target)
     seq_len = policy.held_out_window(measured.lowest_loss)
@@ -326,14 +327,16 @@ def _model_line(training: Training, measured: Measured, size: str | None) -> str
     )
 
 
-def _training_line(training: Training, goal: str, target: float) -> str:
+def _training_line(training: Training, goal: str, target: float, measured: Measured) -> str:
     steps = f"{training.steps:,} steps of {training.step_windows} windows of {training.seq_len} tokens"
     until = (
         f"until its loss from anywhere in the text is below {target:g}"
         if goal == MEMORISE
         else f"until its loss on the last tenth of the text, which is held out, is below {target:.3g} or falls no more"
     )
-    return f"at most {training.max_epochs:g} epochs, {steps}, {until}"
+    factor = policy.repetition_factor(measured.ambiguity(training.n_tokens)) if goal == MEMORISE else 1.0
+    repeated = f" ({factor:.1f} times as many as usual, since the text repeats its passages)" if factor > NOTED else ""
+    return f"at most {training.max_epochs:g} epochs{repeated}, {steps}, {until}"
 
 
 def _cost_line(cost: Forecast, options: Options, share: float) -> str:

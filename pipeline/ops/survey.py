@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ import numpy as np
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, write_documents
-from pipeline.data.statistics import STATISTICS_TOKENS, Integers, counts_loss, irreducible_loss, next_token_entropy
+from pipeline.data.statistics import (
+    STATISTICS_TOKENS,
+    Integers,
+    ambiguity,
+    counts_loss,
+    irreducible_loss,
+    next_token_entropy,
+)
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from pipeline.ops.sources import Source
 from pipeline.system.errors import InputError, IntegrityError
@@ -20,6 +28,7 @@ from pipeline.system.files import sha256_file
 
 SURVEYED_BYTES = 1 << 25  # at most, from the beginning of the text; encoding them takes seconds
 COUNTED_TOKENS = 1_000_000  # at most, for n-gram counts; takes about 5 s
+AMBIGUITY_TOKENS = 500  # fewest, of which an ambiguity is computed
 LENGTHS = (32, 64, 128, 256)  # tokens in a window, of which a plan chooses
 
 
@@ -69,6 +78,18 @@ class Measured:
     lowest_loss: dict[int, float]  # windows' length -> the loss from anywhere that no model can get below
 
     ids: Integers  # of the sample's beginning, at most STATISTICS_TOKENS
+
+    def ambiguity(self, n_tokens: int) -> float:
+        """`ambiguity` of the text's first tokens, in nats: the longer a text, the more often its passages occur."""
+        return float(np.interp(math.log(n_tokens), *self._ambiguities))
+
+    @cached_property
+    def _ambiguities(self) -> tuple[list[float], list[float]]:
+        """Logarithms of some numbers of tokens, and the ambiguity of so many."""
+        sizes = [len(self.ids)]
+        while sizes[-1] >= 2 * AMBIGUITY_TOKENS:
+            sizes.append(sizes[-1] // 2)
+        return [math.log(n) for n in sizes[::-1]], [ambiguity(self.ids[:n]) for n in sizes[::-1]]
 
     def loss_of_counts(self, share: float) -> float:
         """Loss of n-gram counts on the last `share` of the ids."""

@@ -90,6 +90,17 @@ def test_plan_and_dry_run_say_what_would_be_trained_and_why(command):
     assert command("learn", "../diary.txt", "--dry-run") == (0, said, "")
 
 
+def test_a_text_that_repeats_its_passages_gets_more_epochs_and_the_plan_says_so(project, tmp_path):
+    found = {}
+    for name, numbers in (("plain", range(1000)), ("repeated", [n * n % 40 for n in range(1000)])):
+        Path(f"../{name}.txt").write_text("".join(f"{n} is {n * 7919 % 997} and then {n % 10}\n" for n in numbers))
+        made = make_plan(find_source(f"../{name}.txt", None), Options(target=3.0), tmp_path)
+        found[name] = made.values["optim.max_epochs"], "since the text repeats its passages" in made.lines["training"]
+    (few, noted), (many, also_noted) = found.values()
+    assert many > 1.5 * few
+    assert (noted, also_noted) == (False, True)
+
+
 def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
     monkeypatch.setattr(corpus, "fetch", lambda sources, *_: (sources[0], {sources[0]: Path("../diary.txt")}))
     size = Path("../diary.txt").stat().st_size
@@ -151,12 +162,12 @@ def test_a_plan_is_valid_for_every_goal_and_size(project, tmp_path):
 
 def test_a_time_limits_the_text_and_the_plan_says_so(command, project, tmp_path):
     Path("../long.txt").write_text("".join(ENGLISH.format(i * i * i) for i in range(4_000)))
-    _, said, _ = command("plan", "../long.txt", "--time", "60s")
+    _, said, _ = command("plan", "../long.txt", "--time", "90s")
     assert "of which the first " in said
-    assert "the rest of the text is too large for 60 s" in said
-    made = make_plan(find_source("../long.txt", None), Options(time_s=60), tmp_path)
+    assert "the rest of the text is too large for 90 s" in said
+    made = make_plan(find_source("../long.txt", None), Options(time_s=90), tmp_path)
     assert 0 < made.values["corpus.fraction"] < 0.5
-    assert made.cost.train_s + made.cost.evaluation_s + made.cost.evaluate_s + plan.policy.FIXED_S <= 60
+    assert made.cost.train_s + made.cost.evaluation_s + made.cost.evaluate_s + plan.policy.FIXED_S <= 90
     whole = make_plan(find_source("../long.txt", None), Options(time_s=1e6), tmp_path)
     assert whole.values["corpus.fraction"] == 1.0
     assert command("plan", "../long.txt", "--time", "10s")[0] == 2
