@@ -5,14 +5,16 @@
 import argparse
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.system.entrypoint import exit_code_of
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
@@ -22,17 +24,19 @@ if TYPE_CHECKING:
 
 def learn(arguments: argparse.Namespace) -> None:
     """Learn a text of your own: plan, write params.yaml, run `dvc repro`, and show what was reached."""
-    made = _plan(arguments)
-    print(made, flush=True)
-    if not arguments.dry_run:
-        from pipeline.ops.learn import learn
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        made = _plan(arguments, Path(folder))
+        print(made, flush=True)
+        if not arguments.dry_run:
+            from pipeline.ops.learn import learn
 
-        learn(made, arguments.in_place, arguments.yes)
+            learn(made, arguments.in_place, arguments.yes)
 
 
 def plan(arguments: argparse.Namespace) -> None:
     """Print how `learn` would train on a text, and why; nothing is written."""
-    print(_plan(arguments))
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        print(_plan(arguments, Path(folder)))
 
 
 def recipe(arguments: argparse.Namespace) -> None:
@@ -414,8 +418,8 @@ def _add_sweep(add: Callable[..., argparse.Action], without: Sequence[str]) -> N
             add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
 
 
-def _plan(arguments: argparse.Namespace) -> "Plan":
-    """The plan for the arguments of `learn` and `plan`."""
+def _plan(arguments: argparse.Namespace, folder: Path) -> "Plan":
+    """The plan for the arguments of `learn` and `plan`, with temporary files in `folder`."""
     from pipeline.ops.plan import Options, make_plan
     from pipeline.ops.policy import parse_duration
     from pipeline.ops.sources import find_source
@@ -430,7 +434,17 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         column=arguments.column,
         time_s=None if arguments.time is None else parse_duration(arguments.time),
     )
-    return make_plan(find_source(given[0], arguments.name), options)
+    try:
+        return make_plan(find_source(given[0], arguments.name), options, folder)
+    except (InputError, IntegrityError) as error:  # the user has typed an argument, not a key of params.yaml
+        words = {
+            "SOURCE: corpus.source": "SOURCE",
+            "corpus.source": "SOURCE",
+            "corpus.column": "--column",
+            "corpus.tokenizer": "--tokenizer",
+        }
+        message = re.sub("|".join(map(re.escape, words)), lambda key: words[key[0]], str(error))
+        raise (InputError if isinstance(error, InputError) else IntegrityError)(message) from None
 
 
 def _yaml(text: str) -> Any:

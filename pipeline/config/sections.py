@@ -234,10 +234,12 @@ class EvaluateConfig(Section):
 
 
 class RegistryConfig(Section):
-    """The name of registered models, and the condition for the champion."""
+    """The name of registered models, and the conditions for the champion."""
 
     model: str = Field(pattern=r"^[\w.-]+$")
     max_target_loss: float = Field(gt=0)  # largest target.loss on the training text that may become champion
+    require_target: bool = True  # a champion has reached its target
+    replace_champion: bool = False  # a version of another text or rule replaces the champion, without a comparison
 
 
 def has_password(url: str) -> bool:

@@ -3,8 +3,11 @@
 import gzip
 import hashlib
 import http.client
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +25,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
@@ -43,6 +46,7 @@ BUSY = {408, 429, 500, 502, 503, 504}  # the HTTP codes after which another atte
 AGENT = "Mozilla/5.0 (compatible; gpt2-to-target)"  # some servers refuse urllib's own
 PIP_TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 18
+VARIABLE = "TOTARGET_CORPUS"  # of the environment: a Fetched, which the stage `download` takes instead of a download
 HINT = "check the sources, the hash and the connection"
 REFETCH = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f download`"
 
@@ -57,6 +61,29 @@ class _BusyError(InputError):
     def __init__(self, message: str, wait_s: float) -> None:
         super().__init__(message)
         self.wait_s = wait_s
+
+
+class Fetched(NamedTuple):
+    """A text that `fetch_corpus` has written, and its source; `learn` passes it from the plan to `download`."""
+
+    source: str
+    column: str | None
+    path: str
+    sha256: str  # of the file
+
+    def environment(self) -> dict[str, str]:
+        return {VARIABLE: json.dumps(self._asdict())}
+
+    @classmethod
+    def of_environment(cls, config: CorpusConfig) -> Path | None:
+        """The text of `config` that `environment` has passed on, verified; None if there is none."""
+        try:
+            fetched = cls(**json.loads(os.environ[VARIABLE]))
+            path, same = Path(fetched.path), (config.source, config.column) == (fetched.source, fetched.column)
+        except (KeyError, ValueError, TypeError):
+            return None
+        is_whole = same and config.sha256 is None and path.is_file() and sha256_file(path) == fetched.sha256
+        return path if is_whole else None
 
 
 @dataclass
@@ -100,10 +127,14 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
             _require_copied(source)
             files = {str(file): file for file in find_files(source)}
             _check_sha256(files.values(), source, config.sha256)
+            notes = write_documents(files, unfinished, source, config.column)
+        elif fetched := Fetched.of_environment(config):
+            shutil.copyfile(fetched, unfinished)
+            notes = ["as fetched for the plan"]
         else:
             hint = f"{HINT}, or save the text in {TEXTS}/"
             source, files = fetch([source, *config.mirrors], Path(folder, "raw"), config.sha256, hint)
-        notes = write_documents(files, unfinished, source, config.column)
+            notes = write_documents(files, unfinished, source, config.column)
     print("; ".join([f"{source}: {path.stat().st_size:,} bytes", *notes]))
     write_text(path.with_suffix(".sha256"), f"{sha256_file(path)}  {path.name}\n")
 

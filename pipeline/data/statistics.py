@@ -22,6 +22,7 @@ STATISTICS_TOKENS = 5_000_000  # at most, from the beginning of the text, for en
 N_FREQUENT = 20  # tokens listed
 CONTEXTS = range(5)  # number of tokens before the predicted one
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens in a window
+PASSAGE = 16  # tokens, in `ambiguity`
 MAX_N = 6  # tokens of an n-gram, in `counts_loss`
 KINDS = ("fixed", "shifted", "sliding")  # of windows
 
@@ -158,6 +159,18 @@ def counts_loss(ids: Integers, held_out: int) -> float:
         p = np.where(contexts[at] == given, (times + followers[at] * p) / (n_contexts[at] + followers[at]), p)
         losses.append(float(-np.log(p).mean()))
     return min(losses)
+
+
+def ambiguity(ids: Integers) -> float:
+    """How little short passages say about their place: the mean over the text of log c, in nats.
+
+    c is the number of times that the rarest trigram of the last PASSAGE tokens occurs in the text. 0: there is one in
+    each passage that occurs nowhere else.
+    """
+    _, which, counts = np.unique(NGrams(ids).hashes(3), return_inverse=True, return_counts=True)
+    times = counts[which]  # (N - 2,), of the trigram that begins at each token
+    rarest = np.lib.stride_tricks.sliding_window_view(times, min(PASSAGE - 2, len(times))).min(axis=1)
+    return float(np.log(rarest).mean())
 
 
 def _characters(piece: bytes) -> int:

@@ -20,14 +20,6 @@ QUOTES = 'write a field with a delimiter, a quote or a line break in quotes, and
 Rows = Iterator[tuple[str, str]]  # the place of a row, for messages, and its text
 
 
-class ColumnError(InputError):
-    """The column to read is not in a table, but others are; `setting` is where the user names one."""
-
-    def __init__(self, what: str, columns: str, setting: str = "corpus.column") -> None:
-        super().__init__(f"{what}: set {setting} to one of {columns}")
-        self.what, self.columns = what, columns
-
-
 def read_jsonl(file: BinaryIO, name: str, column: str | None) -> Rows:
     """Yield the text of each line that is not blank. Raises InputError."""
     key = None
@@ -113,8 +105,8 @@ def read_parquet(file: BinaryIO, name: str, column: str | None) -> Rows:
 def _choose(holds_texts: Mapping[str, bool], column: str | None, where: str) -> str:
     """The column to read: `column`, or, if that is None, `text`, or the only column of texts.
 
-    `holds_texts`: column -> whether its values are strings. Raises ColumnError if there is no such column, and
-    InputError if there is no column of texts at all.
+    `holds_texts`: column -> whether its values are strings. Raises InputError if there is no such column, or no
+    column of texts at all.
     """
     texts = [name for name, holds in holds_texts.items() if holds]
     choice = column or ("text" if "text" in texts or len(texts) != 1 else texts[0])
@@ -124,7 +116,7 @@ def _choose(holds_texts: Mapping[str, bool], column: str | None, where: str) -> 
     if not texts:
         raise InputError(f"{where} {what} {choice!r}, and no other column of texts: {RECORD}")
     names = ", ".join(map(repr, texts[:20])) + ", ..." * (len(texts) > 20)
-    raise ColumnError(f"{where} {what} {choice!r}", names)
+    raise InputError(f"{where} {what} {choice!r}: set corpus.column to one of {names}")
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:

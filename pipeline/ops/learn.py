@@ -18,18 +18,15 @@ from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
-from pipeline.ops.plan import DOUBLINGS, PLANS, WIDTH, Options, Plan, stored_plan
-from pipeline.ops.policy import GENERALISE, MEMORISE
+from pipeline.ops.plan import DOUBLINGS, PLANS, WIDTH, Plan, stored_plan
+from pipeline.ops.policy import MEMORISE
 from pipeline.ops.sources import bring
-from pipeline.registry.catalog import CHAMPION, find_version, open_registry, registered_model
-from pipeline.registry.promotion import ROLLED_BACK, promote
+from pipeline.registry.register import IS_CHAMPION
 from pipeline.system.errors import PipelineError
 from pipeline.system.files import read_json, sha256_file, write_json, write_text
-from pipeline.system.host import project_root
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.run_record import read_run
-from pipeline.training.target import RULES
 
 SAMPLE_TOKENS = 100
 
@@ -70,44 +67,20 @@ def _train(plan: Plan, copies: dict[str, str]) -> None:
         "lines": plan.lines,
     })  # fmt: skip
     print(write_values(plan.values), flush=True)
+    if plan.fetched and plan.text_sha256 != _text_sha256():  # DVC does not see that the text of a URL has changed
+        _reproduce(plan.fetched.environment(), "--force", "--single-item", "download")
     _reproduce(plan.cost.environment())
+
+
+def _text_sha256() -> str:
+    """The SHA-256 of data/corpus.txt; empty if there is none."""
+    return path.read_text().split(" ")[0] if (path := Path("data/corpus.sha256")).is_file() else ""
 
 
 def _reached() -> bool:
     """Whether the last run has reached the target by its rule."""
     results = read_run(Path("models"))["results"]
     return results["to_target"][results["rule"]] is not None
-
-
-def _wants_the_best(options: Options) -> bool:
-    """Whether the target is only the end of a run that early stopping ends before: its best model is wanted."""
-    return options.goal == GENERALISE and options.target is None
-
-
-def _promoted(registered: dict[str, Any]) -> dict[str, Any] | None:
-    """Make the new version champion if the gate cannot compare it with what the user asks for now.
-
-    That is so if there is no champion, if the champion has another target rule, or if the text has changed and is not
-    shorter. On the same held-out text, the lower loss decides. A version that was rolled back by hand stays so. Returns
-    the changes of `registered`; None: it stays.
-    """
-    store, name = open_registry(project_root()), registered["model"]
-    version = find_version(store, name, registered["version"])
-    number = registered_model(store, name).aliases.get(CHAMPION)
-    if ROLLED_BACK in version.tags:
-        return None
-    if number is not None:
-        champion, ours = find_version(store, name, str(number)).tags, version.tags
-        loss = RULES[ours["rule"]].loss
-        if champion.get("rule") == ours["rule"]:
-            if champion.get("data_sha256") != ours["data_sha256"]:
-                better = int(champion.get("train_tokens", 0)) <= int(ours["train_tokens"])
-            else:
-                better = RULES[ours["rule"]].needs_held_out and float(ours[loss]) < float(champion[loss])
-            if not better:
-                return None
-    promote(store, name, str(version.version))
-    return {"champion": True, "next_step": None}
 
 
 def _keep_params(values: dict[str, Any]) -> None:
@@ -120,7 +93,7 @@ def _keep_params(values: dict[str, Any]) -> None:
         print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
 
 
-def _reproduce(environment: dict[str, str]) -> None:
+def _reproduce(environment: dict[str, str], *arguments: str) -> None:
     """Run `dvc repro` with this Python's programs first on the PATH.
 
     Ctrl-C reaches DVC and its stage from the terminal; another signal is passed on to DVC, with which its stage ends.
@@ -128,7 +101,7 @@ def _reproduce(environment: dict[str, str]) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with StopSignals() as stop:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro"], env={**os.environ, **environment, "PATH": path}
+            [sys.executable, "-m", "dvc", "repro", *arguments], env={**os.environ, **environment, "PATH": path}
         )
         try:
             while process.poll() is None:
@@ -156,16 +129,15 @@ def _more_training(plan: Plan) -> str:
 def _show_outcome(plan: Plan) -> None:
     """Print the loss that was reached, a text by the model, and the commands that use it."""
     registered, results = read_json(Path("reports/registered.json")), read_run(Path("models"))["results"]
-    reached, best = results["to_target"][results["rule"]], _wants_the_best(plan.options)
-    if not registered["champion"] and (reached or best):
-        registered |= _promoted(registered) or {}
+    reached, best = results["to_target"][results["rule"]], plan.options.wants_the_best
     spent = reached or results
     cost = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens"
     word = "reached" if reached else "best" if best else "not reached"
     target = f"rule {results['rule']}" + f", target {results['target_loss']:g}" * (not best)
     print(f"\n{word:{WIDTH}} loss {results['loss']:.4f} after {cost} ({target})")
     label = f"{registered['model']} version {registered['version']}"
-    print(f"{'model':{WIDTH}} {label}, {'champion' if registered['champion'] else registered['reason']}")
+    verdict = registered["reason"] if registered["reason"] != IS_CHAMPION else "as before"
+    print(f"{'model':{WIDTH}} {label}, {'champion: ' * registered['champion']}{verdict}")
     if not (reached or best) and plan.options.goal == MEMORISE:
         registered["next_step"] = _more_training(plan)
     if registered["next_step"]:
@@ -176,4 +148,5 @@ def _show_outcome(plan: Plan) -> None:
     print(f"\n{label} continues the beginning of its text:\n", flush=True)
     room = max(1, model.trained_length - len(tokenizer.encode(prompt)))  # the whole text is the model's context
     show(Generator(model, tokenizer), prompt, Sampling(max_tokens=min(SAMPLE_TOKENS, room), temperature=0.8, seed=1))
-    print("\n`make app` opens the page on this model; `python -m pipeline generate` writes with it in the terminal")
+    if registered["champion"]:
+        print("\n`make app` opens the page on this model; `python -m pipeline generate` writes with it in the terminal")

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import re
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ import numpy as np
 from pipeline.config.params import Params, load_params
 from pipeline.config.recipes import BASE, recipe_values
 from pipeline.config.sections import TrainConfig
+from pipeline.data.corpus import Fetched
 from pipeline.data.vocab import Vocabulary
 from pipeline.ops import policy
 from pipeline.ops.params_check import check_params
 from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training, duration, in_words
 from pipeline.ops.sources import Source, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text
+from pipeline.registry.catalog import open_registry, source_of
 from pipeline.system.device import prepare_machine
-from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import read_json
+from pipeline.system.host import project_root
 from pipeline.tracking.fingerprint import flatten
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast, step_flops
@@ -32,6 +35,7 @@ WIDTH = 11  # of the first column of a printed plan
 FAR = 3.0  # times the time that is given, from which seconds need not be measured
 LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
 DOUBLINGS = 2  # longer trainings after one that has not reached its target, each with twice the epochs
+NOTED = 1.1  # a text that needs so many times as many epochs as usual is said to repeat its passages
 LONGER = "; if that does not suffice, again with twice and four times the epochs"
 
 
@@ -46,6 +50,11 @@ class Options:
     time_s: float | None = None
     column: str | None = None  # of a table
 
+    @property
+    def wants_the_best(self) -> bool:
+        """Whether the target only ends a run that early stopping ends before: its best model is wanted."""
+        return self.goal == GENERALISE and self.target is None
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -57,6 +66,7 @@ class Plan:
     values: dict[str, Any]  # of params.yaml, by dotted key
     cost: Forecast
     lines: dict[str, str]  # topic -> sentence for the user
+    fetched: Fetched | None = None  # the text, if it is not on this machine otherwise
 
     def __str__(self) -> str:
         return "\n".join(f"{topic:{WIDTH}} {sentence}" for topic, sentence in self.lines.items())
@@ -81,22 +91,28 @@ class Plan:
         return dataclasses.replace(self, values=values, cost=cost, lines=lines)
 
 
-def make_plan(source: Source, options: Options) -> Plan:
+def make_plan(source: Source, options: Options, folder: Path) -> Plan:
     """Read the text and plan its training. A stored plan of the same text and options is used again.
 
-    Nothing is written. Raises InputError if the text, its name, an option or the target is not possible.
+    Nothing is written but temporary files in `folder`, among them a text that was downloaded. Raises InputError if the
+    text, its name, an option or the target is not possible.
     """
     params = load_params()
     base = recipe_values(options.size or BASE)
     stored = stored_plan(source.name)
     _require_own_name(source, params)
     require_room(source, stored.get("copies", {}))
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        text = read_text(source, options.column, Path(folder))
-        same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
-        if stored.items() >= same.items():
-            return Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
-        return _new_plan(source, text, options, base, params, Path(folder))
+    text = read_text(source, options.column, folder)
+    same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
+    if stored.items() >= same.items():
+        plan = Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
+    else:
+        plan = _new_plan(source, text, options, base, params, folder)
+    if source.files:
+        text.path.unlink()
+        return plan
+    fetched = Fetched(source.source, options.column, str(text.path.absolute()), text.sha256)
+    return dataclasses.replace(plan, fetched=fetched)
 
 
 def stored_plan(name: str) -> dict[str, Any]:
@@ -105,12 +121,18 @@ def stored_plan(name: str) -> dict[str, Any]:
 
 
 def _require_own_name(source: Source, params: Params) -> None:
-    """Raise InputError if a plan, or a params.yaml of this project, has the model's name for another text."""
+    """Raise InputError if a plan, a params.yaml or a registered model has the model's name for another text.
+
+    A registry that cannot be read is not asked.
+    """
     if stored := stored_plan(source.name):
         others = [stored["origin"] if source.copies else stored["source"]]
     else:
         read = [flatten(each.values) for each in (params, *map(load_params, sorted(PLANS.glob("params-*.yaml"))))]
         others = [values.get("corpus.source") for values in read if values.get("registry.model") == source.name]
+        if not others:
+            with suppress(ModelMissing, IntegrityError):
+                others = [source_of(open_registry(project_root()), source.name) or source.source]
     for other in others:
         if other not in (source.origin, source.source):
             raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
@@ -135,7 +157,7 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         share *= training.n_tokens / measured.n_tokens
     share = 1.0 if share >= 1 else float(f"{share:.2g}")
     values = base | policy.values_of(training, options.goal, target) | _text_values(source, tokenizer, share, target)
-    values["corpus.column"] = options.column
+    values |= {"corpus.column": options.column, "registry.require_target": not options.wants_the_best}
     cost = costs.of(training)
     check_params(_merged(params, values))
     plan = Plan(source, text.sha256, options, values, cost, {})
@@ -144,7 +166,7 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         "tokenizer": f"{tokenizer.value}: {tokenizer.why}",
         "lowest loss": bound,
         "model": _model_line(training, measured, options.size),
-        "training": _training_line(training, options.goal, target) + LONGER * plan.may_be_longer,
+        "training": _training_line(training, options.goal, target, measured) + LONGER * plan.may_be_longer,
         "cost": _cost_line(cost, options, share),
         "name": f"{source.name}, for the page, generate, models and export",
     }
@@ -241,7 +263,7 @@ def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[fl
             bound += f": the text repeats itself, so the target is {target:g} instead of {policy.DEFAULT_TARGET:g}"
         if target < policy.LOWEST_REACHED:
             bound += f"; but no training here has reached less than {policy.LOWEST_REACHED:g} yet"
-        return target, lambda n: policy.memorise(n, bits, seq_len, target, shape), bound
+        return target, lambda n: policy.memorise(n, bits, seq_len, target, measured.ambiguity(n), shape), bound
     counts = measured.loss_of_counts(policy.HELD_OUT)
     target = policy.held_out_target(measured.n_tokens, counts, options.target)
     seq_len = policy.held_out_window(measured.lowest_loss)
@@ -275,6 +297,7 @@ def _text_values(source: Source, tokenizer: Choice, share: float, target: float)
         "samples.prompts": None,
         "registry.model": source.name,
         "registry.max_target_loss": max(policy.DEFAULT_TARGET, target),
+        "registry.replace_champion": True,  # the last text that was learnt under a name is the one that is wanted
         "sweep.study": re.sub(r"[^A-Za-z0-9_-]", "-", source.name).strip("-_") or "text",
     }
 
@@ -304,14 +327,16 @@ def _model_line(training: Training, measured: Measured, size: str | None) -> str
     )
 
 
-def _training_line(training: Training, goal: str, target: float) -> str:
+def _training_line(training: Training, goal: str, target: float, measured: Measured) -> str:
     steps = f"{training.steps:,} steps of {training.step_windows} windows of {training.seq_len} tokens"
     until = (
         f"until its loss from anywhere in the text is below {target:g}"
         if goal == MEMORISE
         else f"until its loss on the last tenth of the text, which is held out, is below {target:.3g} or falls no more"
     )
-    return f"at most {training.max_epochs:g} epochs, {steps}, {until}"
+    factor = policy.repetition_factor(measured.ambiguity(training.n_tokens)) if goal == MEMORISE else 1.0
+    repeated = f" ({factor:.1f} times as many as usual, since the text repeats its passages)" if factor > NOTED else ""
+    return f"at most {training.max_epochs:g} epochs{repeated}, {steps}, {until}"
 
 
 def _cost_line(cost: Forecast, options: Options, share: float) -> str:

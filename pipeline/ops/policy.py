@@ -18,6 +18,7 @@ LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
 MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
 MICRO_BATCH_TOKENS = 8192  # at most
+MOST_REPEATED = 4.0  # times as many epochs for a text that repeats its passages; no text that needs more was measured
 SEARCHED = (0.75, 1.1)  # range of a sweep, as shares of the training budget
 
 
@@ -127,14 +128,19 @@ def shape_for(n_bits: float) -> Shape:
     return next((shape for shape in SHAPES if n_bits <= shape.max_bits), SHAPES[-1])
 
 
-def epochs_to_memorise(n_tokens: int, step_tokens: int, target: float) -> float:
+def repetition_factor(ambiguity: float) -> float:
+    """How many times as many epochs a text needs whose passages have this ambiguity, in nats (benchmarks/LOG.md)."""
+    return min(1 + ambiguity + ambiguity**2, MOST_REPEATED)
+
+
+def epochs_to_memorise(n_tokens: int, step_tokens: int, target: float, ambiguity: float) -> float:
     """Epochs of the training budget: about a fifth more than texts of 285 to 34,219 tokens needed (benchmarks/LOG.md).
 
-    A target that is lower by a factor of ten needs 30% more. A budget has 120 steps at least.
+    A target that is lower by a factor of ten needs 30% more. A text that repeats its passages needs more, by their
+    `ambiguity`. A budget has 120 steps at least.
     """
-    epochs = (
-        13 * math.pow(max(1.0, 34_000 / n_tokens), 0.23) * (1 + 0.3 * max(0.0, math.log10(DEFAULT_TARGET / target)))
-    )
+    epochs = 13 * math.pow(max(1.0, 34_000 / n_tokens), 0.23) * repetition_factor(ambiguity)
+    epochs *= 1 + 0.3 * max(0.0, math.log10(DEFAULT_TARGET / target))
     return round(max(epochs, 120 * step_tokens / n_tokens), 1)
 
 
@@ -196,10 +202,15 @@ def held_out_window(lengths: Iterable[int]) -> int:
     return max(T for T in lengths if T <= 128)
 
 
-def memorise(n_tokens: int, entropy_bits: float, seq_len: int, target: float, shape: Shape | None = None) -> Training:
-    """The training that memorises `n_tokens` of a text; `entropy_bits`: of a token by itself."""
+def memorise(
+    n_tokens: int, entropy_bits: float, seq_len: int, target: float, ambiguity: float, shape: Shape | None = None
+) -> Training:
+    """The training that memorises `n_tokens` of a text.
+
+    `entropy_bits`: of a token by itself; `ambiguity`: of passages, in nats.
+    """
     shape = shape or shape_for(n_tokens * entropy_bits)
-    return Training(shape, seq_len, n_tokens, epochs_to_memorise(n_tokens, shape.step_tokens, target))
+    return Training(shape, seq_len, n_tokens, epochs_to_memorise(n_tokens, shape.step_tokens, target, ambiguity))
 
 
 def generalise(n_tokens: int, entropy_bits: float, seq_len: int, shape: Shape | None = None) -> Training:

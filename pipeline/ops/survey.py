@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,14 @@ import numpy as np
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, write_documents
-from pipeline.data.statistics import STATISTICS_TOKENS, Integers, counts_loss, irreducible_loss, next_token_entropy
-from pipeline.data.tables import ColumnError
+from pipeline.data.statistics import (
+    STATISTICS_TOKENS,
+    Integers,
+    ambiguity,
+    counts_loss,
+    irreducible_loss,
+    next_token_entropy,
+)
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from pipeline.ops.sources import Source
 from pipeline.system.errors import InputError, IntegrityError
@@ -21,13 +28,15 @@ from pipeline.system.files import sha256_file
 
 SURVEYED_BYTES = 1 << 25  # at most, from the beginning of the text; encoding them takes seconds
 COUNTED_TOKENS = 1_000_000  # at most, for n-gram counts; takes about 5 s
+AMBIGUITY_TOKENS = 500  # fewest, of which an ambiguity is computed
 LENGTHS = (32, 64, 128, 256)  # tokens in a window, of which a plan chooses
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text's size and hash, and its beginning."""
+    """A text's file, size and hash, and its beginning."""
 
+    path: Path
     sha256: str
     n_documents: int
     n_bytes: int
@@ -70,6 +79,18 @@ class Measured:
 
     ids: Integers  # of the sample's beginning, at most STATISTICS_TOKENS
 
+    def ambiguity(self, n_tokens: int) -> float:
+        """`ambiguity` of the text's first tokens, in nats: the longer a text, the more often its passages occur."""
+        return float(np.interp(math.log(n_tokens), *self._ambiguities))
+
+    @cached_property
+    def _ambiguities(self) -> tuple[list[float], list[float]]:
+        """Logarithms of some numbers of tokens, and the ambiguity of so many."""
+        sizes = [len(self.ids)]
+        while sizes[-1] >= 2 * AMBIGUITY_TOKENS:
+            sizes.append(sizes[-1] // 2)
+        return [math.log(n) for n in sizes[::-1]], [ambiguity(self.ids[:n]) for n in sizes[::-1]]
+
     def loss_of_counts(self, share: float) -> float:
         """Loss of n-gram counts on the last `share` of the ids."""
         ids = self.ids[:COUNTED_TOKENS]
@@ -79,10 +100,7 @@ class Measured:
 def read_text(source: Source, column: str | None, folder: Path) -> Text:
     """Read the whole text, with a copy in `folder`; `column`: of a table. Raises as `fetch_corpus` does."""
     corpus = folder / "corpus.txt"
-    try:
-        notes = _write_corpus(source, column, corpus)
-    except ColumnError as error:
-        raise ColumnError(error.what, error.columns, "--column") from None
+    notes = _write_corpus(source, column, corpus)
     with corpus.open("rb") as file:
         sample = file.read(SURVEYED_BYTES)
         n_documents = 1 + sample.count(0)
@@ -91,7 +109,7 @@ def read_text(source: Source, column: str | None, folder: Path) -> Text:
     whole = sample.decode(errors="ignore").encode()  # without the part of a character at the end
     if not whole.strip(b"\0 \t\r\n"):
         raise InputError(f"{source.origin} contains no text: give another text")
-    return Text(sha256_file(corpus), n_documents, corpus.stat().st_size, tuple(notes), whole)
+    return Text(corpus, sha256_file(corpus), n_documents, corpus.stat().st_size, tuple(notes), whole)
 
 
 def _write_corpus(source: Source, column: str | None, corpus: Path) -> list[str]:

@@ -27,8 +27,10 @@ CANDIDATE, CHAMPION = "candidate", "champion"  # aliases; `rule_alias` has those
 TAG_KINDS: dict[str, type] = {"fingerprint": str, "target_loss": float}  # in every version that `register` made
 TAG_KINDS |= {"steps_to_target": int, "tokens_to_target": int}  # only in those that reached the target
 RULE_LOSS = "rule_loss"  # a key of the table, for the loss that the version's target rule compares
+RULE_BITS = "rule_bits"  # the same loss in bits per byte; early versions lack it
 NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the table -> tag, type, format
     "loss": (RULE_LOSS, float, ".4f"),
+    "bits/byte": (RULE_BITS, float, ".4f"),
     "target": ("target_loss", float, "g"),
     "steps to target": ("steps_to_target", int, ","),
     "tokens to target": ("tokens_to_target", int, ","),
@@ -85,6 +87,16 @@ def list_versions(store: Store, name: str) -> list["ModelVersion"]:
         ]  # a search returns versions without aliases
 
 
+def source_of(store: Store, name: str) -> str | None:
+    """The text of the model `name`: corpus.source of its newest version; None if it has none, or does not name it."""
+    if not (versions := list_versions(store, name)):
+        return None
+    with translate_store_errors(store, label := label_of(versions[0])):
+        path = fetch_version(store, versions[0], "artifacts/params.yaml")
+    corpus = _read_params(path, label).get("corpus")
+    return corpus.get("source") if isinstance(corpus, dict) else None
+
+
 def print_versions(store: Store, name: str) -> None:
     """Print a table of all versions, the newest first."""
     rows = [_row(version) for version in list_versions(store, name)]
@@ -130,10 +142,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
         run = store.client.get_run(version.run_id)
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
         path, samples = fetch_version(store, version, "artifacts/params.yaml"), _samples(store, version.run_id)
-    try:
-        params = load_params(path).values
-    except InputError as error:
-        raise IntegrityError(f"{error}: use another version, {label} is invalid") from None
+    params = _read_params(path, label)
     tags, metrics = run.data.tags, sorted(run.data.metrics.items())
     prefix = "environment."
     return {
@@ -149,6 +158,14 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
         "metrics": {k.partition("/")[2]: value for k, value in metrics if k.startswith(("metrics/", "timing/"))},
         "created": _day(version),
     }
+
+
+def _read_params(path: Path, label: str) -> dict[str, Any]:
+    """The params.yaml of a version. Raises IntegrityError if it is invalid."""
+    try:
+        return load_params(path).values
+    except InputError as error:
+        raise IntegrityError(f"{error}: use another version, {label} is invalid") from None
 
 
 def _rule_info(tags: dict[str, str]) -> dict[str, Any] | None:
@@ -216,7 +233,10 @@ def _samples(store: Store, run_id: str) -> list[dict[str, Any]]:
 def _row(version: "ModelVersion") -> dict[str, str]:
     """A version's cells in the table; a missing tag is a dash."""
     rule = rule_of(version.tags)
-    tags = version.tags | ({RULE_LOSS: version.tags[rule.loss]} if rule and rule.loss in version.tags else {})
+    tags = dict(version.tags)
+    if rule:
+        of_rule = {RULE_LOSS: rule.loss, RULE_BITS: rule.loss.replace("_loss", "_bits_per_byte")}
+        tags |= {key: tags[name] for key, name in of_rule.items() if name in tags}
     return {
         "version": str(version.version),
         "aliases": ", ".join(sorted(version.aliases)) or "-",

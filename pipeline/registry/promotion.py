@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.params import load_params
-from pipeline.config.sections import TrainConfig
+from pipeline.config.sections import RegistryConfig, TrainConfig
 from pipeline.data.token_files import TokenFolder, Tokens
 from pipeline.registry.artifacts import label_of, open_version, translate_store_errors
 from pipeline.registry.catalog import CHAMPION, find_version, printable, registered_model, rule_alias, rule_of
@@ -59,17 +59,18 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    candidate: Candidate, best: Champion | None, max_target_loss: float, other: tuple[str, str] | None = None
+    candidate: Candidate, best: Champion | None, config: RegistryConfig, other: tuple[str, str] | None = None
 ) -> Verdict:
     """Decide whether `candidate` is the best version of its target rule, whether it gets the alias champion, and why.
 
     `best` is the best version of this rule so far; `other` is the champion's number and rule if that is another rule.
     Such a champion stays, since losses of two rules cannot be compared.
 
-    The rule must be one that makes champions. The records must agree, and the rule's loss must be below the target. The
-    loss on the tokens of `best` must not be higher than its own. For a rule that compares the loss of the training
-    text, the target must be at most `max_target_loss`, and the text must have at least as many tokens as that of
-    `best`. The loss of a held-out text depends on text and tokenizer, so it has no such bound.
+    The rule must be one that makes champions. The records must agree, and the rule's loss must be below the target,
+    unless `require_target` is false. The loss on the tokens of `best` must not be higher than its own. For a rule that
+    compares the loss of the training text, the target must be at most `max_target_loss`, and the text must have at
+    least as many tokens as that of `best`. The loss of a held-out text depends on text and tokenizer, so it has no such
+    bound. With `replace_champion`, a `best` of another text and a champion of another rule are replaced instead.
     """
     loss, trained, target = candidate.loss, candidate.trained_loss, candidate.target_loss
     rule, name = RULES[candidate.rule], candidate.rule
@@ -81,6 +82,8 @@ def judge(
         if other is None:
             return Verdict(True, True, reason)
         number, its_rule = other
+        if config.replace_champion:
+            return Verdict(True, True, f"{reason}; it replaces champion {number}, which has the rule {its_rule}")
         return Verdict(True, False, f"{reason}; champion {number} has the rule {its_rule} and stays")
 
     if candidate.rolled_back:
@@ -94,16 +97,19 @@ def judge(
         return refuse(f"run.json disagrees with its journal: loss {trained:.4f} at step {candidate.model_step}")
     if not math.isclose(loss, trained, rel_tol=SAME_LOSS):
         return refuse(f"metrics.json says loss {loss:.4f}, training measured {trained:.4f}: evaluate again")
-    if target > max_target_loss and not rule.needs_held_out:
-        return refuse(f"target {target:g} is above registry.max_target_loss {max_target_loss:g}")
-    if loss >= target:
+    if target > config.max_target_loss and not rule.needs_held_out:
+        return refuse(f"target {target:g} is above registry.max_target_loss {config.max_target_loss:g}")
+    if loss >= target and config.require_target:
         return refuse(f"{name} rule not met: loss {loss:.4f}, target {target:g}")
+    reached = "reached the target" if loss < target else "is not required to reach the target"
     if best is None:
-        return accept("reached the target, and there was no champion" + f" of the rule {name}" * (other is not None))
+        return accept(f"{reached}, and there was no champion" + f" of the rule {name}" * (other is not None))
+    if candidate.data_sha256 != best.data_sha256 and config.replace_champion:
+        return accept(f"{reached}, and replaces version {best.version}, which has another text")
     if candidate.n_tokens < best.n_tokens and not rule.needs_held_out:
         return refuse(f"trained on {candidate.n_tokens:,} tokens, champion {best.version} on {best.n_tokens:,}")
     if best.loss is None:
-        return accept(f"reached the target; the {name} loss of champion {best.version} is not known")
+        return accept(f"{reached}; the {name} loss of champion {best.version} is not known")
     if candidate.data_sha256 != best.data_sha256:
         loss = best.candidate_loss()
     tokens = "held-out tokens" if rule.needs_held_out else "tokens"

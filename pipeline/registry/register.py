@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-LOSS_TAGS = ("sliding_loss", "corpus_loss", "validation_loss")
+LOSS_TAGS = tuple(
+    f"{kind}_{unit}" for kind in ("sliding", "corpus", "validation") for unit in ("loss", "bits_per_byte")
+)
 IS_CHAMPION = "is the champion"
 AGAIN = "then `dvc repro -f -s register`"
 BROKEN: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
@@ -145,7 +147,7 @@ def _judge(
         best = None
         if number not in (None, str(version.version)):
             best = _champion(store, config.model, str(number), RULES[candidate.rule].loss, project, loss_on)
-        return judge(candidate, best, config.max_target_loss, other)
+        return judge(candidate, best, config, other)
     except InputError as error:
         return Verdict(False, False, first_line(error))
     except BROKEN + store_errors() as error:

@@ -23,7 +23,10 @@ from fixtures_registry import (  # noqa: F401 (fixtures)
 )
 from mlflow.exceptions import MlflowException
 
+from pipeline.config.params import load_params
 from pipeline.config.sections import RegistryConfig
+from pipeline.ops.plan import _require_own_name
+from pipeline.ops.sources import Source
 from pipeline.registry import catalog
 from pipeline.registry.artifacts import LISTING_TAG
 from pipeline.registry.catalog import (
@@ -120,6 +123,7 @@ def test_a_version_that_register_did_not_make_is_refused(store, name, tmp_path, 
 
 def test_the_table_has_aligned_columns(store, name, intact, capsys):
     reached = {"rule": "sliding", "sliding_loss": "0.09", "steps_to_target": "20", "tokens_to_target": "160"}
+    reached |= {"sliding_bits_per_byte": "0.0385"}
     data = {"git_commit": "0123456789abcdef"}
     add_version(store, name, intact, "champion", train_tokens="64", **reached, **data)
     add_version(store, name, intact, "candidate", train_tokens="3000", rule="validation", validation_loss="2.5", **data)
@@ -127,11 +131,11 @@ def test_the_table_has_aligned_columns(store, name, intact, capsys):
     today = time.strftime("%Y-%m-%d", time.gmtime())
     sha256 = find_version(store, name, "1").tags["data_sha256"][:8]
     assert capsys.readouterr().out == (
-        "version  aliases    rule          loss  target  steps to target  tokens to target  train tokens"
+        "version  aliases    rule          loss  bits/byte  target  steps to target  tokens to target  train tokens"
         "  data      commit    created\n"
-        "2        candidate  validation  2.5000     0.1                -                 -         3,000"
+        "2        candidate  validation  2.5000          -     0.1                -                 -         3,000"
         f"  {sha256}  01234567  {today}\n"
-        "1        champion   sliding     0.0900     0.1               20               160            64"
+        "1        champion   sliding     0.0900     0.0385     0.1               20               160            64"
         f"  {sha256}  01234567  {today}\n"
     )
 
@@ -227,6 +231,21 @@ def test_the_command_moves_the_champion_and_says_so(command, store, name, folder
     for words in ("promote", "list 1", "rollback 1", "verify --retrain", "promote 1 --retrain"):
         assert command("models", *words.split()) == InputError.exit_code
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_name_that_the_registry_has_for_another_text_is_refused(store, name, folders, command, monkeypatch, tmp_path):
+    (tmp_path / "params.yaml").write_text("{}")  # the registry alone knows the name
+    given, params = Source("texts/mine.txt", name, "/home/me/mine.txt"), load_params()
+    _require_own_name(given, params)  # there is no such model
+    for folder, text in zip(folders, ("null", "texts/mine.txt", "texts/yours.txt"), strict=True):
+        _require_own_name(given, params)
+        (folder / "artifacts" / "params.yaml").write_text(f"corpus: {{source: {text}}}")
+        add_version(store, name, folder)
+    with pytest.raises(InputError, match=f"the model name {name} belongs to the text texts/yours.txt: choose another"):
+        _require_own_name(given, params)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    _require_own_name(given, params)
 
 
 def test_a_version_with_older_parameters_is_usable(store, name, folders, command, tmp_path):

@@ -218,6 +218,17 @@ def test_a_champion_of_another_rule_stays_and_each_rule_has_its_own_best(store, 
     assert aliases(store, name)["champion"] == "2"
 
 
+def test_a_champion_of_another_text_is_replaced_if_params_say_so(store, name, cheap_versions, tmp_path):
+    config = RegistryConfig(model=name, max_target_loss=0.1, replace_champion=True)
+    register(root_of(store), trained_project(tmp_path / "champion", n_tokens=65), config)
+    done = register(root_of(store), trained_project(tmp_path / "shorter", salt=1), config, pytest.fail)
+    assert (done["champion"], done["next_step"]) == (True, None)
+    assert done["reason"] == "reached the target, and replaces version 1, which has another text"
+    assert aliases(store, name)["champion"] == "2"
+    rollback(store, name)
+    assert aliases(store, name)["champion"] == "1"
+
+
 def test_losses_of_two_tokenizers_are_not_compared(store, name, register_it, tmp_path):
     register_it(trained_project(tmp_path / "champion"))
     other = trained_project(tmp_path / "other", n_tokens=65)

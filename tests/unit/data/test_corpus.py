@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from pipeline.config.params import Params
 from pipeline.config.sections import CorpusConfig
-from pipeline.data.corpus import fetch, fetch_corpus, verify_corpus
+from pipeline.data import corpus
+from pipeline.data.corpus import Fetched, fetch, fetch_corpus, verify_corpus
 from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError
 
 RAW = b"<b> is how my own text begins\r\n"
@@ -99,6 +100,29 @@ def test_a_source_with_a_secret_is_refused_and_not_printed(source):
         ) as caught:
             params.check(CorpusConfig)
         assert "hunter2" not in str(caught.value)
+
+
+def test_a_text_that_was_fetched_for_the_plan_is_not_downloaded_again(monkeypatch):
+    url = "https://example.com/a.txt"
+    Path("planned").write_text("one")
+    fetched = Fetched(url, None, "planned", hashlib.sha256(b"one").hexdigest())
+    monkeypatch.setattr(corpus, "fetch", lambda sources, *_: (url, {url: Path("texts/mine.txt")}))
+
+    def text(passed_on: dict[str, str], **changes: str) -> bytes:
+        for name, value in passed_on.items():
+            monkeypatch.setenv(name, value)
+        fetch_corpus(corpus_config(**{"source": url} | changes), CORPUS)
+        verify_corpus(CORPUS)
+        return CORPUS.read_bytes()
+
+    assert text(fetched.environment()) == b"one"
+    downloaded = RAW.replace(b"\r\n", b"\n")
+    for changes in ({"source": f"{url}?2"}, {"column": "b"}, {"sha256": hashlib.sha256(RAW).hexdigest()}):
+        assert text(fetched.environment(), **changes) == downloaded
+    for other in ("", "{}", "[1]", '{"source": 1, "column": 1, "path": 1, "sha256": 1}'):
+        assert text({corpus.VARIABLE: other}) == downloaded
+    for altered in (fetched._replace(sha256="0" * 64), fetched._replace(path="missing")):
+        assert text(altered.environment()) == downloaded
 
 
 def test_a_local_text_has_no_mirrors():

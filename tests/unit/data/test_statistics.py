@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import statistics
 from pipeline.data.statistics import (
+    ambiguity,
     bits_per_byte,
     bytes_per_token,
     counts_loss,
@@ -119,3 +121,12 @@ def test_the_loss_of_counts_is_that_of_the_best_order(ids, share):
     ids = ids.tolist()
     losses = [loss_by_definition(ids, held_out, n) for n in range(1, min(6, len(ids) - held_out) + 1)]
     assert counts_loss(np.array(ids), held_out) == pytest.approx(min(losses))
+
+
+@given(ids=st.lists(st.integers(0, 2), min_size=3, max_size=60), passage=st.integers(3, 8))
+def test_a_passage_is_as_ambiguous_as_its_rarest_trigram_is_frequent(ids, passage):
+    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
+    counts, n = Counter(grams), min(passage - 2, len(grams))
+    rarest = [min(counts[gram] for gram in grams[i : i + n]) for i in range(len(grams) - n + 1)]
+    with patch.object(statistics, "PASSAGE", passage):
+        assert ambiguity(np.array(ids)) == pytest.approx(sum(map(math.log, rarest)) / len(rarest))

@@ -9,7 +9,9 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
+from pipeline.config.sections import CorpusConfig
 from pipeline.data import corpus
+from pipeline.data.corpus import fetch_corpus
 from pipeline.ops import learn, plan
 from pipeline.ops.plan import Options, make_plan
 from pipeline.ops.sources import find_source
@@ -88,6 +90,17 @@ def test_plan_and_dry_run_say_what_would_be_trained_and_why(command):
     assert command("learn", "../diary.txt", "--dry-run") == (0, said, "")
 
 
+def test_a_text_that_repeats_its_passages_gets_more_epochs_and_the_plan_says_so(project, tmp_path):
+    found = {}
+    for name, numbers in (("plain", range(1000)), ("repeated", [n * n % 40 for n in range(1000)])):
+        Path(f"../{name}.txt").write_text("".join(f"{n} is {n * 7919 % 997} and then {n % 10}\n" for n in numbers))
+        made = make_plan(find_source(f"../{name}.txt", None), Options(target=3.0), tmp_path)
+        found[name] = made.values["optim.max_epochs"], "since the text repeats its passages" in made.lines["training"]
+    (few, noted), (many, also_noted) = found.values()
+    assert many > 1.5 * few
+    assert (noted, also_noted) == (False, True)
+
+
 def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
     monkeypatch.setattr(corpus, "fetch", lambda sources, *_: (sources[0], {sources[0]: Path("../diary.txt")}))
     size = Path("../diary.txt").stat().st_size
@@ -96,14 +109,50 @@ def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
     assert f"https://example.com/diary.txt: {size:,} bytes, " in said
 
 
-def test_a_plan_is_valid_for_every_goal_and_size(project):
-    for options in (Options(), Options(goal="generalise"), Options(size="laptop-full"), Options(tokenizer="bpe:300")):
-        made = make_plan(find_source("../diary.txt", None), options)
+def test_a_remote_text_is_downloaded_once_also_if_it_has_changed(project, tmp_path, monkeypatch):
+    url, downloads, calls = "https://example.com/diary.txt", [], []
+
+    def fetch(sources, *_):
+        downloads.append(sources)
+        return url, {url: tmp_path / "diary.txt"}
+
+    def reproduce(environment, *arguments):
+        calls.append(arguments)
+        if arguments:  # the stage `download`
+            with monkeypatch.context() as stage:
+                stage.setenv(corpus.VARIABLE, environment[corpus.VARIABLE])
+                fetch_corpus(load_params().section(CorpusConfig), Path("data/corpus.txt"))
+
+    monkeypatch.setattr(corpus, "fetch", fetch)
+    monkeypatch.setattr(learn, "_reproduce", reproduce)
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "_show_outcome", lambda plan: None)
+    download = ("--force", "--single-item", "download")
+    for n, expected in ((1, [download, ()]), (2, [()]), (3, [download, ()])):
+        if n == 3:
+            (tmp_path / "diary.txt").write_text(ENGLISH.format("few") * 200)
+        calls.clear()
+        assert main(["learn", url, "--yes"]) == 0
+        assert (len(downloads), calls) == (n, expected)
+        assert Path("data/corpus.txt").read_bytes() == (tmp_path / "diary.txt").read_bytes()
+
+
+def test_a_plan_is_valid_for_every_goal_and_size(project, tmp_path):
+    for options in (
+        Options(),
+        Options(goal="generalise"),
+        Options(goal="generalise", target=3.0),
+        Options(size="laptop-full"),
+        Options(tokenizer="bpe:300"),
+    ):
+        made = make_plan(find_source("../diary.txt", None), options, tmp_path)
         shutil.copy(ROOT / "params.yaml", "params.yaml")
         write_values(made.values)
         learned = load_params().values
         assert learned["corpus"]["source"] == "texts/diary.txt"
         assert learned["registry"]["model"] == "diary"
+        assert learned["registry"]["replace_champion"]
+        assert learned["registry"]["require_target"] == (options.goal != "generalise" or options.target is not None)
         assert learned["samples"]["prompts"] is learned["corpus"]["sha256"] is None
         assert learned["target"]["rule"] == ("validation" if options.goal == "generalise" else "sliding")
         assert learned["model"]["n_layer"] == (6 if options.size else 2)
@@ -111,15 +160,15 @@ def test_a_plan_is_valid_for_every_goal_and_size(project):
         assert "# when the run stops" in Path("params.yaml").read_text()  # comments are kept
 
 
-def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
+def test_a_time_limits_the_text_and_the_plan_says_so(command, project, tmp_path):
     Path("../long.txt").write_text("".join(ENGLISH.format(i * i * i) for i in range(4_000)))
-    _, said, _ = command("plan", "../long.txt", "--time", "60s")
+    _, said, _ = command("plan", "../long.txt", "--time", "90s")
     assert "of which the first " in said
-    assert "the rest of the text is too large for 60 s" in said
-    made = make_plan(find_source("../long.txt", None), Options(time_s=60))
+    assert "the rest of the text is too large for 90 s" in said
+    made = make_plan(find_source("../long.txt", None), Options(time_s=90), tmp_path)
     assert 0 < made.values["corpus.fraction"] < 0.5
-    assert made.cost.train_s + made.cost.evaluation_s + made.cost.evaluate_s + plan.policy.FIXED_S <= 60
-    whole = make_plan(find_source("../long.txt", None), Options(time_s=1e6))
+    assert made.cost.train_s + made.cost.evaluation_s + made.cost.evaluate_s + plan.policy.FIXED_S <= 90
+    whole = make_plan(find_source("../long.txt", None), Options(time_s=1e6), tmp_path)
     assert whole.values["corpus.fraction"] == 1.0
     assert command("plan", "../long.txt", "--time", "10s")[0] == 2
 
@@ -137,10 +186,10 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
         (["../pointer.txt"], "is a Git LFS pointer"),
         (["../pointer.dvc"], "is DVC's pointer"),
         (["../json.txt"], "is JSON: save it as JSON Lines"),
-        (["../table.csv", "--column", "body"], "has no column 'body': set --column to one of 'text'"),
+        (["../table.csv", "--column", "body"], "has no column 'body': set --column to one of 'text'\n"),
         (["../poems.csv"], "has no column 'text': set --column to one of 'title', 'poem'"),
         (["../diary.txt", "../log.txt"], "2 sources: name one"),
-        (["../diary.txt", "--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),
+        (["../diary.txt", "--tokenizer", "gpt3"], "error: --tokenizer: unknown tokenizer 'gpt3'"),
         (["../diary.txt", "--tokenizer", "bpe:10"], "'bpe:10' is not bpe:N"),
         (["../diary.txt", "--tokenizer", "bpe:10000000"], "'bpe:10000000' is not bpe:N"),
         (["../diary.txt", "--tokenizer", "bpe:60000"], "no more than"),
@@ -150,7 +199,8 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project):
         (["../diary.txt", "--time", "soon"], "give a time such as"),
         (["../diary.txt", "--size", "lapto"], "no recipe lapto"),
         (["../diary.txt", "--name", "shakespeare-gpt2"], "belongs to the text https://"),
-        (["ftp://example.com/a.txt"], "a source is a URL"),
+        (["ftp://example.com/a.txt"], "error: SOURCE: a source is a URL"),
+        (["../*.md"], "matches no file: add texts or set another SOURCE"),
     ],
 )
 def test_a_text_or_an_option_that_is_not_possible_is_refused_in_one_line(command, arguments, words):
@@ -161,7 +211,9 @@ def test_a_text_or_an_option_that_is_not_possible_is_refused_in_one_line(command
     assert words in error
 
 
-def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_again(project, monkeypatch, capsys):
+def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_again(
+    project, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(learn, "_reproduce", lambda environment: None)
     monkeypatch.setattr(learn, "_reached", lambda: True)
     monkeypatch.setattr(learn, "_show_outcome", lambda plan: None)
@@ -182,10 +234,10 @@ def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_a
         ("../table.csv", "diary", "the model name diary belongs to the text "),
     ]:
         with pytest.raises(InputError, match=words):
-            make_plan(find_source(given, name), Options())
+            make_plan(find_source(given, name), Options(), tmp_path)
     Path("texts/log.txt").write_text("mine")
     with pytest.raises(InputError, match=r"texts/log.txt is another text than"):
-        make_plan(find_source("../log.txt", None), Options())
+        make_plan(find_source("../log.txt", None), Options(), tmp_path)
     Path("../diary.txt").write_text(Path("../diary.txt").read_text() + ENGLISH.format("many"))
     assert main(["learn", "../diary.txt"]) == 0  # the diary has grown: the copy follows
     assert Path("texts/diary.txt").read_text() == Path("../diary.txt").read_text()

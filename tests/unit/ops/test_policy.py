@@ -8,6 +8,7 @@ from pipeline.ops.policy import (
     BITS_PER_PARAMETER,
     GENERALISE,
     MEMORISE,
+    MOST_REPEATED,
     SHAPES,
     Training,
     choose_tokenizer,
@@ -20,6 +21,7 @@ from pipeline.ops.policy import (
     largest_within,
     memorise,
     parse_duration,
+    repetition_factor,
     shape_for,
     values_of,
     window_and_target,
@@ -70,17 +72,26 @@ def test_each_shape_has_the_capacity_for_the_texts_that_it_is_chosen_for():
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "step_tokens", "target", "needed"),
+    ("n_tokens", "step_tokens", "target", "ambiguity", "needed"),
     [  # epochs after which runs had reached the target
-        (285, 256, 0.1, 57),
-        (2_805, 256, 0.1, 21.6),
-        (15_477, 512, 0.1, 13.4),
-        (34_219, 1024, 0.1, 11.6),
-        (34_219, 1024, 0.01, 16.0),
+        (285, 256, 0.1, 0, 57),
+        (2_805, 256, 0.1, 0, 21.6),
+        (15_477, 512, 0.1, 0, 13.4),
+        (34_219, 1024, 0.1, 0.01, 11.6),
+        (34_219, 1024, 0.01, 0.01, 16.0),
+        (8_036, 512, 0.1, 0.16, 19.6),  # texts that were made from templates
+        (14_024, 512, 0.1, 0.39, 21.5),
+        (11_007, 512, 0.1, 0.69, 24.0),
+        (3_221, 256, 0.1, 1.2, 59.8),
     ],
 )
-def test_the_budget_is_what_was_needed_and_up_to_twice_that(n_tokens, step_tokens, target, needed):
-    assert needed < epochs_to_memorise(n_tokens, step_tokens, target) < 2 * needed
+def test_the_budget_is_what_was_needed_and_up_to_twice_that(n_tokens, step_tokens, target, ambiguity, needed):
+    assert needed < epochs_to_memorise(n_tokens, step_tokens, target, ambiguity) < 2 * needed
+
+
+def test_a_text_that_repeats_its_passages_gets_more_epochs_up_to_a_limit():
+    found = [repetition_factor(ambiguity) for ambiguity in (0, 0.5, 1, 6)]
+    assert found == [1, 1.75, 3, MOST_REPEATED]
 
 
 def test_a_longer_text_gets_fewer_epochs_and_one_at_least():
@@ -139,7 +150,7 @@ def test_a_time_limits_the_part_of_the_text_and_a_smaller_part_gets_a_smaller_mo
         return training.steps * training.shape.n_layer * training.shape.n_embd / 1e4
 
     def training_on(n):
-        return memorise(n, 9, 64, 0.1)
+        return memorise(n, 9, 64, 0.1, 0.0)
 
     whole = training_on(1_000_000)
     assert largest_within(1e9, whole.n_tokens, training_on, seconds_of) == whole

@@ -20,6 +20,7 @@ def test_a_curve_keeps_its_last_point_and_at_most_two_thousand(n):
     assert len({b[0] - a[0] for a, b in pairwise(kept)}) <= 1
 
 
+COLUMNS = ("rule", "loss", "bits/byte")
 VALID = {"fingerprint": "f" * 16, "target_loss": "0.1", "steps_to_target": "20", "tokens_to_target": "160"}
 
 
@@ -39,6 +40,16 @@ def test_a_tag_that_is_no_number_is_refused(changes, invalid):  # C8
     tags = {tag: value for tag, value in (VALID | changes).items() if value is not None}
     with pytest.raises(IntegrityError, match=f"x version 1 has no valid tag {invalid}"):
         require_valid_tags(tags, "x version 1")
+
+
+def test_a_row_of_the_table_has_the_loss_of_the_versions_rule_also_in_bits_per_byte():
+    tags = {"rule": "validation", "validation_loss": "1.5", "validation_bits_per_byte": "0.25", "sliding_loss": "0.1"}
+    tags |= {"sliding_bits_per_byte": "0.01"}
+    cells = [
+        [_row(SimpleNamespace(version="1", aliases=[], tags=each, creation_timestamp=0))[key] for key in COLUMNS]
+        for each in (tags, {"rule": "sliding", "sliding_loss": "0.1"}, {})
+    ]
+    assert cells == [["validation", "1.5000", "0.2500"], ["sliding", "0.1000", "-"], ["-", "-", "-"]]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"sources": [], "environment": {}}', "[" * 100_000])

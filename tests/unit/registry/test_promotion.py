@@ -9,6 +9,7 @@ import torch
 from fixtures_registry import _keep_threads, save_small_model  # noqa: F401 (a fixture)
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import RegistryConfig
 from pipeline.data.batches import fixed_windows, sliding_windows
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.model.weights import load_model
@@ -17,6 +18,8 @@ from pipeline.system.errors import InputError
 from pipeline.system.files import write_manifest
 
 ROOT = Path(__file__).parents[3]
+CONFIG = RegistryConfig(model="m", max_target_loss=0.1)
+LEARNING = RegistryConfig(model="m", max_target_loss=0.1, require_target=False, replace_champion=True)
 GOOD = Candidate(
     rule="sliding",
     loss=0.08,
@@ -49,7 +52,7 @@ WEAK = "makes no champion: set target.rule to sliding or validation"
 @pytest.mark.parametrize("champion", [None, CHAMPION])
 def test_a_version_with_a_flaw_is_not_promoted_whether_or_not_there_is_a_champion(changes, reason, champion):
     for other in (None, ("2", "validation")):
-        assert judge(replace(GOOD, **changes), champion, 0.1, other) == (False, False, reason)
+        assert judge(replace(GOOD, **changes), champion, CONFIG, other) == (False, False, reason)
 
 
 ON_CHAMPION = "on the tokens of champion 1, whose own loss is"
@@ -89,7 +92,7 @@ FEWER = replace(VALIDATED, data_sha256="b", n_tokens=6)  # tokens to learn from 
 )
 def test_a_version_without_a_flaw_is_compared_with_the_champion_on_the_champions_text(candidate, champion, verdict):
     best, (accepted, reason) = None if champion is None else replace(CHAMPION, **champion), verdict
-    assert judge(candidate, best, 0.1) == (accepted, accepted, reason)
+    assert judge(candidate, best, CONFIG) == (accepted, accepted, reason)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +103,35 @@ def test_a_version_without_a_flaw_is_compared_with_the_champion_on_the_champions
     ],
 )
 def test_a_champion_of_another_rule_stays_and_the_version_is_the_best_of_its_own(best, reason):
-    verdict = judge(VALIDATED, best, 0.1, ("7", "sliding"))
+    verdict = judge(VALIDATED, best, CONFIG, ("7", "sliding"))
     assert verdict == (True, False, f"{reason}; champion 7 has the rule sliding and stays")
+    verdict = judge(VALIDATED, best, LEARNING, ("7", "sliding"))
+    assert verdict == (True, True, f"{reason}; it replaces champion 7, which has the rule sliding")
+
+
+MISSED = replace(VALIDATED, target_loss=1.7)
+ANOTHER = {"data_sha256": "b", "loss": 0.001, "n_tokens": 6500}  # a text that is longer and was learnt better
+
+
+@pytest.mark.parametrize(
+    ("candidate", "champion", "verdict"),
+    [
+        (GOOD, ANOTHER, (True, "reached the target, and replaces version 1, which has another text")),
+        (GOOD, {"loss": 0.07}, (False, f"worse: sliding loss 0.0800 {ON_CHAMPION} 0.0700")),  # the same text
+        (replace(GOOD, rolled_back=True), ANOTHER, (False, "was rolled back by hand")),
+        (MISSED, None, (True, "is not required to reach the target, and there was no champion")),
+        (
+            MISSED,
+            ANOTHER,
+            (True, "is not required to reach the target, and replaces version 1, which has another text"),
+        ),
+        (MISSED, {"loss": 1.85}, (True, f"validation loss 1.8000 {ON_HELD_OUT} 1.8500")),
+        (MISSED, {"loss": 1.75}, (False, f"worse: validation loss 1.8000 {ON_HELD_OUT} 1.7500")),
+    ],
+)
+def test_after_learn_a_version_of_another_text_replaces_the_champion(candidate, champion, verdict):
+    best, (accepted, reason) = None if champion is None else replace(CHAMPION, **champion), verdict
+    assert judge(candidate, best, LEARNING) == (accepted, accepted, reason)
 
 
 @pytest.fixture
