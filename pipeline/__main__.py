@@ -4,6 +4,7 @@
 
 import argparse
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -67,21 +68,51 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Encode every N-th shard of the text, as one of N tasks; `python -m stages.tokenize` then joins all shards."""
-    from pipeline.config import params, sections
-    from pipeline.data.corpus import verify_corpus
-    from pipeline.data.encode import Task, write_tokens
-    from pipeline.data.tokenizer import load_tokenizer
+    """Encode the text as `dvc repro tokenize` does, here or in jobs on Slurm; or encode every N-th shard only."""
+    from pipeline.config.params import load_params
 
-    config, task = params.load_params().section(sections.CorpusConfig), Task(arguments.shard, arguments.of)
-    if not 0 <= task.first < task.of:
-        raise InputError(
-            f"--shard {task.first} --of {task.of}: --of must be at least 1, and --shard from 0 to one less than --of"
-        )
-    verify_corpus(corpus := Path("data/corpus.txt"))
-    tokenizer, folder = load_tokenizer(Path("data/tokenizer"), config.tokenizer), Path("data/tokens")
-    place = write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction, task)
-    print(f"{place}: all shards of task {task.first} of {task.of} are written")
+    slurm, share = _slurm(given := load_params(), arguments), (arguments.shard, arguments.of)
+    if share != (None, None):
+        if slurm or None in share:
+            raise InputError("--shard and --of belong together, and not to --on slurm, which divides the text itself")
+        _tokenize_share(given, *share)
+    elif slurm:
+        from pipeline.ops.on_slurm import tokenize_on_slurm
+
+        tokenize_on_slurm(given, slurm, arguments.workers)
+    elif arguments.workers:
+        raise InputError("--workers: only with --on slurm; here, all cores encode the text")
+    else:
+        _become_dvc("repro", "tokenize")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train as `dvc repro train` does, here or in a job on Slurm, on one node or several."""
+    from pipeline.config.params import load_params
+
+    slurm = _slurm(given := load_params(), arguments)
+    if arguments.commit:
+        from pipeline.ops.on_slurm import commit_training
+
+        commit_training(given, arguments.commit)
+    elif slurm:
+        from pipeline.ops.on_slurm import train_on_slurm
+
+        train_on_slurm(given, slurm, arguments.elastic)
+    elif arguments.elastic:
+        raise InputError("--elastic without --on slurm: `python -m stages.train --elastic && dvc commit -f train`")
+    else:
+        _become_dvc("repro", "train")
+
+
+def jobs(arguments: argparse.Namespace) -> None:
+    """List this project's jobs on Slurm: what runs where, what waits and why; or cancel one."""
+    from pipeline.cluster.jobs import cancel, print_jobs
+
+    if arguments.cancel:
+        cancel(arguments.cancel)
+    else:
+        print_jobs()
 
 
 def replicate(arguments: argparse.Namespace) -> None:
@@ -215,7 +246,7 @@ def clean(arguments: argparse.Namespace) -> None:
 SEARCH_ONLY = ("study", "objective", "space", "micro_batch_tokens", "trials", "patience", "sampler", "pruner",
                "pruner_tolerance", "seed", "applied")  # fmt: skip
 COMMANDS = {command.__name__: command for command in (
-    learn, plan, recipe, run, check, tokenize, replicate, sweep, models, generate, export, doctor, clean,
+    learn, plan, recipe, run, check, tokenize, train, replicate, sweep, jobs, models, generate, export, doctor, clean,
 )}  # fmt: skip
 
 
@@ -263,8 +294,16 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
             add("name", nargs="?", help="a file of recipes/, without .yaml; default: list the recipes")
             add("--as-set", action="store_true", help="only print the recipe, as -S arguments of `dvc exp run`")
         case "tokenize":
-            add("--shard", metavar="I", type=int, required=True, help="number of this task, 0 to N - 1")
-            add("--of", metavar="N", type=int, required=True, help="number of tasks")
+            add("--shard", metavar="I", type=int, help="encode only the shards of this task, 0 to N - 1")
+            add("--of", metavar="N", type=int, help="number of tasks")
+            _add_slurm(add)
+            add("--workers", metavar="N", type=_count, help="with --on slurm: number of tasks; default: 16 at most")
+        case "train":
+            _add_slurm(add)
+            add("--elastic", action="store_true", help="with --on slurm: resume in another environment, inexactly")
+            add("--commit", metavar="DIGEST", help="only record the training with these parameters in dvc.lock")
+        case "jobs":
+            add("--cancel", metavar="ID", help="end a job, and those that wait for it; what is saved stays")
         case "replicate":
             add("--seeds", metavar="N", type=int, default=5, help="number of seeds, from train.seed on; default: 5")
             _add_sweep(add, without=SEARCH_ONLY)
@@ -326,6 +365,39 @@ def _slurm(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | Non
 def _flag(key: str) -> str:
     """The flag of a key of the section `slurm`."""
     return f"--{key.removesuffix('_min').removesuffix('_gb')}"
+
+
+def _tokenize_share(given: "Params", shard: int, of: int) -> None:
+    """Encode every `of`-th shard, from number `shard` on; `dvc repro tokenize` then joins all shards."""
+    from pipeline.config.sections import CorpusConfig
+    from pipeline.data.corpus import verify_corpus
+    from pipeline.data.encode import Task, write_tokens
+    from pipeline.data.tokenizer import load_tokenizer
+
+    config = given.section(CorpusConfig)
+    if not 0 <= shard < of:
+        raise InputError(
+            f"--shard {shard} --of {of}: --of must be at least 1, and --shard from 0 to one less than --of"
+        )
+    verify_corpus(corpus := Path("data/corpus.txt"))
+    tokenizer, folder = load_tokenizer(Path("data/tokenizer"), config.tokenizer), Path("data/tokens")
+    place = write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction, Task(shard, of))
+    print(f"{place}: all shards of task {shard} of {of} are written")
+
+
+def _become_dvc(*arguments: str) -> None:
+    """Replace this process by DVC."""
+    from pipeline.system.host import dvc_command
+
+    command, environment = dvc_command(*arguments)
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)  # noqa: S606 (there is no shell)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: a number of at least 1")
+    return int(text)
 
 
 def _minutes(text: str) -> int:

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, PipelineError
 
 POLL_S = 0.25  # between two checks that the other processes are alive
+MEET_S = 600  # time in which all machines of a training must have started
 GRACE_S = 2.0  # time in which the process may end by itself after another one has died
 
 T = TypeVar("T")
@@ -159,22 +160,34 @@ class _Watch:
                     return
 
 
-def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module` in several processes on this machine, as torchrun does.
+def n_nodes() -> int:
+    """The number of machines of this training, which are started with torchrun's environment variables PET_..."""
+    return int(os.environ.get("PET_NNODES", "1"))
 
-    If one process fails, end the others and return its exit code. Raises PeerLost if a signal ended it.
+
+def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module` in several processes on this machine, as torchrun does, and on others at the same time.
+
+    On several machines, PET_NNODES, PET_NODE_RANK, PET_RDZV_ENDPOINT and PET_RDZV_ID say how they find each other; the
+    machine of rank 0 has the endpoint. If one process fails, end the others and return its exit code. Raises PeerLost
+    if a signal ended it, or if the machines do not meet.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    endpoint, first = os.environ.get("PET_RDZV_ENDPOINT", "localhost:0"), os.environ.get("PET_NODE_RANK", "0") == "0"
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=(nodes := n_nodes()),
+        max_nodes=nodes,
         nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
+        run_id=os.environ.get("PET_RDZV_ID") or str(uuid.uuid4()),
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"is_host": first, "timeout": MEET_S, "read_timeout": MEET_S},
+        # the others reach this address, which is not always so for the host's own name
+        local_addr=endpoint.rpartition(":")[0] if first and nodes > 1 else None,
         max_restarts=0,
     )
     logging.disable(logging.ERROR)  # the processes report their errors themselves
@@ -188,6 +201,10 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         return failure.exitcode
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    except RendezvousError as error:
+        raise PeerLost(
+            f"the {nodes} machines did not meet at {endpoint} ({error}): run the same command again"
+        ) from None
     finally:
         logging.disable(logging.NOTSET)
     return 0

@@ -28,6 +28,18 @@ def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "su
     return process
 
 
+def dvc_command(*arguments: str) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of DVC, with this Python's programs first on the PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return [sys.executable, "-m", "dvc", *arguments], {**os.environ, "PATH": path}
+
+
+def run_dvc(*arguments: str, capture_output: bool = False) -> "subprocess.CompletedProcess[str]":
+    """Run DVC in the working directory; it prints its own errors."""
+    command, environment = dvc_command(*arguments)
+    return subprocess.run(command, env=environment, capture_output=capture_output, text=True, check=False)
+
+
 def project_root() -> Path:
     """The repository with the checkpoints and the store, also within a copy made by `dvc exp run --temp`."""
     return Path(os.environ.get("DVC_ROOT", "")).absolute()

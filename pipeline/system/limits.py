@@ -1,4 +1,4 @@
-"""Find the CPU cores and the memory that this process may use, from its CPU affinity and cgroups (versions 1, 2)."""
+"""Find the CPU cores and the memory that this process may use: CPU affinity, cgroups (versions 1, 2), Slurm."""
 
 import os
 from collections.abc import Iterator
@@ -20,6 +20,8 @@ def cores() -> int:
         ] or ["max", ""]  # fmt: skip
         if quota not in ("max", "-1"):
             quotas.append(int(quota) / int(period))
+    if given := os.environ.get("SLURM_CPUS_PER_TASK"):  # which not every cluster enforces
+        quotas.append(int(given))
     return max(1, int(min(quotas)))
 
 

@@ -115,6 +115,11 @@ class RunConfig:
         """A short hash of the parameters that affect the run's numbers."""
         return sha256_json([section.model_dump(mode="json") for section in self.decisive])[:8]
 
+    def require_digest(self, digest: str) -> None:
+        """Raise InputError if these are not the parameters with this `digest`, with which a job was submitted."""
+        if self.digest != digest:
+            raise InputError("params.yaml has changed since this job was submitted: submit it again")
+
     def origin(self, params: Params) -> dict[str, str]:
         """The study and trial from which `sweep apply` took the parameters; empty if they have changed since."""
         section = params.values.get("sweep")
