@@ -127,7 +127,7 @@ def replicate(arguments: argparse.Namespace) -> None:
     given = params.load_params()
     config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
     with study.naming_dead_storage(config):
-        replicate.run_replicate(given, config, arguments.seeds)
+        replicate.run_replicate(given, config, arguments.seeds, _slurm(given, arguments))
 
 
 def sweep(arguments: argparse.Namespace) -> None:
@@ -139,13 +139,17 @@ def sweep(arguments: argparse.Namespace) -> None:
     counts = {name: count for name, count in counts.items() if count is not None}
     if counts and arguments.action != "confirm":
         raise InputError("--top and --seeds need `confirm`: `python -m pipeline sweep confirm --top 3 --seeds 3`")
-    given = params.load_params()
+    slurm = _slurm(given := params.load_params(), arguments)
+    if slurm and arguments.action not in ("run", "confirm"):
+        raise InputError(f"sweep {arguments.action} --on slurm: only `sweep` and `sweep confirm` train")
     config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
     actions = {
-        "run": lambda config: controller.run_sweep(given, config),
+        "run": lambda config: controller.run_sweep(given, config, slurm),
         "status": controller.print_status,
         "best": controller.print_best,
-        "confirm": lambda config: replicate.run_confirm(given, config, **{"top": 3, "n_seeds": 3} | counts),
+        "confirm": lambda config: replicate.run_confirm(
+            given, config, **{"top": 3, "n_seeds": 3} | counts, slurm=slurm
+        ),
         "apply": controller.apply_best,
         "dashboard": controller.open_dashboard,
     }
@@ -302,16 +306,18 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
             _add_slurm(add)
             add("--elastic", action="store_true", help="with --on slurm: resume in another environment, inexactly")
             add("--commit", metavar="DIGEST", help="only record the training with these parameters in dvc.lock")
+        case "jobs":
+            add("--cancel", metavar="ID", help="end a job, and those that wait for it; what is saved stays")
         case "replicate":
             add("--seeds", metavar="N", type=int, default=5, help="number of seeds, from train.seed on; default: 5")
             _add_sweep(add, without=SEARCH_ONLY)
-        case "jobs":
-            add("--cancel", metavar="ID", help="end a job, and those that wait for it; what is saved stays")
+            _add_slurm(add)
         case "sweep":
             add("action", nargs="?", default="run", choices=("run", "status", "best", "confirm", "apply", "dashboard"))
             add("--top", metavar="K", type=int, help="for confirm: number of best trials to repeat; default: 3")
             add("--seeds", metavar="N", type=int, help="for confirm: seeds of each, after train.seed; default: 3")
             _add_sweep(add, without=("applied",))
+            _add_slurm(add)
         case "models":
             add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"))
             add("version", nargs="?", help="a number or an alias; default for verify: all versions")

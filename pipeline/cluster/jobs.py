@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -223,10 +223,11 @@ def find_live(name: str) -> Job | None:
     return next((job for job in reversed(find_jobs(name)) if not job.ended), None)
 
 
-def wait(job: Job, stop: StopSignals) -> None:
+def wait(job: Job, stop: StopSignals, each: Callable[[], None] = lambda: None) -> None:
     """Follow a job until it has ended: print its states, and the output of its only task.
 
-    Raises JobFailed if a task failed, and Interrupted after a signal, which leaves the job running.
+    `each` is called twice a second. Raises JobFailed if a task failed, and Interrupted after a signal, which leaves the
+    job running.
     """
     before, shown, poll_s, asked = "", 0, LOG_POLL_S, -math.inf
     tasks: list[TaskState] = []
@@ -249,6 +250,7 @@ def wait(job: Job, stop: StopSignals) -> None:
                 before, poll_s = line, LOG_POLL_S
         if len(job.commands) == 1:
             shown = _print_from(job.log(0), shown)
+        each()
         if tasks and all(task.ended for task in tasks):
             break
         time.sleep(LOG_POLL_S)

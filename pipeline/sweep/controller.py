@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from optuna.storages import fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.config.params import PARAMS, Params, load_params
 from pipeline.config.recipes import write_values
-from pipeline.config.sections import SweepConfig, TrainConfig
+from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.data.token_files import count_tokens, data_sha256
-from pipeline.report.style import counted
 from pipeline.sweep import worker
 from pipeline.sweep.figures import UNITS, draw_study
 from pipeline.sweep.mlflow_run import Outcome, close_study_run, open_study_run
+from pipeline.sweep.placement import Placement, place_workers
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, check_space, values_of, with_values
+from pipeline.sweep.slurm_workers import run_on_slurm
 from pipeline.sweep.study import (
     CONFIRMED,
     MAX_RETRIES,
@@ -43,11 +43,9 @@ from pipeline.sweep.study import (
     unfinished_trials,
 )
 from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
-from pipeline.system.device import gpu_ids
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
 from pipeline.system.host import project_root, start_module
-from pipeline.system.limits import cores
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import naming_dead_store, open_store
 from pipeline.training.config import RunConfig
@@ -56,7 +54,7 @@ DASHBOARD_PORT = 8080
 POLL_S = 0.2
 
 
-def run_sweep(params: Params, sweep: SweepConfig) -> None:
+def run_sweep(params: Params, sweep: SweepConfig, slurm: SlurmConfig | None = None) -> None:
     """Run the study until its trials, its time or its patience are used up, or a signal arrives.
 
     Raises RunLocked if another process runs the study in this checkout, TargetNotReached if no trial has reached
@@ -64,6 +62,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
     """
     config = RunConfig.of(params)
     check_space(sweep, params)
+    placement = place_workers(sweep, config.train, slurm)
     tokens = prepared_tokens(sweep.study)
     check_space(sweep, params, count_tokens(tokens))
     shared = shared_settings(sweep, config, data_sha256(tokens))
@@ -72,7 +71,7 @@ def run_sweep(params: Params, sweep: SweepConfig) -> None:
         if not study.get_trials(deepcopy=False) and not enqueue(study, sweep, values_of(config, list(sweep.axes))):
             print("the values of params.yaml are outside the search space: no trial uses them")
 
-    require_best(run_study(params, sweep, shared, queue_default, _search_outcome))
+    require_best(run_study(params, sweep, shared, placement, queue_default, _search_outcome))
 
 
 def prepared_tokens(lock_name: str) -> Path:
@@ -87,16 +86,17 @@ def run_study(
     params: Params,
     sweep: SweepConfig,
     shared: dict[str, Any],
+    placement: Placement,
     queue: Callable[[Study], None],
     outcome: Callable[[Study, Path], Outcome],
 ) -> Study:
     """Run the workers of a study until it has no more work, its time is over, or a signal arrives; return the study.
 
     `queue` adds the trials that are known at the start. `outcome` writes the figures into a folder, and returns what is
-    printed and logged. Raises RunLocked if another process runs the study in this checkout, Interrupted after a signal.
+    printed and logged. Raises RunLocked if another process runs the study in this checkout, Interrupted after a signal
+    (workers on Slurm then run on), JobFailed if workers on Slurm failed and trials are left.
     """
-    config, root = RunConfig.of(params), project_root()
-    devices = assign_devices(sweep, config.train)
+    root = project_root()
     home = root / "checkpoints" / sweep.study
     with locked(home.with_suffix(".lock")), StopSignals() as stop:
         study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
@@ -106,41 +106,30 @@ def run_study(
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep)
         study.set_user_attr("mlflow_run_id", run_id)
         study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
-        threads = max(1, cores() // len(devices)) if config.train.threads == "auto" else config.train.threads
-        given = str(root), sweep.updated(workers=len(devices)).model_dump(mode="json"), params.values, shared
+        settings = sweep.updated(workers=len(placement.devices)).model_dump(mode="json")
+        given = str(root.absolute()), settings, params.values, shared
         configs = [
-            WorkerConfig(*given, number, threads, run_id, os.getpid(), device) for number, device in enumerate(devices)
+            WorkerConfig(*given, number, placement.threads, run_id, os.getpid(), device)
+            for number, device in enumerate(placement.devices)
         ]
         if sweep.is_list:
             configs = configs[: len(unfinished_trials(study))]
+        failure = None
         if configs:
-            n_gpus = len(set(devices) - {None})
-            print(f"study {sweep.study}: {len(configs)} workers of {threads} threads, {n_gpus} GPUs", flush=True)
-            _supervise(study, sweep, configs, stop)
+            print(f"study {sweep.study}: {placement._replace(devices=placement.devices[: len(configs)])}", flush=True)
+            if placement.slurm:
+                failure = run_on_slurm(study, sweep, configs, placement.slurm, home, stop)
+            else:
+                _supervise(study, sweep, configs, stop)
         found = outcome(study, home / "figures")
         with naming_dead_store(root, "then repeat the command"):
-            status = "FINISHED" if stop.received is None else "KILLED"
+            status = "FAILED" if failure else "FINISHED" if stop.received is None else "KILLED"
             close_study_run(store, study, status, found, home / "figures")
         print(found.text)
         stop.raise_if_received(f"everything saved in {sweep.storage} and {home}")
+        if failure:
+            raise failure
         return study
-
-
-def assign_devices(sweep: SweepConfig, train: TrainConfig) -> list[str | None]:
-    """The GPU of each worker, as `gpu_ids` names it; None without GPUs: the workers share the cores.
-
-    Raises InputError if there are more workers than GPUs, unless `sweep.share_devices` allows it.
-    """
-    gpus: list[str | None] = list(gpu_ids()) if train.device in ("auto", "cuda") else []
-    if not gpus and train.device in ("auto", "mps") and torch.backends.mps.is_available():
-        gpus = [None]  # it is one device, without a name
-    n_workers = max(1, len(gpus)) if sweep.workers == "auto" else sweep.workers
-    if 0 < len(gpus) < n_workers and not sweep.share_devices:
-        raise InputError(
-            f"sweep.workers: {n_workers} workers, but {counted(len(gpus), 'GPU')}: choose auto, which starts "
-            "one for each GPU, or set sweep.share_devices to true"
-        )
-    return [gpus[number % len(gpus)] if gpus else None for number in range(n_workers)]
 
 
 def print_status(sweep: SweepConfig) -> None:

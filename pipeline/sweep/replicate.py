@@ -9,12 +9,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.config.params import Params
-from pipeline.config.sections import SweepConfig
+from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.data.token_files import count_tokens, data_sha256
 from pipeline.report.style import save_png
 from pipeline.sweep.controller import prepared_tokens, require_best, run_study
 from pipeline.sweep.figures import UNITS, seeds_figure
 from pipeline.sweep.mlflow_run import Outcome
+from pipeline.sweep.placement import Placement, place_workers
 from pipeline.sweep.search_space import values_of, with_values
 from pipeline.sweep.statistics import Candidate, Spread, rank, verdict, welch_p
 from pipeline.sweep.study import (
@@ -41,7 +42,7 @@ MAX_SEEDS = 1000
 STATES = {TrialState.COMPLETE: "reached", TrialState.PRUNED: "missed"}
 
 
-def run_replicate(params: Params, sweep: SweepConfig, n_seeds: int) -> None:
+def run_replicate(params: Params, sweep: SweepConfig, n_seeds: int, slurm: SlurmConfig | None = None) -> None:
     """Train the parameters with `n_seeds` seeds from train.seed on; print the spread of what they spent.
 
     Seeds that were trained before are not trained again, and are part of the result. Raises TargetNotReached if no
@@ -49,13 +50,15 @@ def run_replicate(params: Params, sweep: SweepConfig, n_seeds: int) -> None:
     """
     config = RunConfig.of(params)
     listed = [{SEED: seed} for seed in _seeds(params, config.train.seed, n_seeds)]
+    placement = place_workers(sweep, config.train, slurm)
     tokens = prepared_tokens("replicate")
     config.require_length(count_tokens(tokens))
     sweep = sweep.updated(objective="tokens")
-    require_best(_run_list(params, sweep, "replicate", [SEED], listed, data_sha256(tokens), _replicate_outcome))
+    sha256 = data_sha256(tokens)
+    require_best(_run_list(params, sweep, placement, "replicate", [SEED], listed, sha256, _replicate_outcome))
 
 
-def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int) -> None:
+def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int, slurm: SlurmConfig | None = None) -> None:
     """Train the `top` best trials of a study and the values of params.yaml with `n_seeds` seeds each; name the winner.
 
     The seeds follow train.seed. The study's own seed is not among them: its best trials were chosen by it, so that
@@ -69,6 +72,7 @@ def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int) -> N
     shared = searched.user_attrs[SHARED]
     if not shared["space"]:
         raise InputError(f"study {sweep.study} is a list of trials: name a searched study")
+    placement = place_workers(sweep, config.train, slurm)
     tokens = prepared_tokens(sweep.study)
     sweep = sweep.updated(space=shared["space"], objective=shared["objective"])
     require_same(searched, shared_settings(sweep, config, sha256 := data_sha256(tokens)))
@@ -97,7 +101,7 @@ def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int) -> N
             searched.set_user_attr(CONFIRMED, confirmed)
         return found
 
-    require_best(_run_list(params, sweep, f"{sweep.study}-confirm", [*keys, SEED], listed, sha256, outcome))
+    require_best(_run_list(params, sweep, placement, f"{sweep.study}-confirm", [*keys, SEED], listed, sha256, outcome))
 
 
 def best_distinct(study: Study, keys: Sequence[str], default: dict[str, Any], top: int) -> list[FrozenTrial]:
@@ -129,6 +133,7 @@ def _seeds(params: Params, first: int, count: int) -> list[int]:
 def _run_list(
     params: Params,
     sweep: SweepConfig,
+    placement: Placement,
     prefix: str,
     varied: list[str],
     listed: list[dict[str, Any]],
@@ -139,7 +144,8 @@ def _run_list(
     plain = sweep.updated(space={}, sampler="random", pruner="none", patience=None, trials=len(listed))
     shared = shared_settings(plain, RunConfig.of(params), data_sha256, varied)
     name = f"{prefix}-{sha256_json(shared | {'sources': source_hashes()})[:8]}"
-    return run_study(params, plain.updated(study=name), shared, lambda study: enqueue_list(study, listed), outcome)
+    sweep = plain.updated(study=name)
+    return run_study(params, sweep, shared, placement, lambda study: enqueue_list(study, listed), outcome)
 
 
 def _replicate_outcome(study: Study, figures: Path) -> Outcome:

@@ -19,10 +19,20 @@ from pipeline.config.sections import SweepConfig
 from pipeline.data.token_files import count_tokens
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import with_values
-from pipeline.sweep.study import VALUES, has_work, join_study, naming_dead_storage, open_storage, requeue, suggest
+from pipeline.sweep.study import (
+    MAX_RETRIES,
+    VALUES,
+    has_work,
+    join_study,
+    naming_dead_storage,
+    open_storage,
+    requeue,
+    suggest,
+)
 from pipeline.system.device import give_back_memory, prepare_machine, use_gpu
 from pipeline.system.entrypoint import is_out_of_memory, run_stage
 from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned
+from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals, die_with_parent
 from pipeline.tracking.journal import StepRecord
 from pipeline.tracking.mlflow_errors import first_line
@@ -35,12 +45,12 @@ from pipeline.training.train import follow, read_config, read_data
 
 REPORTS_PER_EPOCH = 4
 OUT_OF_BUDGET = "its budget is used up"
-WORKER = "worker"  # user attribute of a trial: host and process id of its worker
+WORKER = "worker"  # user attribute of a trial: its worker's `worker_name` or `task_name`
 SPENT = "spent"  # user attribute of a trial that was trained: tokens, steps and train_s of its last step
 
 
 class WorkerConfig(NamedTuple):
-    """What a worker reads from its standard input, as JSON."""
+    """What a worker reads at its start, as JSON: from its standard input, or on Slurm from a file."""
 
     root: str  # of the project
     sweep: dict[str, Any]
@@ -49,8 +59,9 @@ class WorkerConfig(NamedTuple):
     number: int  # of the worker, from 0
     threads: int
     parent_run_id: str  # the study's MLflow run
-    sweep_pid: int  # the process that starts the worker
-    gpu: str | None = None  # one of gpu_ids(); None: all GPUs
+    sweep_pid: int  # the process that starts the worker, except on Slurm
+    gpu: str | None = None  # one of gpu_ids(), or HIDDEN; None: all GPUs
+    task: str | None = None  # on Slurm: its `task_name`, which a requeue does not change
 
 
 class Worker:
@@ -61,7 +72,7 @@ class Worker:
     """
 
     def __init__(self, config: WorkerConfig, stop: StopSignals) -> None:
-        self.root, self.stop = Path(config.root), stop
+        self.root, self.stop, self.task = Path(config.root), stop, config.task
         self.sweep = SweepConfig.model_validate(config.sweep)
         self.params = Params({**config.params, "train": config.params["train"] | {"threads": config.threads}})
         storage = open_storage(self.sweep.storage, self.root, self.sweep.heartbeat_timeout_s)
@@ -69,6 +80,10 @@ class Worker:
         self.tags = {"mlflow.parentRunId": config.parent_run_id, "study": self.sweep.study}
 
     def work(self) -> None:
+        """Train until no work is left. A task that Slurm has started again first re-queues its own trial."""
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if self.task else ():
+            if trial.user_attrs.get(WORKER) == self.task:
+                requeue(self.study, trial, MAX_RETRIES)
         while self.stop.received is None and has_work(self.study, self.sweep):
             try:
                 self.study.optimize(self._value, n_trials=1, catch=PipelineError, callbacks=[requeue_interrupted])
@@ -81,7 +96,7 @@ class Worker:
 
     def _value(self, trial: Trial) -> float:
         """Train, and return what the trial has spent at the target. Raises TrialPruned if it misses the target."""
-        trial.set_user_attr(WORKER, worker_name(os.getpid()))
+        trial.set_user_attr(WORKER, self.task or worker_name(os.getpid()))
         try:
             return self._train(trial)
         except Pruned as pruned:
@@ -230,15 +245,26 @@ def worker_name(pid: int) -> str:
     return f"{socket.gethostname()}:{pid}"
 
 
+def task_name(job: str, number: int) -> str:
+    """The name of a worker that is a task of a job on Slurm."""
+    return f"slurm:{job}_{number}"
+
+
 def announce(trial: Trial, what: str) -> None:
     values = ", ".join(f"{key} {value}" for key, value in trial.user_attrs.get(VALUES, {}).items())
     print(f"trial {trial.number}: {what} ({values})", flush=True)
 
 
 def main() -> None:
-    config = WorkerConfig(**json.loads(sys.stdin.readline()))
-    if os.getppid() != config.sweep_pid:  # the sweep has died during the imports, before `die_with_parent`
-        return
+    """Work as a child of the sweep, or, with the arguments FILE NUMBER, as a task of a job on Slurm."""
+    if sys.argv[1:]:
+        path, number = sys.argv[1:]
+        job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ["SLURM_JOB_ID"]
+        config = WorkerConfig(**read_json(Path(path))[int(number)])._replace(task=task_name(job, int(number)))
+    else:
+        config = WorkerConfig(**json.loads(sys.stdin.readline()))
+        if os.getppid() != config.sweep_pid:  # the sweep has died during the imports, before `die_with_parent`
+            return
     if config.gpu is not None:
         use_gpu(config.gpu)
     with StopSignals() as stop:

@@ -93,7 +93,7 @@ def started(monkeypatch, tmp_path):
     def of(command, *arguments, data="d" * 64, **changes):
         found = {}
 
-        def run_study(params, sweep, shared, queue, outcome):
+        def run_study(params, sweep, shared, placement, queue, outcome):
             queue(study := new_study(sweep))
             study.set_user_attr(SHARED, shared)
             found["name"], found["values"] = sweep.study, [trial.user_attrs[VALUES] for trial in study.trials]

@@ -1,9 +1,6 @@
 """A study in memory: shared settings, remaining work, retries, samplers, and supervised workers."""
 
-from types import SimpleNamespace as Namespace
-
 import pytest
-import torch
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
@@ -154,34 +151,6 @@ def test_the_trial_of_a_dead_worker_is_requeued_at_once_and_the_worker_is_replac
     controller._supervise(study, sweep, [CONFIG], StopSignals())
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert not returncodes
-
-
-@pytest.mark.parametrize(
-    ("gpus", "device", "workers", "shared", "expected"),
-    [
-        ("", "auto", "auto", False, [None]),
-        ("", "auto", 3, False, [None] * 3),  # they share the cores
-        ("0 1", "auto", "auto", False, ["0", "1"]),
-        ("0 1", "cuda", 1, False, ["0"]),
-        ("0 1", "cuda", 3, True, ["0", "1", "0"]),
-        ("0 1", "cpu", 3, False, [None] * 3),
-        ("mps", "auto", "auto", False, [None]),
-        ("mps", "mps", 2, True, [None] * 2),
-        ("mps", "cpu", 2, False, [None] * 2),
-        ("0 1", "cuda", 3, False, "3 workers, but 2 GPUs: choose auto"),
-        ("MIG-1a", "auto", 2, False, "2 workers, but 1 GPU:"),
-        ("mps", "auto", 2, False, "2 workers, but 1 GPU:"),
-    ],
-)
-def test_each_worker_has_a_device_of_its_own(gpus, device, workers, shared, expected, monkeypatch):
-    monkeypatch.setattr(controller, "gpu_ids", lambda: [] if gpus == "mps" else gpus.split())
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: gpus == "mps")
-    sweep, train = sweep_config(workers=workers, share_devices=shared), Namespace(device=device)
-    if isinstance(expected, list):
-        assert controller.assign_devices(sweep, train) == expected
-    else:
-        with pytest.raises(InputError, match=expected):
-            controller.assign_devices(sweep, train)
 
 
 @pytest.mark.parametrize(("budget_s", "signal"), [(0.1, None), (None, 15)])

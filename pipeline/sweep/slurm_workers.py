@@ -1,0 +1,83 @@
+"""Run the workers of a study as one array job of a Slurm cluster, and follow it until it has ended."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline.cluster import jobs
+from pipeline.config.sections import SlurmConfig, SweepConfig
+from pipeline.sweep import worker
+from pipeline.sweep.study import MAX_RETRIES, VALUES, has_work, latest_trials, requeue
+from pipeline.sweep.worker import WORKER, WorkerConfig, task_name
+from pipeline.system.files import write_json
+from pipeline.system.signals import StopSignals
+
+CONFIGS = "workers.json"  # in the study's folder: a WorkerConfig for each task of its job
+
+
+def run_on_slurm(
+    study: Study, sweep: SweepConfig, configs: Sequence[WorkerConfig], slurm: SlurmConfig, home: Path, stop: StopSignals
+) -> jobs.JobFailed | None:
+    """Submit the workers, unless a job of the study has not ended, and follow the job to its end.
+
+    Return the failure of the job, if one of its tasks failed and trials are left. When `sweep.budget_s` is over, the
+    job is cancelled. Raises Interrupted after a signal, which leaves the job running.
+    """
+    name = f"study-{sweep.study}"
+    _requeue_lost(study, name)
+    if job := jobs.find_live(name):
+        print(f"job {job.id} runs the workers of study {sweep.study}: no others are submitted", flush=True)
+    elif not has_work(study, sweep):
+        return None
+    else:
+        write_json(path := home / CONFIGS, [config._asdict() for config in configs])
+        job = jobs.submit(
+            name, [[worker.__name__, str(path.absolute()), str(number)] for number in range(len(configs))], slurm
+        )
+    progress, failure = _Progress(study, sweep, job), None
+    try:
+        jobs.wait(job, stop, progress.show)
+    except jobs.JobFailed as error:
+        failure = error
+    _requeue_lost(study, name)
+    return failure if has_work(study, sweep) and not progress.is_over else None
+
+
+class _Progress:
+    """Prints each trial that ends, and cancels the job when the time of the sweep is over."""
+
+    def __init__(self, study: Study, sweep: SweepConfig, job: jobs.Job) -> None:
+        self.study, self.objective, self.job = study, sweep.objective, job
+        self.is_over = False
+        self._deadline = time.monotonic() + (sweep.budget_s or float("inf"))
+        self._seen = {trial.number for trial in latest_trials(study) if trial.state.is_finished()}
+
+    def show(self) -> None:
+        if not self.is_over and time.monotonic() > self._deadline:
+            self.is_over = True
+            jobs.cancel(self.job.id)
+        for trial in latest_trials(self.study):
+            if trial.state.is_finished() and trial.number not in self._seen:
+                self._seen.add(trial.number)
+                print(f"trial {trial.number}: {self._result(trial)}", flush=True)
+
+    def _result(self, trial: FrozenTrial) -> str:
+        values = ", ".join(f"{key} {value}" for key, value in trial.user_attrs.get(VALUES, {}).items())
+        if trial.state is TrialState.COMPLETE:
+            return f"reached the target after {trial.value:,.6g} {self.objective} ({values})"
+        if trial.state is TrialState.PRUNED:
+            return f"did not reach the target ({values})"
+        return f"failed: {trial.user_attrs.get('reason', 'its worker died too often')} ({values})"
+
+
+def _requeue_lost(study: Study, name: str) -> None:
+    """Re-queue the trials of tasks that have ended, which nobody would resume before the heartbeat timeout."""
+    running = study.get_trials(states=(TrialState.RUNNING,))
+    ended = [job for job in jobs.find_jobs(name) if job.ended] if running else []
+    names = {task_name(job.id, number) for job in ended for number in range(len(job.commands))}
+    for trial in running:
+        if trial.user_attrs.get(WORKER) in names:
+            requeue(study, trial, MAX_RETRIES)
