@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 from waiting import wait_until
 
@@ -88,6 +89,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
         stack.callback(_end_all_jobs)
         yield folder
+    for process in psutil.process_iter(["name", "open_files"]):  # it tries for long to reach a controller that is gone
+        if process.info["name"] == "slurmstepd" and str(folder) in str(process.info["open_files"]):
+            process.kill()
 
 
 def ask(*command: str) -> str:

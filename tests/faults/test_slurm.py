@@ -1,24 +1,22 @@
-"""Jobs on a real Slurm cluster of two nodes: requeued, cancelled, refused; tokens and losses are those of one machine."""
+"""Jobs on a real Slurm cluster of two nodes: requeued, cancelled, refused; results are those of one machine."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from fixtures_slurm import ask
 from fixtures_tokenizer import _project  # noqa: F401 (a fixture)
+from mlflow import MlflowClient
 from waiting import wait_until
 
-from pipeline.cluster.jobs import JobFailed, cancel, find_jobs, find_live, print_jobs, submit, wait
+from pipeline.cluster.jobs import JobFailed, submit, wait
 from pipeline.config.params import load_params
 from pipeline.config.sections import SlurmConfig
 from pipeline.data.encode import write_tokens
 from pipeline.data.token_files import data_sha256
-from pipeline.system.errors import InputError, Interrupted
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals
-from tests.trainings import ROOT, bits, change, end, epochs, output_of, start_world, train
+from tests.trainings import ROOT, STEPS, bits, end, output_of, start_world, train
 
 SHARD_BYTES = 1 << 14
 DEFAULTS = load_params(ROOT / "params.yaml").section(SlurmConfig).updated(cpus=1)
@@ -47,22 +45,28 @@ encode.write_tokens = partial(encode.write_tokens, shard_bytes={SHARD_BYTES})
 sys.exit(main(sys.argv[1:]))
 """
 PAUSING = """
-import time
+import os, time
 from pathlib import Path
+from pipeline.system import distributed
 from pipeline.system.entrypoint import run_stage
 from pipeline.training import train as training
 from stages.train import main
+from tests.trainings import Untracked
 
-evaluate = training.evaluate
+evaluate, launch = training.evaluate, distributed.launch
 
 def pausing(run, record):
     evaluate(run, record)
-    if (pause := Path(f"pause-{record.step}")).exists():
+    if run.world.is_main and (pause := Path(f"pause-{record.step}")).exists():
         pause.rename(paused := Path(f"paused-{record.step}"))
         while paused.exists():
             time.sleep(0.05)
 
 training.evaluate = pausing
+distributed.launch = lambda processes, module, arguments: launch(processes, "pausing", arguments)
+os.setpriority = lambda *arguments: None  # at the lowest priority, MLflow's recorder could take minutes here
+if Path("untracked").exists():
+    training.Recorder = Untracked
 run_stage(main)
 """
 
@@ -102,3 +106,47 @@ def test_an_array_that_is_requeued_in_the_middle_of_a_shard_writes_the_bytes_of_
     assert made.items() - joined.items() <= {("tokenizer.json", made.get("tokenizer.json"))}  # no shard was made again
     write_tokens(Path("data/corpus.txt"), tokenizer, Path("clean"), *arguments, shard_bytes=SHARD_BYTES)
     assert data_sha256(Path("data/tokens")) == data_sha256(Path("clean"))
+
+
+def test_a_training_that_is_requeued_and_cancelled_resumes_in_its_mlflow_run_with_the_same_bits(straight, workspace):
+    Path("pausing.py").write_text(PAUSING)
+    for step in (5, 8):
+        Path(f"pause-{step}").touch()
+    job = submit("train", [["pausing"]], DEFAULTS)
+    reached("paused-5", job)
+    ask("scontrol", "requeue", job.id)
+    Path("paused-5").unlink()
+    reached("paused-8", job)
+    assert state(job)["attempts"] == 2
+    assert [task.state for task in job.tasks] == ["running"]
+    ask("scancel", job.id)
+    Path("paused-8").unlink()
+    with pytest.raises(JobFailed, match=rf"job {job.id} \(train\), task 0: it was cancelled"):
+        follow(job)
+    log = job.log(0).read_text()
+    assert "error: SIGTERM at step 5 of 12" in log
+    assert "resumes from step 5 of 12" in log
+    assert "error: SIGTERM at step 8 of 12" in log
+    follow(again := submit("train", [["pausing"]], DEFAULTS))
+    assert "resumes from step 8 of 12" in again.log(0).read_text()
+    assert bits() == bits(straight)
+    runs = MlflowClient("sqlite:///mlflow.db").search_runs(["1"])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    assert len(MlflowClient("sqlite:///mlflow.db").get_metric_history(runs[0].info.run_id, "loss")) == STEPS
+
+
+def test_a_training_on_two_nodes_has_the_bits_of_two_processes_of_one_machine(workspace):
+    processes = start_world(2, train)
+    assert [end(process) for process in processes] == [0, 0], [output_of(process) for process in processes]
+    expected = bits()
+    shutil.rmtree("checkpoints")
+    Path("pausing.py").write_text(PAUSING)
+    for name in ("untracked", "pause-5"):
+        Path(name).touch()
+    job = submit("train", [["pausing"]], DEFAULTS, nodes=2)
+    reached("paused-5", job)
+    ask("scontrol", "requeue", job.id)
+    Path("paused-5").unlink()
+    follow(job)
+    assert "resumes from step 5 of 12" in job.log(0).read_text()
+    assert bits() == expected
