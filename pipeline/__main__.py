@@ -232,7 +232,7 @@ def clean(arguments: argparse.Namespace) -> None:
     from pipeline.tracking.recorder import RECORDER_LOCK
 
     home, name = project_root() / "checkpoints", arguments.name
-    folders = [path for path in sorted(home.glob("*")) if path.is_dir()]
+    folders = [path for path in sorted(home.glob("*")) if path.is_dir() and path.name != "jobs"]
     to_remove = [path for path in folders if (name in (path.name, path.stem) if name else (path / IDENTITY).is_file())]
     if name and not to_remove:
         raise InputError(f"no run or study {name} in {home}: `ls {home}` shows them")

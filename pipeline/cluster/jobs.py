@@ -23,7 +23,7 @@ from submitit.helpers import clean_env
 
 from pipeline.cluster import task as program
 from pipeline.config.sections import SlurmConfig
-from pipeline.system.errors import InputError, Interrupted, PipelineError
+from pipeline.system.errors import InputError, PipelineError
 from pipeline.system.files import read_json, write_json
 from pipeline.system.host import SOURCE_ROOT, project_root
 from pipeline.system.signals import StopSignals
@@ -230,14 +230,10 @@ def wait(job: Job, stop: StopSignals, each: Callable[[], None] = lambda: None) -
     job running.
     """
     before, shown, poll_s, asked = "", 0, LOG_POLL_S, -math.inf
+    leaving = f"while job {job.id} ({job.name}) runs on, which `totarget jobs` shows, and `totarget jobs --cancel {job.id}` ends"
     tasks: list[TaskState] = []
     while True:
-        if stop.received is not None:
-            raise Interrupted(
-                f"while job {job.id} ({job.name}) runs on: `totarget jobs` shows it, "
-                f"`totarget jobs --cancel {job.id}` ends it",
-                stop.received,
-            )
+        stop.raise_if_received(leaving)
         if time.monotonic() - asked >= poll_s:
             try:
                 tasks = job.tasks
@@ -276,20 +272,23 @@ def cancel(identity: str) -> None:
     chosen = [job.id for job in jobs if job.id == identity or job.after == identity]
     if identity not in chosen:
         raise InputError(f"no job {identity} in {project_root() / JOBS}: `totarget jobs` lists them")
-    done = subprocess.run(["scancel", *chosen], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"scancel {identity}: {_refusal(done.stderr)}")
+    _run("scancel", *chosen)
     print(f"cancelled {', '.join(chosen)}: checkpoints and finished shards are kept")
 
 
 def _squeue() -> list[list[str]]:
     """Id of a task, state, reason, nodes and elapsed time of each of the user's jobs that Slurm knows."""
+    options = [f"--user={getpass.getuser()}", "--states=all", "--array", "--noheader", "--format=%i|%T|%r|%N|%M"]
+    return [line.split("|", 4) for line in _run("squeue", *options).splitlines()]
+
+
+def _run(*command: str) -> str:
+    """The output of a program of Slurm. Raises InputError with what it says if it fails."""
     require_slurm()
-    command = ["squeue", f"--user={getpass.getuser()}", "--states=all", "--array", "--noheader"]
-    done = subprocess.run([*command, "--format=%i|%T|%r|%N|%M"], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"squeue: {_refusal(done.stderr)}")
-    return [line.split("|", 4) for line in done.stdout.splitlines()]
+        raise InputError(f"{command[0]}: {_refusal(done.stderr)}")
+    return done.stdout
 
 
 def _lines(paths: Iterable[Path]) -> list[str]:

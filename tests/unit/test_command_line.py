@@ -22,6 +22,7 @@ def folder(tmp_path, monkeypatch):
     """A project's folder, in which commands run."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    monkeypatch.setattr("pipeline.ops.on_slurm.require_slurm", lambda: None)
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -51,6 +52,25 @@ def command(folder, capsys):
         (["models", "frobnicate"], 2, "invalid choice"),
         (["sweep", "--trials", "[1"], 2, "is not YAML"),
         (["recipe", "lapto"], 2, "error: "),
+        (["train", "--nodes", "2", "--time", "24h"], 2, "error: --time, --nodes: only with --on slurm"),
+        (["train", "--on", "slurm", "--time", "90"], 2, "90: give a time such as 90m or 24h"),
+        (
+            ["train", "--on", "slurm", "--nodes", "0"],
+            2,
+            "slurm.nodes: input should be greater than or equal to 1",
+        ),
+        (["train", "--on", "slurm", "--gpus", "4"], 2, "4 GPUs on each node, but train.processes 1"),
+        (
+            ["train", "--on", "slurm", "--nodes", "3"],
+            2,
+            "32 is not divisible by 3 nodes x 1 processes",
+        ),
+        (["train", "--elastic"], 2, "error: --elastic without --on slurm"),
+        (["train", "--commit", "0000"], 2, "error: params.yaml has changed since this job was submitted"),
+        (["tokenize", "--shard", "0"], 2, "error: --shard and --of belong together"),
+        (["tokenize", "--workers", "3"], 2, "error: --workers: only with --on slurm"),
+        (["jobs"], 0, "no jobs in"),
+        (["jobs", "--cancel", "7"], 2, "error: no job 7 in"),
         (["run"], 2, "error: "),
     ],
 )
@@ -59,6 +79,14 @@ def test_a_command_has_its_exit_code_and_an_error_is_one_line(command, arguments
     assert found == code
     assert words in out + err
     assert err.count("\n") == 1 or not err.startswith("error: ")
+
+
+def test_a_study_and_the_jobs_have_no_common_folder(command, folder):
+    for name in ("aaaa", "jobs"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    assert command("sweep", "--study", "jobs")[0] == 2
+    assert command("clean") == (0, "kept aaaa: a study is removed only by name, `python -m pipeline clean aaaa`\n", "")
+    assert command("clean", "jobs")[0] == 2
 
 
 def test_check_judges_params_yaml_and_not_this_machine(command, folder):

@@ -1,0 +1,51 @@
+"""A task: what it passes to its command, and when it must not be requeued."""
+
+import pytest
+
+from pipeline.cluster.task import Task, is_stuck, job_environment
+
+HAD, MORE = frozenset({"step-00000010"}), frozenset({"step-00000010", "step-00000020"})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "spent_s", "stuck"),
+    [
+        (HAD, HAD, 3_500, True),  # nearly an hour of an hour, and nothing new
+        (HAD, MORE, 3_500, False),
+        (None, HAD, 3_500, False),  # the first time: starting may have taken longer than it will again
+        (HAD, HAD, 100, False),  # pre-empted soon after its start
+    ],
+)
+def test_a_task_is_stuck_if_it_saved_nothing_in_its_whole_time(before, now, spent_s, stuck):
+    assert is_stuck(before, now, spent_s, 3_600) == stuck
+
+
+def test_what_is_saved_is_told_to_the_next_start_and_the_end_is_noted(tmp_path, monkeypatch):
+    for name in ("_stop", "_wait_for_child"):
+        monkeypatch.setattr(Task, name, lambda task: None)
+    task = Task(["stages.train"], tmp_path, 3, tmp_path, 60.0, None)
+    task._node, task._started = 0, -3_600.0  # it ran for more than its minute
+    (tmp_path / "checkpoints" / "aaaa" / "step-00000010").mkdir(parents=True)
+    after = task.checkpoint().function
+    assert after.saved == {str(tmp_path / "checkpoints" / "aaaa" / "step-00000010")}
+    after._node, after._started = 0, -3_600.0
+    assert after.checkpoint() is None
+    said = (tmp_path / "task-3.json").read_text()
+    assert "1 minutes are too short: nothing new was saved in the last two; raise --time" in said
+    (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").parent.mkdir(parents=True)
+    (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").touch()
+    assert after.checkpoint() is not None
+
+
+def test_nodes_find_each_other_by_the_variables_of_torchrun():
+    one = {"PATH": "/bin", "SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1"}
+    assert job_environment(one).keys() == {"PATH", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    assert job_environment(one)["PATH"].endswith(":/bin")
+    several = {**one, "SLURM_JOB_NUM_NODES": "3", "SLURM_PROCID": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.5"}
+    found = job_environment({**several, "SLURM_JOB_ID": "1012345", "SLURM_RESTART_COUNT": "4"})
+    assert {key: value for key, value in found.items() if key.startswith("PET_")} == {
+        "PET_NNODES": "3",
+        "PET_NODE_RANK": "2",
+        "PET_RDZV_ENDPOINT": "10.0.0.5:22345",  # 20000 and the last four digits of the id
+        "PET_RDZV_ID": "1012345.4",  # a rendezvous of its own after each requeue
+    }
