@@ -118,7 +118,10 @@ class Job:
         found = read_json(path)
         code = found["code"]
         state = "running" if code is None else "failed" if code else "done"
-        why = (found["message"] or self._error(number) or f"exit code {code}") if code else ""
+        why = ""
+        if code:
+            last = next(reversed(_lines([self.log(number)])), "no output")
+            why = found["message"] or self._error(number) or f"exit code {code}, {last}"
         return TaskState(number, state, found["host"], why=why, code=code)
 
     def _state(self, number: int, rows: dict[str, list[str]]) -> TaskState:
@@ -230,10 +233,10 @@ def wait(job: Job, stop: StopSignals, each: Callable[[], None] = lambda: None) -
     job running.
     """
     before, shown, poll_s, asked = "", 0, LOG_POLL_S, -math.inf
-    leaving = f"while job {job.id} ({job.name}) runs on, which `totarget jobs` shows, and `totarget jobs --cancel {job.id}` ends"
+    goes_on = f"while job {job.id} ({job.name}) runs on, `totarget jobs` shows it and `totarget jobs --cancel {job.id}`"
     tasks: list[TaskState] = []
     while True:
-        stop.raise_if_received(leaving)
+        stop.raise_if_received(f"{goes_on} ends")
         if time.monotonic() - asked >= poll_s:
             try:
                 tasks = job.tasks
@@ -292,7 +295,7 @@ def _run(*command: str) -> str:
 
 
 def _lines(paths: Iterable[Path]) -> list[str]:
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]
     return [line for text in texts for line in text.splitlines() if line]
 
 

@@ -9,11 +9,12 @@ from fixtures_tokenizer import _project  # noqa: F401 (a fixture)
 from mlflow import MlflowClient
 from waiting import wait_until
 
-from pipeline.cluster.jobs import JobFailed, submit, wait
+from pipeline.cluster.jobs import JobFailed, cancel, find_jobs, submit, wait
 from pipeline.config.params import load_params
 from pipeline.config.sections import SlurmConfig
 from pipeline.data.encode import write_tokens
 from pipeline.data.token_files import data_sha256
+from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals
 from tests.trainings import ROOT, STEPS, bits, end, output_of, start_world, train
@@ -150,3 +151,65 @@ def test_a_training_on_two_nodes_has_the_bits_of_two_processes_of_one_machine(wo
     follow(job)
     assert "resumes from step 5 of 12" in job.log(0).read_text()
     assert bits() == expected
+
+
+SLEEPER = """
+import signal, sys, time
+from pathlib import Path
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+Path("started").touch()
+while not Path("go").exists():
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def sleeper(tmp_path, monkeypatch):
+    """The command of a job that runs until the file `go` is there."""
+    monkeypatch.chdir(tmp_path)
+    Path("sleeper.py").write_text(SLEEPER)
+    return [["sleeper"]]
+
+
+def why(job):
+    return job.tasks[0].why
+
+
+def test_a_job_that_slurm_refuses_or_that_waits_says_why_in_one_line(sleeper, monkeypatch):
+    with pytest.raises(InputError, match="Slurm refuses the job x: Invalid partition name specified"):
+        submit("x", sleeper, DEFAULTS.updated(partition="nope"))
+    assert find_jobs() == []
+    too_long = submit("x", sleeper, DEFAULTS.updated(time_min=61))
+    assert wait_until(lambda: why(too_long), 20).startswith("PartitionTimeLimit (--time is above the limit")
+    cancel(too_long.id)
+    whole = submit("x", sleeper, DEFAULTS.updated(cpus=2), nodes=2)
+    reached("started", whole)
+    waiting = submit("x", sleeper, DEFAULTS.updated(cpus=2, partition="one"))
+    assert wait_until(lambda: why(waiting), 20) == "Resources (the nodes are in use)"
+    Path("go").touch()
+    for job in (whole, waiting):
+        follow(job)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no sbatch on the PATH"):
+        patch.setenv("PATH", "/nowhere")
+        submit("x", sleeper, DEFAULTS)
+
+
+def test_a_job_whose_node_dies_runs_on_another_one_and_one_that_fails_ends_those_after_it(sleeper):
+    job = submit("x", sleeper, DEFAULTS)
+    reached("started", job)
+    Path("started").unlink()
+    node = job.tasks[0].node
+    ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    reached("started", job)
+    assert wait_until(lambda: job.tasks[0].node, 20) != node
+    ask("scontrol", "update", f"nodename={node}", "state=resume")
+    Path("go").touch()
+    follow(job)
+    assert state(job)["attempts"] == 2
+    failing = submit("x", [["no_such_module"]], DEFAULTS)
+    after = submit("x", sleeper, DEFAULTS, after=failing)
+    with pytest.raises(JobFailed, match=r"task 0: exit code 1, .*: No module named no_such_module: see"):
+        follow(failing)
+    with pytest.raises(JobFailed, match="it was cancelled"):
+        follow(after)

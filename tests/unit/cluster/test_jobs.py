@@ -94,7 +94,7 @@ def test_waiting_prints_each_change_and_the_output_and_ends_with_the_exit_code_o
 def test_a_signal_ends_the_waiting_and_not_the_job(made, capsys):
     job, stop = made(rows=[("7", "RUNNING", "None", "n1", "0:01")]), StopSignals()
     stop.received = 2
-    with pytest.raises(Interrupted, match=r"SIGINT while job 7 \(train\) runs on, .*`totarget jobs --cancel 7` ends: "):
+    with pytest.raises(Interrupted, match=r"SIGINT while job 7 \(train\) runs on, .*`totarget jobs --cancel 7` ends"):
         wait(job, stop)
 
 
