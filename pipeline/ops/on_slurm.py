@@ -21,13 +21,13 @@ LAST = "dvc"  # the name of the job that records in dvc.lock what another one ha
 def tokenize_on_slurm(params: Params, slurm: SlurmConfig, n_tasks: int | None) -> None:
     """Encode the text in an array of `n_tasks` tasks; a last job joins the shards by `dvc repro tokenize`."""
     require_slurm()
-    config = params.section(CorpusConfig)
-    _repro("tokenizer")
-    if _is_up_to_date("tokenize"):
-        return
-    n_shards = math.ceil(Path("data/corpus.txt").stat().st_size * config.fraction / SHARD_BYTES)
-    n = n_tasks or max(1, min(MAX_TASKS, n_shards))
     if (job := find_live("tokenize")) is None:
+        config = params.section(CorpusConfig)
+        _repro("tokenizer")
+        if _is_up_to_date("tokenize"):
+            return
+        n_shards = math.ceil(Path("data/corpus.txt").stat().st_size * config.fraction / SHARD_BYTES)
+        n = n_tasks or max(1, min(MAX_TASKS, n_shards))
         commands = [["pipeline", "tokenize", "--shard", str(shard), "--of", str(n)] for shard in range(n)]
         job = _submit_both("tokenize", commands, ["dvc", "repro", "tokenize"], slurm, nodes=1)
     _follow(job)
@@ -48,11 +48,11 @@ def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
             f"windows.micro_batch_size {batch} is not divisible by {slurm.nodes} nodes x {each} processes: "
             "change one of them"
         )
-    _repro("tokenize")
-    if _is_up_to_date("train"):
-        return
     command = ["stages.train", "--params", config.digest, *(["--elastic"] if elastic else [])]
     if (job := find_live("train")) is None:
+        _repro("tokenize")
+        if _is_up_to_date("train"):
+            return
         job = _submit_both("train", [command], ["pipeline", "train", "--commit", config.digest], slurm, slurm.nodes)
     elif job.commands != [command]:
         raise InputError(

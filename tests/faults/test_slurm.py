@@ -24,7 +24,7 @@ DEFAULTS = load_params(ROOT / "params.yaml").section(SlurmConfig).updated(cpus=1
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
-# Programs that the jobs run in place of `pipeline` and `stages.train`. Each stops at a moment that a test can see.
+# Programs that the jobs run in place of `pipeline` and `stages.train`. Each stops at a moment that a test can see, until it gets a signal.
 SMALL_SHARDS = f"""
 import sys, time
 from functools import partial
@@ -46,7 +46,7 @@ encode.write_tokens = partial(encode.write_tokens, shard_bytes={SHARD_BYTES})
 sys.exit(main(sys.argv[1:]))
 """
 PAUSING = """
-import os, time
+import os, signal, time
 from pathlib import Path
 from pipeline.system import distributed
 from pipeline.system.entrypoint import run_stage
@@ -59,8 +59,8 @@ evaluate, launch = training.evaluate, distributed.launch
 def pausing(run, record):
     evaluate(run, record)
     if run.world.is_main and (pause := Path(f"pause-{record.step}")).exists():
-        pause.rename(paused := Path(f"paused-{record.step}"))
-        while paused.exists():
+        pause.rename(f"paused-{record.step}")
+        while signal.getsignal(signal.SIGTERM).__self__.received is None:
             time.sleep(0.05)
 
 training.evaluate = pausing
@@ -116,12 +116,10 @@ def test_a_training_that_is_requeued_and_cancelled_resumes_in_its_mlflow_run_wit
     job = submit("train", [["pausing"]], DEFAULTS)
     reached("paused-5", job)
     ask("scontrol", "requeue", job.id)
-    Path("paused-5").unlink()
     reached("paused-8", job)
     assert state(job)["attempts"] == 2
     assert [task.state for task in job.tasks] == ["running"]
     ask("scancel", job.id)
-    Path("paused-8").unlink()
     with pytest.raises(JobFailed, match=rf"job {job.id} \(train\), task 0: it was cancelled"):
         follow(job)
     log = job.log(0).read_text()
@@ -147,7 +145,6 @@ def test_a_training_on_two_nodes_has_the_bits_of_two_processes_of_one_machine(wo
     job = submit("train", [["pausing"]], DEFAULTS, nodes=2)
     reached("paused-5", job)
     ask("scontrol", "requeue", job.id)
-    Path("paused-5").unlink()
     follow(job)
     assert "resumes from step 5 of 12" in job.log(0).read_text()
     assert bits() == expected
