@@ -24,7 +24,7 @@ DEFAULTS = load_params(ROOT / "params.yaml").section(SlurmConfig).updated(cpus=1
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
-# Programs that the jobs run in place of `pipeline` and `stages.train`. Each stops at a moment that a test can see, until it gets a signal.
+# Programs that jobs run in place of `pipeline` and `stages.train`. Each stops at a moment that a test can see.
 SMALL_SHARDS = f"""
 import sys, time
 from functools import partial
