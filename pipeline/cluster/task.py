@@ -111,11 +111,12 @@ class Task:
 
 
 def is_stuck(before: frozenset[str] | None, now: frozenset[str], spent_s: float, time_s: float) -> bool:
-    """Whether nothing was finished between two requeues, although the job had most of its time.
+    """Whether nothing was finished between two requeues, although the job had its time.
 
-    A pre-emption may come at any moment, also twice before the first checkpoint, so that it says nothing.
+    A pre-emption says nothing: it may come at any moment, also twice before the first checkpoint. Slurm may warn a
+    minute early, so that a third of the time counts as all of it.
     """
-    return before == now and spent_s > time_s / 2
+    return before == now and spent_s > time_s / 3
 
 
 def job_environment(given: Mapping[str, str]) -> dict[str, str]:

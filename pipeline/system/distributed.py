@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -116,12 +117,21 @@ def joined(world: World) -> Iterator[None]:
         except (Interrupted, DivergedError):  # every process raises the same error
             watch.wait_for_all()
             raise
-        except RuntimeError:
+        except RuntimeError as error:
             if watch.lost.wait(4 * POLL_S):  # the connection may break before the watch finds the dead process
                 raise PeerLost(watch.message) from None
+            if world.size > world.local_size and is_lost_connection(error):
+                raise PeerLost(
+                    "another machine of this training is gone: run the same command again to resume"
+                ) from None
             raise
         watch.wait_for_all()
     dist.destroy_process_group()
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether Gloo or NCCL raised `error` because a process on another machine is gone."""
+    return re.search("onnection (closed|reset) by peer|roken pipe|remote process exited", str(error)) is not None
 
 
 class _Watch:

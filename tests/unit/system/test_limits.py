@@ -51,6 +51,12 @@ def test_cores_are_limited_by_each_cgroup(machine, own, files, expected):
     assert cores() == expected
 
 
+def test_a_job_uses_no_more_cores_than_slurm_gives_it(machine, monkeypatch):
+    machine(V2, {})
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert cores() == 3
+
+
 @pytest.mark.parametrize(
     ("own", "files", "expected"),
     [
