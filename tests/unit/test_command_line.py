@@ -52,7 +52,7 @@ def command(folder, capsys):
         (["models", "frobnicate"], 2, "invalid choice"),
         (["sweep", "--trials", "[1"], 2, "is not YAML"),
         (["recipe", "lapto"], 2, "error: "),
-        (["train", "--nodes", "2", "--time", "24h"], 2, "error: --time, --nodes: only with --on slurm"),
+        (["train", "--nodes", "2", "--time", "24h"], 2, "error: --nodes, --time: only with --on slurm"),
         (["train", "--on", "slurm", "--time", "90"], 2, "90: give a time such as 90m or 24h"),
         (
             ["train", "--on", "slurm", "--nodes", "0"],
