@@ -236,6 +236,11 @@ def clean(arguments: argparse.Namespace) -> None:
     to_remove = [path for path in folders if (name in (path.name, path.stem) if name else (path / IDENTITY).is_file())]
     if name and not to_remove:
         raise InputError(f"no run or study {name} in {home}: `ls {home}` shows them")
+    if name and (home / "jobs").is_dir():
+        from pipeline.cluster.jobs import find_live
+
+        if job := find_live(f"study-{name}"):
+            raise InputError(f"job {job.id} trains study {name}: `python -m pipeline jobs --cancel {job.id}` ends it")
     for folder in to_remove:
         with locked(folder.with_suffix(".lock")), locked(folder / RECORDER_LOCK, wait=True):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

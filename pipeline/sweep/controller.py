@@ -217,7 +217,7 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
             del workers[number]
             for trial in study.get_trials(states=(TrialState.RUNNING,)):
                 if trial.user_attrs.get(WORKER) == worker_name(process.pid):
-                    requeue(study, trial, MAX_RETRIES)
+                    requeue(study, trial, died=True)
             if process.returncode and not stopping:
                 deaths += 1
                 print(f"worker {process.pid} died, exit code {process.returncode}", flush=True)

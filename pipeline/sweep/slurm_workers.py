@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.cluster import jobs
 from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.sweep import worker
-from pipeline.sweep.study import MAX_RETRIES, VALUES, has_work, latest_trials, requeue
+from pipeline.sweep.study import VALUES, has_work, latest_trials, requeue
 from pipeline.sweep.worker import WORKER, WorkerConfig, task_name
 from pipeline.system.files import write_json
 from pipeline.system.signals import StopSignals
@@ -80,4 +80,4 @@ def _requeue_lost(study: Study, name: str) -> None:
     names = {task_name(job.id, number) for job in ended for number in range(len(job.commands))}
     for trial in running:
         if trial.user_attrs.get(WORKER) in names:
-            requeue(study, trial, MAX_RETRIES)
+            requeue(study, trial, died=True)

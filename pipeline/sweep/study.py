@@ -1,5 +1,6 @@
 """Open an Optuna study, check the settings that its trials share, and queue its trials."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ SHARED = "question"  # user attribute of a study: the settings that all of its t
 VALUES = "values"  # user attribute of a trial: the value of each key that differs between trials, by dotted key
 SURPLUS = "surplus"  # user attribute of a trial: its worker found that the last trial of the list was taken
 CONFIRMED = "confirmed"  # user attribute of a searched study: the winner of `sweep confirm`
-MAX_RETRIES = 3  # of a trial whose worker died: the trial may be the cause
+DEATHS = "deaths"  # user attribute of a trial: how many workers died in it
+MAX_RETRIES = 3  # of a trial whose worker died
 FILES = ("journal", "sqlite")  # storages that are files, SCHEME:///PATH
 
 
@@ -44,17 +46,16 @@ def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> BaseStorag
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # workers print their trials themselves
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
-    retry = RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)
     try:
         if url.startswith("journal:///"):
-            return JournalStudyStorage(root / url.removeprefix("journal:///"), heartbeat_timeout_s, retry)
+            return JournalStudyStorage(root / url.removeprefix("journal:///"), heartbeat_timeout_s, requeue_dead)
         with _exclusive(url, root):
             return RDBStorage(
                 absolute_url(url, root),
                 engine_kwargs={"connect_args": {"timeout": 60}} if is_sqlite(url) else {"pool_pre_ping": True},
                 heartbeat_interval=max(1, int(heartbeat_timeout_s / 6)),
                 grace_period=int(heartbeat_timeout_s),
-                heartbeat_stale_trial_callback=retry,
+                heartbeat_stale_trial_callback=requeue_dead,
             )
     except ImportError:
         raise InputError("sweep.storage: PostgreSQL's driver is not installed: `pip install '.[postgres]'`") from None
@@ -205,11 +206,26 @@ def has_ended(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (trial.state is TrialState.FAIL and diverged)
 
 
-def requeue(study: Study, trial: FrozenTrial, max_retries: int | None = None) -> None:
-    """Mark an unfinished trial as failed, and queue its settings again: the retry resumes from the checkpoint."""
+def requeue(study: Study, trial: FrozenTrial, died: bool = False) -> None:
+    """Mark an unfinished trial as failed, and queue its settings again: the retry resumes from the checkpoint.
+
+    `died`: its worker ended without a signal that it could answer, of which the trial may be the cause.
+    """
     if trial.state is TrialState.RUNNING:
         study.tell(trial.number, state=TrialState.FAIL)
-    RetryHeartbeatStaleTrialCallback(max_retry=max_retries)(study, trial)
+    if died:
+        requeue_dead(study, trial)
+    else:
+        RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+def requeue_dead(study: Study, trial: FrozenTrial) -> None:
+    """Queue a failed trial, whose worker has died, again, but not for ever; interruptions do not count."""
+    deaths = trial.user_attrs.get(DEATHS, 0) + 1
+    if deaths <= MAX_RETRIES:
+        trial = copy.deepcopy(trial)
+        trial.user_attrs[DEATHS] = deaths
+        RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def latest_trials(study: Study) -> list[FrozenTrial]:

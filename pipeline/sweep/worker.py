@@ -20,7 +20,6 @@ from pipeline.data.token_files import count_tokens
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import with_values
 from pipeline.sweep.study import (
-    MAX_RETRIES,
     VALUES,
     has_work,
     join_study,
@@ -83,7 +82,7 @@ class Worker:
         """Train until no work is left. A task that Slurm has started again first re-queues its own trial."""
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if self.task else ():
             if trial.user_attrs.get(WORKER) == self.task:
-                requeue(self.study, trial, MAX_RETRIES)
+                requeue(self.study, trial, died=True)
         while self.stop.received is None and has_work(self.study, self.sweep):
             try:
                 self.study.optimize(self._value, n_trials=1, catch=PipelineError, callbacks=[requeue_interrupted])

@@ -27,8 +27,8 @@ COMMAND = """if True:
     """
 
 
-def start_sweep(trials):
-    command = [sys.executable, "-c", COMMAND, "sweep", "--trials", str(trials), "--workers", "2"]
+def start_sweep(trials, *flags):
+    command = [sys.executable, "-c", COMMAND, "sweep", "--trials", str(trials), "--workers", "2", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 

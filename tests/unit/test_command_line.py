@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,3 +140,16 @@ def test_clean_keeps_a_run_that_another_process_trains(command, checkpoints):
     assert code == 6
     assert "aaaa" in said
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == RUNS
+
+
+def test_clean_keeps_a_study_that_a_job_on_slurm_trains_and_the_records_of_jobs(command, checkpoints, monkeypatch):
+    (checkpoints / "jobs").mkdir()
+    monkeypatch.setattr(
+        "pipeline.cluster.jobs.find_live", lambda name: SimpleNamespace(id="7") if name == "study-search" else None
+    )
+    assert command("clean", "search")[::2] == (
+        2, "error: job 7 trains study search: `python -m pipeline jobs --cancel 7` ends it\n"
+    )  # fmt: skip
+    assert command("clean", "jobs")[0] == 2
+    assert command("clean", "aaaa")[0] == 0
+    assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["bbbb", "jobs", "search"]

@@ -67,13 +67,15 @@ def test_a_study_has_work_until_all_trials_are_started_and_a_retry_is_not_one_mo
     assert [trial.number for trial in latest_trials(study)] == [0, 1, 2, 3, 5]
 
 
-def test_a_trial_that_kills_every_worker_is_not_retried_forever(study):
+def test_a_trial_that_kills_every_worker_is_not_retried_forever_and_interruptions_do_not_count(study):
     study.ask()
-    for number in range(MAX_RETRIES):
-        requeue(study, study.trials[number], MAX_RETRIES)
+    for number in range(2 * MAX_RETRIES):
+        requeue(study, study.trials[number], died=number % 2 == 1)
         assert study.ask().number == number + 1
-    requeue(study, study.trials[MAX_RETRIES], MAX_RETRIES)
-    assert len(study.trials) == MAX_RETRIES + 1
+    requeue(study, study.trials[-1])
+    assert study.ask().number == 2 * MAX_RETRIES + 1
+    requeue(study, study.trials[-1], died=True)
+    assert len(study.trials) == 2 * MAX_RETRIES + 2
 
 
 def test_patience_ends_a_study_that_finds_nothing_better(study):

@@ -1,0 +1,126 @@
+"""A study's job on Slurm, with the cluster replaced: joined, failed, lost trials, and the end of the time."""
+
+from types import SimpleNamespace as Namespace
+
+import pytest
+from optuna.trial import TrialState
+
+from pipeline.cluster.jobs import JobFailed
+from pipeline.sweep import slurm_workers
+from pipeline.sweep.slurm_workers import run_on_slurm
+from pipeline.sweep.worker import WORKER, Worker, WorkerConfig, task_name
+from pipeline.system.files import read_json
+from pipeline.system.signals import StopSignals
+from tests.studies import new_study, sweep_config
+
+CONFIG = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
+
+
+class Cluster:
+    """Replaces pipeline.cluster.jobs: a job ends after `wait` has called `during` and `each`."""
+
+    JobFailed = JobFailed
+
+    def __init__(self, during=lambda: None, failure=None, jobs=()):
+        self.during, self.failure, self.jobs, self.cancelled = during, failure, list(jobs), []
+
+    def find_jobs(self, name):
+        return [job for job in self.jobs if job.name == name]
+
+    def find_live(self, name):
+        return next((job for job in self.find_jobs(name) if not job.ended), None)
+
+    def submit(self, name, commands, slurm):
+        self.jobs.append(job := Namespace(id="9", name=name, commands=commands, ended=False))
+        return job
+
+    def wait(self, job, stop, each):
+        each()
+        self.during()
+        each()
+        job.ended = True
+        if self.failure:
+            raise self.failure
+
+    def cancel(self, identity):
+        self.cancelled.append(identity)
+
+
+@pytest.fixture
+def follow(monkeypatch, tmp_path):
+    def call(study, sweep, cluster):
+        monkeypatch.setattr(slurm_workers, "jobs", cluster)
+        return run_on_slurm(study, sweep, [CONFIG] * 2, None, tmp_path, StopSignals())
+
+    return call
+
+
+def job(name="study-s", identity="7", ended=True):
+    return Namespace(id=identity, name=name, commands=[["a"], ["b"]], ended=ended)
+
+
+def ask(study, worker):
+    (trial := study.ask()).set_user_attr(WORKER, worker)
+    return trial
+
+
+def states(study):
+    return [trial.state for trial in study.trials]
+
+
+def test_the_workers_are_an_array_job_which_a_second_sweep_joins(follow, tmp_path, capsys):
+    study, sweep = new_study(sweep_config(trials=1)), sweep_config(trials=1)
+    cluster = Cluster(during=lambda: study.tell(ask(study, task_name("9", 0)), 5.0))
+    assert follow(study, sweep, cluster) is None
+    (submitted,) = cluster.jobs
+    path = tmp_path / "workers.json"
+    assert submitted.commands == [["pipeline.sweep.worker", str(path), str(number)] for number in range(2)]
+    assert [WorkerConfig(**config) for config in read_json(path)] == [CONFIG] * 2
+    assert "trial 0: reached the target after 5 tokens" in capsys.readouterr().out
+    submitted.ended = False
+    assert follow(study, sweep, cluster) is None
+    assert "job 9 runs the workers of study s" in capsys.readouterr().out
+    assert follow(study, sweep, cluster) is None  # all trials have ended: nothing is submitted
+    assert len(cluster.jobs) == 1
+
+
+def test_the_failure_of_a_job_is_reported_if_trials_are_left(follow):
+    study, failure = new_study(sweep_config()), JobFailed("its node died", 1)
+    finish = lambda: study.tell(study.ask(), 5.0)  # noqa: E731
+    assert follow(study, sweep_config(trials=2), Cluster(finish, failure)) is failure
+    assert follow(study, sweep_config(trials=2), Cluster(finish, failure)) is None
+
+
+def test_a_trial_of_a_task_that_has_ended_is_queued_again_at_once(follow):
+    study, sweep = new_study(sweep_config(trials=4)), sweep_config(trials=4)
+    for worker in (task_name("7", 1), task_name("8", 0), task_name("70", 1), "host:7"):  # lost, alive, and not ours
+        ask(study, worker)
+    follow(study, sweep, Cluster(jobs=[job(), job(identity="8", ended=False), job("study-other", "70")]))
+    assert states(study)[:4] == [TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
+    assert states(study)[4:] == [TrialState.WAITING] * 2  # that of job 8 when the job has ended
+
+
+def test_the_job_is_cancelled_when_the_time_of_the_sweep_is_over(follow):
+    study = new_study(sweep_config())
+    cluster = Cluster(failure=JobFailed("it was cancelled", 1))
+    assert follow(study, sweep_config(budget_s=1e-9), cluster) is None
+    assert cluster.cancelled == ["9"]
+
+
+def test_a_task_that_slurm_starts_again_queues_its_own_trial_and_no_other():
+    study, sweep = new_study(sweep_config(trials=2)), sweep_config(trials=2)
+    for number in range(2):
+        ask(study, task_name("7", number))
+    worker = object.__new__(Worker)
+    worker.study, worker.sweep, worker.stop, worker.task = study, sweep, StopSignals(), task_name("7", 1)
+    trained = []
+
+    def value(trial):
+        trained.append(trial.number)
+        return 5.0
+
+    worker._value = value
+    worker.work()
+    assert states(study) == [TrialState.RUNNING, TrialState.FAIL, TrialState.COMPLETE]
+    assert trained == [2]
+    assert study.trials[2].system_attrs["retry_history"] == [1]
