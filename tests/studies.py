@@ -72,6 +72,12 @@ def sweep_project(prepared, folder):
     change(folder, **longer, **{"optim.lr": 0.004, "target.loss": 6.0, "checkpoint.interval_steps": 5})
 
 
-def study_here():
-    """The study of the project in the working directory."""
-    return find_study(load_params().section(SweepConfig), Path.cwd())
+def study_here(name=None):
+    """The study of the project in the working directory, or another one of its storage."""
+    sweep = load_params().section(SweepConfig)
+    return find_study(sweep.updated(study=name) if name else sweep, Path.cwd())
+
+
+def list_folder(prefix):
+    """The folder of the only list of trials whose name begins with `prefix`; None before there is one."""
+    return next((path for path in Path("checkpoints").glob(f"{prefix}-*") if path.is_dir()), None)

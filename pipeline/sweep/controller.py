@@ -165,8 +165,8 @@ def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     best, shared = require_best(study), study.user_attrs[SHARED]
     name, values = f"trial {best.number}", best.user_attrs[VALUES]
     if confirmed := study.user_attrs.get(CONFIRMED):
-        if best.number not in confirmed["trials"]:
-            print(f"trial {best.number} has the lowest cost, and was not confirmed: `sweep confirm` compares it")
+        if not any(compared.items() <= values.items() for compared in confirmed["compared"]):
+            print(f"{name} has the lowest cost, and was not compared: `python -m pipeline sweep confirm` does it")
         name, values = confirmed["name"], confirmed["values"]
     print(f"applying {name}, {'the confirmed winner' if confirmed else 'the trial with the lowest cost'}")
     config = RunConfig.of(with_values(load_params(path), values, sweep.micro_batch_tokens))

@@ -96,9 +96,8 @@ def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int, slur
         ]
         found = _confirm_outcome(study, candidates, len(seeds), figures)
         if winner := found.tags.get("winner"):
-            tested = [int(name.removeprefix("trial ")) for name in chosen if name != "default"]
-            confirmed = {"name": winner, "values": chosen[winner], "trials": tested, "verdict": found.tags["verdict"]}
-            searched.set_user_attr(CONFIRMED, confirmed)
+            confirmed = {"name": winner, "values": chosen[winner], "compared": [*chosen.values()]}
+            searched.set_user_attr(CONFIRMED, confirmed | {"verdict": found.tags["verdict"]})
         return found
 
     require_best(_run_list(params, sweep, placement, f"{sweep.study}-confirm", [*keys, SEED], listed, sha256, outcome))

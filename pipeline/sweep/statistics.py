@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
 
 
 def rank(candidates: Sequence[Candidate], objective: str) -> list[Candidate]:
-    """The candidates by the share of seeds that missed the target, then by mean cost; those without a seed are last."""
+    """The candidates by the share of seeds that missed the target, then by mean cost; those without a run are last."""
 
     def key(candidate: Candidate) -> tuple[float, float]:
         if not candidate.trials:

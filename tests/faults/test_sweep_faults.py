@@ -5,16 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
+from pipeline.sweep.replicate import RESULTS
 from pipeline.sweep.study import join_study, open_storage
 from pipeline.sweep.worker import WORKER
 from pipeline.system.errors import InputError
-from tests.studies import ROOT, shared_by, study_here, sweep_config, sweep_project
+from pipeline.system.files import read_json
+from pipeline.tracking.fingerprint import IDENTITY
+from pipeline.tracking.journal import Journal
+from pipeline.training.run import RESUMES
+from tests.studies import ROOT, list_folder, shared_by, study_here, sweep_config, sweep_project
 from tests.trainings import change
 from tests.waiting import is_alive, wait_until
 
@@ -28,7 +34,11 @@ COMMAND = """if True:
 
 
 def start_sweep(trials, *flags):
-    command = [sys.executable, "-c", COMMAND, "sweep", "--trials", str(trials), "--workers", "2", *flags]
+    return start("sweep", "--trials", str(trials), "--workers", "2", *flags)
+
+
+def start(*arguments):
+    command = [sys.executable, "-c", COMMAND, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
@@ -135,3 +145,43 @@ def test_killed_writers_neither_damage_the_journal_of_a_study_nor_stop_the_other
 
 def lines_in(path):
     return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def test_a_set_of_seeds_survives_the_death_of_the_machine_and_trains_each_seed_once(
+    tmp_path, monkeypatch, store, prepared
+):  # D2
+    sweep_project(prepared, tmp_path)
+    change(tmp_path, **{"target.loss": 4.0, "sweep.heartbeat_timeout_s": 5})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+
+    def kill_in_the_second_seed(head):
+        """Kill the worker and the sweep, once there is a checkpoint of the second seed; return whether it did."""
+        if (folder := list_folder("replicate")) is None or len(list(folder.glob(f"*/{IDENTITY}"))) < 2:
+            return False
+        running = study_here(folder.name).get_trials(states=(TrialState.RUNNING,))
+        if not any(folder.glob(f"{trial.user_attrs.get('fingerprint')}/step-*") for trial in running):
+            return False
+        head.send_signal(signal.SIGSTOP)  # it cannot re-queue the trial
+        os.kill(int(running[0].user_attrs[WORKER].rpartition(":")[2]), signal.SIGKILL)
+        head.kill()
+        return True
+
+    head = start("replicate", "--seeds", "3", "--workers", "1")
+    assert wait_until(lambda: kill_in_the_second_seed(head) or head.poll() is not None, 180)
+    assert head.wait(60) == -signal.SIGKILL, head.communicate()[0]
+    said, _ = (again := start("replicate", "--seeds", "3", "--workers", "1")).communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert "3 of 3 seeds trained, 3 reached the target (100%)" in said
+    runs = read_json((folder := list_folder("replicate")) / RESULTS)["runs"]
+    assert [(run["seed"], run["state"]) for run in runs] == [(1, "reached"), (2, "reached"), (3, "reached")]
+    assert len(list(folder.glob(f"*/{IDENTITY}"))) == 3
+    for run in runs:
+        steps = Journal(folder / run["fingerprint"])
+        with closing(steps):
+            assert steps.records[-1].step == len(steps.records) == run["steps"]
+        query = f"tags.fingerprint = '{run['fingerprint']}'"
+        (tracked,) = store.client.search_runs([store.experiment_id], query)
+        assert (tracked.info.status, tracked.info.run_id) == ("FINISHED", run["mlflow_run_id"])
+    assert (folder / runs[1]["fingerprint"] / RESUMES).read_text().split() != []
+    assert not (folder / runs[0]["fingerprint"] / RESUMES).exists()

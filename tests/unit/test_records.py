@@ -41,6 +41,17 @@ def test_a_records_steps_with_its_recipe_give_its_tokens(recipe):
     assert number(record["train s"]) < number(record["wall s"])
 
 
+@pytest.mark.parametrize("row", RECORDS, ids=lambda row: f"{row['recipe'].strip('`')}-{row['date']}")
+def test_a_spread_is_that_of_n_seeds_of_which_the_row_is_one(row):
+    n, spread = int(row["n"]), row["tokens of n seeds"]
+    if n == 1:
+        assert spread == "-"
+    else:
+        mean, sd = map(number, spread.split(" ± "))
+        # No value of a sample is further from its mean (Samuelson 1968); both are rounded to tokens.
+        assert abs(number(row["tokens"]) - mean) <= (sd + 0.5) * (n - 1) / math.sqrt(n) + 0.5
+
+
 @pytest.mark.parametrize("recipe", LATEST)
 def test_readme_compares_the_latest_record(recipe):
     below = "held-out characters" if LATEST[recipe]["rule"] == "validation" else "trained by"
