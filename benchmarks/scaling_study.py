@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import alembic.command  # noqa: F401 (Optuna imports it when it opens a database; here once for all workers)
 import numpy as np
 import optuna
 from optuna.study import Study
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="duration of each measurement of workers and mlflow"
     )
+    parser.add_argument("--running", type=int, default=0, help="trials: how many of other workers are running")
     parser.add_argument("--figures", action="store_true", help="trials: also draw the study's figures, which is slow")
     parser.add_argument("--step-s", type=float, default=0.5, help="duration of a simulated training step")
     arguments = parser.parse_args()
@@ -84,7 +86,9 @@ def measure_workers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for count in arguments.counts:
         with tempfile.TemporaryDirectory() as folder:
             sweep, shared = settings(storage=arguments.storage, trials=10**6, workers=2)
-            open_study(sweep, shared, Path(folder))  # creates it
+            study, space = open_study(sweep, shared, Path(folder)), distributions(sweep)
+            for number in range(20):  # so that the pruner has a best trial
+                study.add_trial(simulated_trial(number, random.Random(number), space))  # noqa: S311 (no secret)
             jobs = [(sweep, shared, folder, n, arguments.seconds, arguments.step_s) for n in range(count)]
             found = in_processes(simulate_worker, jobs)
             yield {"storage": arguments.storage, "workers": count} | summary(found, arguments.seconds)
@@ -100,8 +104,13 @@ class SimulatedWorker(Worker):
         self.stop: Any = SimpleNamespace(received=None)
         self.report_s: list[float] = []
         self.start_s: list[float] = []
+        self.report_cpu_s: list[float] = []
+        self.start_cpu_s: list[float] = []
         self.slept_s, self.trials = 0.0, 0
-        self._ended = time.perf_counter()
+        self.mark_end()
+
+    def mark_end(self) -> None:
+        self._ended, self._ended_cpu = time.perf_counter(), time.thread_time()
 
     def _train(self, trial: Trial) -> float:
         values = suggest(trial, self.sweep)
@@ -113,25 +122,27 @@ class SimulatedWorker(Worker):
         )
         reporter = TrialReporter(trial, run, self.sweep)
         self.start_s.append(time.perf_counter() - self._ended)
+        self.start_cpu_s.append(time.thread_time() - self._ended_cpu)
         try:
             for record in simulated_records(values):
                 time.sleep(self.step_s)
                 self.slept_s += self.step_s
                 run.records.append(record)
-                began, reported = time.perf_counter(), reporter._reported
+                began, cpu, reported = time.perf_counter(), time.thread_time(), reporter._reported
                 if self.stop.received is None and began > self.deadline:
                     self.stop.received = 15
                     raise Pruned("the time is over")
                 reporter.after_step(record)
                 if reporter._reported > reported:
                     self.report_s.append(time.perf_counter() - began)
+                    self.report_cpu_s.append(time.thread_time() - cpu)
                 if reporter._is_reached():
                     break
             reporter.require_target()
             return reporter.spent
         finally:
             self.trials += 1
-            self._ended = time.perf_counter()
+            self.mark_end()
 
 
 def simulated_records(values: dict[str, Any]) -> Iterator[StepRecord]:
@@ -151,7 +162,8 @@ def simulate_worker(
     opened = time.perf_counter()
     worker.deadline = opened + seconds
     time.sleep(random.Random(number).uniform(0, step_s))  # noqa: S311 (workers do not report at the same instant)
-    worker._ended, errors, cpu = time.perf_counter(), "", sum(os.times()[:2])
+    errors, cpu = "", sum(os.times()[:2])
+    worker.mark_end()
     try:
         worker.work()
     except Exception as error:  # what fails under load is a result
@@ -160,6 +172,8 @@ def simulate_worker(
         "open_s": opened - began,
         "reports": worker.report_s,
         "starts": worker.start_s,
+        "report_cpu": worker.report_cpu_s,
+        "start_cpu": worker.start_cpu_s,
         "trials": worker.trials,
         "writes": sum(worker.writes.values()),
         "slept_s": worker.slept_s,
@@ -170,14 +184,19 @@ def simulate_worker(
 
 
 def summary(found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    reports, starts = ([value for one in found for value in one[key]] for key in ("reports", "starts"))
+    def together(key: str) -> list[float]:
+        return [value for one in found for value in one[key]]
+
+    reports = together("reports")
     wall = sum(one["wall_s"] for one in found)
     return {
         "trials_per_s": round(sum(one["trials"] for one in found) / seconds, 2),
         "reports_per_s": round(len(reports) / seconds, 1),
         "writes_per_s": round(sum(one["writes"] for one in found) / seconds, 1),
         "report_ms": quantiles_ms(reports),
-        "start_ms": quantiles_ms(starts),
+        "start_ms": quantiles_ms(together("starts")),
+        "report_cpu_ms": quantiles_ms(together("report_cpu"))[0],
+        "start_cpu_ms": quantiles_ms(together("start_cpu"))[0],
         "open_ms": quantiles_ms([one["open_s"] for one in found]),
         "cpu_ms_per_report": round(1000 * sum(one["cpu_s"] for one in found) / max(1, len(reports)), 2),
         "asleep": round(sum(one["slept_s"] for one in found) / wall, 3),
@@ -205,10 +224,16 @@ def measure_trials(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         space = distributions(sweep)
         for number in range(first := min(arguments.counts)):
             study.add_trial(simulated_trial(number, chance, space))
+        running = 0
         for count in arguments.counts:
             for number in range(len(study.get_trials(deepcopy=False)), count, first):
                 multiply(study, first, chance, space, number)
-            yield {"storage": arguments.storage, "trials": len(study.get_trials(deepcopy=False))} | {
+            for number in range(running, arguments.running):
+                trial = simulated_trial(number, chance, space)
+                trial.state, trial.values, trial.datetime_complete = TrialState.RUNNING, None, None
+                study.add_trial(trial)
+            running = arguments.running
+            yield {"storage": arguments.storage, "trials": count, "running": running} | {
                 f"{name}_ms": round(1000 * value, 2)
                 for name, value in questions(sweep, shared, root, arguments.figures).items()
             }
@@ -254,8 +279,13 @@ def questions(sweep: SweepConfig, shared: dict[str, Any], root: Path, figures: b
     values = suggest(trial, sweep)
     timed("ended_with", lambda: ended_with(values, study))
     steps = iter(range(1, 100))
-    timed("report", lambda: trial.report(5.0, next(steps)))
-    timed("should_prune", trial.should_prune)
+
+    def report() -> None:  # as a TrialReporter does
+        trial.report(5.0, next(steps))
+        best_trial(study)
+        trial.should_prune()
+
+    timed("report", report)
     study.tell(trial, state=TrialState.PRUNED)
 
     def ask() -> None:

@@ -193,11 +193,16 @@ def enqueue_list(study: Study, listed: Sequence[dict[str, Any]]) -> None:
 
     The values are an attribute of the trial, since Optuna's choices cannot grow when the list does.
     """
-    trials = unfinished_trials(study) + [trial for trial in latest_trials(study) if has_ended(trial)]
-    present = [trial.user_attrs.get(VALUES) for trial in trials]
+    trials = [trial for trial in latest_trials(study) if not trial.state.is_finished() or has_ended(trial)]
+    present = {_key(trial.user_attrs.get(VALUES, {})) for trial in trials}
     for values in listed:
-        if values not in present:
+        if _key(values) not in present:
             study.enqueue_trial({}, user_attrs={VALUES: values})
+
+
+def _key(values: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    """The values in a form that a set can contain."""
+    return frozenset((key, as_choice(value)) for key, value in values.items())
 
 
 def has_ended(trial: FrozenTrial) -> bool:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.sweep import pruner
-from pipeline.sweep.pruner import ExtrapolationPruner, forecast
+from pipeline.sweep.pruner import ExtrapolationPruner, best_trial, forecast
 from tests.studies import add
 
 # Mean losses of the epochs of a run like the recipe `laptop`'s: flat at first, falling faster towards the end.
@@ -61,6 +61,25 @@ def test_a_trial_is_pruned_when_its_forecast_is_too_far_behind_the_best(loss, is
     assert not trial.should_prune()  # it has no report yet
     trial.report(loss, 50)  # the best had 3.6 at 45.7 and 3.8 at 44.3, and the tolerance is 5
     assert trial.should_prune() is is_pruned
+
+
+def test_a_best_trial_that_only_repeats_another_one_prunes_by_the_curve_of_that_one():
+    study = optuna.create_study(pruner=ExtrapolationPruner(tolerance=0.05))
+    add(study, value=90.0)  # without reports
+    add(study, value=90.0, curve={0: 10.0, 90: 0.1})
+    assert best_trial(study).number == 1
+    trial = study.ask()
+    trial.report(9.0, 80)
+    assert trial.should_prune()
+
+
+def test_the_best_trial_is_found_without_reading_the_trials_that_are_running(monkeypatch):
+    study = optuna.create_study(pruner=ExtrapolationPruner(tolerance=0.05))
+    add(study, value=90.0, curve={0: 10.0, 90: 0.1})
+    trial = study.ask()
+    trial.report(9.0, 80)
+    monkeypatch.delattr(type(study), "get_trials")  # reads all; 64 running ones took a database 350 ms a report
+    assert trial.should_prune()
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])

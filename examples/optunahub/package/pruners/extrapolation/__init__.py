@@ -81,9 +81,20 @@ Curve = Sequence[tuple[float, float]]  # (spent, loss), ascending; the best one 
 
 
 def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
-    """The first trial with the lowest value; None if no trial has reached the target."""
+    """A trial with the lowest value; None if no trial has reached the target.
+
+    Of several, one with reports is preferred, then the first one. It does not read the trials that
+    are running, which a database would send with all of their reports.
+    """
+    try:
+        best = study.best_trial
+    except ValueError:
+        return None
+    if best.intermediate_values:
+        return best
     reached = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    return min(reached, key=lambda trial: (trial.value, trial.number), default=None)
+    lowest = [trial for trial in reached if trial.value == best.value]
+    return min(lowest, key=lambda trial: (not trial.intermediate_values, trial.number))
 
 
 def curve_of(trial: optuna.trial.FrozenTrial) -> Curve:
