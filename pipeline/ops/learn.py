@@ -70,9 +70,10 @@ def _train(plan: Plan, copies: dict[str, str]) -> None:
         "lines": plan.lines,
     })  # fmt: skip
     print(write_values(values), flush=True)
+    environment = plan.cost.environment() | (plan.fetched.environment() if plan.fetched else {})
     if plan.fetched and plan.text_sha256 != _text_sha256():  # DVC does not see that the text of a URL has changed
-        _reproduce(plan.fetched.environment(), "--force", "--single-item", "download")
-    _reproduce(plan.cost.environment())
+        _reproduce(environment, "--force", "--single-item", "download")
+    _reproduce(environment)
 
 
 def _text_sha256() -> str:
