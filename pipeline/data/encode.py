@@ -111,8 +111,13 @@ def training_text(corpus: Path, fraction: float, val_fraction: float) -> Iterato
     """
     with _mapped(corpus) as text:
         split, _ = _parts(corpus, text, fraction, val_fraction)
-        for start, stop in spans(text, 0, split, TRAINING_BYTES, CUT):
-            yield text[start:stop]
+        yield from training_blocks(text, split)
+
+
+def training_blocks(text: mmap.mmap | bytes, stop: int) -> Iterator[bytes]:
+    """Yield the text's first `stop` bytes in blocks, cut where no tokenizer has a token across the cut."""
+    for start, end in spans(text, 0, stop, TRAINING_BYTES, CUT):
+        yield text[start:end]
 
 
 def _parts(corpus: Path, text: mmap.mmap, fraction: float, val_fraction: float) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.run_record import read_run
 
 SAMPLE_TOKENS = 100
+SPACE = "sweep.space."  # begins the keys of a search space, from which a user may have removed some
 
 
 class StageFailed(PipelineError):  # noqa: N818 (a result, not a fault of the command)
@@ -57,7 +58,9 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
 
 def _train(plan: Plan, copies: dict[str, str]) -> None:
     """Store the plan, write its values into params.yaml, and run the pipeline."""
-    _keep_params(plan.values)
+    present = flatten(load_params().values)
+    values = {key: value for key, value in plan.values.items() if key in present or not key.startswith(SPACE)}
+    _keep_params(values, present)
     origin = {"origin": plan.source.origin, "copies": copies}
     if not copies:  # the text is in texts/, where an earlier call may have copied it, or not on this machine
         origin |= {key: value for key, value in stored_plan(plan.source.name).items() if key in origin}
@@ -66,10 +69,11 @@ def _train(plan: Plan, copies: dict[str, str]) -> None:
         "options": dataclasses.asdict(plan.options), "values": plan.values, "cost": plan.cost._asdict(),
         "lines": plan.lines,
     })  # fmt: skip
-    print(write_values(plan.values), flush=True)
+    print(write_values(values), flush=True)
+    environment = plan.cost.environment() | (plan.fetched.environment() if plan.fetched else {})
     if plan.fetched and plan.text_sha256 != _text_sha256():  # DVC does not see that the text of a URL has changed
-        _reproduce(plan.fetched.environment(), "--force", "--single-item", "download")
-    _reproduce(plan.cost.environment())
+        _reproduce(environment, "--force", "--single-item", "download")
+    _reproduce(environment)
 
 
 def _text_sha256() -> str:
@@ -83,9 +87,8 @@ def _reached() -> bool:
     return results["to_target"][results["rule"]] is not None
 
 
-def _keep_params(values: dict[str, Any]) -> None:
-    """If `values` change params.yaml, keep a copy of it in PLANS, named by its hash."""
-    present = flatten(load_params().values)
+def _keep_params(values: dict[str, Any], present: dict[str, Any]) -> None:
+    """If `values` change those of params.yaml, `present`, keep a copy of it in PLANS, named by its hash."""
     if any(repr(present.get(key)) != repr(value) for key, value in values.items()):
         kept = PLANS / f"params-{sha256_file(PARAMS)[:8]}.yaml"
         kept.parent.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, reg
 MICRO_BATCH_TOKENS = 8192  # at most
 MOST_REPEATED = 4.0  # times as many epochs for a text that repeats its passages; no text that needs more was measured
 SEARCHED = (0.75, 1.1)  # range of a sweep, as shares of the training budget
+SEARCHED_LR, SEARCHED_MUON_LR = (0.4, 4.0), (1 / 3, 5 / 3)  # the same of the learning rates
 
 
 class Choice(NamedTuple):
@@ -245,6 +246,19 @@ def dropout_for(shape: Shape, goal: str) -> float:
     return 0.2 if shape.max_bits < 4.5e6 else 0.1
 
 
+def _searched_values(training: Training) -> dict[str, Any]:
+    """The values of params.yaml for the ranges that a sweep searches around a training, but for its budget."""
+    shape, T, windows = training.shape, training.seq_len, training.step_windows
+    ranges = {"lr": (shape.lr, SEARCHED_LR), "muon_lr": (shape.muon_lr, SEARCHED_MUON_LR)}
+    ends = {
+        f"sweep.space.optim.{name}.{end}": float(f"{share * rate:.2g}")
+        for name, (rate, shares) in ranges.items()
+        for end, share in zip(("low", "high"), shares, strict=True)
+    }
+    steps = sorted({T * n for n in (max(1, windows // 2), windows, 2 * windows)})
+    return {**ends, "sweep.space.windows.step_tokens": steps}
+
+
 def budget_values(max_epochs: float) -> dict[str, Any]:
     """The values of params.yaml for a training budget: the budget, and the range that a sweep searches around it."""
     low, high = (round(share * max_epochs, 1) for share in SEARCHED)
@@ -271,6 +285,7 @@ def values_of(training: Training, goal: str, target: float) -> dict[str, Any]:
         "optim.lr": shape.lr,
         "optim.muon_lr": shape.muon_lr,
         **budget_values(training.max_epochs),
+        **_searched_values(training),
         "optim.warmup": 0.02,
         "target.loss": target,
         "target.rule": "validation" if held_out else "sliding",

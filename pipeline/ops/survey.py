@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, write_documents
+from pipeline.data.encode import training_blocks
 from pipeline.data.statistics import (
     STATISTICS_TOKENS,
     Integers,
@@ -149,4 +150,4 @@ def _tokenizer(text: Text, name: str, folder: Path) -> Tokenizer:
     except (InputError, IntegrityError):
         pass
     with redirect_stdout(sys.stderr):
-        return make_tokenizer(name, folder / name.replace(":", "-"), [text.sample])
+        return make_tokenizer(name, folder / name.replace(":", "-"), training_blocks(text.sample, len(text.sample)))

@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fixtures_mlflow import _cheap_versions, root_of  # noqa: F401 (a fixture)
@@ -16,7 +17,9 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
 from pipeline.registry.artifacts import open_version
-from pipeline.registry.export import export_hf
+from pipeline.registry.catalog import describe_version
+from pipeline.registry.export import export_hf, export_version
+from pipeline.registry.pyfunc import PromptModel
 from pipeline.registry.register import register
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
@@ -24,6 +27,9 @@ from pipeline.training import train
 from stages import download, evaluate, tokenize
 from stages import tokenizer as make
 from tests.trainings import Untracked, change
+from webapp.completion import complete
+from webapp.model_source import Folder
+from webapp.tabs.next_token import predict_next
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind.\n" * 20
@@ -69,13 +75,26 @@ def test_a_tokenizer_goes_through_all_stages(
     assert read_json(Path("models/run.json"))["params"]["model"]["vocab_size"] == n_vocab
     assert sorted(path.name for path in Path("data/tokenizer").iterdir()) == sorted([file, "manifest.json"])
     registered = register(root_of(store), Path(), RegistryConfig(model="mine", max_target_loss=0.1))
-    files = open_version(store, store.client.get_model_version("mine", registered["version"]))
+    version = store.client.get_model_version("mine", registered["version"])
+    files = open_version(store, version)
     generator = load_generator(files)
     assert generator.tokenizer.key == tokenizer.key
     assert generator.next_tokens("Wer").shape == (n_vocab,)
     assert generator.next_tokens("Wer").sum() == pytest.approx(1)
     prompt = "Es ist spät, 今天 😀"  # characters that the text lacks
-    assert generator.text(prompt, Sampling(max_tokens=40, temperature=1)).startswith(prompt)
+    sampling = {"max_tokens": 40, "temperature": 1.0, "seed": 3}
+    text = generator.text(prompt, Sampling(**sampling))
+    assert text.startswith(prompt)
+    served = PromptModel()  # what `mlflow models serve` loads
+    served.load_context(SimpleNamespace(artifacts={"model": str(files / "model")}))
+    assert served.predict(None, {"prompt": [prompt]}, sampling) == [text]
+    export_version("space", files, describe_version(store, version), tmp_path / "space")
+    page = Folder(tmp_path / "space" / "version").current()
+    *_, completion = complete(page, prompt, 1, **sampling)  # /generate, and the page
+    assert prompt + completion.text(0) == text
+    answer = predict_next(page, "Es ist der", 3)
+    assert (len(answer["tokens"]), answer["context_times"]) == (3, 40)
+    assert page.examples[0].startswith("Wer reitet")
     if name == "utf8":
         with pytest.raises(InputError, match="export hf: the model's tokenizer is utf8, only"):
             export_hf(files, {}, tmp_path / "hf")

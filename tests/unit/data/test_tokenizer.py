@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import tokenizer as module
-from pipeline.data.tokenizer import BPE_SHA256, SPACE, TOKENIZERS, load_tokenizer, make_tokenizer, n_vocab_in
+from pipeline.data.tokenizer import (
+    BPE_SHA256,
+    SPACE,
+    TOKENIZERS,
+    _even_sample,
+    load_tokenizer,
+    make_tokenizer,
+    n_vocab_in,
+)
 from pipeline.system.errors import InputError, IntegrityError
 
 # All that GPT-2's split depends on: spaces of several kinds, \x1c (a space for Python, not for Unicode), contractions.
@@ -186,6 +194,17 @@ def test_training_gives_the_same_bytes_for_any_threads_and_blocks(tmp_path, monk
         make_tokenizer("bpe:500", tmp_path / "tokenizer", blocks)
         found.add((tmp_path / "tokenizer" / "bpe.tiktoken").read_bytes())
     assert len(found) == 1
+
+
+def test_of_a_long_text_an_even_sample_is_taken(tmp_path):
+    blocks = [b"%03d" % n for n in range(100)]
+    assert _even_sample(iter(blocks), 300) == blocks
+    assert _even_sample(iter(blocks), 299) == blocks[::2]
+    assert _even_sample(iter(blocks), 80) == blocks[::4]
+    assert _even_sample([b"longer than the limit"], 3) == [b"longer than the limit"]
+    with patch.object(module, "SAMPLE_BYTES", 12):
+        tokenizer = make_tokenizer("bpe:258", tmp_path / "tokenizer", [b"xyxy ", b"aaaa "] * 9)
+    assert tokenizer.decode_bytes([256]) == b"xy"
 
 
 def test_merges_are_those_of_the_most_frequent_pairs_within_words_and_documents(tmp_path):

@@ -13,6 +13,7 @@ from pipeline.config.sections import CorpusConfig
 from pipeline.data import corpus
 from pipeline.data.corpus import fetch_corpus
 from pipeline.ops import learn, plan
+from pipeline.ops.params_check import check_params
 from pipeline.ops.plan import Options, make_plan
 from pipeline.ops.sources import find_source
 from pipeline.system.errors import InputError
@@ -148,7 +149,12 @@ def test_a_plan_is_valid_for_every_goal_and_size(project, tmp_path):
         made = make_plan(find_source("../diary.txt", None), options, tmp_path)
         shutil.copy(ROOT / "params.yaml", "params.yaml")
         write_values(made.values)
+        check_params(load_params())
         learned = load_params().values
+        space, step = learned["sweep"]["space"], made.values["windows.micro_batch_size"] * learned["windows"]["seq_len"]
+        assert step in space["windows"]["step_tokens"]
+        for key in ("lr", "muon_lr", "max_epochs"):
+            assert space["optim"][key]["low"] < learned["optim"][key] < space["optim"][key]["high"]
         assert learned["corpus"]["source"] == "texts/diary.txt"
         assert learned["registry"]["model"] == "diary"
         assert learned["registry"]["replace_champion"]
@@ -241,6 +247,19 @@ def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_a
     Path("../diary.txt").write_text(Path("../diary.txt").read_text() + ENGLISH.format("many"))
     assert main(["learn", "../diary.txt"]) == 0  # the diary has grown: the copy follows
     assert Path("texts/diary.txt").read_text() == Path("../diary.txt").read_text()
+
+
+def test_a_search_space_from_which_keys_were_removed_stays_so(project, monkeypatch):
+    monkeypatch.setattr(learn, "_reproduce", lambda environment: None)
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "_show_outcome", lambda plan: None)
+    lines = Path("params.yaml").read_text().splitlines(keepends=True)
+    Path("params.yaml").write_text("".join(line for line in lines if " lr: {" not in line and "  step_tok" not in line
+                                           and line != "    windows:\n"))  # fmt: skip
+    assert main(["learn", "../diary.txt"]) == 0
+    space = load_params().values["sweep"]["space"]
+    assert set(space) == {"optim"}
+    assert {"muon_lr", "max_epochs"} <= set(space["optim"]) < {*space["optim"], "lr"}
 
 
 @pytest.mark.parametrize(("answer", "trained"), [("", True), ("y", True), ("n", False), ("what", False)])
