@@ -41,7 +41,7 @@ from pipeline.sweep.figures import draw_study
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import overridden
 from pipeline.sweep.study import has_work, join_study, latest_trials, open_storage, shared_settings, suggest
-from pipeline.sweep.worker import TrialReporter, Worker, ended_with
+from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig, ended_with
 from pipeline.system.errors import Pruned
 from pipeline.system.files import write_manifest
 from pipeline.tracking.journal import StepRecord
@@ -98,10 +98,11 @@ class SimulatedWorker(Worker):
     """A worker whose trainings sleep, until a deadline."""
 
     def __init__(self, sweep: SweepConfig, shared: dict[str, Any], root: Path, number: int, step_s: float) -> None:
-        self.sweep, self.step_s, self.root = sweep, step_s, root
-        self.study = open_study(sweep, shared, root, number)
+        stop: Any = SimpleNamespace(received=None)
+        given = str(root), sweep.model_dump(mode="json"), load_params().values, shared
+        super().__init__(WorkerConfig(*given, number, threads=1, parent_run_id="", sweep_pid=0), stop)
+        self.step_s, self.deadline = step_s, math.inf
         self.writes = count_writes(self.study)
-        self.stop: Any = SimpleNamespace(received=None)
         self.report_s: list[float] = []
         self.start_s: list[float] = []
         self.report_cpu_s: list[float] = []
@@ -336,15 +337,18 @@ def distributions(sweep: SweepConfig) -> dict[str, Any]:
 
 def measure_mlflow(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """For each number of recorders: the latency of the batch that each sends every five seconds."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (once for all processes: it takes seconds)
+
     from pipeline.tracking.mlflow_store import open_store
 
     for count in arguments.counts:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
             in_processes(lambda root: open_store(root) and None, [(Path(folder),)])  # creates the database
+            empty = Path(folder, "mlflow.db").stat().st_size
             jobs = [(folder, number, arguments.seconds, arguments.step_s) for number in range(count)]
             found = in_processes(simulate_recorder, jobs)
-            size = Path(folder, "mlflow.db").stat().st_size
+            size = Path(folder, "mlflow.db").stat().st_size - empty
         sent = [value for one in found for value in one["batches"]]
         rows = sum(one["rows"] for one in found)
         yield {

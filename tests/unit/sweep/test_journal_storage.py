@@ -127,3 +127,17 @@ def test_a_full_disk_leaves_a_journal_that_others_can_use(tmp_path, opened, monk
         study.set_user_attr("key", 1)
     opened().set_user_attr("key", 2)
     assert study.user_attrs["key"] == 2
+
+
+def test_what_a_running_trial_writes_is_synced_with_its_end(tmp_path, opened, monkeypatch):
+    study, synced = opened(), []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(file.seek(0, os.SEEK_END)))
+    trial = study.ask()
+    begun = len(synced)
+    trial.suggest_float("lr", 0.1, 0.2)
+    trial.set_user_attr("worker", "here")
+    trial.report(5.0, 1)
+    assert len(synced) == begun > 0
+    study.tell(trial, 1.0)
+    assert len(synced) == begun + 1
+    assert synced[-1] == (tmp_path / "s.journal").stat().st_size
