@@ -30,7 +30,6 @@ from pipeline.system.signals import StopSignals
 
 JOBS = Path("checkpoints/jobs")  # a folder for each job
 JOB = "job.json"
-WARNING_S = 90  # the most seconds that a command gets to save before its time limit
 MAX_POLL_S = 15.0  # between two questions to Slurm's controller, which all users share
 LOG_POLL_S = 0.5
 
@@ -41,6 +40,7 @@ WAITS = {  # reasons of squeue -> what they mean
     "BeginTime": "Slurm starts it again in a moment",
     "PartitionTimeLimit": "--time is above the limit of the partition: cancel it and lower --time",
     "PartitionNodeLimit": "--nodes is above the limit of the partition: cancel it and lower --nodes",
+    "PartitionConfig": "it asks for more time or nodes than the limit of the partition: cancel it and ask for less",
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition takes no jobs",
     "BadConstraints": "no node can ever run it: cancel it and ask for less",
@@ -179,7 +179,7 @@ def submit(
         time=slurm.time_min,
         nodes=nodes,
         ntasks_per_node=1,
-        signal_delay_s=min(WARNING_S, int(time_s / 3)),
+        signal_delay_s=program.warning_s(time_s),
         setup=[f"cd {shlex.quote(str(root))}", f"export PYTHONPATH={shlex.quote(_python_path())}"],
         # srun does not take the number of cores from sbatch; a node that fails ends the others
         srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else [])],

@@ -110,13 +110,18 @@ class Task:
             write_json(self.folder / f"task-{self.number}.json", {**self._state(), **values})
 
 
+def warning_s(time_s: float) -> int:
+    """How long before its time limit a job is told to save: 90 s, or a third of a short time limit."""
+    return int(min(90, time_s / 3))
+
+
 def is_stuck(before: frozenset[str] | None, now: frozenset[str], spent_s: float, time_s: float) -> bool:
     """Whether nothing was finished between two requeues, although the job had its time.
 
-    A pre-emption says nothing: it may come at any moment, also twice before the first checkpoint. Slurm may warn a
-    minute early, so that a third of the time counts as all of it.
+    A pre-emption says nothing: it may come at any moment, also twice before the first checkpoint. Slurm's warning
+    may be a minute early, and a node takes a while to start Python.
     """
-    return before == now and spent_s > time_s / 3
+    return before == now and spent_s > 0.8 * (time_s - warning_s(time_s) - 60)
 
 
 def job_environment(given: Mapping[str, str]) -> dict[str, str]:
