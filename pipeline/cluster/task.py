@@ -77,8 +77,8 @@ class Task:
         self._wait_for_child()
         saved = self._saved()
         if is_stuck(self.saved, saved, time.monotonic() - self._started, self.time_s):
-            minutes = f"{self.time_s / 60:g} minutes are"
-            self._note(code=1, message=f"{minutes} too short: nothing new was saved in the last two; raise --time")
+            limit = f"a time limit of {self.time_s / 60:g} min is too short"
+            self._note(code=1, message=f"{limit}: nothing new was saved between two requeues; raise --time")
             return None
         return DelayedSubmission(Task(self.command, self.folder, self.number, self.root, self.time_s, saved))
 

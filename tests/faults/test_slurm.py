@@ -144,7 +144,7 @@ def test_a_training_on_two_nodes_has_the_bits_of_two_processes_of_one_machine(wo
         Path(name).touch()
     job = submit("train", [["pausing"]], DEFAULTS, nodes=2)
     reached("paused-5", job)
-    ask("scontrol", "requeue", job.id)
+    ask("scancel", "--signal=USR2", job.id)  # as Slurm does before the time limit
     follow(job)
     assert "resumes from step 5 of 12" in job.log(0).read_text()
     assert bits() == expected

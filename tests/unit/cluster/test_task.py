@@ -33,7 +33,7 @@ def test_what_is_saved_is_told_to_the_next_start_and_the_end_is_noted(tmp_path, 
     after._node, after._started = 0, -3_600.0
     assert after.checkpoint() is None
     said = (tmp_path / "task-3.json").read_text()
-    assert "1 minutes are too short: nothing new was saved in the last two; raise --time" in said
+    assert "a time limit of 1 min is too short: nothing new was saved between two requeues; raise --time" in said
     (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").parent.mkdir(parents=True)
     (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").touch()
     assert after.checkpoint() is not None
