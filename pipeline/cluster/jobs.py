@@ -56,8 +56,9 @@ ENDS = {  # final states of Slurm -> what they mean
     "NODE_FAIL": "its node died",
     "BOOT_FAIL": "its node did not start",
     "PREEMPTED": "it was pre-empted",
+    "DEADLINE": "it did not end before its deadline",
 }
-FINAL = {"COMPLETED", "FAILED", "DEADLINE", *ENDS}
+FINAL = {"FAILED", *ENDS}
 
 
 class JobFailed(PipelineError):  # noqa: N818
@@ -130,16 +131,20 @@ class Job:
         if row is None:
             return TaskState(number, "failed", why=self._error(number) or "it is gone, cancelled or lost with its node")
         state, reason, node, elapsed = row
+        if state == "COMPLETED":  # the file with the note may take a while to come from another node
+            return TaskState(number, "done", node, elapsed)
         if state not in FINAL:
             name = "" if state != "PENDING" or reason == "None" else reason.split(",")[0]
             return TaskState(number, state.lower(), node, elapsed, f"{name} ({WAITS[name]})" if name in WAITS else name)
-        return TaskState(number, "failed", node, elapsed, ENDS.get(state) or self._error(number) or state.lower())
+        if why := ENDS.get(state):  # which Slurm forgets after some minutes
+            write_json(self.folder / f"task-{number}.json", {"code": 1, "message": why, "host": node, "attempts": 1})
+        return TaskState(number, "failed", node, elapsed, why or self._error(number) or state.lower())
 
     def _error(self, number: int) -> str:
         """The line of the task's output that says why it failed."""
         task = f"{self.id}_{number}" if len(self.commands) > 1 else self.id
         lines = _lines(self.folder.glob(f"task-{number}*.log")), _lines(self.folder.glob(f"{task}_*_log.err"))
-        errors = [line for line in chain(*lines) if re.match(r"(slurmstepd: )?error: ", line)]
+        errors = [line for line in chain(*lines) if re.match(r"(slurmstepd[^:]*: )?error: ", line)]
         others = [line for line in lines[1] if not line.startswith(("srun: ", "submitit "))]
         return next((line.partition("error: ")[2] for line in reversed(errors)), "") or next(reversed(others), "")
 
