@@ -150,9 +150,8 @@ class Job:
 
 
 def require_slurm() -> None:
-    """Raise InputError, unless this machine can submit jobs."""
-    if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
-        raise InputError(f"no {missing[0]} on the PATH: run this on a login node of a Slurm cluster")
+    """Raise InputError, unless this machine can submit jobs to a cluster that answers."""
+    _run("squeue", "--noheader", "--me")
 
 
 def submit(
@@ -292,7 +291,8 @@ def _squeue() -> list[list[str]]:
 
 def _run(*command: str) -> str:
     """The output of a program of Slurm. Raises InputError with what it says if it fails."""
-    require_slurm()
+    if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
+        raise InputError(f"no {missing[0]} on the PATH: run this on a login node of a Slurm cluster")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{command[0]}: {_refusal(done.stderr)}")
