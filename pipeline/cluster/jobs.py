@@ -100,7 +100,7 @@ class Job:
         noted = [self._noted(number) for number in range(len(self.commands))]
         rows = {}
         if not all(task and task.ended for task in noted):
-            rows = {name: rest for name, *rest in _squeue() if name.partition("_")[0] == self.id}
+            rows = {name: rest for name, *rest in _squeue()}
         return [task if task and task.ended else self._state(number, rows) for number, task in enumerate(noted)]
 
     @property
