@@ -353,7 +353,14 @@ def _add_slurm(add: Callable[..., argparse.Action]) -> None:
     for name, field in SlurmConfig.model_fields.items():
         if name != "options":
             of, text = _minutes if name == "time_min" else _yaml, f"{field.description}; instead of slurm.{name}"
-            add(_flag(name), dest=f"slurm_{name}", type=of, default=argparse.SUPPRESS, help=text)
+            add(
+                _flag(name),
+                metavar=_flag(name)[2:].upper(),
+                dest=f"slurm_{name}",
+                type=of,
+                default=argparse.SUPPRESS,
+                help=text,
+            )
 
 
 def _slurm(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | None":

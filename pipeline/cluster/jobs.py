@@ -30,7 +30,6 @@ from pipeline.system.signals import StopSignals
 
 JOBS = Path("checkpoints/jobs")  # a folder for each job
 JOB = "job.json"
-WARNING_S = 90  # the most seconds that a command gets to save before its time limit
 MAX_POLL_S = 15.0  # between two questions to Slurm's controller, which all users share
 LOG_POLL_S = 0.5
 
@@ -41,6 +40,7 @@ WAITS = {  # reasons of squeue -> what they mean
     "BeginTime": "Slurm starts it again in a moment",
     "PartitionTimeLimit": "--time is above the limit of the partition: cancel it and lower --time",
     "PartitionNodeLimit": "--nodes is above the limit of the partition: cancel it and lower --nodes",
+    "PartitionConfig": "it asks for more time or nodes than the limit of the partition: cancel it and ask for less",
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition takes no jobs",
     "BadConstraints": "no node can ever run it: cancel it and ask for less",
@@ -56,8 +56,9 @@ ENDS = {  # final states of Slurm -> what they mean
     "NODE_FAIL": "its node died",
     "BOOT_FAIL": "its node did not start",
     "PREEMPTED": "it was pre-empted",
+    "DEADLINE": "it did not end before its deadline",
 }
-FINAL = {"COMPLETED", "FAILED", "DEADLINE", *ENDS}
+FINAL = {"FAILED", *ENDS}
 
 
 class JobFailed(PipelineError):  # noqa: N818
@@ -99,7 +100,7 @@ class Job:
         noted = [self._noted(number) for number in range(len(self.commands))]
         rows = {}
         if not all(task and task.ended for task in noted):
-            rows = {name: rest for name, *rest in _squeue() if name.partition("_")[0] == self.id}
+            rows = {name: rest for name, *rest in _squeue()}
         return [task if task and task.ended else self._state(number, rows) for number, task in enumerate(noted)]
 
     @property
@@ -130,24 +131,27 @@ class Job:
         if row is None:
             return TaskState(number, "failed", why=self._error(number) or "it is gone, cancelled or lost with its node")
         state, reason, node, elapsed = row
+        if state == "COMPLETED":  # the file with the note may take a while to come from another node
+            return TaskState(number, "done", node, elapsed)
         if state not in FINAL:
             name = "" if state != "PENDING" or reason == "None" else reason.split(",")[0]
             return TaskState(number, state.lower(), node, elapsed, f"{name} ({WAITS[name]})" if name in WAITS else name)
-        return TaskState(number, "failed", node, elapsed, ENDS.get(state) or self._error(number) or state.lower())
+        if why := ENDS.get(state):  # which Slurm forgets after some minutes
+            write_json(self.folder / f"task-{number}.json", {"code": 1, "message": why, "host": node, "attempts": 1})
+        return TaskState(number, "failed", node, elapsed, why or self._error(number) or state.lower())
 
     def _error(self, number: int) -> str:
         """The line of the task's output that says why it failed."""
         task = f"{self.id}_{number}" if len(self.commands) > 1 else self.id
         lines = _lines(self.folder.glob(f"task-{number}*.log")), _lines(self.folder.glob(f"{task}_*_log.err"))
-        errors = [line for line in chain(*lines) if re.match(r"(slurmstepd: )?error: ", line)]
+        errors = [line for line in chain(*lines) if re.match(r"(slurmstepd[^:]*: )?error: ", line)]
         others = [line for line in lines[1] if not line.startswith(("srun: ", "submitit "))]
         return next((line.partition("error: ")[2] for line in reversed(errors)), "") or next(reversed(others), "")
 
 
 def require_slurm() -> None:
-    """Raise InputError, unless this machine can submit jobs."""
-    if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
-        raise InputError(f"no {missing[0]} on the PATH: run this on a login node of a Slurm cluster")
+    """Raise InputError, unless this machine can submit jobs to a cluster that answers."""
+    _run("squeue", "--noheader", "--me")
 
 
 def submit(
@@ -179,7 +183,7 @@ def submit(
         time=slurm.time_min,
         nodes=nodes,
         ntasks_per_node=1,
-        signal_delay_s=min(WARNING_S, int(time_s / 3)),
+        signal_delay_s=program.warning_s(time_s),
         setup=[f"cd {shlex.quote(str(root))}", f"export PYTHONPATH={shlex.quote(_python_path())}"],
         # srun does not take the number of cores from sbatch; a node that fails ends the others
         srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else [])],
@@ -287,7 +291,8 @@ def _squeue() -> list[list[str]]:
 
 def _run(*command: str) -> str:
     """The output of a program of Slurm. Raises InputError with what it says if it fails."""
-    require_slurm()
+    if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
+        raise InputError(f"no {missing[0]} on the PATH: run this on a login node of a Slurm cluster")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{command[0]}: {_refusal(done.stderr)}")

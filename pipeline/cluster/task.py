@@ -77,8 +77,8 @@ class Task:
         self._wait_for_child()
         saved = self._saved()
         if is_stuck(self.saved, saved, time.monotonic() - self._started, self.time_s):
-            minutes = f"{self.time_s / 60:g} minutes are"
-            self._note(code=1, message=f"{minutes} too short: nothing new was saved in the last two; raise --time")
+            limit = f"a time limit of {self.time_s / 60:g} min is too short"
+            self._note(code=1, message=f"{limit}: nothing new was saved between two requeues; raise --time")
             return None
         return DelayedSubmission(Task(self.command, self.folder, self.number, self.root, self.time_s, saved))
 
@@ -110,13 +110,18 @@ class Task:
             write_json(self.folder / f"task-{self.number}.json", {**self._state(), **values})
 
 
+def warning_s(time_s: float) -> int:
+    """How long before its time limit a job is told to save: 90 s, or a third of a short time limit."""
+    return int(min(90, time_s / 3))
+
+
 def is_stuck(before: frozenset[str] | None, now: frozenset[str], spent_s: float, time_s: float) -> bool:
     """Whether nothing was finished between two requeues, although the job had its time.
 
-    A pre-emption says nothing: it may come at any moment, also twice before the first checkpoint. Slurm may warn a
-    minute early, so that a third of the time counts as all of it.
+    A pre-emption says nothing: it may come at any moment, also twice before the first checkpoint. Slurm's warning
+    may be a minute early, and a node takes a while to start Python.
     """
-    return before == now and spent_s > time_s / 3
+    return before == now and spent_s > 0.8 * (time_s - warning_s(time_s) - 60)
 
 
 def job_environment(given: Mapping[str, str]) -> dict[str, str]:

@@ -46,12 +46,20 @@ def note(job, task=0, code=None, message=""):
             "failed",
             "its time was over before everything was saved: raise --time",
         ),
-        (("COMPLETED", "None", "n1", "0:10"), "failed", "completed"),  # without having noted its exit code
+        (("COMPLETED", "None", "n1", "0:10"), "done", ""),  # the note of its exit code is still on its way
+        (("FAILED", "NonZeroExitCode", "n1", "0:10"), "failed", "failed"),
     ],
 )
 def test_a_task_that_has_not_noted_its_end_has_slurms_state(made, row, state, why):
     (task,) = made(rows=[("7", *row), ("17", "RUNNING", "None", "n2", "0:01")]).tasks
     assert (task.state, task.why) == (state, why)
+
+
+def test_why_a_task_was_ended_is_kept_when_slurm_has_forgotten_it(made, monkeypatch):
+    job = made(rows=[("7", "CANCELLED", "None", "n1", "0:10")])
+    assert job.ended
+    monkeypatch.setattr(jobs, "_squeue", list)
+    assert [task.why for task in job.tasks] == ["it was cancelled"]
 
 
 def test_what_a_task_has_noted_counts_and_its_error_is_that_of_its_command(made):

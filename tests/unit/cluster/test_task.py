@@ -8,16 +8,18 @@ HAD, MORE = frozenset({"step-00000010"}), frozenset({"step-00000010", "step-0000
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "spent_s", "stuck"),
+    ("before", "now", "spent_s", "time_s", "stuck"),
     [
-        (HAD, HAD, 3_500, True),  # nearly an hour of an hour, and nothing new
-        (HAD, MORE, 3_500, False),
-        (None, HAD, 3_500, False),  # the first time: starting may have taken longer than it will again
-        (HAD, HAD, 100, False),  # pre-empted soon after its start
+        (HAD, HAD, 3_500, 3_600, True),  # nearly an hour of an hour, and nothing new
+        (HAD, MORE, 3_500, 3_600, False),
+        (None, HAD, 3_500, 3_600, False),  # the first time: starting may have taken longer than it will again
+        (HAD, HAD, 2_000, 3_600, False),  # pre-empted long before its end
+        (HAD, HAD, 140, 300, True),  # warned 90 s before the end, and up to a minute early
+        (HAD, HAD, 19, 60, True),  # a minute: each warning could be that of the limit
     ],
 )
-def test_a_task_is_stuck_if_it_saved_nothing_in_its_whole_time(before, now, spent_s, stuck):
-    assert is_stuck(before, now, spent_s, 3_600) == stuck
+def test_a_task_is_stuck_if_it_saved_nothing_in_its_whole_time(before, now, spent_s, time_s, stuck):
+    assert is_stuck(before, now, spent_s, time_s) == stuck
 
 
 def test_what_is_saved_is_told_to_the_next_start_and_the_end_is_noted(tmp_path, monkeypatch):
@@ -31,7 +33,7 @@ def test_what_is_saved_is_told_to_the_next_start_and_the_end_is_noted(tmp_path, 
     after._node, after._started = 0, -3_600.0
     assert after.checkpoint() is None
     said = (tmp_path / "task-3.json").read_text()
-    assert "1 minutes are too short: nothing new was saved in the last two; raise --time" in said
+    assert "a time limit of 1 min is too short: nothing new was saved between two requeues; raise --time" in said
     (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").parent.mkdir(parents=True)
     (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").touch()
     assert after.checkpoint() is not None
