@@ -47,22 +47,30 @@ def run_on_slurm(
 
 
 class _Progress:
-    """Prints each trial that ends, and cancels the job when the time of the sweep is over."""
+    """Prints each trial that ends, and cancels the job when the time of the sweep is over.
+
+    The output of a job's only task, which says the same, is printed by `jobs.wait`.
+    """
 
     def __init__(self, study: Study, sweep: SweepConfig, job: jobs.Job) -> None:
         self.study, self.objective, self.job = study, sweep.objective, job
         self.is_over = False
         self._deadline = time.monotonic() + (sweep.budget_s or float("inf"))
-        self._seen = {trial.number for trial in latest_trials(study) if trial.state.is_finished()}
+        self._seen = {trial.number for trial in latest_trials(study) if self._has_ended(trial)}
 
     def show(self) -> None:
         if not self.is_over and time.monotonic() > self._deadline:
             self.is_over = True
             jobs.cancel(self.job.id)
-        for trial in latest_trials(self.study):
-            if trial.state.is_finished() and trial.number not in self._seen:
+        for trial in latest_trials(self.study) if len(self.job.commands) > 1 else ():
+            if self._has_ended(trial) and trial.number not in self._seen:
                 self._seen.add(trial.number)
                 print(f"trial {trial.number}: {self._result(trial)}", flush=True)
+
+    @staticmethod
+    def _has_ended(trial: FrozenTrial) -> bool:
+        """Whether a trial has a result; one that was interrupted is queued again."""
+        return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "reason" in trial.user_attrs
 
     def _result(self, trial: FrozenTrial) -> str:
         values = ", ".join(f"{key} {value}" for key, value in trial.user_attrs.get(VALUES, {}).items())
@@ -70,14 +78,14 @@ class _Progress:
             return f"reached the target after {trial.value:,.6g} {self.objective} ({values})"
         if trial.state is TrialState.PRUNED:
             return f"did not reach the target ({values})"
-        return f"failed: {trial.user_attrs.get('reason', 'its worker died too often')} ({values})"
+        return f"failed: {trial.user_attrs['reason']} ({values})"
 
 
 def _requeue_lost(study: Study, name: str) -> None:
     """Re-queue the trials of tasks that have ended, which nobody would resume before the heartbeat timeout."""
     running = study.get_trials(states=(TrialState.RUNNING,))
-    ended = [job for job in jobs.find_jobs(name) if job.ended] if running else []
-    names = {task_name(job.id, number) for job in ended for number in range(len(job.commands))}
+    known = jobs.find_jobs(name) if running else []
+    names = {task_name(job.id, task.number) for job in known for task in job.tasks if task.ended}
     for trial in running:
         if trial.user_attrs.get(WORKER) in names:
             requeue(study, trial, died=True)

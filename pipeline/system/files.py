@@ -167,7 +167,7 @@ def verify_manifest(folder: Path, hint: str = HINT) -> None:
                 raise IntegrityError(f"{folder / name} is altered (SHA-256 {found}, expected {digest}): {hint}")
 
 
-def flock(file: IO[str], operation: int) -> None:
+def flock(file: IO[Any], operation: int) -> None:
     """Call fcntl.flock. Raises BlockingIOError if another process has the lock, InputError if the disk has no locks."""
     try:
         fcntl.flock(file, operation)

@@ -48,7 +48,7 @@ def test_a_sweep_on_slurm_ends_each_trial_once_whatever_ends_its_tasks_and_its_h
     slurm, prepared, store, tmp_path, monkeypatch
 ):  # D1, D2
     sweep_project(prepared, project := tmp_path / "project")
-    change(project, **{"target.loss": 3.0, "sweep.heartbeat_timeout_s": 3600})  # nothing waits for a heartbeat
+    change(project, **{"target.loss": 4.5, "sweep.heartbeat_timeout_s": 3600})  # nothing waits for a heartbeat
     monkeypatch.chdir(project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     head = start_sweep(4, *ON_SLURM)
@@ -87,7 +87,7 @@ def test_a_sweep_on_slurm_ends_each_trial_once_whatever_ends_its_tasks_and_its_h
     # The killed trial, trained again alone, has the same journal.
     fingerprint, lr = killed.user_attrs["fingerprint"], killed.user_attrs["values"]["optim.lr"]
     sweep_project(prepared, alone := tmp_path / "alone")
-    change(alone, **{"target.loss": 3.0, "optim.lr": lr})
+    change(alone, **{"target.loss": 4.5, "optim.lr": lr})
     monkeypatch.chdir(alone)
     monkeypatch.setattr("pipeline.training.train.Recorder", Untracked)
     train()

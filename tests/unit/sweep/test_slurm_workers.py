@@ -31,14 +31,16 @@ class Cluster:
         return next((job for job in self.find_jobs(name) if not job.ended), None)
 
     def submit(self, name, commands, slurm):
-        self.jobs.append(job := Namespace(id="9", name=name, commands=commands, ended=False))
-        return job
+        self.jobs.append(submitted := job(name, "9", ended=False, commands=commands))
+        return submitted
 
     def wait(self, job, stop, each):
         each()
         self.during()
         each()
         job.ended = True
+        for task in job.tasks:
+            task.ended = True
         if self.failure:
             raise self.failure
 
@@ -55,8 +57,9 @@ def follow(monkeypatch, tmp_path):
     return call
 
 
-def job(name="study-s", identity="7", ended=True):
-    return Namespace(id=identity, name=name, commands=[["a"], ["b"]], ended=ended)
+def job(name="study-s", identity="7", ended=True, commands=(["a"], ["b"])):
+    tasks = [Namespace(number=number, ended=ended) for number in range(len(commands))]
+    return Namespace(id=identity, name=name, commands=commands, ended=ended, tasks=tasks)
 
 
 def ask(study, worker):
@@ -93,11 +96,15 @@ def test_the_failure_of_a_job_is_reported_if_trials_are_left(follow):
 
 def test_a_trial_of_a_task_that_has_ended_is_queued_again_at_once(follow):
     study, sweep = new_study(sweep_config(trials=4)), sweep_config(trials=4)
-    for worker in (task_name("7", 1), task_name("8", 0), task_name("70", 1), "host:7"):  # lost, alive, and not ours
+    # Job 7 has ended; of job 8, task 1 has ended, and task 0 ends while it is followed; the others are not ours.
+    (live := job(identity="8", ended=False)).tasks[1].ended = True
+    for worker in (task_name("7", 1), task_name("8", 1), task_name("8", 0), task_name("70", 1), "host:7"):
         ask(study, worker)
-    follow(study, sweep, Cluster(jobs=[job(), job(identity="8", ended=False), job("study-other", "70")]))
-    assert states(study)[:4] == [TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
-    assert states(study)[4:] == [TrialState.WAITING] * 2  # that of job 8 when the job has ended
+    at_start = []
+    cluster = Cluster(lambda: at_start.extend(states(study)), jobs=[job(), live, job("study-other", "70")])
+    follow(study, sweep, cluster)
+    assert at_start == [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 3 + [TrialState.WAITING] * 2
+    assert states(study)[2:5] == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
 
 
 def test_the_job_is_cancelled_when_the_time_of_the_sweep_is_over(follow):
