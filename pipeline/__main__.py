@@ -267,7 +267,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, description=about)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.__doc__, description=command.__doc__)
+        says = command.__doc__
+        subparser = subparsers.add_parser(name, help=says, description=says, allow_abbrev=False)
         subparser.set_defaults(command=command)
         if name in argv[:1]:
             _add_arguments(name, subparser.add_argument)

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.config.params import Params
 from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.data.token_files import count_tokens, data_sha256
-from pipeline.report.style import save_png
+from pipeline.report.style import counted, save_png
 from pipeline.sweep.controller import prepared_tokens, require_best, run_study
 from pipeline.sweep.figures import UNITS, seeds_figure
 from pipeline.sweep.mlflow_run import Outcome
@@ -86,7 +86,7 @@ def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int, slur
             f"study {sweep.study}: only the values of params.yaml have reached the target: allow more trials"
         )
     if len(chosen) <= top:
-        print(f"only {len(chosen) - 1} trials with other values than params.yaml have reached the target")
+        print(f"only {counted(len(chosen) - 1, 'trial')} with other values than params.yaml reached the target")
     listed = [{**values, SEED: seed} for seed in seeds for values in chosen.values()]
 
     def outcome(study: Study, figures: Path) -> Outcome:

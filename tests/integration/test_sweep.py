@@ -240,12 +240,13 @@ def test_a_second_sweep_names_the_first_and_a_sweep_without_tokens_does_not_star
 def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_trained_once(
     workspace, store, command, monkeypatch, untracked
 ):
+    change(workspace, **{"target.loss": 8.0})  # about ten steps
     after_step, taken = TrialReporter.after_step, []
 
     def interrupted_in_the_second_seed(self, record):
         after_step(self, record)
         taken.append((self.run.config.train.seed, record.step))
-        if taken[-1] == (2, 7):
+        if taken[-1] == (2, 3):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(TrialReporter, "after_step", interrupted_in_the_second_seed)
@@ -254,7 +255,7 @@ def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_traine
     assert "1 of 3 seeds trained, 1 reached the target (100%)" in out
     code, out, err = command("replicate", "--seeds", 3)
     assert code == 0, err
-    assert "resumes from step 7 of" in out
+    assert "resumes from step 3 of" in out
     study = study_here((folder := list_folder("replicate")).name)
     trials = {trial.user_attrs["values"]["train.seed"]: trial for trial in latest_trials(study)}
     assert [trial.state for _, trial in sorted(trials.items())] == [TrialState.COMPLETE] * 3
@@ -282,7 +283,7 @@ def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_traine
     assert command("replicate", "--seeds", 4)[0] == 0
     assert {seed for seed, _ in taken[n_steps:]} == {4}
     # A target out of reach is missed, and that is no failure; the changed parameters are another set.
-    change(workspace, **{"target.loss": 0.001, "optim.max_epochs": load_params().values["optim"]["max_epochs"] / 50})
+    change(workspace, **{"target.loss": 0.001, "optim.max_epochs": load_params().values["optim"]["max_epochs"] / 100})
     code, out, err = command("replicate", "--seeds", 2)
     assert code == 8
     assert "2 of 2 seeds trained, 0 reached the target (0%)" in out
@@ -290,7 +291,7 @@ def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_traine
 
 
 def test_the_confirmed_winner_is_applied(workspace, store, sweep, untracked):
-    change(workspace, **{"sweep.space": {"optim": {"lr": [0.012]}}})  # params.yaml has 0.004
+    change(workspace, **{"sweep.space": {"optim": {"lr": [0.012]}}, "target.loss": 8.0})  # params.yaml has 0.004
     code, _, err = sweep("confirm")
     assert (code, err) == (2, "error: no study tiny in journal:///optuna.journal: `python -m pipeline sweep` starts it")
     assert sweep("--trials", 1)[0] == 0

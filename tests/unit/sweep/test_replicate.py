@@ -166,7 +166,7 @@ def test_the_best_trials_that_differ_are_confirmed_beside_the_default_with_seeds
 def test_fewer_trials_than_asked_are_confirmed_with_a_note_and_none_is_refused(started, searched, capsys):
     searched((50.0, 0.005), (30.0, 0.02))
     assert len(started(run_confirm, 3, 1)["values"]) == 2
-    assert "only 1 trials with other values" in capsys.readouterr().out
+    assert "only 1 trial with other values" in capsys.readouterr().out
     searched((50.0, 0.005))
     with pytest.raises(InputError, match=r"only the values of params\.yaml have reached the target"):
         started(run_confirm, 3, 1)
