@@ -94,7 +94,8 @@ def train(elastic=False):
 
 
 def run_folder(workspace=Path()):
-    (folder,) = (path for path in (workspace / "checkpoints").iterdir() if path.is_dir() and not path.suffix)
+    folders = (path for path in (workspace / "checkpoints").iterdir() if path.is_dir() and not path.suffix)
+    (folder,) = (path for path in folders if path.name != "jobs")  # of jobs on Slurm
     return folder
 
 
