@@ -20,6 +20,7 @@ from pipeline.tracking.journal import STEPS, TIMES, Journal
 from pipeline.tracking.mlflow_runs import JournalTail, create_run, log_records, runs_of
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import RECORDER_LOCK
+from tests.studies import sweep_config
 
 START_MS = 1_700_000_000_000
 
@@ -66,7 +67,7 @@ def test_runs_left_running_are_closed_unless_a_process_may_still_have_them(store
     store.client.set_tag(elsewhere, "host", "elsewhere")
     store.client.delete_tag(unplaced, "run_folder")
     name = f"study-{uuid4().hex[:8]}"
-    study = open_study_run(store, None, name, {})
+    study = open_study_run(store, None, sweep_config(study=name))
     study_lock = root_of(store) / "checkpoints" / f"{name}.lock"
 
     before = running(store, root_of(store))

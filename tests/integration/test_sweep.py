@@ -246,7 +246,7 @@ def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_traine
     def interrupted_in_the_second_seed(self, record):
         after_step(self, record)
         taken.append((self.run.config.train.seed, record.step))
-        if taken[-1] == (2, 3):
+        if taken[-1] == (2, 3) and taken.count((2, 3)) == 1:  # the last set of this test also has such a step
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(TrialReporter, "after_step", interrupted_in_the_second_seed)
