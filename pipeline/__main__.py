@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError, IntegrityError
@@ -259,12 +259,23 @@ COMMANDS = {command.__name__: command for command in (
 )}  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, also of each command, that raises InputError instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fault = " ".join(message.removeprefix("argument ").split())
+        raise InputError(f"{fault}: `{self.prog} --help` shows what is possible")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line. Only the named command gets its options, since some are slow to import."""
+    """Parse the command line. Only the named command gets its options, since some are slow to import.
+
+    Raises InputError if there is no such command or option, or if a value has the wrong form.
+    """
     argv = sys.argv[1:] if argv is None else argv
     prog = "totarget" if Path(sys.argv[0]).stem == "totarget" else "python -m pipeline"
     about = "Validate parameters, search for better ones, and use registered models."
-    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser = _Parser(prog=prog, description=about)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         says = command.__doc__
@@ -374,7 +385,7 @@ def _slurm(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | Non
         if flags:
             raise InputError(f"{', '.join(map(_flag, flags))}: only with --on slurm")
         return None
-    own = given.values.get(SlurmConfig.section_name)
+    own = given.values.get(SlurmConfig.section_name) or {}
     values = given.values | ({SlurmConfig.section_name: own | flags} if isinstance(own, dict) else {})
     return Params(values, Path(f"{given.path} with the command line") if flags else given.path).section(SlurmConfig)
 
@@ -424,7 +435,7 @@ def _minutes(text: str) -> int:
     try:
         return math.ceil(parse_duration(text if text[-1:].isalpha() else "?") / 60)
     except InputError:
-        raise argparse.ArgumentTypeError(f"{text}: give a time such as 90m or 24h") from None
+        raise argparse.ArgumentTypeError(f"{text}: give a time above 0, such as 90m or 24h") from None
 
 
 def _add_sweep(add: Callable[..., argparse.Action], without: Sequence[str]) -> None:

@@ -14,7 +14,10 @@ PARAMS = Path("params.yaml")
 
 
 class Section(BaseModel):
-    """A section of params.yaml; the class XConfig is the section `x`. Immutable, without defaults or unknown keys."""
+    """A section of params.yaml; the class XConfig is the section `x`. Immutable, without unknown keys.
+
+    A key has a default only if it is newer than the files of users. A section of such keys alone may be absent.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
     section_name: ClassVar[str]
@@ -61,7 +64,10 @@ class Params:
         for kind in kinds:
             if kind in self._sections:
                 continue
-            if not isinstance(values := self.values.get(kind.section_name), dict):
+            values = self.values.get(kind.section_name)
+            if values is None and not any(field.is_required() for field in kind.model_fields.values()):
+                values = {}
+            if not isinstance(values, dict):
                 errors.append(f"{kind.section_name}: section missing")
                 continue
             try:
@@ -114,25 +120,27 @@ def _describe(kind: type[Section], errors: Sequence[Any], values: dict[str, Any]
     for error in errors:
         location, got = _follow(error["loc"], values)
         where, what = ".".join([kind.section_name, *map(str, location)]), error["msg"].removeprefix("Value error, ")
+        what = what.replace("a valid dictionary", "a mapping, such as {key: value}")
         if error["type"] == "extra_forbidden":
             found[where] = f"unknown key{nearest(location[-1], list(kind.model_fields))}"
         elif error["type"] == "missing":
             found[where] = "missing"
         elif not location:  # about several keys, which the message names
             found[where] = what
+        elif where in found:  # another member of a union
+            found[where] = f"{found[where].removesuffix(got)} or {what.removeprefix('Input should be ')}{got}"
         else:
-            before = f"{found[where].removesuffix(got)} or " if where in found else ""  # another member of a union
-            found[where] = f"{before}{what[0].lower()}{what[1:]}{got}"
+            found[where] = f"{what[0].lower()}{what[1:]}{got}"
     return [f"{where}: {what}" for where, what in found.items()]
 
 
 def _follow(location: tuple[Any, ...], values: Any) -> tuple[tuple[Any, ...], str]:
     """The place of an error, without the union members that pydantic adds to it, and `, got VALUE`."""
     for depth, part in enumerate(location):
-        if not isinstance(values, dict | list):
-            return location[:depth], f", got {values!r}"
-        if part in (values if isinstance(values, dict) else range(len(values))):
-            values = values[part]
+        parts = values if isinstance(values, dict) else range(len(values)) if isinstance(values, list) else ()
+        if part not in parts:
+            return location[: max(1, depth)], f", got {values!r}"  # a missing key is not in `values` either
+        values = values[part]
     return location, f", got {values!r}"
 
 

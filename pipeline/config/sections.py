@@ -32,6 +32,17 @@ HUB_PAGE = re.compile(
 SECRET = re.compile(r"//[^/?#]*:[^/?#]*@|[?&](sig|[\w-]*(signature|token|secret|password|api_?key))=", re.IGNORECASE)
 
 
+def _matching(pattern: str, words: str) -> AfterValidator:
+    """Check a text; `words` say what the pattern allows."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"should be {words}")
+        return text
+
+    return AfterValidator(check)
+
+
 def _check_source(source: str) -> str:
     if SECRET.search(source):
         return source  # CorpusConfig refuses it without printing it
@@ -58,7 +69,7 @@ class CorpusConfig(Section):
     """The text to train on."""
 
     source: Source
-    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")  # of the source's files, in order; null: not checked
+    sha256: Annotated[str, _matching("[0-9a-f]{64}", "64 hexadecimal digits")] | None  # of the files; null: not checked
     mirrors: list[Source]  # tried in order if the source fails
     column: str | None = Field(min_length=1)  # of a table: its texts; null: `text`, or the only column of strings
     tokenizer: str = Field(min_length=1)  # a name from TOKENIZERS in data/tokenizer.py, or NAME:SIZE
@@ -236,7 +247,7 @@ class EvaluateConfig(Section):
 class RegistryConfig(Section):
     """The name of registered models, and the conditions for the champion."""
 
-    model: str = Field(pattern=r"^[\w.-]+$")
+    model: Annotated[str, _matching(r"[\w.-]+", "a name of letters, digits and ._-")]
     max_target_loss: float = Field(gt=0)  # largest target.loss on the training text that may become champion
     require_target: bool = True  # a champion has reached its target
     replace_champion: bool = False  # a version of another text or rule replaces the champion, without a comparison
@@ -302,18 +313,23 @@ def _check_study(name: str) -> str:
     return name
 
 
+def _check_storage(url: str) -> str:
+    if not re.match("journal:///.|sqlite|postgresql", url) and not has_password(url):  # SweepConfig refuses a password
+        raise ValueError("should be journal:///FILE, sqlite:///FILE or postgresql://USER@HOST/DATABASE")
+    return url
+
+
 Axis = Annotated[Range | list[Any], BeforeValidator(_as_axis)]
 
 
 class SweepConfig(Section):
     """A study: its search space, objective, limits and workers."""
 
-    study: Annotated[str, AfterValidator(_check_study)] = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the study; a new name starts a new study"
-    )
-    storage: str = Field(
-        pattern=r"^(journal:///.|sqlite|postgresql)",
-        description="where the study is stored: journal:///FILE, or SQLAlchemy's URL of a database",
+    study: Annotated[
+        str, _matching("[A-Za-z0-9][A-Za-z0-9_-]*", "a name of letters, digits and _-"), AfterValidator(_check_study)
+    ] = Field(description="name of the study; a new name starts a new study")
+    storage: Annotated[str, AfterValidator(_check_storage)] = Field(
+        description="where the study is stored: journal:///FILE, or SQLAlchemy's URL of a database"
     )
     objective: Literal["tokens", "steps", "train_s"] = Field(
         description="cost to minimise until the target: tokens, steps or train_s"
@@ -331,7 +347,9 @@ class SweepConfig(Section):
         union_mode="left_to_right",
         description="number of processes, which share the cores; auto: one for each GPU",
     )
-    share_devices: bool = Field(description="true: several workers may share a GPU; false: each has its own")
+    share_devices: bool = Field(
+        default=False, description="true: several workers may share a GPU; false: each has its own"
+    )
     sampler: Literal["tpe", "random"] = Field(description="tpe or random")
     pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
     pruner_tolerance: float = Field(
@@ -363,13 +381,23 @@ class SweepConfig(Section):
 class SlurmConfig(Section):
     """What a job gets on a Slurm cluster; not part of the fingerprint, since it changes no result."""
 
-    partition: str | None = Field(pattern=r"^[\w,.-]+$", description="partition of the cluster; null: its default")
-    time_min: int = Field(ge=1, strict=True, description="time limit; a job that reaches it saves and is requeued")
-    gpus: int | None = Field(ge=1, strict=True, description="GPUs on each node; null: none")
-    cpus: int | None = Field(ge=1, strict=True, description="cores on each node; null: the cluster's default")
-    mem_gb: float | None = Field(gt=0, description="memory on each node in GiB; null: the cluster's default")
-    nodes: int = Field(ge=1, strict=True, description="nodes of one training; each runs train.processes")
-    options: dict[str, str | int] = Field(description="further options of sbatch, such as {account: x, qos: y}")
+    partition: Annotated[str, _matching(r"[\w,.-]+", "the name of a partition")] | None = Field(
+        default=None, description="partition of the cluster; null: its default"
+    )
+    time_min: int = Field(
+        default=60, ge=1, strict=True, description="time limit; a job that reaches it saves and is requeued"
+    )
+    gpus: int | None = Field(default=None, ge=1, strict=True, description="GPUs on each node; null: none")
+    cpus: int | None = Field(
+        default=None, ge=1, strict=True, description="cores on each node; null: the cluster's default"
+    )
+    mem_gb: float | None = Field(
+        default=None, gt=0, description="memory on each node in GiB; null: the cluster's default"
+    )
+    nodes: int = Field(default=1, ge=1, strict=True, description="nodes of one training; each runs train.processes")
+    options: dict[str, str | int] = Field(
+        default={}, description="further options of sbatch, such as {account: x, qos: y}"
+    )
 
 
 SECTIONS: tuple[type[Section], ...] = tuple(Section.__subclasses__())  # those of this module

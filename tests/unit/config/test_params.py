@@ -17,6 +17,7 @@ class FruitConfig(Section):
     pears: Literal["all"] | Annotated[int, Field(ge=1, strict=True)]
     plums: int | None
     names: list[str] = []
+    extra: dict[str, str | int] = {}
 
 
 VALID = {"apples": 3, "weight_kg": 1.5, "ripe": True, "pears": "all", "plums": None}
@@ -35,9 +36,12 @@ def test_a_valid_section_is_typed_immutable_and_validated_once():
     ("changes", "message"),
     [
         ({"aples": 2}, "aples: unknown key (did you mean apples?)"),
-        ({"a\nb": 2}, "a b: unknown key (known: apples, weight_kg, ripe, pears, plums, names)"),
-        ({"pears": 0}, "pears: input should be 'all' or input should be greater than or equal to 1, got 0"),
-        ({"pears": True}, "pears: input should be 'all' or input should be a valid integer, got True"),
+        ({"a\nb": 2}, "a b: unknown key (known: apples, weight_kg, ripe, pears, plums, names, extra)"),
+        ({"pears": 0}, "pears: input should be 'all' or greater than or equal to 1, got 0"),
+        ({"pears": True}, "pears: input should be 'all' or a valid integer, got True"),
+        ({"pears": [1]}, "pears: input should be 'all' or a valid integer, got [1]"),
+        ({"extra": 7}, "extra: input should be a mapping, such as {key: value}, got 7"),
+        ({"extra": {"a": {"b": 1}}}, "extra.a: input should be a valid string or a valid integer, got {'b': 1}"),
         ({"weight_kg": nan}, "weight_kg: input should be a finite number, got nan"),
         ({"names": [1]}, "names.0: input should be a valid string, got 1"),
         ({"apples": True}, "apples: should be a number, got True"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.params import Params, load_params
-from pipeline.config.sections import SECTIONS
+from pipeline.config.sections import SECTIONS, SlurmConfig, SweepConfig
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
 from pipeline.training.config import RUN_SECTIONS, RunConfig
@@ -65,11 +65,37 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
         ({"corpus.tokenizer": "bpe:10000000"}, "'bpe:10000000' is not bpe:N, in which N"),
         ({"corpus.tokenizer": "chars:9"}, "chars takes no number, got 'chars:9': write chars"),
         ({"model.vocab_size": 50256}, "model.vocab_size 50256 is below the tokenizer's 50257 ids: set it to null"),
+        (
+            {"sweep.storage": "nonsense"},
+            "sweep.storage: should be journal:///FILE, sqlite:///FILE or postgresql://USER",
+        ),
+        ({"sweep.study": "a b"}, "sweep.study: should be a name of letters, digits and _-, got 'a b'"),
+        ({"corpus.sha256": "0a"}, "corpus.sha256: should be 64 hexadecimal digits, got '0a'"),
+        ({"registry.model": "a/b"}, "registry.model: should be a name of letters, digits and ._-, got 'a/b'"),
+        ({"slurm.partition": "a b"}, "slurm.partition: should be the name of a partition, got 'a b'"),
         ({"model.vocab_size": 0}, "model.vocab_size: input should be greater than or equal to 1, got 0"),
     ],
 )
 def test_contradictions_and_values_out_of_bounds_are_reported(changes, message):
     assert message in error_of(check_params, changed(changes))
+
+
+def test_keys_that_older_files_lack_have_their_defaults():
+    params = changed({})
+    del params.values["slurm"], params.values["sweep"]["share_devices"]
+    assert error_of(check_params, params) == ""
+    assert params.section(SlurmConfig).model_dump() == COMMITTED["slurm"]
+    assert params.section(SweepConfig).share_devices is False
+    assert Params({"slurm": None}).section(SlurmConfig) == params.section(SlurmConfig)
+    del params.values["samples"]
+    assert error_of(check_params, Params(params.values)) == "params.yaml: samples: section missing"
+
+
+def test_the_password_of_a_storage_is_not_printed():
+    for url in ("mysql://me:hunter2@host/db", "postgresql://me:hunter2@host/db"):
+        found = error_of(check_params, changed({"sweep.storage": url}))
+        assert "storage contains a password" in found
+        assert "hunter2" not in found
 
 
 TENTH = 34_219  # tokens of the committed corpus
