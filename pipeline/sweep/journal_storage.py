@@ -42,18 +42,30 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file, or create it. Raises InputError if it is no journal, or if the disk does not support locks."""
+        """Open the file, or create it. Raises InputError if it is no journal, or if the disk does not support locks.
+
+        On a read-only disk it can be read, and a write raises StorageInternalError.
+        """
         self._path = path
         with _naming_faults(path):
             super().__init__(str(path))
-            with self._locked() as file:
+            with self._locked() if os.access(path, os.W_OK) else path.open("rb") as file:
                 head = file.read(len(FIRST_BYTES))
         if not FIRST_BYTES.startswith(head):
             raise InputError(f"sweep.storage: {path} is not a journal of studies: name another file")
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        intact = log_number_from
         with _naming_faults(self._path):
-            yield from super().read_logs(log_number_from)
+            try:
+                for log in super().read_logs(log_number_from):
+                    intact += 1
+                    yield log
+            except ValueError as error:
+                raise StorageInternalError(
+                    f"line {intact + 1} of {self._path} is damaged ({first_line(error)}): while no worker runs, "
+                    f"restore a copy of the file, or keep the lines before (`head -n {intact}`); or name another file"
+                ) from None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         data = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
@@ -148,12 +160,12 @@ def _remove_incomplete_line(file: FileIO) -> None:
 
 @contextmanager
 def _naming_faults(path: Path) -> Iterator[None]:
-    """Raise StorageInternalError if the disk fails, or if a line of the journal is damaged."""
+    """Raise StorageInternalError, with a hint, if the disk fails."""
     try:
         yield
     except InputError:
         raise
     except OSError as error:
-        raise StorageInternalError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except ValueError as error:
-        raise StorageInternalError(f"{path} has a damaged line: {first_line(error)}") from None
+        raise StorageInternalError(
+            f"{path}: {(error.strerror or str(error)).lower()}: fix it, or name another file"
+        ) from None

@@ -42,7 +42,7 @@ def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> BaseStorag
     """Open a study's storage, or create it; a relative path of a file starts at `root`.
 
     Optuna re-queues a trial whose worker has sent no heartbeat for `heartbeat_timeout_s` seconds. Raises InputError
-    if the storage does not answer.
+    if the storage cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # workers print their trials themselves
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -60,9 +60,16 @@ def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> BaseStorag
     except ImportError:
         raise InputError("sweep.storage: PostgreSQL's driver is not installed: `pip install '.[postgres]'`") from None
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-        raise InputError(
-            f"sweep.storage {url} does not answer ({first_line(error)}): start it, fix it, or name another"
-        ) from None
+        is_server = url.partition(":///")[0] not in FILES
+        fault = "does not answer" if is_server else "cannot be opened"
+        raise _storage_fault(url, error, fault, f"{'start it, ' if is_server else ''}fix it, or name another") from None
+
+
+def _storage_fault(url: str, error: Exception, fault: str, hint: str) -> InputError:
+    """The InputError for a fault of a storage; a journal's message has a hint of its own."""
+    is_journal = url.startswith("journal") and isinstance(error, StorageInternalError)
+    said = first_line(error)
+    return InputError(f"sweep.storage: {said}" if is_journal else f"sweep.storage {url} {fault} ({said}): {hint}")
 
 
 @contextmanager
@@ -94,7 +101,7 @@ def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        raise InputError(f"sweep.storage {sweep.storage} fails ({first_line(error)}): fix it and repeat") from None
+        raise _storage_fault(sweep.storage, error, "fails", "fix it and repeat") from None
 
 
 def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: BaseStorage, worker: int = 0) -> Study:

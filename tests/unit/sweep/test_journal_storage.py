@@ -7,6 +7,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
+from pipeline.sweep import journal_storage
 from pipeline.sweep.study import find_study, join_study, latest_trials, naming_dead_storage, open_storage, suggest
 from pipeline.system.errors import InputError
 from tests.studies import shared_by, sweep_config
@@ -101,13 +102,47 @@ def test_a_damaged_line_and_a_lost_file_are_named_in_one_line(tmp_path, opened):
     line = journal.read_bytes().splitlines(keepends=True)[0]
     with journal.open("ab") as file:
         file.write(b"{broken}\n" + line)
-    with pytest.raises(InputError, match=r"s\.journal does not answer .*has a damaged line: Expecting prop") as error:
+    before = journal.read_bytes().count(b"\n") - 2
+    with pytest.raises(InputError) as error:
         opened()
+    said = (
+        f"sweep.storage: line {before + 1} of {journal} is damaged (Expecting property name enclosed in double quotes"
+    )
+    assert str(error.value).startswith(said)
+    assert str(error.value).endswith(f"or keep the lines before (`head -n {before}`); or name another file")
     assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=rf"^sweep\.storage: line {before + 1} of "), naming_dead_storage(SWEEP):
+        study.set_user_attr("key", 1)  # it has read the lines before
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:before]))
+    assert opened().user_attrs == study.user_attrs
     journal.unlink()
-    with pytest.raises(InputError, match=r"fails \(.*s\.journal: no such file"), naming_dead_storage(SWEEP):
+    with (
+        pytest.raises(InputError, match=r"storage: .*s\.journal: no such file or directory: fix it"),
+        naming_dead_storage(SWEEP),
+    ):
         study.set_user_attr("key", 1)
     assert not journal.exists()
+
+
+def test_a_study_on_a_read_only_disk_is_shown_and_not_changed(tmp_path, opened, monkeypatch):
+    opened().set_user_attr("key", 1)
+
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(journal_storage, "_open_to_append", read_only)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert find_study(SWEEP, tmp_path).user_attrs["key"] == 1
+    with pytest.raises(InputError, match=r"s\.journal: read-only file system: fix it"), naming_dead_storage(SWEEP):
+        opened()
+
+
+def test_a_folder_is_refused(tmp_path, opened):
+    (tmp_path / "s.journal").mkdir()
+    with pytest.raises(
+        InputError, match=r"^sweep\.storage: .*s\.journal: is a directory: fix it, or name another file$"
+    ):
+        opened()
 
 
 def test_looking_for_a_study_creates_no_journal(tmp_path):
