@@ -38,6 +38,7 @@ from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.checkpoint import keep_newest
+from pipeline.training.progress import Progress
 from pipeline.training.run import Run, open_run
 from pipeline.training.target import RULES
 from pipeline.training.train import follow, read_config, read_data
@@ -131,7 +132,10 @@ class Worker:
                 with Recorder(self.root, run.folder, dict(run.identity), tags):
                     reporter.report_past_steps()
                     if not run.finished:
-                        follow(run, self.stop, reporter.after_step)
+                        announce(trial, "starts")
+                        state, target = run.state, config.target.loss
+                        progress = Progress(state.step, state.tokens, run.max_steps, target, f"trial {trial.number}")
+                        follow(run, self.stop, progress.show, reporter.after_step)
                     reporter.require_target()
             finally:
                 if run.records:

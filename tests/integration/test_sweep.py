@@ -252,6 +252,7 @@ def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_traine
     monkeypatch.setattr(TrialReporter, "after_step", interrupted_in_the_second_seed)
     code, out, err = command("replicate", "--seeds", 3)
     assert code == 143, err
+    assert "trial 0: starts (train.seed 1)\n" in out
     assert "1 of 3 seeds trained, 1 reached the target (100%)" in out
     code, out, err = command("replicate", "--seeds", 3)
     assert code == 0, err

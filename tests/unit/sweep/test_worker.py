@@ -48,6 +48,11 @@ class Run:
         return self.trial.study.trials[self.trial.number].intermediate_values
 
 
+@pytest.fixture(autouse=True)
+def without_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["worker"])  # those of pytest are not a worker's
+
+
 @pytest.fixture
 def sweep():
     return sweep_config()
