@@ -10,6 +10,7 @@ import numpy as np
 import optuna.visualization.matplotlib as optuna_plots
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from optuna import create_study, create_trial
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -37,6 +38,7 @@ from pipeline.sweep.study import SHARED
 from pipeline.training.target import RULES
 
 UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
+NARROW = 5  # below this ratio, an axis may have only one of the ticks of `log_scale`
 SERIES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY, BLACK)  # colours of candidates
 
 
@@ -87,7 +89,7 @@ def seeds_figure(candidates: Sequence[Candidate], shared: dict[str, Any]) -> Fig
 
     The shade is one standard deviation on each side of the mean. A run that missed the target ends in a cross.
     """
-    figure, colours = Figure(), {}
+    figure, colours, marks = Figure(), {}, ""
     axes, objective = figure.subplots(), shared["objective"]
     scale = 1000 if objective == "train_s" else 1  # reports are in ms
     for place, candidate in enumerate(candidates):
@@ -100,11 +102,13 @@ def seeds_figure(candidates: Sequence[Candidate], shared: dict[str, Any]) -> Fig
         if costs := candidate.costs(objective):
             spread = Spread.of([scale * cost for cost in costs])
             axes.axvline(spread.mean, color=colour, lw=1, ls=":")
+            marks = marks or " (dotted: mean)"
             if spread.sd:
+                marks = " (dotted: mean; shaded: ± deviation)"
                 axes.axvspan(spread.mean - spread.sd, spread.mean + spread.sd, color=colour, alpha=0.1, lw=0)
     _losses(axes, shared)
     n_runs, n_missed = (sum(map(count, candidates)) for count in (lambda c: len(c.trials), lambda c: c.n_missed))
-    axes.set_title(f"{n_runs - n_missed} of {counted(n_runs, 'run')} reached the target (shaded: mean ± deviation)")
+    axes.set_title(f"{n_runs - n_missed} of {counted(n_runs, 'run')} reached the target{marks}")
     for name, colour in colours.items() if len(candidates) > 1 else ():
         axes.plot([], [], color=colour, label=name)
     if len(candidates) > 1:
@@ -113,16 +117,23 @@ def seeds_figure(candidates: Sequence[Candidate], shared: dict[str, Any]) -> Fig
 
 
 def _losses(axes: Axes, shared: dict[str, Any]) -> None:
-    """Scale and name the axes of learning curves, and mark the target."""
+    """Scale and name the axes of learning curves, and mark the target.
+
+    A curve is the loss of minibatches, and may end above a target for the loss of the whole text.
+    """
     if not axes.lines:
         axes.set_ylim(0.01, 15)
-    log_scale(axes)
     target, rule = shared["params"]["target"]["loss"], RULES.get(shared["params"]["target"].get("rule", ""))
     held_out = rule is not None and rule.needs_held_out
-    level(axes, target, f"target {target:g}\n({'held-out' if held_out else 'whole'} text)")
+    text = f"{'held-out' if held_out else 'whole'} text"
+    level(axes, target, f"target {target:g}\n({text})")
+    log_scale(axes)
+    low, high = axes.get_ylim()
+    if high < NARROW * low:
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     unit = "ms of training" if shared["objective"] == "train_s" else shared["objective"]  # as in `report_step`
-    measured = "loss of the held-out text" if held_out else "mean loss of the last epoch"
-    axes.set(xlabel=unit, ylabel=f"{measured} (nats per token)")
+    measured = "loss of the held-out text" if held_out else "minibatch loss, mean of an epoch"
+    axes.set(xlabel=f"{unit} (dot: the loss of the {text} reached the target)", ylabel=f"{measured} (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
 
 

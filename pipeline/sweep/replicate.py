@@ -144,7 +144,13 @@ def _run_list(
     shared = shared_settings(plain, RunConfig.of(params), data_sha256, varied)
     name = f"{prefix}-{sha256_json(shared | {'sources': source_hashes()})[:8]}"
     sweep = plain.updated(study=name)
-    return run_study(params, sweep, shared, placement, lambda study: enqueue_list(study, listed), outcome)
+
+    def with_places(study: Study, figures: Path) -> Outcome:
+        found = outcome(study, figures)
+        places = f"written: {figures.parent / RESULTS} and {figures / 'curves.png'}"
+        return found._replace(text=f"{found.text}\n{places}")
+
+    return run_study(params, sweep, shared, placement, lambda study: enqueue_list(study, listed), with_places)
 
 
 def _replicate_outcome(study: Study, figures: Path) -> Outcome:

@@ -27,7 +27,7 @@ def test_pruned_trials_are_faint_and_the_best_is_highlighted(study):
 
 
 @pytest.mark.parametrize(("rule", "text", "loss"), [
-    ("sliding", "whole", "mean loss of the last epoch"), ("validation", "held-out", "loss of the held-out text")
+    ("sliding", "whole", "minibatch loss, mean of an epoch"), ("validation", "held-out", "loss of the held-out text")
 ])  # fmt: skip
 def test_the_curves_say_which_loss_they_are(study, rule, text, loss):
     shared = study.user_attrs[SHARED]
@@ -36,6 +36,18 @@ def test_the_curves_say_which_loss_they_are(study, rule, text, loss):
     axes = curves_figure(fill(study)).axes[0]
     assert any(f"({text} text)" in note.get_text() for note in axes.texts)
     assert axes.get_ylabel() == f"{loss} (nats per token)"
+    assert axes.get_xlabel() == f"tokens (dot: the loss of the {text} text reached the target)"
+
+
+@pytest.mark.parametrize("losses", [(6.1, 5.4), (10.0, 5.5), (9.0, 0.1)])
+def test_an_axis_of_losses_has_several_numbers(study, losses):
+    shared = study.user_attrs[SHARED]
+    shared["params"]["target"]["loss"] = losses[1]
+    study.set_user_attr(SHARED, shared)
+    add(study, value=2.0, curve=dict(enumerate(losses, start=1)))
+    axes = curves_figure(study).axes[0]
+    low, high = axes.get_ylim()
+    assert len([tick for tick in axes.yaxis.get_majorticklocs() if low < tick < high]) >= 3
 
 
 def test_the_value_of_a_pruned_trial_is_its_forecast(study):

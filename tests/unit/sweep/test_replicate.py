@@ -115,10 +115,11 @@ def started(monkeypatch, tmp_path):
     return of
 
 
-def test_the_name_of_a_set_of_seeds_stands_for_all_that_its_runs_share(started, monkeypatch):
+def test_the_name_of_a_set_of_seeds_stands_for_all_that_its_runs_share(started, tmp_path, monkeypatch):
     first = started(run_replicate, 2)
     assert first["values"] == SEEDS[:2]
     assert first["text"].startswith(f"study {first['name']}: 0 of 2 seeds trained, 0 reached the target\n")
+    assert first["text"].endswith(f"\nwritten: {tmp_path}/s/results.json and {tmp_path}/s/figures/curves.png")
     assert first["name"].startswith("replicate-")
     for same in ({"train.seed": 7}, {"train.threads": 2}):
         assert started(run_replicate, 5, **same)["name"] == first["name"]
@@ -220,11 +221,22 @@ def test_the_figure_has_a_curve_for_each_run_and_the_mean_of_each_candidate(stud
     first, second, third = study.trials
     candidates = [Candidate("default", {}, [first, second]), Candidate("trial 3", {}, [third])]
     axes = seeds_figure(candidates, study.user_attrs[SHARED]).axes[0]
-    assert axes.get_title(loc="left") == "2 of 3 runs reached the target (shaded: mean ± deviation)"
+    assert axes.get_title(loc="left") == "2 of 3 runs reached the target (dotted: mean; shaded: ± deviation)"
     ends = [max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2 and line.get_ls() == "-"]
     assert sorted(ends) == [1000, 1200, 1500]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_ls() == ":"] == [1100]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["default", "trial 3"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "marks"),
+    [((1000, 1200), " (dotted: mean; shaded: ± deviation)"), ((1000, 1000), " (dotted: mean)"), ((), "")],
+)
+def test_the_title_explains_only_the_marks_that_are_there(study, tokens, marks):
+    for seed, each in enumerate(tokens):
+        trained(study, seed, each)
+    axes = seeds_figure([Candidate("all seeds", {}, study.trials)], study.user_attrs[SHARED]).axes[0]
+    assert axes.get_title(loc="left") == f"{len(tokens)} of {len(tokens)} runs reached the target{marks}"
 
 
 def test_equal_values_are_one_trial_and_the_order_is_that_of_the_values_cost(study):

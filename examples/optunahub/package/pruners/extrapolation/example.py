@@ -3,6 +3,8 @@
 Each seed's study is run without a pruner and with ExtrapolationPruner. The learning curves are
 those of SGD on a noisy quadratic (Zhang et al., 2019), in closed form. A large batch wastes
 examples. A high learning rate is fast at first, and ends at a higher loss.
+
+Needs ``pip install optunahub``.
 """
 
 from pathlib import Path
