@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     """A project's folder, in which commands run."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    monkeypatch.setattr("pipeline.ops.on_slurm.require_slurm", lambda: None)
+    monkeypatch.setattr("pipeline.ops.on_slurm.require_slurm", lambda *asked: None)
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
