@@ -72,6 +72,7 @@ def command(folder, capsys):
         (["train", "--elastic"], 2, "error: --elastic without --on slurm"),
         (["train", "--commit", "0000"], 2, "error: params.yaml has changed since this job was submitted"),
         (["tokenize", "--shard", "0"], 2, "error: --shard and --of belong together"),
+        (["tokenize", "--on", "slurm", "--nodes", "9"], 2, "unrecognized arguments: --nodes 9"),
         (["tokenize", "--workers", "3"], 2, "error: --workers: only with --on slurm"),
         (["jobs"], 0, "no jobs in"),
         (["jobs", "--cancel", "7"], 2, "error: no job 7 in"),
