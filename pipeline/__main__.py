@@ -317,7 +317,7 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
         case "tokenize":
             add("--shard", metavar="I", type=int, help="encode only the shards of this task, 0 to N - 1")
             add("--of", metavar="N", type=int, help="number of tasks")
-            _add_slurm(add)
+            _add_slurm(add, without=("nodes",))
             add("--workers", metavar="N", type=_count, help="with --on slurm: number of tasks; default: 16 at most")
         case "train":
             _add_slurm(add)
@@ -357,13 +357,13 @@ def _add_arguments(command: str, add: Callable[..., argparse.Action]) -> None:
             add("name", nargs="?", help="a run's fingerprint, or a study's name; default: all runs, but no study")
 
 
-def _add_slurm(add: Callable[..., argparse.Action]) -> None:
+def _add_slurm(add: Callable[..., argparse.Action], without: Sequence[str] = ()) -> None:
     """Add `--on slurm` and a flag for each key of the section `slurm`, which `_slurm` reads."""
     from pipeline.config.sections import SlurmConfig
 
     add("--on", choices=("slurm",), help="run as jobs of this Slurm cluster; default: on this machine")
     for name, field in SlurmConfig.model_fields.items():
-        if name != "options":
+        if name not in ("options", *without):
             of, text = _minutes if name == "time_min" else _yaml, f"{field.description}; instead of slurm.{name}"
             add(
                 _flag(name),

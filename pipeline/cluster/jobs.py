@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from submitit.helpers import clean_env
 
 from pipeline.cluster import task as program
 from pipeline.config.sections import SlurmConfig
-from pipeline.system.errors import InputError, PipelineError
+from pipeline.system.errors import InputError, Interrupted, PipelineError
 from pipeline.system.files import read_json, write_json
 from pipeline.system.host import SOURCE_ROOT, project_root
 from pipeline.system.signals import StopSignals
@@ -49,8 +49,9 @@ WAITS = {  # reasons of squeue -> what they mean
     "JobHeldUser": "it is held: `scontrol release`",
     "JobHeldAdmin": "an administrator holds it",
 }
+CANCELLED = "it was cancelled"
 ENDS = {  # final states of Slurm -> what they mean
-    "CANCELLED": "it was cancelled",
+    "CANCELLED": CANCELLED,
     "TIMEOUT": "its time was over before everything was saved: raise --time",
     "OUT_OF_MEMORY": "it was out of memory: raise --mem",
     "NODE_FAIL": "its node died",
@@ -59,6 +60,10 @@ ENDS = {  # final states of Slurm -> what they mean
     "DEADLINE": "it did not end before its deadline",
 }
 FINAL = {"FAILED", *ENDS}
+NO_NODES = "Requested node configuration is not available"  # also said when the nodes are only down
+# Lines that say that a task has ended, not why: `slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-... ***`.
+NO_CAUSE = r"srun: |submitit |slurmstepd[^:]*: error: \*\*\* .* AT \S+ \*\*\*"
+SHOW = "python -m pipeline jobs"
 
 
 class JobFailed(PipelineError):  # noqa: N818
@@ -70,7 +75,7 @@ class JobFailed(PipelineError):  # noqa: N818
 
 
 class TaskState(NamedTuple):
-    """What a task of a job does: `state` is done, failed, or Slurm's word, such as pending or running."""
+    """What a task of a job does: `state` is done, failed, cancelled, or Slurm's word, such as running."""
 
     number: int
     state: str
@@ -81,7 +86,11 @@ class TaskState(NamedTuple):
 
     @property
     def ended(self) -> bool:
-        return self.state in ("done", "failed")
+        return self.state == "done" or self.failed
+
+    @property
+    def failed(self) -> bool:
+        return self.state in ("failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -118,12 +127,12 @@ class Job:
             return None
         found = read_json(path)
         code = found["code"]
-        state = "running" if code is None else "failed" if code else "done"
-        why = ""
-        if code:
-            last = next(reversed(_lines([self.log(number)])), "no output")
-            why = found["message"] or self._error(number) or f"exit code {code}, {last}"
-        return TaskState(number, state, found["host"], why=why, code=code)
+        if not code:
+            return TaskState(number, "running" if code is None else "done", found["host"], code=code)
+        if not (why := found["message"] or self._error(number)):
+            last = next(reversed(_attempt(self.log(number))), "no output")
+            why = f"exit code {code}, {last}" if code > 0 else f"killed by signal {-code}"
+        return TaskState(number, "cancelled" if why == CANCELLED else "failed", found["host"], why=why, code=code)
 
     def _state(self, number: int, rows: dict[str, list[str]]) -> TaskState:
         """What Slurm says of a task that has not noted its end."""
@@ -138,20 +147,36 @@ class Job:
             return TaskState(number, state.lower(), node, elapsed, f"{name} ({WAITS[name]})" if name in WAITS else name)
         if why := ENDS.get(state):  # which Slurm forgets after some minutes
             write_json(self.folder / f"task-{number}.json", {"code": 1, "message": why, "host": node, "attempts": 1})
-        return TaskState(number, "failed", node, elapsed, why or self._error(number) or state.lower())
+        ended = "cancelled" if why == CANCELLED else "failed"
+        return TaskState(number, ended, node, elapsed, why or self._error(number) or state.lower())
 
     def _error(self, number: int) -> str:
-        """The line of the task's output that says why it failed."""
+        """The line of the last attempt's output that says why the task failed."""
         task = f"{self.id}_{number}" if len(self.commands) > 1 else self.id
-        lines = _lines(self.folder.glob(f"task-{number}*.log")), _lines(self.folder.glob(f"{task}_*_log.err"))
-        errors = [line for line in chain(*lines) if re.match(r"(slurmstepd[^:]*: )?error: ", line)]
-        others = [line for line in lines[1] if not line.startswith(("srun: ", "submitit "))]
-        return next((line.partition("error: ")[2] for line in reversed(errors)), "") or next(reversed(others), "")
+        patterns = f"task-{number}*.log", f"{task}_*_log.err"
+        log, err = (
+            [line for path in self.folder.glob(pattern) for line in _attempt(path) if not re.match(NO_CAUSE, line)]
+            for pattern in patterns
+        )
+        errors = [line for line in log + err if re.match(r"(slurmstepd[^:]*: )?error: ", line)]
+        return next((line.partition("error: ")[2] for line in reversed(errors)), "") or next(reversed(err), "")
 
 
-def require_slurm() -> None:
-    """Raise InputError, unless this machine can submit jobs to a cluster that answers."""
+def require_slurm(slurm: SlurmConfig, nodes: int = 1) -> None:
+    """Raise InputError, unless a cluster answers and knows what `slurm` asks for.
+
+    Whether any node has that many cores and so much memory is known only to `submit`.
+    """
     _run("squeue", "--noheader", "--me")
+    flags = [
+        f"--{key}" if value is True else f"--{key}={value}" for key, value in _sbatch_options(slurm, nodes).items()
+    ]
+    try:
+        with _submitting():
+            _run("sbatch", "--test-only", "--wrap=true", *flags)
+    except InputError as error:
+        if NO_NODES not in str(error):
+            raise _refused(slurm, nodes, str(error).removeprefix("sbatch: ")) from None
 
 
 def submit(
@@ -163,21 +188,15 @@ def submit(
     node. The job starts after all tasks of `after` have succeeded. Before the time limit, or when Slurm pre-empts it, a
     task gets SIGTERM and is requeued. Raises InputError if Slurm refuses the job.
     """
-    require_slurm()
+    require_slurm(slurm, nodes)
     root = project_root()
     home = next(path for i in count(1) if not (path := root / JOBS / f"{name}-{i}").exists())
     home.mkdir(parents=True)
     time_s = 60.0 * slurm.time_min
     executor = _Executor(home, max_num_timeout=10**6)  # `Task` says when to stop
-    options = {"requeue": True, "export": "ALL", **slurm.options}
+    options = {"requeue": True, "export": "ALL", **_sbatch_options(slurm, nodes)}
     if after:
         options |= {"dependency": f"afterok:{after.id}", "kill-on-invalid-dep": "yes"}
-    asked: dict[str, str | int | None] = {
-        "partition": slurm.partition,
-        "gpus_per_node": slurm.gpus,
-        "cpus_per_task": slurm.cpus,
-        "mem": f"{math.ceil(slurm.mem_gb * 1024)}M" if slurm.mem_gb else None,
-    }
     executor.update_parameters(
         job_name=name,
         time=slurm.time_min,
@@ -188,7 +207,6 @@ def submit(
         # srun does not take the number of cores from sbatch; a node that fails ends the others
         srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else [])],
         additional_parameters=options,
-        **{key: value for key, value in asked.items() if value is not None},
     )
     tasks = [program.Task(command, home, number, root, time_s, None) for number, command in enumerate(commands)]
     try:
@@ -196,12 +214,40 @@ def submit(
             submitted = [executor.submit(task) for task in tasks]
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(home)
-        raise InputError(f"Slurm refuses the job {name}: {_refusal(str(error))}") from None
+        raise _refused(slurm, nodes, _refusal(str(error))) from None
     identity = submitted[0].job_id.partition("_")[0]
     job = Job(identity, name, [list(command) for command in commands], after.id if after else None, home)
     write_json(home / JOB, {key: value for key, value in vars(job).items() if key != "folder"})
-    print(f"job {identity} ({name}) is submitted, {len(tasks)} x {nodes} nodes: {home}", flush=True)
+    shape = f"{_counted(len(tasks), 'task')} {'of' if len(tasks) > 1 else 'on'} {_counted(nodes, 'node')}"
+    print(f"job {identity} ({name}) is submitted, {shape}: {home}", flush=True)
     return job
+
+
+def _sbatch_options(slurm: SlurmConfig, nodes: int) -> dict[str, str | int]:
+    asked = {
+        "partition": slurm.partition,
+        "time": slurm.time_min,
+        "nodes": nodes,
+        "gpus-per-node": slurm.gpus,
+        "cpus-per-task": slurm.cpus,
+        "mem": f"{math.ceil(slurm.mem_gb * 1024)}M" if slurm.mem_gb else None,
+    }
+    return {key: value for key, value in asked.items() if value is not None} | slurm.options
+
+
+def _refused(slurm: SlurmConfig, nodes: int, why: str) -> InputError:
+    asked = {
+        "partition": slurm.partition,
+        "time": f"{slurm.time_min} min",
+        "nodes": nodes,
+        "gpus": slurm.gpus,
+        "cpus": slurm.cpus,
+        "mem": f"{slurm.mem_gb:g} GiB" if slurm.mem_gb else None,
+        **slurm.options,
+    }
+    words = ", ".join(f"{key} {value}" for key, value in asked.items() if value is not None)
+    hint = "`sinfo -o '%P %l %D %c %m %G'` lists what each partition has: time limit, nodes, cores, MB of memory, GPUs"
+    return InputError(f"Slurm refuses {words}: {why}: {hint}")
 
 
 class _Executor(SlurmExecutor):
@@ -237,10 +283,14 @@ def wait(job: Job, stop: StopSignals, each: Callable[[], None] = lambda: None) -
     job running.
     """
     before, shown, poll_s, asked = "", 0, LOG_POLL_S, -math.inf
-    goes_on = f"while job {job.id} ({job.name}) runs on, `totarget jobs` shows it and `totarget jobs --cancel {job.id}`"
     tasks: list[TaskState] = []
     while True:
-        stop.raise_if_received(f"{goes_on} ends")
+        if stop.received is not None:
+            raise Interrupted(
+                f"interrupted; job {job.id} ({job.name}) is still in Slurm: the same command follows it, "
+                f"`{SHOW}` shows it, `{SHOW} --cancel {job.id}` ends it",
+                stop.received,
+            )
         if time.monotonic() - asked >= poll_s:
             try:
                 tasks = job.tasks
@@ -257,9 +307,10 @@ def wait(job: Job, stop: StopSignals, each: Callable[[], None] = lambda: None) -
         if tasks and all(task.ended for task in tasks):
             break
         time.sleep(LOG_POLL_S)
-    if failed := next((task for task in tasks if task.state == "failed"), None):
+    if failed := next((task for task in tasks if task.failed), None):
         code = failed.code if failed.code and failed.code > 0 else 1
-        raise JobFailed(f"job {job.id} ({job.name}), task {failed.number}: {failed.why}: see {job.folder}", code)
+        where = f"job {job.id} ({job.name}), task {failed.number}{failed.node and f' on {failed.node}'}"
+        raise JobFailed(f"{where}: {failed.why}: see {job.folder}; the same command submits what is left", code)
 
 
 def print_jobs() -> None:
@@ -278,7 +329,7 @@ def cancel(identity: str) -> None:
     jobs = find_jobs()
     chosen = [job.id for job in jobs if job.id == identity or job.after == identity]
     if identity not in chosen:
-        raise InputError(f"no job {identity} in {project_root() / JOBS}: `totarget jobs` lists them")
+        raise InputError(f"no job {identity} in {project_root() / JOBS}: `{SHOW}` lists them")
     _run("scancel", *chosen)
     print(f"cancelled {', '.join(chosen)}: checkpoints and finished shards are kept")
 
@@ -299,17 +350,22 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _lines(paths: Iterable[Path]) -> list[str]:
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]
-    return [line for text in texts for line in text.splitlines() if line]
+def _attempt(path: Path) -> list[str]:
+    """The lines that the last attempt of a task has written to a file, which those before it share."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    first = max((number for number, line in enumerate(lines, 1) if line.startswith(program.ATTEMPT)), default=0)
+    return [line for line in lines[first:] if line]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _refusal(stderr: str) -> str:
     """The last line of what a program of Slurm said, without the names in front."""
-    lines = [line for line in stderr.splitlines() if "error:" in line or "fatal:" in line] or stderr.splitlines()
-    return (
-        re.sub(r"^\w+: (error|fatal): (Batch job submission failed: )?", "", lines[-1]) if lines else "no reason given"
-    )
+    lines = [line for line in stderr.splitlines() if re.search("error:|fatal:|option '", line)] or stderr.splitlines()
+    names = r"^(sbatch: (?!error|fatal)|\w+: (error|fatal): (Batch job submission failed: )?|allocation failure: )"
+    return re.sub(names, "", lines[-1]) if lines else "no reason given"
 
 
 def _python_path() -> str:

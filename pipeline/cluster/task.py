@@ -23,6 +23,7 @@ from pipeline.system.signals import die_with_parent
 # submitit call `checkpoint` and requeue the job. SIGTERM comes from a pre-emption, `scontrol requeue` and `scancel`.
 
 SAVED = ("checkpoints/**/step-*", "data/.unfinished-*/*.json")  # what a command finishes: checkpoints and shards
+ATTEMPT = "$ python -m "  # how the first line of an attempt begins, in the log and in submitit's
 FIRST_PORT, N_PORTS = 20_000, 10_000  # of the rendezvous of several nodes; below the ports that Linux gives out
 
 
@@ -44,10 +45,12 @@ class Task:
     def __call__(self) -> None:
         self._started, self._stopped = time.monotonic(), False
         self._node = int(os.environ.get("SLURM_PROCID", "0"))
-        self._note(code=None, message="", host=socket.gethostname(), attempts=self._state().get("attempts", 0) + 1)
+        host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        self._note(code=None, message="", host=host, attempts=self._state().get("attempts", 0) + 1)
         node = f".node-{self._node}" if self._node else ""
         with (self.folder / f"task-{self.number}{node}.log").open("a", encoding="utf-8") as log:
-            print(f"$ python -m {shlex.join(self.command)}   # on {socket.gethostname()}", file=log, flush=True)
+            for file in (log, sys.stderr):
+                print(f"{ATTEMPT}{shlex.join(self.command)}   # on {host}", file=file, flush=True)
             # A process group of its own: Slurm's signals reach this process alone, which passes each on once.
             self._child = subprocess.Popen(
                 [sys.executable, "-m", *self.command],
@@ -93,7 +96,8 @@ class Task:
 
     def _requeue_if_preempted(self) -> None:
         """Requeue a job that Slurm will neither cancel nor requeue itself: one in the grace time of a pre-emption."""
-        show = ["scontrol", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
+        # The SLURM_JOB_ID of an array's last task is that of the array, for which scontrol shows all tasks.
+        show = ["scontrol", "show", "job", SlurmJobEnvironment().job_id]
         shown = subprocess.run(show, capture_output=True, text=True, check=False).stdout
         if self._node == 0 and "JobState=RUNNING" in shown:
             os.kill(os.getpid(), signal.SIGUSR2)

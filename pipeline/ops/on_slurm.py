@@ -15,12 +15,12 @@ from pipeline.system.signals import StopSignals
 from pipeline.training.config import RunConfig
 
 MAX_TASKS = 16  # of an array, unless --workers says another number
-LAST = "dvc"  # the name of the job that records in dvc.lock what another one has made
+RECORD = "-record"  # ends the name of the job that records in dvc.lock what another one has made
 
 
 def tokenize_on_slurm(params: Params, slurm: SlurmConfig, n_tasks: int | None) -> None:
     """Encode the text in an array of `n_tasks` tasks; a last job joins the shards by `dvc repro tokenize`."""
-    require_slurm()
+    require_slurm(slurm)
     if (job := find_live("tokenize")) is None:
         config = params.section(CorpusConfig)
         _repro("tokenizer")
@@ -38,7 +38,7 @@ def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
 
     Raises InputError if the nodes, processes and GPUs do not match, or if a training of other parameters has not ended.
     """
-    require_slurm()
+    require_slurm(slurm, slurm.nodes)
     config = RunConfig.of(params)
     each, batch = config.train.processes, config.windows.micro_batch_size
     if slurm.gpus not in (None, each):
@@ -56,7 +56,7 @@ def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
         job = _submit_both("train", [command], ["pipeline", "train", "--commit", config.digest], slurm, slurm.nodes)
     elif job.commands != [command]:
         raise InputError(
-            f"job {job.id} trains with other parameters: wait for it, or `totarget jobs --cancel {job.id}`"
+            f"job {job.id} trains with other parameters: wait for it, or `python -m pipeline jobs --cancel {job.id}`"
         )
     _follow(job)
 
@@ -74,7 +74,7 @@ def _submit_both(
     """Submit a job, and one that runs `last` after it."""
     job = submit(name, commands, slurm, nodes=nodes)
     try:
-        submit(LAST, [last], slurm.updated(gpus=None), after=job)
+        submit(f"{name}{RECORD}", [last], slurm.updated(gpus=None), after=job)
     except InputError:
         cancel(job.id)
         raise
@@ -84,7 +84,7 @@ def _submit_both(
 def _follow(job: Job) -> None:
     """Wait for a job, and for the one after it."""
     with StopSignals() as stop:
-        for each in (job, *(last for last in find_jobs(LAST) if last.after == job.id)):
+        for each in (job, *(last for last in find_jobs(f"{job.name}{RECORD}") if last.after == job.id)):
             wait(each, stop)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from optuna.storages import fail_stale_trials
+from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -260,12 +260,15 @@ def _search_outcome(study: Study, figures: Path) -> Outcome:
 
 def _summary(study: Study) -> str:
     trials, best = latest_trials(study), best_trial(study)
+    trials = [trial for trial in trials if not _is_new(trial)]
     states = [trial.state for trial in trials]
     words = (
         f"study {study.study_name}: {len(trials)} of {study.user_attrs['trials']} trials started, "
         f"{states.count(TrialState.COMPLETE)} reached the target, {states.count(TrialState.PRUNED)} did not, "
         f"{states.count(TrialState.FAIL)} failed"
     )
+    if unfinished := sum(not state.is_finished() for state in states):
+        words += f", {unfinished} unfinished"
     if best is None:
         return words
     cost = sum(map(_last_step, trials)) / _last_step(best)
@@ -284,6 +287,11 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         **trial.user_attrs.get(VALUES, {}),
         "why": trial.user_attrs.get("reason", ""),
     }
+
+
+def _is_new(trial: FrozenTrial) -> bool:
+    """Whether a trial is queued and has never been started."""
+    return trial.state is TrialState.WAITING and not RetryHeartbeatStaleTrialCallback.retry_history(trial)
 
 
 def _last_step(trial: FrozenTrial) -> int:

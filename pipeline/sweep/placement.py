@@ -57,7 +57,7 @@ def _devices_here(sweep: SweepConfig, train: TrainConfig) -> list[str | None]:
 
 def _devices_on_slurm(sweep: SweepConfig, train: TrainConfig, slurm: SlurmConfig) -> list[str | None]:
     """Slurm shows each task its own GPU. Without `slurm.gpus` a node may show all of them, which others use."""
-    require_slurm()
+    require_slurm(slurm)
     if sweep.workers == "auto":
         raise InputError("sweep.workers: auto counts the GPUs of one machine: with --on slurm, give --workers N")
     if is_sqlite(sweep.storage):

@@ -59,7 +59,10 @@ def mute_closed_terminal() -> None:
 
 
 def interrupted(number: int, where: str) -> Interrupted:
-    return Interrupted(f"{signal.Signals(number).name} {where}: run the same command again to resume", number)
+    hint = "run the same command again to resume"
+    if "SUBMITIT_FOLDER" in os.environ:  # a job of pipeline.cluster
+        hint = "Slurm runs it again to resume, unless the job was cancelled"
+    return Interrupted(f"{signal.Signals(number).name} {where}: {hint}", number)
 
 
 def die_with_dvc() -> None:

@@ -58,7 +58,7 @@ def test_a_sweep_on_slurm_ends_each_trial_once_whatever_ends_its_tasks_and_its_h
     head.send_signal(signal.SIGINT)
     said, _ = head.communicate(timeout=60)
     assert head.returncode == 130
-    assert f"while job {job.id} (study-tiny) runs on" in said
+    assert f"interrupted; job {job.id} (study-tiny) is still in Slurm" in said
     head = start_sweep(4, *ON_SLURM)
     killed, second = trial_to_stop(head, but=[first])
     (worker := worker_of(second)).suspend()  # it cannot save anything, as when a node dies

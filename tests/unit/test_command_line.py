@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     """A project's folder, in which commands run."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    monkeypatch.setattr("pipeline.ops.on_slurm.require_slurm", lambda: None)
+    monkeypatch.setattr("pipeline.ops.on_slurm.require_slurm", lambda *asked: None)
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -90,6 +90,7 @@ def test_the_flags_of_slurm_apply_to_a_file_without_its_section(command, folder)
         (["train", "--elastic"], 2, "error: --elastic without --on slurm"),
         (["train", "--commit", "0000"], 2, "error: params.yaml has changed since this job was submitted"),
         (["tokenize", "--shard", "0"], 2, "error: --shard and --of belong together"),
+        (["tokenize", "--on", "slurm", "--nodes", "9"], 2, "unrecognized arguments: --nodes 9"),
         (["tokenize", "--workers", "3"], 2, "error: --workers: only with --on slurm"),
         (["jobs"], 0, "no jobs in"),
         (["jobs", "--cancel", "7"], 2, "error: no job 7 in"),

@@ -1,14 +1,20 @@
 """Jobs: what is said of each state of Slurm and of each refusal, without a cluster."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
 from pipeline.cluster import jobs
 from pipeline.cluster.jobs import Job, JobFailed, TaskState, cancel, find_jobs, find_live, print_jobs, wait
+from pipeline.config.params import load_params
+from pipeline.config.sections import SlurmConfig
 from pipeline.system.errors import InputError, Interrupted
 from pipeline.system.files import write_json
 from pipeline.system.signals import StopSignals
+from tests.trainings import ROOT
+
+SLURM = load_params(ROOT / "params.yaml").section(SlurmConfig)
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def note(job, task=0, code=None, message=""):
         (("PENDING", "QOSMaxJobsPerUserLimit", "", "0:00"), "pending", "QOSMaxJobsPerUserLimit"),
         (("RUNNING", "None", "n1", "0:10"), "running", ""),
         (("COMPLETING", "None", "n1", "0:10"), "completing", ""),
-        (("CANCELLED", "None", "n1", "0:10"), "failed", "it was cancelled"),
+        (("CANCELLED", "None", "n1", "0:10"), "cancelled", "it was cancelled"),
         (("NODE_FAIL", "None", "n1", "0:10"), "failed", "its node died"),
         (
             ("TIMEOUT", "TimeLimit", "n1", "1:00"),
@@ -59,7 +65,7 @@ def test_why_a_task_was_ended_is_kept_when_slurm_has_forgotten_it(made, monkeypa
     job = made(rows=[("7", "CANCELLED", "None", "n1", "0:10")])
     assert job.ended
     monkeypatch.setattr(jobs, "_squeue", list)
-    assert [task.why for task in job.tasks] == ["it was cancelled"]
+    assert [(task.state, task.why) for task in job.tasks] == [("cancelled", "it was cancelled")]
 
 
 def test_what_a_task_has_noted_counts_and_its_error_is_that_of_its_command(made):
@@ -81,6 +87,21 @@ def test_what_a_task_has_noted_counts_and_its_error_is_that_of_its_command(made)
     ]
 
 
+def test_why_an_attempt_failed_is_not_taken_from_the_attempt_before_it(made):
+    job = made(n_tasks=3)
+    before = "$ python -m x   # on n2\nerror: SIGTERM at step 5\nslurmstepd-n2: error: *** STEP 7.0 CANCELLED ***\n"
+    ended = "srun: error: n1: task 0: Killed\nslurmstepd-n2: error: *** STEP 7.0 ON n2 CANCELLED AT 2026-11-29T01 ***\n"
+    for task, code, said in (
+        (0, -9, ended),
+        (1, -9, "slurmstepd-n1: error: oom_kill\n" + ended),
+        (2, 1, "no module x\n"),
+    ):
+        note(job, task, code)
+        job.log(task).write_text(f"{before}$ python -m x   # on n1\n{said if code > 0 else ''}")
+        (job.folder / f"7_{task}_0_log.err").write_text(f"{before}$ python -m x   # on n1\n{said if code < 0 else ''}")
+    assert [task.why for task in job.tasks] == ["killed by signal 9", "oom_kill", "exit code 1, no module x"]
+
+
 def test_waiting_prints_each_change_and_the_output_and_ends_with_the_exit_code_of_the_command(
     made, capsys, monkeypatch
 ):
@@ -88,7 +109,10 @@ def test_waiting_prints_each_change_and_the_output_and_ends_with_the_exit_code_o
     job.log(0).write_text("step 1\nerror: not finite\n")
     monkeypatch.setattr(jobs, "LOG_POLL_S", 0.0)
     monkeypatch.setattr(jobs.time, "sleep", lambda s: note(job, code=4))
-    with pytest.raises(JobFailed, match=r"job 7 \(train\), task 0: not finite: see") as failed, StopSignals() as stop:
+    with (
+        pytest.raises(JobFailed, match=r"task 0 on n1: not finite: see .*; the same command") as failed,
+        StopSignals() as stop,
+    ):
         wait(job, stop)
     assert failed.value.exit_code == 4
     assert capsys.readouterr().out.splitlines() == [
@@ -102,8 +126,11 @@ def test_waiting_prints_each_change_and_the_output_and_ends_with_the_exit_code_o
 def test_a_signal_ends_the_waiting_and_not_the_job(made, capsys):
     job, stop = made(rows=[("7", "RUNNING", "None", "n1", "0:01")]), StopSignals()
     stop.received = 2
-    with pytest.raises(Interrupted, match=r"SIGINT while job 7 \(train\) runs on, .*`totarget jobs --cancel 7` ends"):
+    with pytest.raises(
+        Interrupted, match=r"interrupted; job 7 \(train\) is still in Slurm: .* --cancel 7` ends"
+    ) as error:
         wait(job, stop)
+    assert error.value.exit_code == 130
 
 
 def test_jobs_are_found_listed_and_cancelled_with_those_that_wait_for_them(made, capsys, monkeypatch):
@@ -129,7 +156,7 @@ def test_jobs_are_found_listed_and_cancelled_with_those_that_wait_for_them(made,
     monkeypatch.setattr(jobs, "_run", lambda *command: called.append(command) or "")
     cancel("9")
     assert called == [("scancel", "9", "10")]
-    with pytest.raises(InputError, match=r"no job 7 in .*jobs: `totarget jobs` lists them"):
+    with pytest.raises(InputError, match=r"no job 7 in .*jobs: `python -m pipeline jobs` lists them"):
         cancel("7")
 
 
@@ -145,6 +172,11 @@ def test_jobs_are_found_listed_and_cancelled_with_those_that_wait_for_them(made,
          "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"),
         ("sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, ...)\n",
          "Job violates accounting/QOS policy (job submit limit, ...)"),
+        ("sbatch: error: invalid partition specified: x\nallocation failure: Invalid partition name specified\n",
+         "invalid partition specified: x"),
+        ("allocation failure: Invalid feature specification\n", "Invalid feature specification"),
+        ("sbatch: unrecognized option '--x=1'\nTry \"sbatch --help\" for more information\n",
+         "unrecognized option '--x=1'"),
         ("", "no reason given"),
     ],
 )  # fmt: skip
@@ -155,9 +187,44 @@ def test_a_refusal_is_the_last_line_that_slurm_says(stderr, line):
 def test_without_slurm_the_missing_program_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "squeue" else name)
     with pytest.raises(InputError, match="no squeue on the PATH: run this on a login node of a Slurm cluster"):
-        jobs.require_slurm()
+        jobs.require_slurm(SLURM)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("allocation failure: Invalid feature specification", "Invalid feature specification"),
+        ("allocation failure: Requested node configuration is not available", None),  # they may only be down
+        (None, None),
+    ],
+)
+def test_what_no_partition_has_is_refused_before_anything_is_submitted(monkeypatch, said, why):
+    ran = []
+
+    def run(*command):
+        ran.append(command)
+        if said and "--test-only" in command:
+            raise InputError(f"sbatch: {jobs._refusal(said)}")
+
+    monkeypatch.setattr(jobs, "_run", run)
+    asked = SLURM.updated(partition="p", time_min=90, mem_gb=1.5, gpus=2, options={"constraint": "a100"})
+    words = f"^Slurm refuses partition p, time 90 min, nodes 3, gpus 2, mem 1.5 GiB, constraint a100: {why}: `sinfo"
+    with pytest.raises(InputError, match=words) if why else nullcontext():
+        jobs.require_slurm(asked, nodes=3)
+    flags = ["--partition=p", "--time=90", "--nodes=3", "--gpus-per-node=2", "--mem=1536M", "--constraint=a100"]
+    assert ran[1] == ("sbatch", "--test-only", "--wrap=true", *flags)
 
 
 def test_the_state_of_a_task_says_whether_it_has_ended():
-    ends = {state: TaskState(0, state).ended for state in ("done", "failed", "running", "pending", "completing")}
-    assert ends == {"done": True, "failed": True, "running": False, "pending": False, "completing": False}
+    ends = {
+        state: TaskState(0, state).ended
+        for state in ("done", "failed", "cancelled", "running", "pending", "completing")
+    }
+    assert ends == {
+        "done": True,
+        "failed": True,
+        "cancelled": True,
+        "running": False,
+        "pending": False,
+        "completing": False,
+    }

@@ -1,7 +1,11 @@
 """A task: what it passes to its command, and when it must not be requeued."""
 
+import signal
+from types import SimpleNamespace
+
 import pytest
 
+from pipeline.cluster import task as task_module
 from pipeline.cluster.task import Task, is_stuck, job_environment
 
 HAD, MORE = frozenset({"step-00000010"}), frozenset({"step-00000010", "step-00000020"})
@@ -37,6 +41,25 @@ def test_what_is_saved_is_told_to_the_next_start_and_the_end_is_noted(tmp_path, 
     (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").parent.mkdir(parents=True)
     (tmp_path / "data" / ".unfinished-tokens-0" / "train-00000.json").touch()
     assert after.checkpoint() is not None
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_the_last_task_of_an_array_is_requeued_only_if_itself_still_runs(tmp_path, monkeypatch, cancelled):
+    for key, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(key, value)
+    states = {"7_0": "RUNNING", "7_1": "COMPLETING" if cancelled else "RUNNING"}
+
+    def scontrol(command, **options):
+        shown = [state for task, state in states.items() if task.startswith(command[-1])]
+        return SimpleNamespace(stdout="".join(f"JobState={state} Reason=None\n" for state in shown))
+
+    monkeypatch.setattr(task_module.subprocess, "run", scontrol)
+    sent = []
+    monkeypatch.setattr(task_module.os, "kill", lambda *arguments: sent.append(arguments[1]))
+    task = Task(["pipeline.sweep.worker"], tmp_path, 1, tmp_path, 60.0, None)
+    task._node = 0
+    task._requeue_if_preempted()
+    assert sent == ([] if cancelled else [signal.SIGUSR2])
 
 
 def test_nodes_find_each_other_by_the_variables_of_torchrun():

@@ -37,7 +37,7 @@ def cluster(tmp_path, monkeypatch):
         status = {} if arguments[-1] in found.current else {arguments[-1]: ["changed"]}
         return SimpleNamespace(returncode=0, stdout=json.dumps(status))
 
-    monkeypatch.setattr(on_slurm, "require_slurm", lambda: None)
+    monkeypatch.setattr(on_slurm, "require_slurm", lambda slurm, nodes=1: None)
     monkeypatch.setattr(on_slurm, "submit", submit)
     monkeypatch.setattr(on_slurm, "run_dvc", run_dvc)
     monkeypatch.setattr(on_slurm, "find_live", lambda name: found.live)
@@ -59,7 +59,7 @@ def test_an_array_divides_the_shards_and_a_last_job_joins_them(cluster):
             ("repro", "tokenizer"),
             ("--json", "tokenize"),
             ("tokenize", [[*share, str(i), "--of", str(n)] for i in range(n)], 1, None, None),
-            ("dvc", [["dvc", "repro", "tokenize"]], 1, None, "0"),
+            ("tokenize-record", [["dvc", "repro", "tokenize"]], 1, None, "0"),
             "wait for 0",
             "wait for 1",
         ]
@@ -74,7 +74,7 @@ def test_a_training_is_submitted_with_its_parameters_and_recorded_by_a_last_job_
         ("repro", "tokenize"),
         ("--json", "train"),
         ("train", [["stages.train", "--params", digest, "--elastic"]], 2, 4, None),
-        ("dvc", [["pipeline", "train", "--commit", digest]], 1, None, "0"),
+        ("train-record", [["pipeline", "train", "--commit", digest]], 1, None, "0"),
         "wait for 0",
         "wait for 1",
     ]
@@ -86,7 +86,7 @@ def test_what_is_up_to_date_is_not_submitted_and_what_runs_is_followed(cluster, 
     assert cluster.did == [("repro", "tokenize"), ("--json", "train")]
     assert "the stage train is up to date" in capsys.readouterr().out
     cluster.live = Job("7", "train", [TRAIN], None, Path())
-    cluster.jobs = [cluster.live, Job("8", "dvc", [["x"]], "7", Path()), Job("9", "dvc", [["x"]], "6", Path())]
+    cluster.jobs = [cluster.live, *(Job(id, "train-record", [["x"]], after, Path()) for id, after in ("87", "96"))]
     cluster.did.clear()
     on_slurm.train_on_slurm(PARAMS, SLURM, elastic=False)
     assert cluster.did == ["wait for 7", "wait for 8"]
@@ -97,7 +97,11 @@ def test_what_is_up_to_date_is_not_submitted_and_what_runs_is_followed(cluster, 
     [
         ({"gpus": 2}, None, "2 GPUs on each node, but train.processes 1: one process uses one GPU"),
         ({"nodes": 3}, None, "windows.micro_batch_size 32 is not divisible by 3 nodes x 1 processes"),
-        ({}, ["stages.train", "--params", "0"], "job 7 trains with other parameters: wait for it, or `totarget jobs"),
+        (
+            {},
+            ["stages.train", "--params", "0"],
+            "job 7 trains with other parameters: wait for it, or `python -m pipeline jobs",
+        ),
     ],
 )
 def test_a_training_that_cannot_work_is_refused_before_anything_happens(cluster, slurm, live, words):

@@ -58,7 +58,7 @@ def test_workers_share_the_cores(monkeypatch):
 
 
 def test_a_worker_on_slurm_has_the_cores_and_the_gpu_of_its_task(monkeypatch):
-    monkeypatch.setattr(placement, "require_slurm", lambda: None)
+    monkeypatch.setattr(placement, "require_slurm", lambda slurm: None)
     sweep = sweep_config(workers=2)
     for given, expected in (({}, ([HIDDEN] * 2, 1)), ({"cpus": 4, "gpus": 1}, ([None] * 2, 4))):
         assert place_workers(sweep, train_config(), slurm := slurm_config(**given)) == Placement(*expected, slurm)
@@ -76,7 +76,7 @@ def test_a_worker_on_slurm_has_the_cores_and_the_gpu_of_its_task(monkeypatch):
     ],
 )
 def test_what_cannot_run_on_slurm_is_refused_in_one_line(sweep, train, slurm, message, monkeypatch):
-    monkeypatch.setattr(placement, "require_slurm", lambda: None)
+    monkeypatch.setattr(placement, "require_slurm", lambda slurm: None)
     with pytest.raises(InputError, match=message) as error:
         place_workers(sweep_config(**{"workers": 2, **sweep}), train_config(**train), slurm_config(**slurm))
     assert "\n" not in str(error.value)

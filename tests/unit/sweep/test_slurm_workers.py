@@ -7,11 +7,13 @@ from optuna.trial import TrialState
 
 from pipeline.cluster.jobs import JobFailed
 from pipeline.sweep import slurm_workers
+from pipeline.sweep.controller import _summary
 from pipeline.sweep.slurm_workers import run_on_slurm
+from pipeline.sweep.study import requeue
 from pipeline.sweep.worker import WORKER, Worker, WorkerConfig, task_name
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals
-from tests.studies import new_study, sweep_config
+from tests.studies import add, new_study, sweep_config
 
 CONFIG = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
 
@@ -112,6 +114,16 @@ def test_the_job_is_cancelled_when_the_time_of_the_sweep_is_over(follow):
     cluster = Cluster(failure=JobFailed("it was cancelled", 1))
     assert follow(study, sweep_config(budget_s=1e-9), cluster) is None
     assert cluster.cancelled == ["9"]
+
+
+def test_the_numbers_of_a_summary_add_up_while_a_retry_and_a_new_trial_are_queued():
+    study = new_study(sweep_config())
+    study.set_user_attr("trials", 4)
+    add(study, value=5.0, curve={5: 0.1})
+    trial = ask(study, task_name("7", 0))
+    requeue(study, study.trials[trial.number], died=True)
+    study.enqueue_trial({"optim.lr": 0.05})
+    assert "2 of 4 trials started, 1 reached the target, 0 did not, 0 failed, 1 unfinished; best" in _summary(study)
 
 
 def test_a_task_that_slurm_starts_again_queues_its_own_trial_and_no_other():

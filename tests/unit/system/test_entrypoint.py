@@ -58,7 +58,7 @@ def test_success_is_zero_and_a_bug_is_raised(bug, monkeypatch):
         exit_code_of(raising(bug))
 
 
-def test_signals_within_a_second_count_as_one():  # a dying DVC sends one for each of its threads
+def test_signals_within_a_second_count_as_one(monkeypatch):  # a dying DVC sends one for each of its threads
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
         for _ in range(3):
@@ -66,6 +66,9 @@ def test_signals_within_a_second_count_as_one():  # a dying DVC sends one for ea
         assert stop.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(Interrupted, match="SIGTERM at step 3: run the same command again"):
+        stop.raise_if_received("at step 3")
+    monkeypatch.setenv("SUBMITIT_FOLDER", "checkpoints/jobs/train-1")
+    with pytest.raises(Interrupted, match="SIGTERM at step 3: Slurm runs it again to resume, unless the job was"):
         stop.raise_if_received("at step 3")
 
 
