@@ -223,7 +223,7 @@ def submit(
     return job
 
 
-def _sbatch_options(slurm: SlurmConfig, nodes: int) -> dict[str, str | int]:
+def _sbatch_options(slurm: SlurmConfig, nodes: int) -> dict[str, bool | int | str]:
     asked = {
         "partition": slurm.partition,
         "time": slurm.time_min,

@@ -395,8 +395,8 @@ class SlurmConfig(Section):
         default=None, gt=0, description="memory on each node in GiB; null: the cluster's default"
     )
     nodes: int = Field(default=1, ge=1, strict=True, description="nodes of one training; each runs train.processes")
-    options: dict[str, str | int] = Field(
-        default={}, description="further options of sbatch, such as {account: x, qos: y}"
+    options: dict[str, bool | int | str] = Field(
+        default={}, description="further options of sbatch, such as {account: x, exclusive: true}"
     )
 
 

@@ -207,11 +207,22 @@ def test_what_no_partition_has_is_refused_before_anything_is_submitted(monkeypat
             raise InputError(f"sbatch: {jobs._refusal(said)}")
 
     monkeypatch.setattr(jobs, "_run", run)
-    asked = SLURM.updated(partition="p", time_min=90, mem_gb=1.5, gpus=2, options={"constraint": "a100"})
-    words = f"^Slurm refuses partition p, time 90 min, nodes 3, gpus 2, mem 1.5 GiB, constraint a100: {why}: `sinfo"
+    asked = SLURM.updated(
+        partition="p", time_min=90, mem_gb=1.5, gpus=2, options={"constraint": "a100", "exclusive": True}
+    )
+    words = "partition p, time 90 min, nodes 3, gpus 2, mem 1.5 GiB, constraint a100, exclusive True"
+    words = f"^Slurm refuses {words}: {why}: `sinfo"
     with pytest.raises(InputError, match=words) if why else nullcontext():
         jobs.require_slurm(asked, nodes=3)
-    flags = ["--partition=p", "--time=90", "--nodes=3", "--gpus-per-node=2", "--mem=1536M", "--constraint=a100"]
+    flags = [
+        "--partition=p",
+        "--time=90",
+        "--nodes=3",
+        "--gpus-per-node=2",
+        "--mem=1536M",
+        "--constraint=a100",
+        "--exclusive",
+    ]
     assert ran[1] == ("sbatch", "--test-only", "--wrap=true", *flags)
 
 
