@@ -15,6 +15,7 @@ from fixtures_mlflow import an_identity, append_steps, assert_has_exactly_the_jo
 from fixtures_registry import serving
 from sqlalchemy import Engine, event
 
+from pipeline.tracking import recorder
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_runs import logged_steps, runs_of
 from tests.waiting import wait_until
@@ -28,46 +29,49 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the recorder's thread prints; a line may be lost if pytest's capture is read at the same moment."""
+    lines = []
+    monkeypatch.setattr(recorder, "print", lambda line, file: lines.append(line), raising=False)
+    return lines
+
+
 def n_logged(store, identity):
     return sum(len(logged_steps(store, run.info.run_id)) for run in runs_of(store, identity["fingerprint"]))
 
 
-def send_during_a_fault(store, root, folder, fail, repair, capfd):
+def send_during_a_fault(store, root, folder, fail, repair, warnings):
     """Training continues with one warning while the store fails, and all records arrive when it is repaired."""
-    identity, journal, printed = an_identity(), Journal(folder), []
-
-    def warnings():
-        printed.extend(capfd.readouterr().err.splitlines())
-        return [line for line in printed if line.startswith("warning")]
-
+    identity, journal = an_identity(), Journal(folder)
     with recording(root, folder, identity):
         append_steps(journal, 0, 20)
         assert wait_until(lambda: n_logged(store, identity) == 20, DEADLINE_S)
         try:
             fail()
             append_steps(journal, 20, 100)
-            assert wait_until(warnings, DEADLINE_S)
+            assert wait_until(lambda: warnings, DEADLINE_S)
         finally:
             repair()
         append_steps(journal, 100, 110)
         assert wait_until(lambda: n_logged(store, identity) == 110, DEADLINE_S)
-    (line,) = warnings()
+    (line,) = warnings
     assert line.startswith("warning: MLflow fails (")
     assert store.client.get_run(run_id_of(folder)).info.status == "FINISHED"
     assert_has_exactly_the_journal(store, folder)
 
 
-def test_a_server_that_stalls_gets_all_records_once_it_answers(store, folder, tmp_path, monkeypatch, capfd):  # C3
+def test_a_server_that_stalls_gets_all_records_once_it_answers(store, folder, tmp_path, monkeypatch, warnings):  # C3
     command = ["-m", "mlflow", "server", "--backend-store-uri", store.uri, "--workers", "1"]
     with serving(command, "/health", tmp_path, os.environ) as (uri, group):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # seconds, instead of ten
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         stall, go_on = (partial(os.killpg, group, number) for number in (signal.SIGSTOP, signal.SIGCONT))
-        send_during_a_fault(store, folder.parent, folder, stall, go_on, capfd)
+        send_during_a_fault(store, folder.parent, folder, stall, go_on, warnings)
 
 
-def test_a_locked_database_gets_all_records_after_its_release(store, folder, capfd):  # C3
+def test_a_locked_database_gets_all_records_after_its_release(store, folder, warnings):  # C3
     def shorten(connection, cursor, statement, parameters, *_):
         """MLflow waits 20 seconds for a lock."""
         return statement.replace("busy_timeout = 20000", "busy_timeout = 100"), parameters
@@ -76,12 +80,12 @@ def test_a_locked_database_gets_all_records_after_its_release(store, folder, cap
     try:
         with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
             lock = partial(other.execute, "BEGIN EXCLUSIVE")
-            send_during_a_fault(store, root_of(store), folder, lock, other.rollback, capfd)
+            send_during_a_fault(store, root_of(store), folder, lock, other.rollback, warnings)
     finally:
         event.remove(Engine, "before_cursor_execute", shorten)
 
 
-def test_a_database_on_a_full_disk_gets_all_records_once_there_is_space(store, folder, capfd):  # C3
+def test_a_database_on_a_full_disk_gets_all_records_once_there_is_space(store, folder, warnings):  # C3
     database = Path(store.uri.removeprefix("sqlite:///"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -89,7 +93,7 @@ def test_a_database_on_a_full_disk_gets_all_records_once_there_is_space(store, f
         resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
 
     send_during_a_fault(
-        store, root_of(store), folder, lambda: limit(database.stat().st_size // 2), lambda: limit(before[0]), capfd
+        store, root_of(store), folder, lambda: limit(database.stat().st_size // 2), lambda: limit(before[0]), warnings
     )
 
 
