@@ -27,7 +27,7 @@ def step_and_evaluate(config, machine, vocabulary, length, batch):
     state = fresh_state(config.model, vocabulary, config.optim, config.train, machine)
     ids = torch.randint(vocabulary.n_rows, (batch, length))
     batches = iter(lambda: [Batch(ids, ids, ids.numel())], None)
-    for _ in train_steps(state, batches, 2, config.optim, machine):
+    for _ in train_steps(state, batches, 6, config.optim, machine):
         pass
     with torch.inference_mode(), machine.autocast():
         state.model.eval().token_losses(*2 * [torch.zeros(BATCH_TOKENS // length, length, dtype=torch.int64)])
@@ -48,9 +48,12 @@ def print_estimated_and_taken_bytes():
 def test_the_estimated_memory_is_close_to_what_a_process_takes(tmp_path, monkeypatch):
     """On a CPU freed memory is not returned, so a process takes more than is live at one time (benchmarks/LOG.md)."""
     monkeypatch.chdir(tmp_path)
-    process = start(print_estimated_and_taken_bytes, CUDA_VISIBLE_DEVICES="")
-    assert end(process) == 0, output_of(process)
-    estimated, taken = map(int, output_of(process).split())
+    found = []
+    for _ in range(3):  # what the allocator reuses varies by a tenth: a process may take the most of them
+        process = start(print_estimated_and_taken_bytes, CUDA_VISIBLE_DEVICES="")
+        assert end(process) == 0, output_of(process)
+        found.append(tuple(map(int, output_of(process).split())))
+    estimated, taken = found[0][0], max(taken for _, taken in found)
     assert 0.6 < estimated / taken < 1.15
 
 
