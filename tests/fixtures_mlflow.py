@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from mlflow.entities import Run
 
 from pipeline.data.token_files import data_sha256, write_shard
 from pipeline.registry import artifacts as versions
@@ -85,6 +86,11 @@ def recording(root: Path, folder: Path, identity: dict[str, Any]) -> Iterator[No
 def run_id_of(folder: Path) -> str:
     """The id of a folder's run in MLflow."""
     return (folder / RUN_ID).read_text().strip()
+
+
+def runs_in(store: Store, folder: Path) -> list[Run]:
+    """The MLflow runs of the training in `folder`; another test's project may have runs of the same fingerprint."""
+    return list(store.client.search_runs([store.experiment_id], f"tags.run_folder = '{folder.absolute()}'"))
 
 
 def assert_has_exactly_the_journal(store: Store, folder: Path, run_id: str | None = None) -> None:

@@ -31,6 +31,7 @@ from pipeline.sweep.study import (
     MAX_RETRIES,
     SHARED,
     VALUES,
+    WORKER,
     enqueue,
     find_study,
     has_work,
@@ -42,7 +43,7 @@ from pipeline.sweep.study import (
     shared_settings,
     unfinished_trials,
 )
-from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
+from pipeline.sweep.worker import WorkerConfig, worker_name
 from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.files import locked
 from pipeline.system.host import project_root, start_module

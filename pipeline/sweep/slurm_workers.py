@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.cluster import jobs
 from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.sweep import worker
-from pipeline.sweep.study import VALUES, has_work, latest_trials, requeue
-from pipeline.sweep.worker import WORKER, WorkerConfig, task_name
+from pipeline.sweep.study import VALUES, WORKER, has_work, latest_trials, requeue
+from pipeline.sweep.worker import WorkerConfig, task_name
 from pipeline.system.files import write_json
 from pipeline.system.signals import StopSignals
 

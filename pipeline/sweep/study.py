@@ -33,6 +33,7 @@ SHARED = "question"  # user attribute of a study: the settings that all of its t
 VALUES = "values"  # user attribute of a trial: the value of each key that differs between trials, by dotted key
 SURPLUS = "surplus"  # user attribute of a trial: its worker found that the last trial of the list was taken
 CONFIRMED = "confirmed"  # user attribute of a searched study: the winner of `sweep confirm`
+WORKER = "worker"  # user attribute of a trial: its worker's `worker_name` or `task_name`
 DEATHS = "deaths"  # user attribute of a trial: how many workers died in it
 MAX_RETRIES = 3  # of a trial whose worker died
 FILES = ("journal", "sqlite")  # storages that are files, SCHEME:///PATH
@@ -228,16 +229,22 @@ def requeue(study: Study, trial: FrozenTrial, died: bool = False) -> None:
     if died:
         requeue_dead(study, trial)
     else:
-        RetryHeartbeatStaleTrialCallback()(study, trial)
+        _retry(study, trial)
 
 
 def requeue_dead(study: Study, trial: FrozenTrial) -> None:
     """Queue a failed trial, whose worker has died, again, but not for ever; interruptions do not count."""
     deaths = trial.user_attrs.get(DEATHS, 0) + 1
     if deaths <= MAX_RETRIES:
-        trial = copy.deepcopy(trial)
-        trial.user_attrs[DEATHS] = deaths
-        RetryHeartbeatStaleTrialCallback()(study, trial)
+        _retry(study, trial, **{DEATHS: deaths})
+
+
+def _retry(study: Study, trial: FrozenTrial, **changes: int) -> None:
+    """Queue a copy of a failed trial, with these changes of its user attributes, and without its worker."""
+    copied = copy.deepcopy(trial)
+    copied.user_attrs.pop(WORKER, None)  # else the retry seems to belong to it until another worker has taken it
+    copied.user_attrs.update(changes)
+    RetryHeartbeatStaleTrialCallback()(study, copied)
 
 
 def latest_trials(study: Study) -> list[FrozenTrial]:

@@ -21,6 +21,7 @@ from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.search_space import with_values
 from pipeline.sweep.study import (
     VALUES,
+    WORKER,
     has_work,
     join_study,
     naming_dead_storage,
@@ -45,7 +46,6 @@ from pipeline.training.train import follow, read_config, read_data
 
 REPORTS_PER_EPOCH = 4
 OUT_OF_BUDGET = "its budget is used up"
-WORKER = "worker"  # user attribute of a trial: its worker's `worker_name` or `task_name`
 SPENT = "spent"  # user attribute of a trial that was trained: tokens, steps and train_s of its last step
 
 

@@ -13,13 +13,13 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from pipeline.sweep.replicate import RESULTS
-from pipeline.sweep.study import join_study, open_storage
-from pipeline.sweep.worker import WORKER
+from pipeline.sweep.study import WORKER, join_study, open_storage
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import Journal
 from pipeline.training.run import RESUMES
+from tests.fixtures_mlflow import runs_in
 from tests.studies import ROOT, list_folder, shared_by, study_here, sweep_config, sweep_project
 from tests.trainings import change
 from tests.waiting import is_alive, wait_until
@@ -43,13 +43,14 @@ def start(*arguments):
     return subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def running_trials(before_step=10**6):
-    """The running trials whose newest checkpoint is of an earlier step than this."""
+def running_trials(before_step=10**6, study="tiny"):
+    """The running trials that a worker has begun, and whose newest checkpoint is of an earlier step than this."""
     try:
-        running = study_here().get_trials(states=(TrialState.RUNNING,))
+        running = study_here(study).get_trials(states=(TrialState.RUNNING,))
     except InputError:  # the study has not been created yet
         return []
-    return [trial for trial in running if 0 < newest_checkpoint(trial) < before_step]
+    started = [trial for trial in running if WORKER in trial.user_attrs]
+    return [trial for trial in started if 0 < newest_checkpoint(trial, study) < before_step]
 
 
 def newest_checkpoint(trial, study="tiny"):
@@ -102,8 +103,7 @@ def test_no_trial_is_lost_when_workers_the_sweep_or_the_machine_die(tmp_path, mo
         assert (retry.state, retry.params) == (TrialState.COMPLETE, trial.params)
         folder = Path("checkpoints", "tiny", retry.user_attrs["fingerprint"])
         assert int((folder / "resumes").read_text().split()[0]) >= 5
-        query = f"tags.fingerprint = '{folder.name}'"
-        (run,) = store.client.search_runs([store.experiment_id], query)
+        (run,) = runs_in(store, folder)
         assert (run.info.status, run.data.tags["trial"]) == ("FINISHED", str(retry.number))
     assert all(trial.state is TrialState.COMPLETE or retry_of(trial) for trial in trials)
 
@@ -159,8 +159,7 @@ def test_a_set_of_seeds_survives_the_death_of_the_machine_and_trains_each_seed_o
         """Kill the worker and the sweep in the first half of the second seed; return whether it did."""
         if (folder := list_folder("replicate")) is None or len(list(folder.glob(f"*/{IDENTITY}"))) < 2:
             return False
-        running = study_here(folder.name).get_trials(states=(TrialState.RUNNING,))
-        if not running or not 0 < newest_checkpoint(running[0], folder.name) < 30:
+        if not (running := running_trials(before_step=30, study=folder.name)):
             return False
         head.send_signal(signal.SIGSTOP)  # it cannot re-queue the trial
         os.kill(int(running[0].user_attrs[WORKER].rpartition(":")[2]), signal.SIGKILL)
@@ -180,8 +179,7 @@ def test_a_set_of_seeds_survives_the_death_of_the_machine_and_trains_each_seed_o
         steps = Journal(folder / run["fingerprint"])
         with closing(steps):
             assert steps.records[-1].step == len(steps.records) == run["steps"]
-        query = f"tags.fingerprint = '{run['fingerprint']}'"
-        (tracked,) = store.client.search_runs([store.experiment_id], query)
+        (tracked,) = runs_in(store, folder / run["fingerprint"])
         assert (tracked.info.status, tracked.info.run_id) == ("FINISHED", run["mlflow_run_id"])
     assert (folder / runs[1]["fingerprint"] / RESUMES).read_text().split() != []  # it did not start again
     assert not (folder / runs[0]["fingerprint"] / RESUMES).exists()

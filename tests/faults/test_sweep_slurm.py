@@ -8,11 +8,11 @@ from fixtures_slurm import ask
 from optuna.trial import TrialState
 
 from pipeline.cluster.jobs import find_jobs
-from pipeline.sweep.study import latest_trials
-from pipeline.sweep.worker import WORKER
+from pipeline.sweep.study import WORKER, latest_trials
 from pipeline.system.files import read_json
 from pipeline.tracking.journal import STEPS
 from tests.faults.test_sweep_faults import retry_of, running_trials, start_sweep
+from tests.fixtures_mlflow import runs_in
 from tests.studies import study_here, sweep_project
 from tests.trainings import Untracked, change, train
 from tests.waiting import wait_until
@@ -76,8 +76,7 @@ def test_a_sweep_on_slurm_ends_each_trial_once_whatever_ends_its_tasks_and_its_h
         retry = retry_of(trial)
         assert (retry.state, retry.params) == (TrialState.COMPLETE, trial.params)
     for trial in trials:
-        query = f"tags.fingerprint = '{trial.user_attrs['fingerprint']}'"
-        (run,) = store.client.search_runs([store.experiment_id], query)
+        (run,) = runs_in(store, Path("checkpoints", "tiny", trial.user_attrs["fingerprint"]))
         assert (run.info.status, run.data.tags["trial"]) == ("FINISHED", str(trial.number))
         steps = [point.step for point in store.client.get_metric_history(run.info.run_id, "loss")]
         assert steps == list(range(1, len(steps) + 1))

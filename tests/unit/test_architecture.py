@@ -24,7 +24,8 @@ PACKAGES = {  # package -> what it may import
     "sweep": "cluster config system data tracking training report",
     "registry": "config system data model tracking training report",
     "ops": "cluster config system data model tracking training report sweep registry",
-    "__main__": "cluster config system data model tracking training report sweep registry ops",
+    "commands": "cluster config system data model tracking training report sweep registry ops",
+    "__main__": "commands config system",
 }
 LIBRARIES = {  # library -> packages and modules that may import it
     "mlflow": "tracking registry sweep.mlflow_run ops.stale_runs",

@@ -10,7 +10,8 @@ from fixtures_tokenizer import NAMES, POEM, Utf8Tokenizer, _made, _project  # no
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.__main__ import parse, tokenize
+from pipeline.__main__ import parse
+from pipeline.commands import tokenize
 from pipeline.data import encode as module
 from pipeline.data.encode import Task, training_text, write_tokens
 from pipeline.data.token_files import TokenFolder, data_sha256
@@ -234,10 +235,10 @@ def test_tasks_write_the_shards_and_the_stage_only_joins_them(project, monkeypat
     monkeypatch.chdir(project)
     for shard, of in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(InputError, match=f"--shard {shard} --of {of}: --of must be at least 1"):
-            tokenize(parse(["tokenize", f"--shard={shard}", f"--of={of}"]))
+            tokenize.run(parse(["tokenize", f"--shard={shard}", f"--of={of}"]))
     with patch.object(module, "write_shard", wraps=module.write_shard) as write_shard:
         for shard, n_written in ((1, 1), (0, 2), (2, 2)):  # there are two shards: train and val
-            tokenize(parse(["tokenize", "--shard", str(shard), "--of", "3"]))
+            tokenize.run(parse(["tokenize", "--shard", str(shard), "--of", "3"]))
             assert write_shard.call_count == n_written
     with patch.object(module, "write_shard", side_effect=AssertionError("no task wrote this shard")):
         stage.main()

@@ -9,8 +9,8 @@ from pipeline.cluster.jobs import JobFailed
 from pipeline.sweep import slurm_workers
 from pipeline.sweep.controller import _summary
 from pipeline.sweep.slurm_workers import run_on_slurm
-from pipeline.sweep.study import requeue
-from pipeline.sweep.worker import WORKER, Worker, WorkerConfig, task_name
+from pipeline.sweep.study import WORKER, requeue
+from pipeline.sweep.worker import Worker, WorkerConfig, task_name
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals
 from tests.studies import add, new_study, sweep_config

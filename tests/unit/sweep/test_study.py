@@ -6,8 +6,8 @@ from optuna.trial import TrialState
 
 from pipeline.sweep import controller
 from pipeline.sweep.pruner import best_trial
-from pipeline.sweep.study import MAX_RETRIES, enqueue, has_work, join_study, latest_trials, requeue, suggest
-from pipeline.sweep.worker import WORKER, WorkerConfig, worker_name
+from pipeline.sweep.study import MAX_RETRIES, WORKER, enqueue, has_work, join_study, latest_trials, requeue, suggest
+from pipeline.sweep.worker import WorkerConfig, worker_name
 from pipeline.system.errors import InputError
 from pipeline.system.signals import StopSignals
 from tests.studies import add, new_study, shared_by, sweep_config
@@ -65,6 +65,13 @@ def test_a_study_has_work_until_all_trials_are_started_and_a_retry_is_not_one_mo
     assert not has_work(study, sweep)
     assert [trial.state for trial in study.trials[-2:]] == [TrialState.FAIL, TrialState.RUNNING]
     assert [trial.number for trial in latest_trials(study)] == [0, 1, 2, 3, 5]
+
+
+def test_a_retry_belongs_to_no_worker_until_one_takes_it(study):  # D1
+    study.ask().set_user_attr(WORKER, "slurm:7_1")
+    requeue(study, study.trials[0], died=True)
+    assert WORKER not in study.trials[1].user_attrs
+    assert study.trials[0].user_attrs[WORKER] == "slurm:7_1"
 
 
 def test_a_trial_that_kills_every_worker_is_not_retried_forever_and_interruptions_do_not_count(study):

@@ -1,0 +1,109 @@
+"""Arguments that several commands have, and what they mean."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.system.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.config.params import Params
+    from pipeline.config.sections import SlurmConfig
+
+Add = Callable[..., argparse.Action]  # ArgumentParser.add_argument
+
+
+def add_slurm(add: Add, without: Sequence[str] = ()) -> None:
+    """Add `--on slurm` and a flag for each key of the section `slurm`, which `slurm_of` reads."""
+    from pipeline.config.sections import SlurmConfig
+
+    add("--on", choices=("slurm",), help="run as jobs of this Slurm cluster; default: on this machine")
+    for name, field in SlurmConfig.model_fields.items():
+        if name not in ("options", *without):
+            of, text = _minutes if name == "time_min" else _yaml, f"{field.description}; instead of slurm.{name}"
+            add(
+                _flag(name),
+                metavar=_flag(name)[2:].upper(),
+                dest=f"slurm_{name}",
+                type=of,
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+
+
+def slurm_of(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | None":
+    """The section `slurm` with the flags of the command line; None without `--on slurm`. Raises InputError."""
+    from pipeline.config.params import Params
+    from pipeline.config.sections import SlurmConfig
+
+    flags = {key.removeprefix("slurm_"): value for key, value in vars(arguments).items() if key.startswith("slurm_")}
+    if arguments.on is None:
+        if flags:
+            raise InputError(f"{', '.join(map(_flag, flags))}: only with --on slurm")
+        return None
+    own = given.values.get(SlurmConfig.section_name) or {}
+    values = given.values | ({SlurmConfig.section_name: own | flags} if isinstance(own, dict) else {})
+    return Params(values, Path(f"{given.path} with the command line") if flags else given.path).section(SlurmConfig)
+
+
+def _flag(key: str) -> str:
+    """The flag of a key of the section `slurm`."""
+    return f"--{key.removesuffix('_min').removesuffix('_gb')}"
+
+
+def become_dvc(*arguments: str) -> None:
+    """Replace this process by DVC."""
+    from pipeline.system.host import dvc_command
+
+    command, environment = dvc_command(*arguments)
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)  # noqa: S606 (there is no shell)
+
+
+def count(text: str) -> int:
+    """A type of arguments: a number of at least 1."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: a number of at least 1")
+    return int(text)
+
+
+def _minutes(text: str) -> int:
+    """Minutes, rounded up, of 90m, 24h or 7d; a plain number could be minutes or seconds."""
+    from pipeline.ops.policy import parse_duration
+
+    try:
+        return math.ceil(parse_duration(text if text[-1:].isalpha() else "?") / 60)
+    except InputError:
+        raise argparse.ArgumentTypeError(f"{text}: give a time above 0, such as 90m or 24h") from None
+
+
+def add_sweep(add: Add, without: Sequence[str]) -> None:
+    """A flag for each key of the section `sweep`."""
+    from pipeline.config.sections import SweepConfig
+
+    for name, field in SweepConfig.model_fields.items():
+        if name not in without:
+            flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
+            add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def open_project_registry() -> tuple[Any, str]:
+    from pipeline.config import params, sections
+    from pipeline.registry.catalog import open_registry
+    from pipeline.system.host import project_root
+
+    name = params.load_params().section(sections.RegistryConfig).model
+    return open_registry(project_root()), name

@@ -1,0 +1,39 @@
+"""List the registered versions; promote one, roll back to the previous champion, or verify the stored files."""
+
+import argparse
+
+from pipeline.commands.arguments import Add, open_project_registry
+from pipeline.system.errors import InputError
+
+
+def add_arguments(add: Add) -> None:
+    add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"))
+    add("version", nargs="?", help="a number or an alias; default for verify: all versions")
+    add("--retrain", action="store_true", help="for verify: train the version again, and compare the weights")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from pipeline.registry import catalog, promotion
+
+    action, which = arguments.action, arguments.version
+    if action != "verify" and (which is None) == (action == "promote"):
+        raise InputError(f"models {action}: {'name a version' if which is None else f'takes no version, got {which}'}")
+    if arguments.retrain and (action != "verify" or which is None):
+        raise InputError("--retrain needs one version: `python -m pipeline models verify N --retrain`")
+    store, name = open_project_registry()
+    match action:
+        case "list":
+            catalog.print_versions(store, name)
+        case "promote":
+            print(promotion.promote(store, name, which))
+        case "rollback":
+            print(promotion.rollback(store, name))
+        case "verify" if arguments.retrain:
+            from pipeline.registry.reproduce import retrain
+            from pipeline.system.host import project_root
+
+            print(retrain(store, catalog.find_version(store, name, which), project_root()))
+        case "verify" if which is None:
+            catalog.verify_versions(store, name)
+        case "verify":
+            print(catalog.verify(store, catalog.find_version(store, name, which)))

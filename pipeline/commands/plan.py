@@ -1,0 +1,62 @@
+"""Print how `learn` would train on a text, and why; nothing is written."""
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.commands.arguments import Add
+from pipeline.system.errors import InputError, IntegrityError
+
+if TYPE_CHECKING:
+    from pipeline.ops.plan import Plan
+
+# Keys of params.yaml in errors, and the arguments that the user has typed instead.
+TYPED = {
+    "SOURCE: corpus.source": "SOURCE",
+    "corpus.source": "SOURCE",
+    "corpus.column": "--column",
+    "corpus.tokenizer": "--tokenizer",
+}
+
+
+def add_arguments(add: Add) -> None:
+    add("source", metavar="SOURCE", nargs="+", help="a file, a folder, a glob in quotes, or a URL")
+    add("--target", metavar="LOSS", type=float, help="nats per token; default: chosen from the text")
+    add("--goal", choices=("memorise", "generalise"), default="memorise",
+        help="recite the text (default), or predict a held-out tenth of it")  # fmt: skip
+    add("--tokenizer", help="as corpus.tokenizer; default: chosen from the text")
+    add("--size", metavar="RECIPE", default="auto", help="a recipe with the model to use; default: auto")
+    add("--time", help="train only on the part of the text that is learnt in this time, such as 10m or 2h")
+    add("--column", help="column with the texts of a table; default: `text`, or the only column of texts")
+    add("--name", help="name of the model; default: that of the text")
+    add("--in-place", action="store_true", help="make links to a text outside of the project, not a copy")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        print(planned(arguments, Path(folder)))
+
+
+def planned(arguments: argparse.Namespace, folder: Path) -> "Plan":
+    """The plan for the arguments of `learn` and `plan`, with temporary files in `folder`."""
+    from pipeline.ops.plan import Options, make_plan
+    from pipeline.ops.policy import parse_duration
+    from pipeline.ops.sources import find_source
+
+    if len(given := arguments.source) > 1:
+        raise InputError(f"{len(given)} sources: name one, a folder or a glob in quotes, such as 'notes/*.txt'")
+    options = Options(
+        target=arguments.target,
+        goal=arguments.goal,
+        tokenizer=arguments.tokenizer,
+        size=None if arguments.size == "auto" else arguments.size,
+        column=arguments.column,
+        time_s=None if arguments.time is None else parse_duration(arguments.time),
+    )
+    try:
+        return make_plan(find_source(given[0], arguments.name), options, folder)
+    except (InputError, IntegrityError) as error:
+        message = re.sub("|".join(map(re.escape, TYPED)), lambda key: TYPED[key[0]], str(error))
+        raise (InputError if isinstance(error, InputError) else IntegrityError)(message) from None

@@ -1,0 +1,25 @@
+"""Train the parameters with several seeds, and show mean and spread of what they spend until the target."""
+
+import argparse
+
+from pipeline.commands.arguments import Add, add_slurm, add_sweep, slurm_of
+
+# Keys of the section `sweep` that a list of trials does not read.
+SEARCH_ONLY = ("study", "objective", "space", "micro_batch_tokens", "trials", "patience", "sampler", "pruner",
+               "pruner_tolerance", "seed", "applied")  # fmt: skip
+
+
+def add_arguments(add: Add) -> None:
+    add("--seeds", metavar="N", type=int, default=5, help="number of seeds, from train.seed on; default: 5")
+    add_sweep(add, without=SEARCH_ONLY)
+    add_slurm(add)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from pipeline.config import params, sections
+    from pipeline.sweep import replicate, search_space, study
+
+    given = params.load_params()
+    config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
+    with study.naming_dead_storage(config):
+        replicate.run_replicate(given, config, arguments.seeds, slurm_of(given, arguments))

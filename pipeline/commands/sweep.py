@@ -1,0 +1,40 @@
+"""Search for the parameters that reach the target at the lowest cost; show, confirm, apply or plot the results."""
+
+import argparse
+
+from pipeline.commands.arguments import Add, add_slurm, add_sweep, slurm_of
+from pipeline.system.errors import InputError
+
+
+def add_arguments(add: Add) -> None:
+    add("action", nargs="?", default="run", choices=("run", "status", "best", "confirm", "apply", "dashboard"))
+    add("--top", metavar="K", type=int, help="for confirm: number of best trials to repeat; default: 3")
+    add("--seeds", metavar="N", type=int, help="for confirm: seeds of each, after train.seed; default: 3")
+    add_sweep(add, without=("applied",))
+    add_slurm(add)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from pipeline.config import params, sections
+    from pipeline.sweep import controller, replicate, search_space, study
+
+    counts = {"top": arguments.top, "n_seeds": arguments.seeds}
+    counts = {name: count for name, count in counts.items() if count is not None}
+    if counts and arguments.action != "confirm":
+        raise InputError("--top and --seeds need `confirm`: `python -m pipeline sweep confirm --top 3 --seeds 3`")
+    slurm = slurm_of(given := params.load_params(), arguments)
+    if slurm and arguments.action not in ("run", "confirm"):
+        raise InputError(f"sweep {arguments.action} --on slurm: only `sweep` and `sweep confirm` train")
+    config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
+    actions = {
+        "run": lambda config: controller.run_sweep(given, config, slurm),
+        "status": controller.print_status,
+        "best": controller.print_best,
+        "confirm": lambda config: replicate.run_confirm(
+            given, config, **{"top": 3, "n_seeds": 3} | counts, slurm=slurm
+        ),
+        "apply": controller.apply_best,
+        "dashboard": controller.open_dashboard,
+    }
+    with study.naming_dead_storage(config):
+        actions[arguments.action](config)
