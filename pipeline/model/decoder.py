@@ -84,7 +84,7 @@ class Decoder:
 
         def attend_to_new(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.keys[layer][index, :, :T], cache.values[layer][index, :, :T] = k, v
-            return attend(q, k, v, dropout=0.0)
+            return attend(q, k, v, p=0.0)
 
         return self._hidden(F.embedding(compact_ids, self.wte) + self.wpe[:T], attend_to_new)
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from pipeline.config.sections import ModelConfig
 from pipeline.data.batches import IGNORED
 from pipeline.data.vocab import Vocabulary
+from pipeline.model.dropout import dropout
 from pipeline.model.fsdp import assign
 from pipeline.model.loss import cross_entropy_sum
 
@@ -24,18 +25,18 @@ from pipeline.model.loss import cross_entropy_sum
 SHORT = 512  # positions up to which `attend` computes all scores, (T, T), at once
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention of queries on keys and values, (B, H, T, C / H) each.
+def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal attention of queries on keys and values, (B, H, T, C / H) each, with dropout `p` of the weights.
 
-    Uses torch's kernel, except for up to SHORT positions in bf16 on a CPU: there, two plain matrix products are more
-    than twice as fast.
+    Uses torch's kernel, except on a CPU with dropout, and for up to SHORT positions in bf16: there, two plain matrix
+    products are more than twice as fast.
     """
     T = q.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > SHORT:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    if q.device.type != "cpu" or (not p and (q.dtype != torch.bfloat16 or T > SHORT)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
     future = q.new_full((T, T), -torch.inf).triu(1)
     scores = (q * q.shape[3] ** -0.5) @ k.mT + future  # (B, H, T, T)
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+    return dropout(scores.softmax(dim=-1), p) @ v
 
 
 class _SigmoidGELU(torch.autograd.Function):
@@ -74,7 +75,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.p = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -84,21 +85,21 @@ class Attention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C / H)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, self.p if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return F.dropout(y, self.dropout, self.training)
+        return dropout(y, self.p, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.p = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(gelu(self.c_fc(x)))
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.p, self.training)
 
 
 class Block(nn.Module):
@@ -175,7 +176,7 @@ class GPT(nn.Module):
         T = compact_ids.shape[1]
         assert self.config.block_size >= T, "more tokens than the model has positions"
         x = self.wte(compact_ids) + self.wpe.weight[:T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.config.dropout, self.training)
         run = self._through if self.training else through
         again = _same_mps_dropout if x.device.type == "mps" else noop_context_fn
         for block in self.h:

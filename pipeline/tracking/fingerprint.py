@@ -31,6 +31,7 @@ DECISIVE = (
     "pipeline/data/token_files.py:Tokens.counts",
     "pipeline/data/vocab.py",
     "pipeline/model/gpt.py",
+    "pipeline/model/dropout.py",
     "pipeline/model/loss.py",
     "pipeline/model/fsdp.py",
     "pipeline/model/evaluate.py:BATCH_TOKENS",  # losses that decide the target, the patience and the kept model

@@ -38,7 +38,7 @@ def test_attention_in_bf16_equals_torchs_in_fp32_as_closely_as_bf16_allows(lengt
     exact = [torch.randn(1, 2, length, 8, generator=generator, requires_grad=True) for _ in range(3)]
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     reference = F.scaled_dot_product_attention(*exact, is_causal=True)
-    ours = attend(*rounded, dropout=0.0)
+    ours = attend(*rounded, p=0.0)
     assert (ours - reference).norm() < 0.01 * reference.norm()
     gradients = torch.autograd.grad(ours.square().sum(), rounded)
     for found, expected in zip(gradients, torch.autograd.grad(reference.square().sum(), exact), strict=True):
@@ -48,10 +48,10 @@ def test_attention_in_bf16_equals_torchs_in_fp32_as_closely_as_bf16_allows(lengt
 def test_attention_in_bf16_has_the_dropout_that_was_set():
     ones = torch.ones(1, 1, 64, 8, dtype=torch.bfloat16)  # all values are 1: an output is the sum of the weights left
     torch.manual_seed(1)
-    dropped = attend(ones, ones, ones, dropout=0.5)
+    dropped = attend(ones, ones, ones, p=0.5)
     assert dropped.float().mean().item() == pytest.approx(1, abs=0.1)
     assert dropped.float().std() > 0.1
-    assert attend(ones, ones, ones, dropout=0.0).float().std() < 0.01
+    assert attend(ones, ones, ones, p=0.0).float().std() < 0.01
 
 
 def test_gelu_and_its_gradient_equal_torchs():
