@@ -1,7 +1,13 @@
 """The library that trains a GPT-2 on a text and registers it. README.md describes its packages."""
 
+import os
 import signal
 import sys
+
+# How long a thread of torch that waits for the others keeps its core busy; libgomp reads it when torch is imported. Its
+# default, milliseconds, makes a training step much slower beside other busy programs (benchmarks/LOG.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def end_quietly() -> None:
