@@ -28,7 +28,7 @@ PUBLISHED = {path.stem: pd.read_csv(path, dtype={"lr": str}) for path in (ROOT /
 STEPS = {
     "laptop": (34_219, 569),
     "laptop-swept": (34_219, 223),
-    "laptop-full": (338_025, 578),
+    "laptop-full": (338_025, 991),
     "smoke": (1568, 300),
     **dict.fromkeys(("gpt2-124m", "gpt2-124m-cpu", "gpt2-medium", "gpt2-large"), (338_025, 386)),
     "gpt2-xl": (338_025, 1321),

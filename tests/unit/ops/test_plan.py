@@ -161,7 +161,7 @@ def test_a_plan_is_valid_for_every_goal_and_size(project, tmp_path):
         assert learned["registry"]["require_target"] == (options.goal != "generalise" or options.target is not None)
         assert learned["samples"]["prompts"] is learned["corpus"]["sha256"] is None
         assert learned["target"]["rule"] == ("validation" if options.goal == "generalise" else "sliding")
-        assert learned["model"]["n_layer"] == (6 if options.size else 2)
+        assert learned["model"]["n_layer"] == (3 if options.size else 2)
         assert learned["corpus"]["tokenizer"] == (options.tokenizer or "gpt2")
         assert "# when the run stops" in Path("params.yaml").read_text()  # comments are kept
 
