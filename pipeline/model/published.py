@@ -134,6 +134,12 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     return values
 
 
+def files_of(published: Published) -> list[Path]:
+    """All files of a local folder that are read."""
+    small = (path for name in SMALL if (path := published.folder / name).is_file())
+    return [*small, *_parts(published)]
+
+
 def _parts(published: Published) -> list[Path]:
     """The safetensors files: one, or those that the index lists. Raises InputError if one is missing."""
     names = [WEIGHTS]
