@@ -313,7 +313,7 @@ def test_published_weights_decide_the_shape_and_the_plan_says_what_is_copied(com
     assert code == 0
     assert lines["tokenizer"].strip() == "gpt2: that of GPT-2's weights"
     assert lines["weights"].strip() == "../my gpt: 810,896 parameters to start from, copied to weights/my-gpt"
-    assert lines["model"].strip().startswith("2 layers of 16, as in weights/my-gpt: ")
+    assert lines["model"].strip().startswith("2 layers of 16, as in weights/my-gpt, but too small to")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,8 @@ def test_learn_brings_the_weights_and_writes_what_they_need(project, tmp_path, m
         False,
     ]
     assert (optim["name"], optim["lr"]) == ("adamw", 0.0063)  # 0.1 / 16, rounded
-    again = make_plan(find_source("texts/diary.txt", None), Options(), tmp_path / "again")
+    (folder := tmp_path / "again").mkdir()
+    again = make_plan(find_source("texts/diary.txt", None), Options(), folder)
     write_values({key: value for key, value in again.values.items() if not key.startswith("sweep.space")})
     assert load_params().values["model"]["init"] is None  # a training from random weights resets it
     assert load_params().values["model"]["fold_vocab"]
