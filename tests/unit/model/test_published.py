@@ -15,6 +15,7 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.model.published import load_published, origin_of, with_hash, write_init
 from pipeline.registry.export import _hf_tokenizer
+from pipeline.system import files
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import read_json, write_json
 from pipeline.training.config import RunConfig
@@ -35,6 +36,7 @@ INIT = Path("data/init")
 def tiny(tmp_path, monkeypatch, made):
     """The folder weights/tiny, in a project in which the tokenizer `bytes` has fewer ids than the model."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "fsync", lambda path: None)  # slow, and not tested here
     save_published(folder := Path("weights/tiny"), vocab_size=300)
     (folder / "tokenizer.json").write_text(_hf_tokenizer(made("bytes")).to_str())
     return folder
