@@ -8,6 +8,8 @@ import pytest
 import torch
 from fixtures_tokenizer import _made  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import ModelConfig, TrainConfig
@@ -20,7 +22,7 @@ from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import read_json, write_json
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state
-from pipeline.training.preflight import saved_bytes, step_bytes
+from pipeline.training.preflight import _kept_bytes, saved_bytes, step_bytes
 from tests.small_models import save_published
 from tests.trainings import ROOT
 from tests.unit.training.test_loop import Loop
@@ -310,14 +312,15 @@ def test_frozen_blocks_need_less_memory_and_smaller_checkpoints():
     config = replace(config, optim=config.optim.updated(name="adamw"))
     frozen = replace(config, train=config.train.updated(freeze=3))
     vocabulary, machine = Vocabulary.full(50257), Loop().machine
-    with torch.device("meta"):
+    with FakeTensorMode():
+        kept = [_kept_bytes(GPT(config.model, vocabulary).freeze(n), config.windows, machine) for n in (0, 3)]
         model = GPT(config.model, vocabulary)
-    n_frozen = sum(p.numel() for p in model.parameters()) - sum(
-        p.numel() for p in [*model.h[3].parameters(), *model.ln_f.parameters()]
-    )
+    sizes = [p.numel() for module in (model.wte, model.wpe, *model.h[:3]) for p in module.parameters()]
     saved = step_bytes(config, vocabulary, machine) - step_bytes(frozen, vocabulary, machine)
-    assert saved > 4 * 3 * n_frozen  # gradients, and two moments of AdamW; and activations
-    assert saved_bytes(config, vocabulary)[0] - saved_bytes(frozen, vocabulary)[0] > 4 * 2 * n_frozen
+    of_adamw = sum(2 * 4 * size + 4 for size in sizes)  # two moments, and a number of steps
+    assert saved == kept[0] - kept[1] + 4 * sum(sizes) + of_adamw
+    assert kept[0] > 2 * kept[1]
+    assert saved_bytes(config, vocabulary)[0] - saved_bytes(frozen, vocabulary)[0] >= of_adamw
 
 
 def test_the_loss_of_a_frozen_head_has_the_same_value_and_gradient(tiny):
@@ -326,7 +329,12 @@ def test_the_loss_of_a_frozen_head_has_the_same_value_and_gradient(tiny):
     for trained in (True, False):
         model.wte.requires_grad_(trained)
         model.zero_grad()
-        loss = model.loss(IDS, IDS, IDS.numel())
+        shapes = set()
+        with saved_tensors_hooks(
+            lambda tensor, shapes=shapes: shapes.add(tensor.shape) or tensor, lambda tensor: tensor
+        ):
+            loss = model.loss(IDS, IDS, IDS.numel())
+        assert (model.wte.weight.shape in shapes) == trained  # its gradient, which takes as much memory
         loss.backward()
         values.append((loss.item(), model.ln_f.weight.grad.clone(), model.wte.weight.grad))
     assert values[0][0] == values[1][0]
