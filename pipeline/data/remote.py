@@ -24,7 +24,7 @@ DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_TEXTS = {"dataset_infos.json", "dataset_dict.json"}  # they describe a data set
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):  # type: ignore[type-arg]
     """A progress bar that is shown only on a terminal."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -43,9 +43,9 @@ def fetch_hub(source: str) -> dict[str, Path]:
     found = HUB.fullmatch(source)
     assert found, "CorpusConfig has checked it"
     repo, revision = found["repo"], unquote(found["revision"] or "main")
-    download = partial(snapshot_download, repo, repo_type="dataset", user_agent=AGENT, tqdm_class=_Bar)
+    download = partial(snapshot_download, repo, repo_type="dataset", user_agent=AGENT, tqdm_class=Bar)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of a download of no file, a listing
-    with _as_one_line(source, repo):
+    with hub_as_one_line(source, repo):
         folder = Path(download(revision=revision, allow_patterns=[]))
     commit = folder.name
     try:
@@ -53,7 +53,7 @@ def fetch_hub(source: str) -> dict[str, Path]:
     except errors.CachedRepoTreeNotFoundError:  # the Hub cannot be reached, and another program has filled the cache
         listing = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     names = choose_files(listing, found["path"] or "", source)
-    with _as_one_line(source, repo):
+    with hub_as_one_line(source, repo):
         download(revision=commit, allow_patterns=[glob.escape(name) for name in names])
     print(f"{source}: {len(names):,} files of commit {commit}")
     return {f"hf://datasets/{repo}/{name}": folder / name for name in names}
@@ -104,21 +104,25 @@ def fetch_store(source: str, folder: Path, **options: Any) -> dict[str, Path]:
 
 
 @contextmanager
-def _as_one_line(source: str, repo: str) -> Iterator[None]:
-    """Replace the errors of huggingface_hub, which have no base in common, by ours."""
+def hub_as_one_line(source: str, repo: str, kind: str = "data set", hint: str = "") -> Iterator[None]:
+    """Replace the errors of huggingface_hub, which have no base in common, by ours.
+
+    `hint`: what to do if the Hub cannot be reached.
+    """
     from huggingface_hub import constants, errors
 
+    page = f"datasets/{repo}" if kind == "data set" else repo
     try:
         yield
     except errors.GatedRepoError:
-        what = f"accept its terms at {constants.ENDPOINT}/datasets/{repo}, then run `hf auth login` or set HF_TOKEN"
+        what = f"accept its terms at {constants.ENDPOINT}/{page}, then run `hf auth login` or set HF_TOKEN"
     except errors.RepositoryNotFoundError:
-        what = "there is no such data set, or it is private: check its name, `hf auth login` or HF_TOKEN"
+        what = f"there is no such {kind}, or it is private: check its name, `hf auth login` or HF_TOKEN"
     except errors.RevisionNotFoundError:
-        what = "the data set has no such revision"
+        what = f"the {kind} has no such revision"
     except errors.LocalEntryNotFoundError as error:
         reason = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
-        what = f"the Hub cannot be reached{reason}, and the cache in {constants.HF_HUB_CACHE} lacks files of it"
+        what = f"the Hub cannot be reached{reason}, and the cache in {constants.HF_HUB_CACHE} lacks files of it{hint}"
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise OutOfSpaceError(f"disk full in {constants.HF_HUB_CACHE}: free some space, or set HF_HOME") from None

@@ -171,6 +171,15 @@ class GPT(nn.Module):
                 parameter.fill_(1)  # the LayerNorms' weights
         return self
 
+    def freeze(self, n_blocks: int) -> Self:
+        """Exclude the embeddings and the first `n_blocks` blocks from training, unless `n_blocks` is 0.
+
+        The embeddings too: otherwise the backward pass would go through the blocks that are not trained.
+        """
+        for module in (self.wte, self.wpe, *self.h[:n_blocks]) if n_blocks else ():
+            module.requires_grad_(False)
+        return self
+
     def hidden(self, compact_ids: Tensor) -> Tensor:
         """Hidden states (B, T, C) of ids (B, T)."""
         T = compact_ids.shape[1]

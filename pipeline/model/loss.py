@@ -39,14 +39,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x, w = hidden.to(precision), weight.to(precision)
             read = x * counts  # IGNORED tokens add nothing to the weights' gradient
             total = torch.zeros((), dtype=exact, device=hidden.device)
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            d_hidden = torch.empty_like(hidden)
+            d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the weight is not trained
             for chunk in _spans(len(x), CHUNK_LOGITS // len(w)):
                 logits = x[chunk] @ w.T  # (n, V)
                 for part in _spans(len(logits), CACHED_LOGITS // len(w) if device == "cpu" else len(logits)):
                     log_p = _to_gradient(logits[part], last_bias, labels[chunk][part], exact, ctx.scale)
                     total -= (log_p * counts[chunk][part]).sum()
                 d_hidden[chunk] = (logits @ w) * counts[chunk]
-                d_weight += logits.T @ read[chunk]
+                if d_weight is not None:
+                    d_weight += logits.T @ read[chunk]
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
@@ -55,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         factor = gradients[0] / ctx.scale
-        return d_hidden * factor, d_weight * factor, None, None
+        return d_hidden * factor, None if d_weight is None else d_weight * factor, None, None
 
 
 def _to_gradient(logits: Tensor, last_bias: float, labels: Tensor, exact: torch.dtype, scale: float) -> Tensor:

@@ -20,7 +20,7 @@ from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
 from pipeline.ops.plan import DOUBLINGS, PLANS, WIDTH, Plan, stored_plan
 from pipeline.ops.policy import MEMORISE
-from pipeline.ops.sources import bring
+from pipeline.ops.sources import bring, bring_weights
 from pipeline.registry.register import IS_CHAMPION
 from pipeline.system.errors import PipelineError
 from pipeline.system.files import read_json, sha256_file, write_json, write_text
@@ -46,6 +46,8 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         print("nothing was changed")
         return
     copies = bring(plan.source, in_place)
+    if plan.weights:
+        bring_weights(plan.weights, in_place)
     _train(plan, copies)
     for _ in range(DOUBLINGS):
         if not plan.may_be_longer or _reached():

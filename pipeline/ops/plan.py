@@ -16,11 +16,12 @@ from pipeline.config.recipes import BASE, recipe_values
 from pipeline.config.sections import TrainConfig
 from pipeline.data.corpus import Fetched
 from pipeline.data.vocab import Vocabulary
+from pipeline.model.published import require_tokenizer
 from pipeline.ops import policy
 from pipeline.ops.params_check import check_params
 from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training, duration, in_words
-from pipeline.ops.sources import Source, require_room
-from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text
+from pipeline.ops.sources import Source, Weights, require_room
+from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
@@ -36,6 +37,7 @@ FAR = 3.0  # times the time that is given, from which seconds need not be measur
 LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
 DOUBLINGS = 2  # longer trainings after one that has not reached its target, each with twice the epochs
 NOTED = 1.1  # a text that needs so many times as many epochs as usual is said to repeat its passages
+PUBLISHED = {"model.fold_vocab": False, "optim.name": "adamw"}  # values for a training from published weights
 LONGER = "; if that does not suffice, again with twice and four times the epochs"
 
 
@@ -49,6 +51,7 @@ class Options:
     size: str | None = None  # a recipe, whose model, windows and optimiser are used
     time_s: float | None = None
     column: str | None = None  # of a table
+    init: str | None = None  # published weights to start from, as model.init
 
     @property
     def wants_the_best(self) -> bool:
@@ -67,6 +70,7 @@ class Plan:
     cost: Forecast
     lines: dict[str, str]  # topic -> sentence for the user
     fetched: Fetched | None = None  # the text, if it is not on this machine otherwise
+    weights: Weights | None = None  # published weights to start from
 
     def __str__(self) -> str:
         return "\n".join(f"{topic:{WIDTH}} {sentence}" for topic, sentence in self.lines.items())
@@ -91,7 +95,7 @@ class Plan:
         return dataclasses.replace(self, values=values, cost=cost, lines=lines)
 
 
-def make_plan(source: Source, options: Options, folder: Path) -> Plan:
+def make_plan(source: Source, options: Options, folder: Path, weights: Weights | None = None) -> Plan:
     """Read the text and plan its training. A stored plan of the same text and options is used again.
 
     Nothing is written but temporary files in `folder`, among them a text that was downloaded. Raises InputError if the
@@ -107,7 +111,8 @@ def make_plan(source: Source, options: Options, folder: Path) -> Plan:
     if stored.items() >= same.items():
         plan = Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
     else:
-        plan = _new_plan(source, text, options, base, params, folder)
+        plan = _new_plan(source, text, options, base, params, folder, weights)
+    plan = dataclasses.replace(plan, weights=weights)
     if source.files:
         text.path.unlink()
         return plan
@@ -138,16 +143,34 @@ def _require_own_name(source: Source, params: Params) -> None:
             raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
 
 
-def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any], params: Params, folder: Path) -> Plan:
+def _new_plan(
+    source: Source,
+    text: Text,
+    options: Options,
+    base: dict[str, Any],
+    params: Params,
+    folder: Path,
+    weights: Weights | None,
+) -> Plan:
     """Plan for the whole text; if it does not fit into the time, plan again for the part that does.
 
     Again, because a tokenizer that is trained on a shorter text has fewer ids.
     """
-    share = 1.0
+    share, shape = 1.0, _shape_of(base) if options.size else None
+    if weights:
+        base |= PUBLISHED | {"model.init": weights.init}
+        shape = policy.shape_of_published(*(weights.published.shape[key] for key in ("n_layer", "n_head", "n_embd")))
     for attempt in (1, 2):
         lengths = (base["windows.seq_len"],) if options.size else LENGTHS
-        tokenizer, measured = _choose_tokenizer(text.first(share), options.tokenizer, folder / str(attempt), lengths)
-        target, training_on, bound = _goal(measured, options, _shape_of(base) if options.size else None)
+        first, asked = text.first(share), options.tokenizer or ("gpt2" if weights else None)
+        tokenizer, measured = _choose_tokenizer(first, asked, folder / str(attempt), lengths)
+        if weights:
+            tokenizer = tokenizer if options.tokenizer else tokenizer._replace(why="that of GPT-2's weights")
+            ours = tokenizer_for(first, tokenizer.value, folder / str(attempt))
+            require_tokenizer(
+                weights.published, ours, text.sample[:100_000].partition(b"\0")[0].decode(errors="ignore")
+            )
+        target, training_on, bound = _goal(measured, options, shape)
         costs = Costs(params, base, measured, options.goal, target)
         training = training_on(measured.n_tokens)
         if options.time_s is not None:
@@ -165,7 +188,8 @@ def _new_plan(source: Source, text: Text, options: Options, base: dict[str, Any]
         "text": _text_line(source, text, measured, share),
         "tokenizer": f"{tokenizer.value}: {tokenizer.why}",
         "lowest loss": bound,
-        "model": _model_line(training, measured, options.size),
+        **({"weights": _weights_line(weights)} if weights else {}),
+        "model": _model_line(training, measured, f"the recipe {options.size}" if options.size else options.init),
         "training": _training_line(training, options.goal, target, measured) + LONGER * plan.may_be_longer,
         "cost": _cost_line(cost, options, share),
         "name": f"{source.name}, for the page, generate, models and export",
@@ -179,7 +203,8 @@ class Costs:
     def __init__(self, params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float) -> None:
         self.params, self.base, self.measured, self.goal, self.target = params, base, measured, goal, target
         n_ids = measured.n_vocab
-        self.vocabulary = Vocabulary.of(np.arange(n_ids) < measured.n_used, n_ids)
+        folds = base["model.fold_vocab"]
+        self.vocabulary = Vocabulary.of(np.arange(n_ids) < (measured.n_used if folds else n_ids), n_ids)
         self.machine = prepare_machine(params.section(TrainConfig))
         self._timed: dict[Shape, tuple[Training, Forecast]] = {}
 
@@ -265,7 +290,7 @@ def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[fl
             bound += f"; but no training here has reached less than {policy.LOWEST_REACHED:g} yet"
         return target, lambda n: policy.memorise(n, bits, seq_len, target, measured.ambiguity(n), shape), bound
     counts = measured.loss_of_counts(policy.HELD_OUT)
-    target = policy.held_out_target(measured.n_tokens, counts, options.target)
+    target = policy.held_out_target(measured.n_tokens, counts, options.target, published=options.init is not None)
     seq_len = policy.held_out_window(measured.lowest_loss)
     bound = f"not known for the held-out text; counts of n-grams reach {counts:.2f} nats a token on it"
     return target, lambda n: policy.generalise(n, bits, seq_len, shape), bound
@@ -313,11 +338,20 @@ def _text_line(source: Source, text: Text, measured: Measured, share: float) -> 
     )
 
 
-def _model_line(training: Training, measured: Measured, size: str | None) -> str:
+def _weights_line(weights: Weights) -> str:
+    published = weights.published
+    place = f", copied to {weights.init}" if weights.copies else ""
+    if published.commit:
+        n_bytes = published.download_bytes
+        place = f", {in_words(n_bytes, 'B')} to download" if n_bytes else ", in the cache of the Hub"
+    return f"{published.name}: {published.config.n_params:,} parameters to start from{place}"
+
+
+def _model_line(training: Training, measured: Measured, given: str | None) -> str:
     shape, bits = training.shape, training.n_tokens * measured.entropy / math.log(2)
     measured_size = "the size that learnt such texts in the fewest seconds"
     larger = "a size with the capacity for such a text, which was not measured"
-    why = f"as in the recipe {size}" if size else measured_size if shape.max_bits <= policy.MEASURED_BITS else larger
+    why = f"as in {given}" if given else measured_size if shape.max_bits <= policy.MEASURED_BITS else larger
     if bits > shape.capacity_bits:
         why += ", but too small to memorise all of it"
     return (

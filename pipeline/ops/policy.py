@@ -11,6 +11,7 @@ GOALS = (MEMORISE, GENERALISE)
 DEFAULT_TARGET = 0.1  # nats per token, of the goal memorise
 HELD_OUT = 0.1  # share of the text, for the goal generalise
 MIN_HELD_OUT = 2_000  # tokens of a text of which a tenth is held out
+BELOW_COUNTS_PUBLISHED = 0.25  # the same of published weights: a model that knows the language gets further
 BELOW_COUNTS = 0.75  # of the loss of n-gram counts on the held-out text: a network from scratch does not get below it
 BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
 LOWEST_REACHED = 0.009  # nats per token from anywhere in a text (RECORDS.md)
@@ -19,6 +20,7 @@ MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
 MICRO_BATCH_TOKENS = 8192  # at most
 MOST_REPEATED = 4.0  # times as many epochs for a text that repeats its passages; no text that needs more was measured
+PUBLISHED_LR = 0.1  # of AdamW for published weights, divided by the model's width: 1.3e-4 for GPT-2; not measured
 SEARCHED = (0.75, 1.1)  # range of a sweep, as shares of the training budget
 SEARCHED_LR, SEARCHED_MUON_LR = (0.4, 4.0), (1 / 3, 5 / 3)  # the same of the learning rates
 
@@ -129,6 +131,13 @@ def shape_for(n_bits: float) -> Shape:
     return next((shape for shape in SHAPES if n_bits <= shape.max_bits), SHAPES[-1])
 
 
+def shape_of_published(n_layer: int, n_head: int, n_embd: int) -> Shape:
+    """The shape of published weights, with the step of the measured shape that is as wide."""
+    like = next((shape for shape in SHAPES if n_embd <= shape.n_embd), SHAPES[-1])
+    lr = float(f"{PUBLISHED_LR / n_embd:.2g}")
+    return Shape(n_layer, n_head, n_embd, like.step_tokens, math.inf, lr, like.muon_lr)
+
+
 def repetition_factor(ambiguity: float) -> float:
     """How many times as many epochs a text needs whose passages have this ambiguity, in nats (benchmarks/LOG.md)."""
     return min(1 + ambiguity + ambiguity**2, MOST_REPEATED)
@@ -178,10 +187,11 @@ def _require_positive(target: float | None) -> None:
         raise InputError(f"--target {target:g}: give a loss above 0, in nats per token")
 
 
-def held_out_target(n_tokens: int, counts: float, target: float | None) -> float:
+def held_out_target(n_tokens: int, counts: float, target: float | None, published: bool = False) -> float:
     """The validation loss to reach; by default one that the text is too short for, so that early stopping ends the run.
 
-    `counts`: loss of n-gram counts on the held-out text. Raises InputError if the text is too short for the target.
+    `counts`: loss of n-gram counts on the held-out text; `published`: training starts from published weights, for which
+    no target is too low. Raises InputError if the text is too short for the target.
     """
     _require_positive(target)
     if n_tokens < MIN_HELD_OUT:
@@ -189,8 +199,8 @@ def held_out_target(n_tokens: int, counts: float, target: float | None) -> float
             f"the text has {n_tokens:,} tokens, too few to hold out a tenth ({MIN_HELD_OUT:,} are needed): "
             "give more text, or --goal memorise"
         )
-    lowest = round(BELOW_COUNTS * counts, 2)
-    if target is not None and target < lowest:
+    lowest = round((BELOW_COUNTS_PUBLISHED if published else BELOW_COUNTS) * counts, 2)
+    if target is not None and target < lowest and not published:
         raise InputError(
             f"--target {target:g}: the text is too small for it, counts of n-grams reach {counts:.2f} on the held-out "
             f"tenth and a network about {lowest:g}: give more text, a higher target, or --goal memorise"

@@ -1,4 +1,4 @@
-"""Find the text that the argument SOURCE of a command names, and bring it into texts/."""
+"""Find the text and the published weights that a command names, and bring them into texts/ and weights/."""
 
 import filecmp
 import os
@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from pipeline.config.sections import TEXTS
+from pipeline.config.sections import INIT, TEXTS, WEIGHTS_FOLDER
 from pipeline.data.documents import OPENERS, find_files
+from pipeline.model.published import Published, files_of, find_published, read_published
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_file, sha256_file
 
@@ -109,7 +110,14 @@ def bring(source: Source, in_place: bool) -> dict[str, str]:
     The originals are not changed. Copies of files that the text no longer has are removed; `require_room` has checked
     that they are copies.
     """
-    for path, original in source.copies.items():
+    _bring(source.copies, in_place)
+    for path in _surplus(source):
+        path.unlink()
+    return {path.as_posix(): sha256_file(path) for path in source.copies}
+
+
+def _bring(copies: Mapping[Path, Path], in_place: bool) -> None:
+    for path, original in copies.items():
         if path.is_symlink() == in_place and os.path.lexists(path) and same(path, original):
             continue
         with atomic_file(path) as unfinished:
@@ -118,6 +126,40 @@ def bring(source: Source, in_place: bool) -> dict[str, str]:
                 unfinished.symlink_to(original)
             else:
                 shutil.copyfile(original, unfinished)
-    for path in _surplus(source):
-        path.unlink()
-    return {path.as_posix(): sha256_file(path) for path in source.copies}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Published weights: the value of model.init, the model, and where its files are copied."""
+
+    init: str
+    published: Published
+    copies: Mapping[Path, Path] = field(default_factory=dict)  # file in weights/ -> its original outside of the project
+
+
+def find_weights(given: str) -> Weights:
+    """Find the published weights that `--init` names, a folder or a model on the Hub; nothing is written.
+
+    A folder outside of weights/ gets a place there. Raises InputError if there is no such model, if it is not a GPT-2,
+    or if the place is taken.
+    """
+    if (hub := INIT.fullmatch(given)) and hub["repo"]:
+        return Weights(given, find_published(given))
+    path = Path(os.path.abspath(Path(given).expanduser()))
+    if REMOTE.match(given) or not path.is_dir():
+        raise InputError(f"--init {given} not found: give the folder of a GPT-2, or hf://OWNER/NAME such as hf://gpt2")
+    if path.is_relative_to(folder := Path(WEIGHTS_FOLDER).absolute()) and path != folder:
+        init = (WEIGHTS_FOLDER / path.relative_to(folder)).as_posix()
+        return Weights(init, read_published(path, init))
+    published = read_published(path, given)
+    place = Path(WEIGHTS_FOLDER, re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "model")
+    copies = {place / file.name: file for file in files_of(published)}
+    for file in sorted(place.iterdir()) if place.is_dir() else []:
+        if file not in copies or not file.is_file() or not same(file, copies[file]):
+            raise InputError(f"{file} is not of {given}: remove {place}, or give --init {place} to use what is there")
+    return Weights(place.as_posix(), published, copies)
+
+
+def bring_weights(weights: Weights, in_place: bool) -> None:
+    """Copy the files of the weights into weights/, or make links to them (`in_place`)."""
+    _bring(weights.copies, in_place)

@@ -129,7 +129,7 @@ def measure(text: Text, name: str, folder: Path, lengths: Sequence[int] = LENGTH
 
     Raises InputError or IntegrityError if the tokenizer cannot be made.
     """
-    tokenizer = _tokenizer(text, name, folder)
+    tokenizer = tokenizer_for(text, name, folder)
     ids = tokenizer.encode_documents(text.sample)
     first = ids[:STATISTICS_TOKENS].astype(np.int64)
     return Measured(
@@ -143,11 +143,15 @@ def measure(text: Text, name: str, folder: Path, lengths: Sequence[int] = LENGTH
     )
 
 
-def _tokenizer(text: Text, name: str, folder: Path) -> Tokenizer:
+def tokenizer_for(text: Text, name: str, folder: Path) -> Tokenizer:
+    """The tokenizer `name`: that of data/tokenizer, of an earlier call, or one that is made in `folder`."""
+    place = folder / name.replace(":", "-")
+    if place.is_dir():
+        return load_tokenizer(place)
     try:
         if (there := load_tokenizer(Path("data/tokenizer"))).name == name and not there.trained:
             return there
     except (InputError, IntegrityError):
         pass
     with redirect_stdout(sys.stderr):
-        return make_tokenizer(name, folder / name.replace(":", "-"), training_blocks(text.sample, len(text.sample)))
+        return make_tokenizer(name, place, training_blocks(text.sample, len(text.sample)))

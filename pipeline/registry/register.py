@@ -193,6 +193,7 @@ def _version_tags(
     keys = ("fingerprint", "data_sha256", "git_commit", "tree_clean")
     tags = {key: run.data.tags.get(key, "unknown") for key in keys}
     tags |= {"run_id": run.info.run_id, "train_tokens": str(n_tokens)}
+    tags |= {"init": run.data.tags["init"]} if "init" in run.data.tags else {}
     tags |= {"model_sha256": sha256_file(project / "models" / "model" / MANIFEST)}
     tags |= {key: str(metrics[key]) for key in LOSS_TAGS if metrics and metrics.get(key)}
     if record.get("inexact"):

@@ -14,13 +14,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import load_params
+from pipeline.config.sections import ModelConfig
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import n_vocab_in, tokenizer_in
-from pipeline.model.weights import WEIGHTS
+from pipeline.model.published import INIT_FOLDER, find_published, with_hash, write_weights
+from pipeline.model.weights import SHAPE, WEIGHTS
 from pipeline.registry.artifacts import TEMPORARY, label_of, open_version
 from pipeline.registry.catalog import identity_of
 from pipeline.system.device import prepare_machine
@@ -50,7 +53,7 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     if changes := recorded.get("inexact"):
         raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): it cannot be repeated exactly")
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, StopSignals() as stop:
-        project = _set_up(files, Path(folder) / "project")
+        project = _set_up(files, Path(folder) / "project", version.tags.get("init"), repository)
         with _checkout(version, files, repository, Path(folder) / "code") as code:
             _train(code, project, stop)
         found = sha256_file(project / "models" / "model" / WEIGHTS)
@@ -76,11 +79,26 @@ def _fingerprint_here(files: Path) -> str | None:
         config = RunConfig.of(load_params(files / "params.yaml")).sized_for(n_vocab_in(files / "model"))
     except InputError:
         return None
+    if init := _weights_hash(files):
+        config = replace(config, model=config.model.updated(init=init))
     return identify(data_sha256(files / "tokens"), config.decisive, prepare_machine(config.train))["fingerprint"]
 
 
-def _set_up(files: Path, project: Path) -> Path:
+def _weights_hash(files: Path) -> str | None:
+    """The hash of the published weights from which a version was trained; None if it started from random ones."""
+    init = read_json(files / "model" / SHAPE)["model"].get("init")
+    return None if init is None else str(init)
+
+
+def _set_up(files: Path, project: Path, origin: str | None, repository: Path) -> Path:
+    """Copy what the training reads. Raises InputError if the weights of `origin` are not those it started from."""
     shutil.copytree(files / "tokens", project / "data" / "tokens")
+    if expected := _weights_hash(files):
+        model = load_params(files / "params.yaml").section(ModelConfig)
+        named = str(model.init)
+        write_weights(find_published(origin or named, repository)._replace(name=named), project / "data" / INIT_FOLDER)
+        if (found := with_hash(model, project / "data" / INIT_FOLDER).init) != expected:
+            raise InputError(f"{origin or named} has other weights than it had then, {found} instead of {expected}")
     for folder in ("tokenizer", "bpe"):  # commits from before `corpus.tokenizer` read data/bpe
         (project / "data" / folder).mkdir()
         for name in tokenizer_in(files / "model").files:

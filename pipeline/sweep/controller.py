@@ -66,7 +66,7 @@ def run_sweep(params: Params, sweep: SweepConfig, slurm: SlurmConfig | None = No
     placement = place_workers(sweep, config.train, slurm)
     tokens = prepared_tokens(sweep.study)
     check_space(sweep, params, count_tokens(tokens))
-    shared = shared_settings(sweep, config, data_sha256(tokens))
+    shared = shared_settings(sweep, config.with_weights(tokens.parent), data_sha256(tokens))
 
     def queue_default(study: Study) -> None:
         if not study.get_trials(deepcopy=False) and not enqueue(study, sweep, values_of(config, list(sweep.axes))):
@@ -172,7 +172,8 @@ def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     print(f"applying {name}, {'the confirmed winner' if confirmed else 'the trial with the lowest cost'}")
     config = RunConfig.of(with_values(load_params(path), values, sweep.micro_batch_tokens))
     searched = sweep.updated(space=shared["space"], objective=shared["objective"])
-    require_same(study, shared_settings(searched, config, shared["data_sha256"]))
+    weighted = config.with_weights(project_root() / "data")
+    require_same(study, shared_settings(searched, weighted, shared["data_sha256"]))
     keys = {key for name in values for key in ((name,) if name != STEP_TOKENS else BATCH_KEYS)}
     number = name.removeprefix("trial ")
     applied = {"sweep.applied": None if number == "default" else f"{sweep.study}/{number}/{config.digest}"}

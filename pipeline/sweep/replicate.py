@@ -75,7 +75,8 @@ def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int, slur
     placement = place_workers(sweep, config.train, slurm)
     tokens = prepared_tokens(sweep.study)
     sweep = sweep.updated(space=shared["space"], objective=shared["objective"])
-    require_same(searched, shared_settings(sweep, config, sha256 := data_sha256(tokens)))
+    weighted = config.with_weights(tokens.parent)
+    require_same(searched, shared_settings(sweep, weighted, sha256 := data_sha256(tokens)))
     config.require_length(count_tokens(tokens))
     keys = [key for key in sweep.axes if key != SEED]
     chosen = {"default": values_of(config, keys)}
@@ -141,7 +142,8 @@ def _run_list(
 ) -> Study:
     """Run the study of a list of trials, whose name has a hash of all that the trials share, the code included."""
     plain = sweep.updated(space={}, sampler="random", pruner="none", patience=None, trials=len(listed))
-    shared = shared_settings(plain, RunConfig.of(params), data_sha256, varied)
+    config = RunConfig.of(params).with_weights(project_root() / "data")
+    shared = shared_settings(plain, config, data_sha256, varied)
     name = f"{prefix}-{sha256_json(shared | {'sources': source_hashes()})[:8]}"
     sweep = plain.updated(study=name)
 

@@ -11,7 +11,8 @@ from pipeline.training.config import RUN_SECTIONS, RunConfig
 
 # The space has the shape of params.yaml, and one key of its own: the batch size in tokens, which sets two parameters.
 STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.micro_batch_size", "windows.gradient_accumulation_steps")
-NOT_SEARCHED = ("target", "checkpoint", "samples")  # they define the task, or do not change the result
+# They define the task, or do not change the result. All trials share the weights that they start from.
+NOT_SEARCHED = ("target", "checkpoint", "samples", "model.init")
 
 
 def overridden(params: Params, given: dict[str, Any]) -> Params:
@@ -32,10 +33,12 @@ def check_space(sweep: SweepConfig, params: Params, n_tokens: int | None = None)
     """
     sections = {kind.section_name: kind for kind in RUN_SECTIONS if kind.section_name not in NOT_SEARCHED}
     known = [f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields] + [STEP_TOKENS]
+    known = [key for key in known if key not in NOT_SEARCHED]
     faults = [] if sweep.axes else ["sweep.space: names no key, so that nothing can be searched"]
     for key, axis in sweep.axes.items():
         if key not in known:
-            why = "cannot be searched" if key.split(".")[0] in NOT_SEARCHED else f"unknown key{nearest(key, known)}"
+            is_fixed = {key, key.split(".")[0]} & {*NOT_SEARCHED}
+            why = "cannot be searched" if is_fixed else f"unknown key{nearest(key, known)}"
             faults.append(f"sweep.space.{key}: {why}")
             continue
         for value in axis if isinstance(axis, list) else axis.ends:

@@ -128,6 +128,7 @@ class Worker:
             trial.set_user_attr("fingerprint", run.identity["fingerprint"])
             reporter = TrialReporter(trial, run, self.sweep)
             tags = self.tags | {"trial": str(trial.number), "mlflow.runName": f"{self.sweep.study}-{trial.number}"}
+            tags |= run.origin_tags
             try:
                 with Recorder(self.root, run.folder, dict(run.identity), tags):
                     reporter.report_past_steps()

@@ -34,6 +34,7 @@ DECISIVE = (
     "pipeline/model/dropout.py",
     "pipeline/model/loss.py",
     "pipeline/model/fsdp.py",
+    "pipeline/model/published.py:load_published",
     "pipeline/model/evaluate.py:BATCH_TOKENS",  # losses that decide the target, the patience and the kept model
     "pipeline/model/evaluate.py:MIN_BATCHES",
     "pipeline/model/evaluate.py:text_loss",

@@ -1,6 +1,7 @@
 """The sections of params.yaml that a training run reads, checked together."""
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from pipeline.config.params import Params, Section, nearest
 from pipeline.config.sections import (
@@ -13,6 +14,7 @@ from pipeline.config.sections import (
     WindowsConfig,
     steps_in,
 )
+from pipeline.model.published import INIT_FOLDER, with_hash
 from pipeline.system.errors import InputError
 from pipeline.system.files import sha256_json
 from pipeline.training.optim import OPTIMIZERS, SCHEDULES
@@ -62,6 +64,18 @@ class RunConfig:
             faults.append(f"train.shard: {self.optim.name} does not work on shards, choose {', '.join(sharding)}")
         if self.train.shard and self.train.compile is True:
             faults.append("train.shard and train.compile exclude each other: set train.compile to auto")
+        if self.model.init and self.model.init.startswith("sha256:"):
+            faults.append("model.init: a hash names no weights: set a folder in weights/, or hf://OWNER/NAME")
+        if self.model.init and self.model.fold_vocab:
+            faults.append(
+                "model.fold_vocab would replace the published rows of all ids that the text lacks: set it to false"
+            )
+        if self.train.freeze and not self.model.init:
+            faults.append(f"train.freeze {self.train.freeze} would keep random weights: set model.init, or freeze 0")
+        if self.train.freeze >= self.model.n_layer:
+            faults.append(
+                f"train.freeze {self.train.freeze} leaves no block to train: model.n_layer is {self.model.n_layer}"
+            )
         if batch % processes:
             faults.append(f"windows.micro_batch_size {batch} is not divisible by train.processes {processes}")
         return faults
@@ -97,6 +111,13 @@ class RunConfig:
         if size < n_vocab:
             raise InputError(f"model.vocab_size {size} is below the tokenizer's {n_vocab} ids: set it to null")
         return replace(self, model=self.model.updated(vocab_size=size))
+
+    def with_weights(self, data: Path) -> "RunConfig":
+        """The configuration with the hash of the weights in `data`/init as model.init, if it is not null.
+
+        So the same weights are the same run, wherever they are. Raises InputError if they do not fit the shape.
+        """
+        return replace(self, model=with_hash(self.model, data / INIT_FOLDER)) if self.model.init else self
 
     @property
     def needs_held_out(self) -> str | None:

@@ -120,7 +120,8 @@ def _timed_part(config: RunConfig, n_rows: int, limit: float) -> RunConfig:
     while step_flops(config, n_rows) > limit:
         model, windows = config.model, config.windows
         if model.n_layer > 2:
-            config = replace(config, model=model.updated(n_layer=model.n_layer // 2))
+            freeze = config.train.updated(freeze=min(config.train.freeze // 2, model.n_layer // 2 - 1))
+            config = replace(config, model=model.updated(n_layer=model.n_layer // 2), train=freeze)
         elif (n := windows.gradient_accumulation_steps) > 1:
             config = replace(config, windows=windows.updated(gradient_accumulation_steps=n // 2))
         elif (n := windows.micro_batch_size) > 1:

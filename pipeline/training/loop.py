@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.fsdp import assign, full_tensor, is_shard, last_row, like, local, shard
 from pipeline.model.gpt import GPT
+from pipeline.model.published import load_published
 from pipeline.system.device import Machine
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import DivergedError
@@ -139,11 +141,17 @@ class TrainState:
 
 
 def fresh_state(
-    shape: ModelConfig, vocabulary: Vocabulary, optim: OptimConfig, train: TrainConfig, machine: Machine
+    shape: ModelConfig,
+    vocabulary: Vocabulary,
+    optim: OptimConfig,
+    train: TrainConfig,
+    machine: Machine,
+    init: Path | None = None,
 ) -> TrainState:
-    """An untrained model and its optimisers. The weights depend on the seed only and are equal in all processes.
+    """A model before its first step, and its optimisers. The weights are equal in all processes.
 
-    The RNG of dropout is seeded differently in each process.
+    They are those in the folder `init`, or depend on the seed only. The RNG of dropout is seeded differently in each
+    process.
     """
     world = machine.world
     torch.manual_seed(train.seed + world.rank)
@@ -153,7 +161,11 @@ def fresh_state(
     if sharded:
         shard(model, model.h, methods=("loss", "token_losses"))
         model.to_empty(device=machine.device)
-    model.initialise(train.seed)
+    if init is None:
+        model.initialise(train.seed)
+    else:
+        load_published(model, init)
+    model.freeze(train.freeze)
     loss: nn.Module = Loss(model)
     if world.size > 1 and not sharded:
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
@@ -227,7 +239,7 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, wo
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
     if unused is not None:
         squares += (U - 1) * unused.square().sum()
-    if is_shard(table):  # type: ignore[arg-type]
+    if is_shard(model.wte.weight):
         world.add(squares)
     norm = squares.sqrt()
     if clip is not None:

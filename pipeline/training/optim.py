@@ -19,8 +19,9 @@ ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 class Optimiser(NamedTuple):
     """An entry of OPTIMIZERS.
 
-    `build` returns optimizers that together hold each parameter once. `slots` has an entry for each optimizer: the keys
-    of its state for one parameter. `step` is a scalar; all others are fp32 tensors of the parameter's shape.
+    `build` returns optimizers that together hold each parameter once, except the frozen ones. `slots` has an entry for
+    each optimizer: the keys of its state for one parameter. `step` is a scalar; all others are fp32 tensors of the
+    parameter's shape.
     """
 
     build: Callable[["GPT", OptimConfig, "torch.dtype"], list["Optimizer"]]
@@ -30,14 +31,14 @@ class Optimiser(NamedTuple):
 
 def _adamw(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
     """AdamW on all parameters."""
-    return [_adamw_over(list(model.parameters()), config)]
+    return [_adamw_over(_trained(model), config)]
 
 
 def _muon(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:
     """Muon on the blocks' matrices, with matrix products in `precision`, and AdamW on all other parameters."""
     from pipeline.training.muon import Muon
 
-    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2}
+    matrices = {n: p for n, p in model.h.named_parameters() if p.ndim == 2 and p.requires_grad}
     by_muon = {id(p) for p in matrices.values()}
     kinds = {n.split(".", 1)[1] for n in matrices}  # attn.c_attn.weight, ..., the same in every block
     alike = [
@@ -45,7 +46,7 @@ def _muon(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["
         for kind in sorted(kinds)
     ]
     return [
-        _adamw_over([p for p in model.parameters() if id(p) not in by_muon], config),
+        _adamw_over([p for p in _trained(model) if id(p) not in by_muon], config),
         Muon(alike, config.muon_lr, config.momentum, config.weight_decay, precision),
     ]
 
@@ -54,6 +55,11 @@ OPTIMIZERS: dict[str, Optimiser] = {
     "muon": Optimiser(_muon, (ADAMW_SLOTS, ("momentum_buffer",)), shards=False),
     "adamw": Optimiser(_adamw, (ADAMW_SLOTS,)),
 }
+
+
+def _trained(model: "GPT") -> "list[Tensor]":
+    """The parameters that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _adamw_over(parameters: "list[Tensor]", config: OptimConfig) -> "Optimizer":

@@ -52,18 +52,21 @@ def step_bytes(
     batch = config.windows.micro_batch_size // machine.world.size
     windows = config.windows.updated(micro_batch_size=batch)
     with FakeTensorMode(), torch.device(machine.device):  # tensors without data
-        model = GPT(config.model, vocabulary)
+        model = GPT(config.model, vocabulary).freeze(config.train.freeze)
         activations = _kept_bytes(model, windows, machine)
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing = True
-            activations = activations // config.model.n_layer + _kept_bytes(model, windows, machine)
+            activations = activations // (config.model.n_layer - config.train.freeze) + _kept_bytes(
+                model, windows, machine
+            )
         weights, state = _trained_bytes(model, config.optim)
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
     step = activations + 10 * n_logits  # bf16 or fp16; on a GPU also fp32, before and after the softmax
     evaluation = (
         8 * min(BATCH_TOKENS, evaluated_tokens) * vocabulary.n_rows
     )  # fp32 logits, before and after the softmax
-    held = 2 * weights + sum(state)
+    held = weights + gradients + sum(state)
     if config.train.shard and machine.world.size > 1:
         block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
         outside = weights - config.model.n_layer * block
@@ -97,7 +100,7 @@ def n_checkpoints(optim: OptimConfig) -> int:
 def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -> tuple[int, int]:
     """Upper bounds for the disk bytes of a checkpoint and of the finished model, which has the full vocabulary."""
     with FakeTensorMode():
-        model = GPT(config.model, vocabulary)
+        model = GPT(config.model, vocabulary).freeze(config.train.freeze)
         weights, state = _trained_bytes(model, config.optim)
     headers = ENTRY_BYTES * len(list(model.parameters()))
     checkpoint = weights + headers + sum(state) + ENTRY_BYTES * len(state) + RANDOM_BYTES * processes

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from pipeline.data.batches import TrainingData, steps_of, steps_per_epoch
+from pipeline.model.published import origin_of
 from pipeline.system.device import Machine
 from pipeline.system.errors import IntegrityError
 from pipeline.system.files import locked, read_json, write_json
@@ -121,6 +122,11 @@ class Run:
         return bool(self.records) and is_finished(self.records, self.max_steps, self.config.target)
 
     @property
+    def origin_tags(self) -> dict[str, str]:
+        """The tag that names the published weights from which the run started, if there are any."""
+        return {"init": origin_of(self.text.init)} if self.text.init else {}
+
+    @property
     def resumes(self) -> int:
         """The number of resumes."""
         return len(path.read_text().split()) if (path := self.folder / RESUMES).exists() else 0
@@ -159,7 +165,9 @@ class Run:
 
     def _fresh_state(self) -> TrainState:
         config = self.config
-        state = fresh_state(config.model, self.text.vocabulary, config.optim, config.train, self.machine)
+        state = fresh_state(
+            config.model, self.text.vocabulary, config.optim, config.train, self.machine, self.text.init
+        )
         state.model.trained_length = config.windows.seq_len
         return state
 

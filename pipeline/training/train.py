@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pipeline.config.params import Params
 from pipeline.data.batches import TrainingData
 from pipeline.data.token_files import count_tokens
 from pipeline.data.tokenizer import n_vocab_in
+from pipeline.model.published import INIT_FOLDER
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import joined, world_here
 from pipeline.system.errors import InputError
@@ -45,15 +47,18 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
             elif run.state.step == 0 and world.is_main:
                 run.print_changes()
             if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may not have the end of the run yet
-                with _tracked(run, root, RunConfig.of(params).origin(params)) as consumers:
+                with _tracked(run, root, RunConfig.of(params).origin(params) | run.origin_tags) as consumers:
                     if not run.finished:
                         follow(run, stop, *consumers)
             write_results(run, models, data / "tokenizer", timing)
 
 
 def read_config(params: Params, data: Path) -> RunConfig:
-    """The parameters of a run on `data`, with the size of its tokenizer. Raises InputError for any fault in them."""
-    return RunConfig.of(params).sized_for(n_vocab_in(data / "tokenizer"))
+    """The parameters of a run on `data`, with its tokenizer's size and the hash of the weights that it starts from.
+
+    Raises InputError for any fault in them.
+    """
+    return RunConfig.of(params).sized_for(n_vocab_in(data / "tokenizer")).with_weights(data)
 
 
 def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
@@ -65,7 +70,7 @@ def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
     config.require_length(text.train.size)
     if text.validation is None and (need := config.needs_held_out):
         raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
-    return text
+    return replace(text, init=data / INIT_FOLDER if model.init else None)
 
 
 def follow(run: Run, stop: StopSignals, *others: Consumer) -> None:

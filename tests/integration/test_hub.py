@@ -1,4 +1,4 @@
-"""Data sets of a small Hub of our own: which files are read, resumed downloads, the cache, and what is refused."""
+"""Data sets and models of a small Hub of our own: what is read, resumed downloads, the cache, and what is refused."""
 
 import hashlib
 import json
@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from fixtures_tokenizer import corpus_config
+
+from tests.small_models import save_published
 
 ROOT = Path(__file__).parents[2]
 COMMIT, OLD = "c" * 40, "0" * 40
@@ -49,7 +51,9 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self, head: bool = False) -> None:
         self.server.seen.append((self.command, self.path, self.headers))
         path = unquote(urlsplit(self.path).path)
-        if not (found := re.fullmatch(r"(?:/api)?/datasets/(\w+/\w+)/(revision|tree|resolve)/(.+)", path)):
+        if not (
+            found := re.fullmatch(r"(?:(?:/api)?/datasets|/api/models)?/(\w+/\w+)/(revision|tree|resolve)/(.+)", path)
+        ):
             return self.answer(404, b"{}", head)
         repo, kind, rest = found.groups()
         if repo in FAULTS:
@@ -195,3 +199,47 @@ def test_what_cannot_be_downloaded_is_named_in_one_line(fetched):
     for said, message in zip(fetched(*REFUSED), REFUSED.values(), strict=True):
         assert re.search(message, said)
         assert "\n" not in said
+
+
+WEIGHTS = """
+import json, sys
+from pathlib import Path
+from pipeline.model.published import find_published, origin_of, write_weights
+from pipeline.system.errors import InputError
+for name in sys.argv[1:]:
+    try:
+        found = find_published(name)
+        write_weights(found, Path("init"))
+        print(json.dumps([found.download_bytes, found.shape["n_embd"], origin_of(Path("init"))]))
+    except InputError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_published_weights_are_downloaded_once_and_then_need_no_network(run, hub, tmp_path, monkeypatch):
+    save_published(folder := tmp_path / "gpt")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setitem(REPOS, ("poets/gpt", COMMIT), {**files, "flax_model.msgpack": LONG, "onnx/model.onnx": LONG})
+    pickled = {"config.json": files["config.json"], "pytorch_model.bin": b"pickle"}
+    monkeypatch.setitem(REPOS, ("poets/pickled", COMMIT), pickled)
+
+    def said(*names, **environment):
+        return [json.loads(line) for line in run("-c", WEIGHTS, *names, **environment).splitlines()]
+
+    names = ("hf://poets/gpt", "hf://poets/pickled", "hf://poets/gpt@v3", "hf://poets/gated", "hf://poets/missing")
+    found, pickle, *errors = said(*names)
+    assert found == [len(files["model.safetensors"]), 16, f"hf://poets/gpt@{COMMIT}"]
+    assert pickle.startswith("hf://poets/pickled has its weights only as a pickle (pytorch_model.bin), which may run")
+    assert [error.partition(": ")[2].partition(":")[0] for error in errors] == [
+        "the model has no such revision",
+        "accept its terms at http",
+        "there is no such model, or it is private",
+    ]
+    assert "/poets/gated, then" in errors[1]
+    assert not {
+        name for _, path, _ in hub.seen if (name := path.rpartition("/")[2]) in ("model.onnx", "pytorch_model.bin")
+    }
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert said("hf://poets/gpt", **offline) == [[0, *found[1:]]]
+    (error,) = said("hf://poets/gpt@v1", **offline)
+    assert error.startswith("could not download hf://poets/gpt@v1: the Hub cannot be reached")

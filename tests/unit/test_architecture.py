@@ -117,6 +117,18 @@ def test_text_and_tokenizer_are_fetched_again_only_when_their_source_changes():
     for stage, module in {"download": "corpus", "tokenizer": "tokenizer"}.items():
         sources = [(ROOT / path).read_text() for path in (f"pipeline/data/{module}.py", f"stages/{stage}.py")]
         read = set(re.findall(r"config\.(\w+)", "".join(sources)))
-        assert STAGES[stage]["params"] == [f"corpus.{key}" for key in PARAMS["corpus"] if key in read]
+        params = [key for key in STAGES[stage]["params"] if not key.startswith("model.")]
+        assert params == [f"corpus.{key}" for key in PARAMS["corpus"] if key in read]
     kept = {"persist": True}  # DVC does not delete what may be right: `make_tokenizer` keeps it
-    assert STAGES["tokenizer"]["outs"] == [{"data/tokenizer": kept}]
+    assert STAGES["tokenizer"]["outs"] == [{"data/tokenizer": kept}, "data/init"]
+
+
+def test_published_weights_are_converted_again_when_they_or_the_shape_change_and_then_a_model_is_trained():
+    source = (ROOT / "pipeline/model/published.py").read_text()
+    read = {
+        "model.init",
+        *(f"model.{key}" for key in re.search(r"for key in (\(.*?\)) if getattr\(model", source)[1].split('"')[1::2]),
+    }
+    assert {key for key in STAGES["tokenizer"]["params"] if key.startswith("model.")} == read
+    assert "weights" in STAGES["tokenizer"]["deps"]
+    assert "data/init" in STAGES["train"]["deps"]

@@ -77,8 +77,10 @@ def _card(served: Served, config: ModelConfig | None) -> str:
         bits = f" ({bits:.4f} bits per byte)" if (bits := metrics.get(f"{name}_bits_per_byte")) is not None else ""
         part += f"{where} is {loss:.4f} nats per token{bits}: it gives the true next token a probability of "
         part += f"{math.exp(-loss):.0%} (geometric mean)."
+    init = served.info["params"].get("model", {}).get("init")
+    start = f"from the published weights <code>{escape(str(init))}</code>" if init else "from scratch"
     return (
-        f"{heading(served.label)}<p>A GPT-2{layers}, trained from scratch {'on' if served.held_out else 'to memorise'} "
+        f"{heading(served.label)}<p>A GPT-2{layers}, trained {start} {'on' if served.held_out else 'to memorise'} "
         f"{len(served.ids):,} tokens of text{origin}.{part}</p>"
         f"<p>It reads and writes {escape(served.tokenizer.description)}. It was trained on windows of {served.window} "
         "tokens, and never sees more than that.</p>"

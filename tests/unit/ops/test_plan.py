@@ -15,9 +15,10 @@ from pipeline.data.corpus import fetch_corpus
 from pipeline.ops import learn, plan
 from pipeline.ops.params_check import check_params
 from pipeline.ops.plan import Options, make_plan
-from pipeline.ops.sources import find_source
+from pipeline.ops.sources import find_source, find_weights
 from pipeline.system.errors import InputError
 from pipeline.training.forecast import Forecast
+from tests.small_models import save_published
 
 ROOT = Path(__file__).parents[3]
 ENGLISH = "I went to the market and bought a bag of rice, then we cooked dinner for {} people.\n"
@@ -303,3 +304,65 @@ def test_a_training_that_misses_its_target_is_followed_by_longer_ones(project, m
     assert shown[0].values["optim.max_epochs"] == epochs[-1]
     assert main(["learn", "../diary.txt", *options]) == 0  # resumes the last one
     assert epochs[len(budgets)] == epochs[len(budgets) - 1]
+
+
+def test_published_weights_decide_the_shape_and_the_plan_says_what_is_copied(command, project):
+    save_published(Path("../my gpt"), vocab_size=50257)
+    code, said, _ = command("plan", "../diary.txt", "--init", "../my gpt")
+    lines = dict(line.split(" ", 1) for line in said.splitlines())
+    assert code == 0
+    assert lines["tokenizer"].strip() == "gpt2: that of GPT-2's weights"
+    assert lines["weights"].strip() == "../my gpt: 810,896 parameters to start from, copied to weights/my-gpt"
+    assert lines["model"].strip().startswith("2 layers of 16, as in weights/my-gpt, but too small to")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--init", "../none"], "error: --init ../none not found: give the folder of a GPT-2, or hf://OWNER/NAME such"),
+        (["--init", "../gpt", "--size", "smoke"], "error: --init and --size: give one of them"),
+        (["--init", "../gpt", "--tokenizer", "bytes"], "error: ../gpt has no tokenizer.json, so its ids cannot be com"),
+        (["--init", "../taken"], "error: weights/taken/README.md is not of ../taken: remove weights/taken, or give"),
+        (["--init", "../taken.txt"], "error: --init ../taken.txt not found: give the folder of a GPT-2"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused_in_one_line_by_plan_and_learn(arguments, message, command):
+    for name in ("gpt", "taken"):
+        save_published(Path(f"../{name}"), vocab_size=50257)
+    Path("weights/taken").mkdir(parents=True)
+    Path("weights/taken/README.md").touch()
+    for name in ("plan", "learn"):
+        code, said, messages = command(name, "../diary.txt", *arguments)
+        assert (code, said) == (2, "")
+        assert messages.startswith(message), messages
+        assert messages.count("\n") == 1
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_learn_brings_the_weights_and_writes_what_they_need(project, tmp_path, monkeypatch, in_place):
+    save_published(Path("../gpt"), vocab_size=50257)
+    monkeypatch.setattr(learn, "_reproduce", lambda *_: None)
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "_show_outcome", lambda _: None)
+    made = make_plan(find_source("../diary.txt", None), Options(init="weights/gpt"), tmp_path, find_weights("../gpt"))
+    learn.learn(made, in_place=in_place, assume_yes=True)
+    files = {path.name: path.is_symlink() for path in Path("weights/gpt").iterdir()}
+    assert files == {"config.json": in_place, "model.safetensors": in_place}
+    assert find_weights("../gpt").copies.keys() == {Path("weights/gpt") / name for name in files}
+    assert find_weights("weights/gpt").init == "weights/gpt"
+    params = load_params()
+    check_params(params)
+    model, optim = params.values["model"], params.values["optim"]
+    assert [model[key] for key in ("init", "n_layer", "n_head", "n_embd", "fold_vocab")] == [
+        "weights/gpt",
+        2,
+        2,
+        16,
+        False,
+    ]
+    assert (optim["name"], optim["lr"]) == ("adamw", 0.0063)  # 0.1 / 16, rounded
+    (folder := tmp_path / "again").mkdir()
+    again = make_plan(find_source("texts/diary.txt", None), Options(), folder)
+    write_values({key: value for key, value in again.values.items() if not key.startswith("sweep.space")})
+    assert load_params().values["model"]["init"] is None  # a training from random weights resets it
+    assert load_params().values["model"]["fold_vocab"]

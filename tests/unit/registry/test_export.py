@@ -120,6 +120,16 @@ def test_the_card_says_from_where_the_model_knows_its_text():
     assert windows_only not in card
 
 
+def test_the_card_says_from_which_published_weights_the_model_was_trained():
+    info = version_info()
+    assert "trained from scratch to memorise" in cards.model_card(info, MODEL)
+    info["tags"] |= {"init": "hf://openai/gpt2@abc"}
+    card = cards.model_card(info, MODEL)
+    assert "trained from the published weights hf://openai/gpt2@abc to memorise" in card
+    assert "\nlicense: other\nbase_model: openai/gpt2\nlibrary_name: transformers\n" in card
+    assert "scratch" not in card
+
+
 def test_the_card_of_a_held_out_target_promises_no_memory():
     info = version_info()
     assert "memori" in cards.model_card(info, MODEL)

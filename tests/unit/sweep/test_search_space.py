@@ -47,6 +47,7 @@ def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
         ("{optim: 3}", "sweep.space.optim"),
         ("{}", "sweep.space"),
         ("{target: {loss: [0.1, 10.0]}}", "sweep.space.target.loss: cannot be searched"),
+        ("{model: {init: [hf://gpt2, hf://gpt2-medium]}}", "sweep.space.model.init: cannot be searched"),
         ("{windows: {step_tokens: [1000]}}", "1000 is not a whole number of windows of 64 tokens"),
         ("{windows: {seq_len: [2048]}}", "sweep.space.windows.seq_len 2048 is longer than model.block_size"),
         ("{optim: {max_tokens: {low: 5, high: 9}}}", "max_tokens: unknown key (did you mean optim.max_epochs?)"),
