@@ -42,7 +42,7 @@ class Fake:
         self.starts, self.records, self.samples, self.ends = [], [], [], []
         self.down, self.failed = threading.Event(), threading.Semaphore(0)
 
-    def __call__(self, root, run_folder, identity, tags):
+    def __call__(self, root, run_folder, identity, tags, started_ms):
         self.starts.append(identity)
         return self
 
@@ -83,7 +83,7 @@ def folder(tmp_path):
 
 def record_after_the_end(folder, end=None):
     """What the recorder's process does if training has ended already; it was killed if `end` is None."""
-    start = {"identity": an_identity(), "tags": {}}
+    start = {"identity": an_identity(), "tags": {}, "started_ms": 7}
     (folder.parent / "control").write_text(json.dumps(start) + "\n" + (json.dumps(end) if end else ""))
     with (folder.parent / "control").open() as control:
         return record(folder.parent, folder, 0.05, control)
