@@ -53,8 +53,8 @@ def test_its_tokenizer_has_all_ids_and_merges(tokenizer, reader):
 
 
 def test_merges_are_all_pairs_in_the_order_of_their_tokens():
-    ranks = {b"a": 0, b"b": 1, b"ab": 2, b"ba": 3, b"aba": 4}
-    assert merges_of(ranks) == [(b"a", b"b"), (b"b", b"a"), (b"a", b"ba"), (b"ab", b"a")]
+    ranks = {b"a": 0, b"b": 1, b"ba": 2, b"ab": 3, b"aba": 4, b"abc": 5}  # "c" is no token
+    assert merges_of(ranks) == [(b"b", b"a"), (b"a", b"b"), (b"a", b"ba"), (b"ab", b"a")]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_run_is_named_by_text_model_and_result():
         ({"rule": "validation", "loss": 2.0}, (1.5, 2, True)),  # the step of the kept model
         ({"rule": "batch", "loss": 0.5}, (0.6, 3, False)),
         ({"rule": "average", "loss": 0.9, "average_steps": 2}, (0.8, 3, True)),
-        ({"rule": "average", "loss": 0.9, "average_steps": 4}, (1.2, 3, False)),
+        ({"rule": "average", "loss": 1.3, "average_steps": 4}, (1.2, 3, False)),  # too few steps
         ({"rule": "corpus", "loss": 0.5}, None),  # not measured
     ],
 )
