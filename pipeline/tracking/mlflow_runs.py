@@ -4,6 +4,7 @@ Values have the journal's timestamps, and MLflow stores equal values once. So se
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,9 +171,13 @@ def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
 
 def results_of(run: "Run") -> dict[str, float]:
     """The numbers of metrics.json and timing.json of a registered run; early runs have them as metrics."""
-    found: dict[str, Any] = {**run.data.metrics, **run.data.tags}
-    names = sorted(key for key in found if key.startswith(tuple(f"{name}/" for name in RESULTS)))
-    return {key.partition("/")[2]: float(found[key]) for key in names}
+    found: dict[str, float] = {}
+    for key, value in sorted({**run.data.metrics, **run.data.tags}.items()):
+        report, _, name = key.partition("/")
+        if report in RESULTS:
+            with suppress(ValueError):  # a tag of the user's own
+                found[name] = float(value)
+    return found
 
 
 def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
