@@ -17,13 +17,14 @@ def add_arguments(add: Add) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from pipeline.registry import artifacts, catalog
     from pipeline.registry import export as exports
+    from pipeline.registry.gguf_file import WEIGHT_TYPES
 
     if arguments.kind not in exports.EXPORTS:
         raise InputError(f"export {arguments.kind}: unknown, choose one of {', '.join(exports.EXPORTS)}")
     if arguments.type and arguments.kind != "gguf":
         raise InputError(f"export {arguments.kind}: --type is an option of export gguf only")
-    if arguments.type and arguments.type not in exports.WEIGHT_TYPES:
-        raise InputError(f"--type {arguments.type}: unknown, choose one of {', '.join(exports.WEIGHT_TYPES)}")
+    if arguments.type and arguments.type not in WEIGHT_TYPES:
+        raise InputError(f"--type {arguments.type}: unknown, choose one of {', '.join(WEIGHT_TYPES)}")
     exports.require_empty(arguments.folder)
     store, name = open_project_registry()
     version = catalog.find_version(store, name, arguments.version)

@@ -49,8 +49,8 @@ def open_study_run(store: Store, run_id: str | None, sweep: SweepConfig, params:
     tags |= source_tag(params)
     tags["mlflow.source.git.commit"] = tags["git_commit"]
     run = store.client.create_run(store.experiment_id, tags=tags, run_name=name)
-    params = [Param(f"sweep.{key}", str(value)[:6000]) for key, value in sweep.model_dump().items()]  # MLflow's limit
-    store.client.log_batch(run.info.run_id, params=params)
+    searched = [Param(f"sweep.{key}", str(value)[:6000]) for key, value in sweep.model_dump().items()]  # MLflow's limit
+    store.client.log_batch(run.info.run_id, params=searched)
     return str(run.info.run_id)
 
 
