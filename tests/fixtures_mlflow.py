@@ -22,6 +22,8 @@ from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import OWNER_PID, ending, record
 from pipeline.training.target import RULES
 
+STARTED_MS = 1_600_000_000_000  # of the runs that `recording` records
+
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
@@ -73,7 +75,7 @@ def recording(root: Path, folder: Path, identity: dict[str, Any]) -> Iterator[No
     with open(control) as reader, open(ours, "w", buffering=1) as writer:
         write_text(folder / OWNER_PID, str(os.getpid()))
         thread = threading.Thread(target=record, args=(root, folder, 0.05, reader))
-        writer.write(json.dumps({"identity": identity, "tags": {}}) + "\n")
+        writer.write(json.dumps({"identity": identity, "tags": {}, "started_ms": STARTED_MS}) + "\n")
         thread.start()
         try:
             yield

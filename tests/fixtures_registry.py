@@ -53,11 +53,16 @@ def _keep_threads() -> Iterator[None]:
 
 
 def save_small_model(
-    folder: Path, bpe: Path, trained_length: int = 16, vocab_size: int = 50257, fold_vocab: bool = False
+    folder: Path,
+    bpe: Path,
+    trained_length: int = 16,
+    vocab_size: int = 50257,
+    fold_vocab: bool = False,
+    n_embd: int = 8,
 ) -> None:
     """Save a model in which all weights differ, biases included."""
     shape = ModelConfig(
-        n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=vocab_size, dropout=0.0, fold_vocab=fold_vocab
+        n_layer=2, n_head=2, n_embd=n_embd, block_size=16, vocab_size=vocab_size, dropout=0.0, fold_vocab=fold_vocab
     )
     model, generator = GPT(shape, Vocabulary.full(vocab_size)).initialise(1), torch.Generator().manual_seed(1)
     with torch.no_grad():

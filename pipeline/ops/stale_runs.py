@@ -19,9 +19,11 @@ from pipeline.tracking.mlflow_runs import (
     Record,
     create_run,
     describe_inputs,
+    describe_outcome,
     log_records,
     logged_steps,
     run_with,
+    start_of,
 )
 from pipeline.tracking.mlflow_store import Store, all_found, own_database
 from pipeline.tracking.mlflow_tracker import RUN_ID, noted_run
@@ -146,6 +148,7 @@ def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
         log_records(store, run_id, missing)
         if store.client.get_run(run_id).info.status == "RUNNING":
             status = "FINISHED" if _is_finished(records) else KILLED["status"]
+            describe_outcome(store, run_id, identity, records if status == "FINISHED" else None)
             store.client.set_tag(run_id, "ended", "unknown, sent by `python -m pipeline doctor`")
             store.client.set_terminated(run_id, status, end_time=int(records[-1]["logged_ms"]))
     return f"sent {n_missing:,} of {len(records):,} steps of {folder.name} to run {run_id}"
@@ -155,7 +158,7 @@ def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[
     """Create a run for a journal, with its inputs and samples, and write its id into the folder."""
     study = {"study": folder.parent.name} if folder.parent.name != "checkpoints" else {}
     tags = {"host": socket.gethostname(), "run_folder": str(folder), "rebuilt": "true"} | study
-    run_id = create_run(store, identity, tags, int(records[0]["logged_ms"]))
+    run_id = create_run(store, identity, tags, start_of(records))
     write_text(folder / RUN_ID, f"{run_id}\n")  # first, so that a second attempt finds it
     describe_inputs(store, run_id, identity)
     if (folder / "samples").is_dir():

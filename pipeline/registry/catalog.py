@@ -15,6 +15,7 @@ from pipeline.config.params import load_params
 from pipeline.registry.artifacts import LISTING_TAG, fetch_version, label_of, open_version, translate_store_errors
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import read_json
+from pipeline.tracking.mlflow_runs import results_of
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_uri
 from pipeline.training.target import RULES, Rule
 
@@ -143,7 +144,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
         path, samples = fetch_version(store, version, "artifacts/params.yaml"), _samples(store, version.run_id)
     params = _read_params(path, label)
-    tags, metrics = run.data.tags, sorted(run.data.metrics.items())
+    tags = run.data.tags
     prefix = "environment."
     return {
         "name": version.name,
@@ -155,7 +156,7 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
         "environment": {key.removeprefix(prefix): tags[key] for key in tags if key.startswith(prefix)},
         "history": {key: thinned([[point.step, point.value] for point in points]) for key, points in histories.items()},
         "samples": samples,
-        "metrics": {k.partition("/")[2]: value for k, value in metrics if k.startswith(("metrics/", "timing/"))},
+        "metrics": results_of(run),
         "created": _day(version),
     }
 

@@ -1,7 +1,7 @@
-"""Export a registered version for Transformers, or as a Hugging Face Space that runs the app.
+"""Export a registered version for Transformers, for llama.cpp, or as a Hugging Face Space that runs the app.
 
 An export is a function with an entry in EXPORTS. It takes the folder that `open_version` returns, the version info that
-`describe_version` returns, and an empty folder to fill.
+`describe_version` returns, and an empty folder to fill; `export gguf` also takes the type of the weights.
 """
 
 import shutil
@@ -29,8 +29,10 @@ from pipeline.data.tokenizer import (
     split_into,
 )
 from pipeline.model.gpt import GPT
+from pipeline.model.sampling import Sampling
 from pipeline.model.weights import WEIGHTS, load_model
-from pipeline.report.cards import CURVE, model_card, space_card
+from pipeline.registry.gguf_file import WEIGHT_TYPES, tokenizer_model, write_gguf
+from pipeline.report.cards import CURVE, gguf_card, model_card, modelfile, space_card
 from pipeline.report.figures import curve_figure
 from pipeline.report.style import save_png
 from pipeline.system.errors import InputError
@@ -48,24 +50,21 @@ LOCAL_STUDIES = "journal:///optuna.journal"
 PROMPT_TOKENS = 16  # at most, from the beginning of the text, for the example in the model card
 
 
-def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Path) -> int:
-    """Write the export `kind` of EXPORTS to `folder`; return its size in bytes.
+def export_version(kind: str, artifacts: Path, info: dict[str, Any], folder: Path, **options: str) -> int:
+    """Write the export `kind` of EXPORTS to `folder`, with its options; return its size in bytes.
 
     Raises InputError if `folder` exists and is not empty, OutOfSpaceError if the disk is full.
     """
     require_empty(folder := folder.resolve())
     with atomic_folder(folder, manifest=False) as unfinished:
-        EXPORTS[kind](artifacts, info, unfinished)
+        EXPORTS[kind](artifacts, info, unfinished, **options)
         require_empty(folder)  # another program may have written into it in the meantime
     return folder_bytes(folder)
 
 
 def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     """Write a model that Transformers loads into an empty folder."""
-    model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
-    if not isinstance(tokenizer, BytePairTokenizer):
-        known = ", ".join(name for name, kind in TOKENIZERS.items() if issubclass(kind, BytePairTokenizer))
-        raise InputError(f"export hf: the model's tokenizer is {tokenizer.name}, only these can be exported: {known}")
+    model, tokenizer = _load("hf", artifacts)
     weights = hf_weights(model, tokenizer.n_vocab)
     config = hf_config(model, tokenizer, len(weights["transformer.wpe.weight"]))
     (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
@@ -73,23 +72,74 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     generation = {**_special_ids(tokenizer), "max_length": config["n_positions"]}
     write_json(folder / "generation_config.json", generation)
     _write_tokenizer(artifacts / "model", tokenizer, config["n_positions"], folder)
+    _write_common(artifacts, info, folder)
+    n_params = sum(tensor.numel() for tensor in weights.values())
+    described = _described(artifacts, tokenizer, config, n_params)
+    write_text(folder / "README.md", model_card(info, described))
+    write_manifest(folder)
+
+
+def export_gguf(artifacts: Path, info: dict[str, Any], folder: Path, weight_type: str = "f16") -> None:
+    """Write a GGUF file and a Modelfile into an empty folder; `weight_type`: one of WEIGHT_TYPES.
+
+    Raises InputError if the type is unknown, or if the package gguf is missing.
+    """
+    if weight_type not in WEIGHT_TYPES:
+        raise InputError(f"export gguf --type {weight_type}: unknown, choose one of {', '.join(WEIGHT_TYPES)}")
+    model, tokenizer = _load("gguf", artifacts)
+    weights = torch_weights(model, tokenizer.n_vocab)
+    name = f"{info['name']}-v{info['version']}-{weight_type}.gguf"
+    title = f"{info['name']}, version {info['version']}"
+    write_gguf(folder / name, model, weights, tokenizer, weight_type, title)
+    config = hf_config(model, tokenizer, len(weights["transformer.wpe.weight"]))
+    n_params = sum(tensor.numel() for tensor in weights.values())
+    described = _described(artifacts, tokenizer, config, n_params) | {
+        "file": name,
+        "weight_type": weight_type,
+        "tokenizer_name": tokenizer.name,
+        "tokenizer_model": tokenizer_model(tokenizer),
+        "marks": r"\p{M}" in tokenizer.pieces,
+        "temperature": Sampling().temperature,
+        "n_continuation": config["n_positions"] - min(PROMPT_TOKENS, max(1, config["n_positions"] // 2)),
+    }
+    _write_common(artifacts, info, folder)
+    write_text(folder / "Modelfile", modelfile(info, described))
+    write_text(folder / "README.md", gguf_card(info, described))
+    write_manifest(folder)
+
+
+def _load(kind: str, artifacts: Path) -> tuple[GPT, BytePairTokenizer]:
+    """A version's model and tokenizer. Raises InputError if other programs cannot have such a tokenizer."""
+    model, tokenizer = load_model(artifacts / "model"), load_tokenizer(artifacts / "model")
+    if not isinstance(tokenizer, BytePairTokenizer):
+        known = ", ".join(name for name, kind in TOKENIZERS.items() if issubclass(kind, BytePairTokenizer))
+        raise InputError(
+            f"export {kind}: the model's tokenizer is {tokenizer.name}, only these can be exported: {known}"
+        )
+    return model, tokenizer
+
+
+def _write_common(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
+    """Write what stands beside a model and its card: parameters, licence, loss curve."""
     _write_params(artifacts, folder)
     shutil.copyfile(SOURCE_ROOT / "LICENSE", folder / "LICENSE")
     if info["history"].get("loss"):
         save_png(curve_figure(info["history"], float(info["tags"]["target_loss"])), folder / CURVE)
+
+
+def _described(artifacts: Path, tokenizer: Tokenizer, config: dict[str, Any], n_params: int) -> dict[str, Any]:
+    """What a model's card needs beside the version info."""
     text = TokenFolder(artifacts / "tokens").train
     n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half: the continuation
-    described = {
+    return {
         **config,
-        "n_params": sum(tensor.numel() for tensor in weights.values()),
+        "n_params": n_params,
         "n_used": int((text.counts() > 0).sum()),
         "n_tokens": len(text),
         "tokenizer": tokenizer.description,
         # A space at the end of a prompt would be encoded as another token.
         "prompt": tokenizer.decode(text.read(0, n_prompt).tolist()).rstrip(" \t\r\n"),
     }
-    write_text(folder / "README.md", model_card(info, described))
-    write_manifest(folder)
 
 
 def export_space(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
@@ -111,8 +161,8 @@ def export_space(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     write_text(folder / "README.md", space_card(info, metadata.version("gradio"), python, folder_bytes(folder)))
 
 
-Export = Callable[[Path, dict[str, Any], Path], None]  # a version's folder, its version info, the folder to fill
-EXPORTS: dict[str, Export] = {"hf": export_hf, "space": export_space}
+Export = Callable[..., None]  # takes a version's folder, its version info, the folder to fill, and its own options
+EXPORTS: dict[str, Export] = {"hf": export_hf, "gguf": export_gguf, "space": export_space}
 
 
 def folder_bytes(folder: Path) -> int:
@@ -125,15 +175,21 @@ def require_empty(folder: Path) -> None:
         raise InputError(f"{folder} exists already: name a new or an empty folder")
 
 
-def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
-    """The weights with GPT-2's names and layout, without padded ids and without untrained positions."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        layer, _, kind = name.rpartition(".")
-        transposed = kind == "weight" and layer.endswith(CONV1D)
-        weights[f"transformer.{name}"] = tensor.T.contiguous() if transposed else tensor
+def torch_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
+    """The weights with GPT-2's names, without padded ids and without untrained positions; matrices as (out, in)."""
+    weights = {f"transformer.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, rows in (("wte", n_vocab), ("wpe", model.trained_length)):
         weights[f"transformer.{name}.weight"] = weights[f"transformer.{name}.weight"][:rows].contiguous()
+    return weights
+
+
+def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
+    """The same with GPT-2's layout: most matrices as (in, out)."""
+    weights = torch_weights(model, n_vocab)
+    for name, tensor in weights.items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and layer.endswith(CONV1D):
+            weights[name] = tensor.T.contiguous()
     return weights
 
 

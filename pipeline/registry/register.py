@@ -23,9 +23,10 @@ from pipeline.registry.promotion import (
 )
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, locked, read_json, sha256_file, verify_manifest, write_json
+from pipeline.tracking.descriptions import is_given_model_note, model_note, result_of, version_note
 from pipeline.tracking.journal import STEPS, read_steps
 from pipeline.tracking.mlflow_errors import first_line
-from pipeline.tracking.mlflow_runs import ensure_run
+from pipeline.tracking.mlflow_runs import JournalTail, ensure_run
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
 from pipeline.tracking.run_record import read_metrics, read_run
 from pipeline.training.target import RULES
@@ -58,6 +59,7 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
         run = ensure_run(store, project, record)
         tags = _version_tags(project, run, record, metrics, n_tokens)
         version = ensure_version(store, project, config.model, run, tags)
+        _describe(store, project, version, run, record, metrics)
         store.client.set_registered_model_alias(config.model, CANDIDATE, version.version)
         verdict = _judge(store, project, config, version, record, metrics, loss_on)
         if verdict.promotes:
@@ -101,6 +103,24 @@ def read_project(project: Path) -> tuple[dict[str, Any], dict[str, Any] | None, 
     if text.sha256 != record["data_sha256"]:
         raise IntegrityError(f"{text.folder} is not what the model was trained on: `dvc repro` makes both match")
     return record, metrics, len(text.train)
+
+
+def _describe(
+    store: Store,
+    project: Path,
+    version: "ModelVersion",
+    run: "Run",
+    record: dict[str, Any],
+    metrics: dict[str, Any] | None,
+) -> None:
+    """Set the descriptions of the registered model and the version, unless a user has changed them."""
+    name, tags = version.name, run.data.tags
+    result = result_of(JournalTail(project / "models").read(), record["params"].get("target", {}))
+    before, note = (version_note(name, tags, record, result, known) for known in ({}, metrics or {}))
+    if version.description in (None, "", before):
+        store.client.update_model_version(name, version.version, note)
+    if is_given_model_note(store.client.get_registered_model(name).description or "", name, tags, record):
+        store.client.update_registered_model(name, model_note(name, tags, record))
 
 
 def candidate_of(

@@ -1,5 +1,6 @@
-"""Render the README of an exported version: a model card for Transformers, or the README of a Space."""
+"""Render the README of an exported version: a model card for Transformers or llama.cpp, or the README of a Space."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ MEASURES = {  # metric of the stage `evaluate` -> its name on the card
     "verbatim_recall": "the same, after 32 tokens from the start of a fixed window",
     "verbatim_recall_shifted": "the same, after 32 tokens from any position",
 }
+WEIGHTS_ON_CARD = {
+    "f32": "The weights are those of the training, in fp32.",
+    "f16": "The weights are rounded to fp16; vectors and positions are fp32.",
+    "q8_0": "The weights have 8 bits, with a factor for each 32 of them (`q8_0`); vectors and positions are fp32.",
+}
 ENVIRONMENT = ("torch", "device", "precision", "threads")
 
 
@@ -32,17 +38,53 @@ def model_card(info: dict[str, Any], model: dict[str, Any]) -> str:
     `info` is the result of `describe_version`; `model` is the exported config.json with n_params, n_used (ids that
     occur in the text), n_tokens (of the text), tokenizer (its description) and prompt (the text's beginning).
     """
+    return _card("model_card.md.j2", info, model)
+
+
+def gguf_card(info: dict[str, Any], model: dict[str, Any]) -> str:
+    """The card for llama.cpp; `model` also has file, weight_type, tokenizer_model, marks, n_continuation (tokens)."""
+    weights = WEIGHTS_ON_CARD[model["weight_type"]]
+    return _card("gguf_card.md.j2", info, model, weights=weights, tokenizer_note=_tokenizer_note(model))
+
+
+def modelfile(info: dict[str, Any], model: dict[str, Any]) -> str:
+    """Ollama's description of the model; `model` as for `gguf_card`, and temperature."""
+    return _render("Modelfile.j2", info, model=model)
+
+
+def _card(template: str, info: dict[str, Any], model: dict[str, Any], **values: Any) -> str:
     environment, share = info["environment"], info["params"].get("corpus", {}).get("fraction", 1)
     return _render(
-        "model_card.md.j2",
+        template,
         info,
         model=model,
         measures=MEASURES,
         rules=_rules(info["metrics"]),
         curve=CURVE if info["history"].get("loss") else None,
+        init=info["tags"].get("init") or info["params"].get("model", {}).get("init"),
         part="all of it" if share == 1 else f"the first {100 * share:.3g}% of it",
         machine=", ".join(f"{key} {environment[key]}" for key in ENVIRONMENT if key in environment),
+        **values,
     )
+
+
+def _tokenizer_note(model: dict[str, Any]) -> str:
+    """How llama.cpp's ids of a text differ from those of the training."""
+    if model["tokenizer_model"] == "rwkv":
+        return (
+            f"The file names llama.cpp's tokenizer `rwkv`, which gives the same ids as {model['tokenizer_name']}. Only "
+            "`<|endoftext|>` in a text is read as the end of text, where the training would read its characters."
+        )
+    note = "The file names llama.cpp's tokenizer `gpt2` with the pre-tokenizer `gpt-2`. "
+    if model["marks"]:
+        note += (
+            "It gives the ids of the training, except for words with combining marks, such as vowel signs of Arabic, "
+            "Hindi and Thai: llama.cpp cuts a word at each mark, where the training did not. Such a text is encoded to "
+            "more tokens, and the model continues it less well. "
+        )
+    else:
+        note += "It gives the ids of the training. "
+    return note + "llama.cpp's programs read `<|endoftext|>` in a prompt as the end of text."
 
 
 def space_card(info: dict[str, Any], gradio: str, python: str, size_bytes: int) -> str:
@@ -54,7 +96,7 @@ def _render(template: str, info: dict[str, Any], **values: Any) -> str:
     """Render a template of templates/; `known`: the text is Tiny Shakespeare, which is in the public domain."""
     folder, corpus = FileSystemLoader(Path(__file__).parent / "templates"), info["params"].get("corpus", {})
     environment = Environment(loader=folder, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 (no HTML)
-    environment.filters |= {"thousands": "{:,.0f}".format, "repr": repr}
+    environment.filters |= {"thousands": "{:,.0f}".format, "repr": repr, "shell": shlex.quote}
     known = corpus.get("sha256") == TINY_SHAKESPEARE
     rule = info.get("rule")  # an early version has none
     return environment.get_template(template).render(info, corpus=corpus, known=known, rule=rule, **values)

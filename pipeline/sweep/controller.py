@@ -104,7 +104,7 @@ def run_study(
         queue(study)
         with naming_dead_store(root, "then repeat the command"):
             store = open_store(root)
-            run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep)
+            run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep, params.values)
         study.set_user_attr("mlflow_run_id", run_id)
         study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
         settings = sweep.updated(workers=len(placement.devices)).model_dump(mode="json")
@@ -125,7 +125,7 @@ def run_study(
         found = outcome(study, home / "figures")
         with naming_dead_store(root, "then repeat the command"):
             status = "FAILED" if failure else "FINISHED" if stop.received is None else "KILLED"
-            close_study_run(store, study, status, found, home / "figures")
+            close_study_run(store, study, status, found, home / "figures", sweep, params.values)
         print(found.text)
         stop.raise_if_received(f"everything saved in {sweep.storage} and {home}")
         if failure:
@@ -255,9 +255,9 @@ def _search_outcome(study: Study, figures: Path) -> Outcome:
     draw_study(study, figures)
     if (best := best_trial(study)) is None:
         return Outcome(_summary(study))
-    metrics = {f"best/{study.user_attrs[SHARED]['objective']}": float(best.value)}
+    metrics = {f"best/{(objective := study.user_attrs[SHARED]['objective'])}": float(best.value)}
     tags = {"best_trial": str(best.number), "best_values": json.dumps(best.user_attrs[VALUES])}
-    return Outcome(_summary(study), metrics, tags)
+    return Outcome(_summary(study), metrics, tags, f"best {best.value:,.6g} {objective}")
 
 
 def _summary(study: Study) -> str:

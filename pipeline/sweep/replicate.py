@@ -189,7 +189,8 @@ def _replicate_outcome(study: Study, figures: Path) -> Outcome:
         lines.append(pd.DataFrame(table).T.to_string())
         recorded = [f"{UNITS[key]} {as_recorded(key, spread)}" for key, spread in spreads.items()]
         lines.append(f"for RECORDS.md: n {n_reached}; {'; '.join(recorded)}")
-    return Outcome("\n".join(lines), metrics)
+    result = f"mean {spreads['tokens'].mean:,.0f} tokens" if "tokens" in spreads else ""
+    return Outcome("\n".join(lines), metrics, result=result)
 
 
 def _confirm_outcome(study: Study, candidates: list[Candidate], n_seeds: int, figures: Path) -> Outcome:

@@ -34,6 +34,7 @@ from pipeline.system.entrypoint import is_out_of_memory, run_stage
 from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals, die_with_parent
+from pipeline.tracking.descriptions import source_tag
 from pipeline.tracking.journal import StepRecord
 from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_tracker import RUN_ID
@@ -77,7 +78,7 @@ class Worker:
         self.params = Params({**config.params, "train": config.params["train"] | {"threads": config.threads}})
         storage = open_storage(self.sweep.storage, self.root, self.sweep.heartbeat_timeout_s)
         self.study = join_study(self.sweep, config.shared, storage, config.number)
-        self.tags = {"mlflow.parentRunId": config.parent_run_id, "study": self.sweep.study}
+        self.tags = {"mlflow.parentRunId": config.parent_run_id, "study": self.sweep.study} | source_tag(config.params)
 
     def work(self) -> None:
         """Train until no work is left. A task that Slurm has started again first re-queues its own trial."""
@@ -127,8 +128,7 @@ class Worker:
         with open_run(config, machine, data, self.root / "checkpoints" / self.sweep.study) as run:
             trial.set_user_attr("fingerprint", run.identity["fingerprint"])
             reporter = TrialReporter(trial, run, self.sweep)
-            tags = self.tags | {"trial": str(trial.number), "mlflow.runName": f"{self.sweep.study}-{trial.number}"}
-            tags |= run.origin_tags
+            tags = self.tags | run.origin_tags | {"trial": str(trial.number)}
             try:
                 with Recorder(self.root, run.folder, dict(run.identity), tags):
                     reporter.report_past_steps()

@@ -4,12 +4,23 @@ Values have the journal's timestamps, and MLflow stores equal values once. So se
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.params import load_params
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import fsync, read_json
 from pipeline.system.host import git_info
+from pipeline.tracking.descriptions import (
+    base_name,
+    is_given_name,
+    is_given_note,
+    result_of,
+    run_name,
+    run_note,
+    source_tag,
+)
 from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.journal import STEPS, TIMES
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
@@ -17,6 +28,8 @@ from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store,
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+NOTE = "mlflow.note.content"  # tag that MLflow's page shows as the description of a run
+RESULTS = ("metrics", "timing")  # reports with one value for each key; they are tags, since a metric is a chart
 BATCH = 50  # records of up to twenty metrics each; MLflow takes 1,000 metrics in one transaction
 Record = dict[str, float]  # the values of one step from both of the journal's files
 
@@ -73,13 +86,36 @@ def logged_steps(store: Store, run_id: str) -> dict[int, int]:
 
 
 def create_run(store: Store, identity: dict[str, Any], tags: dict[str, str], started_ms: int | None = None) -> str:
-    """Create a RUNNING run of the training that `identity` describes; return its id."""
+    """Create a RUNNING run of the training that `identity` describes; return its id.
+
+    `started_ms`: when the training began, in Unix milliseconds; now by default.
+    """
     info = git_info()
     source = {"mlflow.source.name": "stages/train.py", "mlflow.source.git.commit": info["git_commit"]}
-    name = tags.get("dvc_experiment") or identity["fingerprint"]
-    tags = tags | info | identity_tags(identity) | source
-    run: Run = store.client.create_run(store.experiment_id, start_time=started_ms, tags=tags, run_name=name)
+    tags = tags | info | identity_tags(identity) | source | {NOTE: run_note(tags, identity)}
+    run: Run = store.client.create_run(
+        store.experiment_id, start_time=started_ms, tags=tags, run_name=base_name(tags, identity)
+    )
     return str(run.info.run_id)
+
+
+def start_of(records: list[Record]) -> int:
+    """When the training of these records began, in Unix milliseconds: before its first step."""
+    return int(records[0]["logged_ms"] - 1000 * records[0]["wall_s"])
+
+
+def describe_outcome(store: Store, run_id: str, identity: dict[str, Any], records: list[Record] | None) -> None:
+    """Set name and description of a run: of a finished one with its result, of a running one (None) without.
+
+    A name or a description that a user has changed is kept.
+    """
+    run = store.client.get_run(run_id)
+    tags, target = run.data.tags, identity["params"].get("target", {})
+    result = result_of(records, target) if records else None
+    if is_given_name(run.info.run_name, tags, identity):
+        store.client.update_run(run_id, name=run_name(tags, identity, result))
+    if is_given_note(tags.get(NOTE, ""), tags, identity):
+        store.client.set_tag(run_id, NOTE, run_note(tags, identity, result))
 
 
 def identity_tags(identity: dict[str, Any]) -> dict[str, str]:
@@ -119,14 +155,29 @@ def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
     """
     if not (records := JournalTail(project / "models").read()):
         raise InputError(f"{project / 'models' / STEPS} contains no steps: run `dvc repro train`")
+    text = source_tag(load_params(path).values) if (path := project / "params.yaml").is_file() else {}
     if (run_id := run_with(store, identity["fingerprint"], records)) is None:
-        run_id = create_run(store, identity, {"rebuilt": "true"}, int(records[0]["logged_ms"]))
+        run_id = create_run(store, identity, {"rebuilt": "true"} | text, start_of(records))
         describe_inputs(store, run_id, identity)
+    for key, value in text.items():
+        store.client.set_tag(run_id, key, value)
     log_records(store, run_id, records[len(logged_steps(store, run_id)) :])
     if store.client.get_run(run_id).info.status != "FINISHED":
         store.client.set_terminated(run_id, "FINISHED", end_time=int(records[-1]["logged_ms"]))
-    _attach(store, run_id, project, records[-1])
+    describe_outcome(store, run_id, identity, records)
+    _attach(store, run_id, project)
     return store.client.get_run(run_id)
+
+
+def results_of(run: "Run") -> dict[str, float]:
+    """The numbers of metrics.json and timing.json of a registered run; early runs have them as metrics."""
+    found: dict[str, float] = {}
+    for key, value in sorted({**run.data.metrics, **run.data.tags}.items()):
+        report, _, name = key.partition("/")
+        if report in RESULTS:
+            with suppress(ValueError):  # a tag of the user's own
+                found[name] = float(value)
+    return found
 
 
 def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
@@ -159,21 +210,17 @@ def run_with(store: Store, fingerprint: str, records: list[Record]) -> str | Non
     return next((run_id for run_id in ids if logged_steps(store, run_id).items() <= logged), None)
 
 
-def _attach(store: Store, run_id: str, project: Path, last: Record) -> None:
-    """Log the numbers in metrics.json and timing.json, at the step of `last`, and all reports as artifacts."""
-    from mlflow.entities import Metric
+def _attach(store: Store, run_id: str, project: Path) -> None:
+    """Log the numbers in metrics.json and timing.json as tags, such as metrics/sliding_loss; reports as artifacts."""
+    from mlflow.entities import RunTag
 
     reports = project / "reports"
     found: dict[str, Any] = {}
-    for name in ("metrics", "timing"):
+    for name in RESULTS:
         if (path := reports / f"{name}.json").is_file():
             found |= {f"{name}/{key}": value for key, value in flatten(read_json(path)).items()}
-    metrics = [
-        Metric(key, float(value), int(last["logged_ms"]), int(last["step"]))
-        for key, value in found.items()
-        if type(value) in (int, float)
-    ]
-    store.client.log_batch(run_id, metrics=metrics)
+    tags = [RunTag(key, str(value)) for key, value in found.items() if type(value) in (int, float)]
+    store.client.log_batch(run_id, tags=tags)
     for path in [project / "params.yaml", *sorted(reports.glob("*.json")), *sorted(reports.glob("figures/*.png"))]:
         if path.is_file() and path.name != "registered.json":
             folder = path.parent.relative_to(project).as_posix()

@@ -11,9 +11,11 @@ from pipeline.system.errors import InputError
 from pipeline.system.files import write_text
 from pipeline.system.host import host_info
 from pipeline.tracking.mlflow_runs import (
+    JournalTail,
     Record,
     create_run,
     describe_inputs,
+    describe_outcome,
     identity_tags,
     log_records,
     logged_steps,
@@ -30,18 +32,22 @@ RUN_ID = "mlflow_run_id"  # file in the run's folder
 class MlflowTracker:
     """The tracker for MLflow. It resumes the MLflow run whose id is in the run folder, or creates one."""
 
-    def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str]) -> None:
+    def __init__(
+        self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str], started_ms: int
+    ) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self.store, self.client = (store := open_store(root)), store.client
+        self.run_folder, self.identity = run_folder, identity
         run = noted_run(store, run_folder)
         if run is None or run.info.lifecycle_stage == "deleted":
-            self.run_id = self._create(run_folder, identity)
+            self.run_id = self._create(run_folder, identity, tags, started_ms)
         else:
             self.run_id = run.info.run_id
         self.client.update_run(self.run_id, status="RUNNING")
         for key, value in {**identity_tags(identity), **tags}.items():
             self.client.set_tag(self.run_id, key, value)
+        describe_outcome(store, self.run_id, identity, None)
         describe_inputs(store, self.run_id, identity)
         self.client.log_dict(self.run_id, host_info(), "environment.json")
         self._logged = len(logged_steps(store, self.run_id))
@@ -63,17 +69,19 @@ class MlflowTracker:
         self.client.log_artifact(self.run_id, str(path), "samples")
 
     def end(self, status: str, ended: str) -> None:
+        records = JournalTail(self.run_folder).read() if status == "FINISHED" else None
+        describe_outcome(self.store, self.run_id, self.identity, records)
         self.client.set_tag(self.run_id, "ended", ended)
         self.client.set_terminated(self.run_id, status)
 
-    def _create(self, run_folder: Path, identity: dict[str, Any]) -> str:
+    def _create(self, run_folder: Path, identity: dict[str, Any], tags: dict[str, str], started_ms: int) -> str:
         """Close the runs that a killed process left RUNNING, create a run and write its id into the run folder."""
         place = {"host": socket.gethostname(), "run_folder": str(run_folder)}
         for run in runs_of(self.store, identity["fingerprint"]):
             if run.info.status == "RUNNING" and place.items() <= run.data.tags.items():
                 self.client.set_terminated(run.info.run_id, "KILLED")
         experiment = {"dvc_experiment": os.environ["DVC_EXP_NAME"]} if "DVC_EXP_NAME" in os.environ else {}
-        run_id = create_run(self.store, identity, place | experiment)
+        run_id = create_run(self.store, identity, tags | place | experiment, started_ms)
         write_text(run_folder / RUN_ID, f"{run_id}\n")
         return run_id
 

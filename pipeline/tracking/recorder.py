@@ -2,7 +2,8 @@
 
 The process reads them from the run folder, so that training neither imports MLflow nor waits for it; a thread would
 slow training down. It is started as `python -m MODULE ROOT RUN_FOLDER TICK_S`. Its standard input has two lines of
-JSON: the run's identity and tags, and at the end how the training ended. Without the second line, training was killed.
+JSON: the run's identity, tags and start, and at the end how the training ended. Without the second line, training was
+killed.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
@@ -18,7 +20,7 @@ from pipeline.system.errors import Interrupted, PeerLost, Pruned
 from pipeline.system.files import locked, write_text
 from pipeline.system.host import start_module
 from pipeline.tracking.mlflow_errors import explain, first_line
-from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Record
+from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Record, start_of
 from pipeline.tracking.mlflow_store import require_usable
 from pipeline.tracking.mlflow_tracker import MlflowTracker
 
@@ -36,7 +38,10 @@ class Tracker(Protocol):
     Each start sends all records of the run from the beginning.
     """
 
-    def __init__(self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str]) -> None: ...
+    def __init__(
+        self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str], started_ms: int
+    ) -> None:
+        """`started_ms`: when the training began, before its first step, in Unix milliseconds."""
 
     @staticmethod
     def errors() -> tuple[type[Exception], ...]:
@@ -71,9 +76,11 @@ class Recorder:
         require_usable(root)
         self._run_folder = run_folder
         self._arguments = [str(root.absolute()), str(run_folder.absolute()), str(tick_s)]
-        self._start = {"identity": identity, "tags": tags}
+        self._start: dict[str, Any] = {"identity": identity, "tags": tags}
 
     def __enter__(self) -> Self:
+        records = JournalTail(self._run_folder).read()
+        self._start["started_ms"] = start_of(records) if records else int(time.time() * 1000)
         self._process = start_module(
             "pipeline.tracking.recorder", *self._arguments, line=self._start, stdout=subprocess.DEVNULL
         )

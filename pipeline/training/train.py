@@ -16,6 +16,7 @@ from pipeline.system.distributed import joined, world_here
 from pipeline.system.errors import InputError
 from pipeline.system.host import project_root
 from pipeline.system.signals import StopSignals
+from pipeline.tracking.descriptions import source_tag
 from pipeline.tracking.recorder import OWNER_PID, Recorder
 from pipeline.training.config import RunConfig
 from pipeline.training.consumers import Checkpoints, Consumer, evaluate, sample
@@ -47,7 +48,8 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
             elif run.state.step == 0 and world.is_main:
                 run.print_changes()
             if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may not have the end of the run yet
-                with _tracked(run, root, RunConfig.of(params).origin(params) | run.origin_tags) as consumers:
+                tags = RunConfig.of(params).origin(params) | source_tag(params.values) | run.origin_tags
+                with _tracked(run, root, tags) as consumers:
                     if not run.finished:
                         follow(run, stop, *consumers)
             write_results(run, models, data / "tokenizer", timing)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 from fixtures_mlflow import (
+    STARTED_MS,
     an_identity,
     append_steps,
     assert_has_exactly_the_journal,
@@ -25,7 +26,16 @@ from mlflow.exceptions import MlflowException
 from pipeline.system.errors import Interrupted, ModelMissing
 from pipeline.system.files import read_json, write_text
 from pipeline.tracking.journal import TIMES, Journal, StepRecord
-from pipeline.tracking.mlflow_runs import create_run, describe_inputs, describe_run, ensure_run, runs_of
+from pipeline.tracking.mlflow_runs import (
+    NOTE,
+    JournalTail,
+    create_run,
+    describe_inputs,
+    describe_run,
+    ensure_run,
+    results_of,
+    runs_of,
+)
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from tests.waiting import wait_until
@@ -79,7 +89,9 @@ def test_a_run_has_its_records_samples_parameters_data_and_machine(store, folder
         journal.append(WithToy(**vars(journal.records[-1]) | {"step": 61, "tokens": 8 * 61}, toy=2.5))
         write_text(folder / "samples" / "step-000020.txt", "ROMEO: O")
     run = store.client.get_run(run_id_of(folder))
-    assert run.info.status == "FINISHED"
+    assert (run.info.status, run.info.start_time) == ("FINISHED", STARTED_MS)
+    assert run.info.run_name == "text dddddddd 0.0833 in 61 steps"
+    assert "from scratch on a text" in run.data.tags[NOTE]
     assert run.data.params == {"optim.lr": "0.002", "optim.betas": "[0.9, 0.95]", "windows.seq_len": "8"}
     assert run.data.tags["fingerprint"] == identity["fingerprint"]
     assert run.data.tags["environment.precision"] == "fp32"
@@ -148,10 +160,11 @@ def test_a_run_that_the_store_lacks_is_created_once_from_its_journal_and_reports
     run, again = ensure_run(store, project, identity), ensure_run(store, project, identity)
     assert run.info.run_id == again.info.run_id
     assert (run.info.status, run.data.tags["rebuilt"]) == ("FINISHED", "true")
-    assert run.info.start_time == 1_700_000_000_007  # the first step's
+    first = JournalTail(project / "models").read()[0]
+    assert run.info.start_time == first["logged_ms"] - 1000 * first["wall_s"]  # before the first step
     assert_has_exactly_the_journal(store, project / "models", run.info.run_id)
-    assert run.data.metrics["metrics/to_target.sliding.steps"] == 20
-    assert len(store.client.get_metric_history(run.info.run_id, "metrics/corpus_loss")) == 1
+    assert results_of(run)["to_target.sliding.steps"] == 20
+    assert not any("/" in key for key in run.data.metrics)  # no metric, and so no chart, of one value
     assert (Path(run.info.artifact_uri) / "reports" / "figures" / "loss.png").read_bytes() == b"a picture"
 
     found = describe_run(root_of(store), identity["fingerprint"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
 from pipeline.registry.catalog import find_version, open_version
 from pipeline.registry.register import register
+from pipeline.system.host import SOURCE_ROOT
 
 PROMPTS = ["ROMEO:", "Thou – art é"]
 
@@ -96,3 +98,12 @@ def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(ser
         assert name in json.dumps(answer)
         assert "Traceback" not in json.dumps(answer)
     assert ask(server, ["ROMEO:"], {"max_tokens": 0}) == (200, {"predictions": ["ROMEO:"]})
+
+
+def test_the_request_in_the_readme_is_answered(server):
+    body = re.search(r"/invocations.*?-d '(.*?)'", (SOURCE_ROOT / "README.md").read_text(), re.DOTALL)[1]
+    request = json.loads(body)
+    prompts = [row[0] for row in request["dataframe_split"]["data"]]
+    status, answer = ask(server, prompts, request["params"])
+    assert status == 200
+    assert answer["predictions"][0].startswith("ROMEO:")

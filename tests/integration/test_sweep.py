@@ -130,7 +130,10 @@ def test_a_study_tracks_every_trial_and_its_best_values_are_applied(workspace, s
         assert child.data.tags["study"] == "tiny"
         assert len(store.client.get_metric_history(child.info.run_id, "loss")) == len(journal_of(trial))
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["best/tokens"] == best.value
+    assert float(parent.data.tags["best/tokens"]) == best.value
+    assert parent.info.run_name.startswith("sweep tiny ")
+    assert parent.info.run_name.endswith(f" best {best.value:,.6g} tokens")
+    assert not parent.data.metrics
     figures = {file.path for file in store.client.list_artifacts(parent.info.run_id, "figures")}
     assert {"figures/curves.png", "figures/history.png"} <= figures
     # The result can be printed and applied; a later run names the trial that its settings come from.
@@ -271,9 +274,11 @@ def test_a_set_of_seeds_resumes_after_a_signal_and_grows_and_each_seed_is_traine
     assert [run["tokens"] for run in results["runs"]] == tokens
     # The study's run in MLflow has the same numbers, and the picture.
     run = store.client.get_run(study.user_attrs["mlflow_run_id"])
-    assert (run.info.status, run.info.run_name) == ("FINISHED", folder.name)
-    assert run.data.metrics["tokens/mean"] == pytest.approx(fmean(tokens))
-    assert run.data.metrics["share_reached"] == 1
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name.startswith(f"{folder.name} ")
+    assert run.info.run_name.endswith(f" mean {fmean(tokens):,.0f} tokens")
+    assert float(run.data.tags["tokens/mean"]) == pytest.approx(fmean(tokens))
+    assert float(run.data.tags["share_reached"]) == 1
     files = store.client.list_artifacts(run.info.run_id, "figures")
     assert [file.path for file in files] == ["figures/curves.png"]
     # A finished set is only shown; one more seed is added to it. The sweep's study does not exist.

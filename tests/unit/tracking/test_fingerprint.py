@@ -27,7 +27,7 @@ UNDECISIVE = {
     "the host and its threads, which are in `environment`": "system/host system/limits",
     "shows and stores what training computed": "training/progress tracking/fingerprint tracking/journal "
     "tracking/mlflow_errors tracking/mlflow_store tracking/mlflow_runs tracking/mlflow_tracker tracking/recorder "
-    "tracking/run_record",
+    "tracking/run_record tracking/descriptions",
     "copies the state at a step up to which all numbers are the same": "training/extension",
     "times a throw-away model": "training/forecast",
     "a finished run writes its results again; target.best_step chooses the model": "training/results",

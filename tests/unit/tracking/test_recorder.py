@@ -42,7 +42,7 @@ class Fake:
         self.starts, self.records, self.samples, self.ends = [], [], [], []
         self.down, self.failed = threading.Event(), threading.Semaphore(0)
 
-    def __call__(self, root, run_folder, identity, tags):
+    def __call__(self, root, run_folder, identity, tags, started_ms):
         self.starts.append(identity)
         return self
 
@@ -83,7 +83,7 @@ def folder(tmp_path):
 
 def record_after_the_end(folder, end=None):
     """What the recorder's process does if training has ended already; it was killed if `end` is None."""
-    start = {"identity": an_identity(), "tags": {}}
+    start = {"identity": an_identity(), "tags": {}, "started_ms": 7}
     (folder.parent / "control").write_text(json.dumps(start) + "\n" + (json.dumps(end) if end else ""))
     with (folder.parent / "control").open() as control:
         return record(folder.parent, folder, 0.05, control)
@@ -149,7 +149,8 @@ def test_a_recorder_that_does_not_own_the_run_when_its_turn_comes_sends_nothing(
 def test_a_start_of_a_finished_run_opens_the_recorder_only_if_the_end_was_not_sent(folder, monkeypatch, owned):
     if not owned:
         (folder / OWNER_PID).unlink()
-    run, opened = SimpleNamespace(finished=True, folder=folder, state=SimpleNamespace(step=12)), []
+    run = SimpleNamespace(finished=True, folder=folder, state=SimpleNamespace(step=12), origin_tags={})
+    opened = []
     monkeypatch.setattr(train, "open_run", lambda *_: nullcontext(run))
     monkeypatch.setattr(train, "_tracked", lambda run, *_: opened.append(run) or nullcontext([]))
     monkeypatch.setattr(train, "count_tokens", lambda _: 34_219)
