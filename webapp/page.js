@@ -1,5 +1,8 @@
 () => {
-  const inSight = (part) => { const { top, bottom } = part.getBoundingClientRect(); return top >= 0 && bottom <= innerHeight; };
+  const reveal = (part) => { // once it is laid out
+    const { top, bottom } = part.getBoundingClientRect();
+    if (top < 0 || bottom > innerHeight) part.scrollIntoView({ block: "center" });
+  };
   const markOld = () => document.querySelectorAll("[data-prompt]").forEach((text) => { // the text of another prompt
     const prompt = document.querySelector(`#${text.dataset.of} textarea`);
     text.toggleAttribute("data-old", prompt.value !== text.dataset.prompt);
@@ -28,7 +31,7 @@
     markOld();
     for (const node of changes.flatMap((change) => [...change.addedNodes])) {
       const fault = node.matches?.(".fault") ? node : node.querySelector?.(".fault");
-      if (fault && !inSight(fault)) fault.scrollIntoView({ block: "center" });
+      if (fault) setTimeout(reveal, 250, fault);
     }
   }).observe(document.body, { childList: true, subtree: true });
 }

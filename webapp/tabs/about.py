@@ -57,10 +57,12 @@ def about_html(served: Served) -> str:
         counted = [(f"{name}<small>{formula}</small>", f"{n:,}") for name, formula, n in parts(config)]
         counted.append(("<b>all</b>", f"<b>{config.n_params:,}</b>"))
         legend = f"L = {config.n_layer} layers, C = {config.n_embd} wide, V = {config.n_ids:,} tokens, "
+        legend += f"T = {config.block_size:,} positions."
+        legend = legend.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
         tables = (
             f'<div class="charts"><div>{heading("Its memory")}<p class="note">Without activations, which grow with the '
             f'batch.</p>{table(sized, "counted")}</div><div>{heading("Its parameters")}<p class="note">{legend}'
-            f"T = {config.block_size:,} positions.</p>{table(counted, 'counted')}</div></div>"
+            f"</p>{table(counted, 'counted')}</div></div>"
         )
     return f'<div class="about">{_purpose(served, config)}{_knowledge(served)}{_limits(served)}{tables}</div>'
 
