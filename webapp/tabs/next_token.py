@@ -68,7 +68,7 @@ def next_token_tab(page: gr.Blocks, version: PageVersion) -> None:
         with gr.Column(scale=3, min_width=300):
             shown = html(next_token_html(version.source.current(), start), js_on_load=APPEND, elem_id="next")
 
-    def predict(prompt: Any, number: Any) -> tuple[str, str]:
+    def predict(prompt: Any, number: Any) -> tuple[str, ...]:
         try:
             return next_token_html(version.served(number), prompt), ""
         except PipelineError as error:

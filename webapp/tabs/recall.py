@@ -74,7 +74,7 @@ def last_place(served: Served) -> int:
     return max(0, len(served.ids) - 2)
 
 
-def _recall(version: PageVersion, place: Any, words: Any, number: Any) -> Iterator[tuple[str, str, str]]:
+def _recall(version: PageVersion, place: Any, words: Any, number: Any) -> Iterator[tuple[str, ...]]:
     """The heat map, then the heat map with the recital; the last value is the fault of the place."""
     try:
         served = version.served(number)
