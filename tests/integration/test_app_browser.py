@@ -102,7 +102,7 @@ def near(one: Any, other: Any) -> bool:
 def test_it_writes_and_a_mark_opens_its_place_by_mouse_and_by_keyboard(visit):
     visitor = visit()
     set_number(visitor, "Temperature", 0)
-    set_number(visitor, "Max tokens", 12)
+    set_number(visitor, "Max tokens", 16)
     text = write(visitor, PROMPT)
     assert text.inner_text() in LINES
     assert text.locator(".prompt").inner_text() == PROMPT
@@ -291,7 +291,7 @@ def test_another_version_is_shown_and_compared_with_the_first(visit):
 def test_every_tab_fits_the_screen_and_has_enough_contrast(visit, scheme, screen):
     """Contrast of at least 4.5 to 1, as WCAG requires for small text."""
     visitor = visit(color_scheme=scheme, viewport=screen, has_touch=screen is PHONE)
-    set_number(visitor, "Max tokens", 12)
+    set_number(visitor, "Max tokens", 16)
     write(visitor, "supercalifragilisticexpialidocious" * 3)
     assert visitor.evaluate(OUTSIDE) == []
     write(visitor, PROMPT)

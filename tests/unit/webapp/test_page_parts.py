@@ -69,9 +69,7 @@ def test_no_text_has_a_replacement_character_for_a_part_of_a_character(served):
 
 
 def test_copied_passages_are_marked_and_the_prompt_is_not(served):
-    prompt = PROMPT.removesuffix(
-        " we"
-    )  # of a passage, twelve tokens are new, and nine of them are not a speaker's name
+    prompt = PROMPT.removesuffix(" we")  # enough of the new tokens are then no speaker’s name
     completion = completed(served, prompt, max_tokens=12, temperature=0)
     html = marked_html(served, completion.ids(0), len(completion.prompt_ids))
     assert html.startswith(f'<span class="prompt">{prompt}</span><mark tabindex="0" role="button" ')
