@@ -239,7 +239,7 @@ def test_a_pressed_token_is_appended_and_the_next_one_predicted(visit, tokenizer
     playwright.expect(prompt).to_have_value("First Citizen:\nBefore we proceed any")
     playwright.expect(best).to_contain_text("further")
     playwright.expect(best).to_contain_text("1 of 1")
-    assert "Occurrences in the training text: 1." in visitor.locator("#next .note").inner_text()
+    assert "The training text contains it once." in visitor.locator("#next .note").inner_text()
     parts = tokenizer.encode("🐱")  # the table does not have these tokens
     for n, token in enumerate(parts, start=1):
         visitor.locator("#next button").first.evaluate(PRESS_TOKEN, token)
@@ -277,6 +277,7 @@ def test_another_version_is_shown_and_compared_with_the_first(visit):
     visitor.locator("#version input").click()
     visitor.get_by_role("option", name="6").click()
     playwright.expect(visitor.locator("#run h2").first).to_have_text("parrot version 6")
+    visitor.locator("#compared-prompt textarea").fill("First Citizen:\nBefore")  # it recites the rest of the window
     visitor.locator("#compare").click()
     sheets = visitor.locator("#compared .sheet")
     playwright.expect(sheets).to_have_count(2)
