@@ -122,7 +122,7 @@ def _metrics(info: dict[str, Any]) -> str:
     tags, metrics = info["tags"], info["metrics"]
     rows = [(name, f"{metrics[key]:{form}}") for key, (name, form) in METRICS.items() if metrics.get(key) is not None]
     if rule := info.get("rule"):
-        rows.insert(0, (f"target rule: the loss of {escape(rule['description'])}", escape(rule["name"])))
+        rows.insert(0, (f"target rule: {escape(rule['description'])}", escape(rule["name"])))
     if "steps_to_target" in tags:
         rows.append((f"steps to the target {escape(str(tags['target_loss']))}", f"{int(tags['steps_to_target']):,}"))
         rows.append(("tokens to the target", f"{int(tags['tokens_to_target']):,}"))
