@@ -1,5 +1,6 @@
 """Render tokens and tables as HTML; every text is escaped here or by the caller."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -9,10 +10,21 @@ from typing import Any
 import gradio as gr
 
 from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
-from pipeline.system.errors import PipelineError
+from pipeline.system.errors import InputError, PipelineError
 from webapp.model_source import Served
 
 CONTEXT = 60  # tokens shown on either side of a passage
+SPEAKER = re.compile(
+    r"^[^\S\n]*\S+(?:[^\S\n]+\S+){0,3}:[^\S\n]*$", re.MULTILINE
+)  # a line of up to four words and a colon
+
+
+class FieldError(InputError):
+    """A value of the field `field` is invalid; `words` say why without naming it."""
+
+    def __init__(self, message: str, field: str, words: str) -> None:
+        super().__init__(message)
+        self.field, self.words = field, words
 
 
 @contextmanager
@@ -59,11 +71,16 @@ def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def marked_html(served: Served, ids: Sequence[int], prompt_length: int) -> str:
-    """The text of `ids`, with a muted prompt and marks on copied passages; a click or a key opens a passage."""
-    passages, end = {}, prompt_length
+    """The text of `ids`, with a muted prompt and marks on copied passages; a click or a key opens a passage.
+
+    The first of two overlapping marks has the shared tokens; a click shows all of each. A mark has at least
+    `min_passage` tokens that are neither the prompt's, nor blank, nor of a line that names a speaker.
+    """
+    passages, end, telling = {}, prompt_length, [*accumulate(_tells(served, ids), initial=0)]
     for passage in served.corpus.passages(ids, served.min_passage):
-        if passage.end > end:  # the first of two overlapping marks has the shared tokens; a click shows all of each
-            passages[max(passage.begin, end)] = passage
+        begin = max(passage.begin, end)
+        if passage.end > begin and telling[passage.end] - telling[begin] >= served.min_passage:
+            passages[begin] = passage
             end = passage.end
     places = sorted({prompt_length, *passages, *(passage.end for passage in passages.values())})
     parts = []
@@ -80,6 +97,20 @@ def marked_html(served: Served, ids: Sequence[int], prompt_length: int) -> str:
     return "".join(parts)
 
 
+def _tells(served: Served, ids: Sequence[int]) -> list[bool]:
+    """Whether each token has letters of a line that does not only name a speaker, or signs of such a line."""
+    pieces = split_text(served.tokenizer, ids, range(1, len(ids))) if len(ids) else []
+    text = "".join(pieces)
+    lines = [(found.start(), found.end()) for found in SPEAKER.finditer(text)]
+    begins, told = [0, *accumulate(map(len, pieces))], []
+    for piece, begin in zip(pieces, begins, strict=False):
+        while lines and lines[0][1] <= begin:
+            lines.pop(0)
+        named = bool(lines) and lines[0][0] <= begin + len(piece) - len(piece.lstrip())
+        told.append(bool(piece.strip()) and not named)
+    return told
+
+
 def place_html(served: Served, place: int, length: int) -> str:
     """The training text around the `length` tokens that start at token `place`."""
     start, stop = max(0, place - CONTEXT), min(len(served.ids), place + length + CONTEXT)
@@ -88,8 +119,54 @@ def place_html(served: Served, place: int, length: int) -> str:
     n_text = served.corpus.n_text
     body = f'<span class="prompt">{escape(before)}</span><mark>{escape(passage)}</mark>'
     body = f'<p class="verse">{body}<span class="prompt">{escape(after)}</span></p>'
-    where = f"token {place:,} of {n_text:,} ({place / n_text:.0%})"
-    return sheet("In the training text", body, where, kind="sheet place")
+    return sheet("In the training text", body, where_html(place, n_text), kind="sheet place")
+
+
+def where_html(place: int, n_text: int) -> str:
+    """Where token `place` is in a text of `n_text` tokens, in words."""
+    share = place / n_text
+    if place == 0:
+        return "at its beginning"
+    if 0.005 <= share < 0.995:
+        return f"after {share:.0%} of it, from token {place:,} on"
+    return f"near its {'beginning' if share < 0.5 else 'end'}, from token {place:,} of {n_text:,} on"
+
+
+def count(n: int, noun: str) -> str:
+    """`n` and the noun in its number: 1 token, 2 tokens."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def alias_words(aliases: Sequence[str]) -> str:
+    """What the aliases of a version say, as a sentence; "" if it has none."""
+    known = {"champion": "the champion, which is served by default", "candidate": "the newest one that was registered"}
+    said = [known[alias] for alias in known if alias in aliases]
+    for alias in sorted(set(aliases) - set(known)):
+        rule = alias.removeprefix("champion-")
+        said.append(
+            f"the best one by the target rule “{rule}”" if rule != alias else f"the one with the alias “{alias}”"
+        )
+    return f"It is {', and '.join(said)}." if said else ""
+
+
+def fault_slot() -> gr.HTML:
+    """The place below a field where its error is shown."""
+    return html("", elem_classes="fault-slot")
+
+
+def faults(fields: Sequence[str], error: PipelineError | None = None) -> tuple[str, ...]:
+    """HTML for the slot of each field: the error that is about it, else nothing.
+
+    An error that is about none of them is shown below the first one.
+    """
+    at = error.field if isinstance(error, FieldError) and error.field in fields else fields[0]
+    return tuple(fault_html(error) if error and field == at else "" for field in fields)
+
+
+def fault_html(error: PipelineError) -> str:
+    words = error.words if isinstance(error, FieldError) else str(error)
+    words = words.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate
+    return f'<p class="fault" role="alert">{escape(words[:1].upper() + words[1:], quote=False)}</p>'
 
 
 def sheet(title: str, body: str, *details: str, kind: str = "sheet") -> str:

@@ -1,4 +1,12 @@
 () => {
+  const reveal = (part) => { // once it is laid out
+    const { top, bottom } = part.getBoundingClientRect();
+    if (top < 0 || bottom > innerHeight) part.scrollIntoView({ block: "center" });
+  };
+  const markOld = () => document.querySelectorAll("[data-prompt]").forEach((text) => { // the text of another prompt
+    const prompt = document.querySelector(`#${text.dataset.of} textarea`);
+    text.toggleAttribute("data-old", prompt.value !== text.dataset.prompt);
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") document.querySelector("#stop").click();
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -13,5 +21,17 @@
   document.addEventListener("click", (event) => {
     if (event.target.closest("#stop"))
       setTimeout(() => document.querySelectorAll(".writing").forEach((text) => text.classList.remove("writing")), 400);
+    if (event.target.closest("#write")) { // on a phone, the text is below the fields
+      const status = document.querySelector("#status");
+      if (status.getBoundingClientRect().top > 0.6 * innerHeight) status.scrollIntoView({ block: "start" });
+    }
   });
+  document.addEventListener("input", markOld);
+  new MutationObserver((changes) => {
+    markOld();
+    for (const node of changes.flatMap((change) => [...change.addedNodes])) {
+      const fault = node.matches?.(".fault") ? node : node.querySelector?.(".fault");
+      if (fault) setTimeout(reveal, 250, fault);
+    }
+  }).observe(document.body, { childList: true, subtree: true });
 }

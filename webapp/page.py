@@ -1,7 +1,6 @@
 """Compose the page from its tabs, and serve it."""
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TypeAlias
@@ -13,16 +12,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from webapp.api import add_endpoints
-from webapp.html import event_options, html
+from webapp.html import html
 from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter, bad_call, hostname
-from webapp.model_source import Source
+from webapp.model_source import Served, Source
+from webapp.page_version import PageVersion
 from webapp.tabs.about import about_tab
 from webapp.tabs.next_token import next_token_tab
 from webapp.tabs.recall import recall_tab
 from webapp.tabs.training import training_tab
 from webapp.tabs.write import write_tab
 
-Tab: TypeAlias = Callable[[gr.Blocks, Source], None]  # adds its components and their events
+Tab: TypeAlias = Callable[[gr.Blocks, PageVersion], None]  # adds its components and their events
 TABS: dict[str, Tab] = {
     "Write": write_tab,
     "Next token": next_token_tab,
@@ -39,19 +39,20 @@ WAITING = 30  # requests that may wait; further ones are refused
 def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
     """The page with its tabs and the API."""
     with gr.Blocks(title=source.current().info["name"], analytics_enabled=False, fill_width=True) as page:
-        head = html(head_html(source), elem_id="head")
+        head = html(head_html(source.current()), elem_id="head")
+        version = PageVersion(source)
+        version.renders(lambda served: (head_html(served),), head)
         with gr.Tabs():
             for title, tab in tabs.items():
                 with gr.Tab(title):
-                    tab(page, source)
-        page.load(partial(head_html, source), None, head, **event_options("read"))
+                    tab(page, version)
+        version.follow(page)
         add_endpoints(source)
     return page.queue(max_size=WAITING, default_concurrency_limit=CONCURRENT, api_open=False)  # API calls queue too
 
 
-def head_html(source: Source) -> str:
-    """The title, the served version, and the reason why another one could not be loaded."""
-    served = source.current()
+def head_html(served: Served) -> str:
+    """The title, what the model is, and the served version."""
     metrics = served.info["metrics"]
     recall = metrics.get("verbatim_recall_anywhere")
     known = (
@@ -59,14 +60,13 @@ def head_html(source: Source) -> str:
         if recall is None
         else f" From any place in it, it recites {recall:.0%} of passages of 32 tokens word for word."
     )
-    label = ", ".join([served.label, *served.info["aliases"]])
-    trouble = f'<p class="trouble" role="status">{escape(source.trouble)}</p>' if source.trouble else ""
+    role = ", the champion" if "champion" in served.info["aliases"] else ""
     aim = "trained on" if served.held_out else "trained to memorise"
-    name = escape(served.info["name"])
+    name, number = escape(served.info["name"]), escape(str(served.info["version"]))
     return (
         f'<div class="masthead"><h1>{name}</h1><p>A GPT-2 that was {aim} {len(served.ids):,} tokens of '
-        f"text.{known} This page shows what it writes, and how much of that is copied. <b>{escape(label)}</b></p>"
-        f"{trouble}</div>"
+        f"text.{known} This page shows what it writes, and how much of that is copied. <b>Shown: version "
+        f"{number}{role}.</b></p></div>"
     )
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.model.generator import load_generator
 from pipeline.registry.artifacts import open_version
@@ -29,7 +30,8 @@ class Registry:
         self._load = lru_cache(KEPT)(self._load_version)
         self.trouble: str | None = None
         self._store = open_registry(root)
-        self._served = self._load(str(find_version(self._store, name, which).version))
+        self._opened: dict[str, dict[str, Any]] = {}  # number -> info of each version that was loaded
+        self._served = self._open(str(find_version(self._store, name, which).version))
         self._due = time.monotonic() + CHECK_S
 
     def current(self) -> Served:
@@ -43,8 +45,10 @@ class Registry:
         wait = CHECK_S
         try:
             version = find_version(self._store, self._name, self._which)
-            served = self._load(str(version.version))
+            served, before = self._open(str(version.version)), self._served
             served.info["aliases"] = sorted(version.aliases)
+            if served is not before:
+                self._update_aliases()
             self._served, self.trouble = served, None
         except PipelineError as error:
             self.trouble = f"{self._which} could not be loaded ({error}), so {self._served.label} stays"
@@ -53,13 +57,25 @@ class Registry:
             self._due = time.monotonic() + wait
             self._checking.release()
 
+    def _update_aliases(self) -> None:
+        """An alias that moves leaves another version, which may be loaded too."""
+        known = self.versions()
+        for number in known:
+            if number in self._opened:
+                self._opened[number]["aliases"] = sorted(find_version(self._store, self._name, number).aliases)
+
     def versions(self) -> list[str]:
         return [str(version.version) for version in list_versions(self._store, self._name)]
 
     def open(self, number: str) -> Served:
-        if number not in (known := self.versions()):
+        if number not in self._opened and number not in (known := self.versions()):
             raise InputError(f"version {number!r} is not in the registry: choose one of {', '.join(known)}")
-        return self._load(number)
+        return self._open(number)
+
+    def _open(self, number: str) -> Served:
+        served = self._load(number)
+        self._opened[number] = served.info
+        return served
 
     def _load_version(self, number: str) -> Served:
         version = find_version(self._store, self._name, number)

@@ -93,25 +93,37 @@ def set_number(visitor: Any, label: str, value: float) -> None:
     box.press("Tab")
 
 
+def near(one: Any, other: Any) -> bool:
+    """Whether `one` is right below `other`."""
+    upper, lower = other.bounding_box(), one.bounding_box()
+    return bool(-5 < lower["y"] - upper["y"] - upper["height"] < 30)
+
+
 def test_it_writes_and_a_mark_opens_its_place_by_mouse_and_by_keyboard(visit):
     visitor = visit()
     set_number(visitor, "Temperature", 0)
-    set_number(visitor, "Max tokens", 12)
+    set_number(visitor, "Max tokens", 16)
     text = write(visitor, PROMPT)
     assert text.inner_text() in LINES
     assert text.locator(".prompt").inner_text() == PROMPT
     assert visitor.locator("#status").inner_text().endswith("0% new")
     assert "tokens/s" in visitor.locator("#status").inner_text()
-    place = visitor.locator("#place .place")
-    visitor.locator("#written mark").first.click()
-    playwright.expect(place).to_contain_text("token 0 of")
+    place, mark = visitor.locator("#written .beside"), visitor.locator("#written mark").first
+    mark.click()
+    playwright.expect(place).to_contain_text("at its beginning")
     playwright.expect(place).to_contain_text("Resolved. resolved.")
+    assert 0 < place.bounding_box()["y"] - mark.bounding_box()["y"] < 100  # beside it
+    place.locator("button").click()
+    playwright.expect(place).to_have_count(0)
+    mark.click()
+    place.wait_for()
     set_number(visitor, "Samples", 4)
     write(visitor, PROMPT + " proceed")
     playwright.expect(place).to_have_count(0)
     assert visitor.locator("#written .sheet").count() == 4
-    assert "seed 4" in visitor.locator("#written").inner_text()
-    visitor.locator("#written mark").first.focus()
+    first = int(visitor.locator("#written header").first.inner_text().split("seed ")[1].split()[0])
+    assert f"seed {first + 3}" in visitor.locator("#written").inner_text()
+    mark.focus()
     visitor.keyboard.press("Enter")
     place.wait_for()
 
@@ -143,23 +155,62 @@ def test_a_prompt_is_shown_as_text(visit):
         assert visitor.locator("#written img, #written script").count() == 0
 
 
-def test_a_refusal_leaves_the_last_text(visit):
+def test_an_error_stays_beside_its_field_and_the_text_of_another_prompt_is_marked(visit):
     visitor = visit()
-    visitor.get_by_role("button", name="More").click()
-    wait_for_layout(visitor)
+    set_number(visitor, "Max tokens", 3)
     write(visitor, "All:")
+    old, faults = visitor.locator("#written [data-old]"), visitor.locator(".fault")
     before = visitor.locator("#written").inner_text()
+    playwright.expect(old).to_have_count(0)
+    visitor.locator("#example-1").click()
+    playwright.expect(old).to_have_count(1)
+    set_number(visitor, "Max tokens", 5000)  # beyond the slider
+    visitor.locator("#prompt textarea").fill("All:")
+    playwright.expect(old).to_have_count(0)
+    press_write(visitor, "All:")
+    playwright.expect(faults).to_have_text("5000: choose a number from 1 to 2,000")
+    assert near(faults, visitor.locator(".block", has=visitor.get_by_label("number input for Max tokens")).last)
+    assert visitor.locator("#written").inner_text() == before
+    assert visitor.locator(".toast-body").count() == 0
+    visitor.get_by_role("checkbox", name="Keep it").check()
     visitor.get_by_label("Seed").first.fill("")
     visitor.get_by_label("Seed").first.press("Tab")  # Gradio sends a field when it loses the focus
     press_write(visitor, "All:")
-    playwright.expect(visitor.locator(".toast-body")).to_contain_text("seed None")
-    visitor.get_by_label("Seed").first.fill("1")
-    set_number(visitor, "Max tokens", 5000)  # beyond the slider
-    press_write(visitor, "All:")
-    playwright.expect(visitor.locator(".toast-body").last).to_contain_text(
-        "max_tokens 5000: choose a number from 1 to 2,000"
-    )
-    assert visitor.locator("#written").inner_text() == before
+    playwright.expect(faults).to_contain_text("choose a whole number from 0")
+    set_number(visitor, "Max tokens", 3)
+    visitor.get_by_label("Seed").first.fill("5")
+    write(visitor, "All: ")
+    assert "seed 5" in visitor.locator("#written").inner_text()
+    playwright.expect(faults).to_have_count(0)
+
+
+def test_on_a_phone_the_text_comes_into_view_and_stop_stays_there(visit, slow):
+    visitor = visit(viewport=PHONE, has_touch=True)
+    status, stop = visitor.locator("#status"), visitor.locator("#stop")
+    assert status.bounding_box()["y"] > PHONE["height"]
+    visitor.locator("#write").click()
+    visitor.locator("#written .writing").wait_for()
+    for part in (status, stop, visitor.locator("#written .sheet")):
+        assert 0 <= part.bounding_box()["y"] < PHONE["height"] - 30
+    stop.click()
+    assert slow.opens(0)
+
+
+def test_all_tabs_of_an_open_page_change_their_version_and_say_so(visit, source, monkeypatch):
+    visitor = visit()
+    open_tab(visitor, "Recall")
+    playwright.expect(visitor.locator("#heat .heat")).to_be_visible()
+    for name in ("Training", "About"):
+        open_tab(visitor, name)
+    monkeypatch.setattr(source, "current", lambda: source.open("6"))
+    playwright.expect(visitor.locator("#version-change")).to_contain_text("Version 6 has replaced version 7")
+    for part in ("#head", "#run", "#about"):
+        playwright.expect(visitor.locator(part)).to_contain_text("version 6", use_inner_text=False)
+    playwright.expect(visitor.locator("#recital .samples")).to_have_count(1)  # it recited again
+    open_tab(visitor, "Write")
+    set_number(visitor, "Max tokens", 2)
+    write(visitor, "All:")
+    playwright.expect(visitor.locator("#status")).to_contain_text("written by parrot version 6")
 
 
 def test_a_press_shows_its_place_in_the_queue_until_stop(visit, slow):
@@ -188,7 +239,7 @@ def test_a_pressed_token_is_appended_and_the_next_one_predicted(visit, tokenizer
     playwright.expect(prompt).to_have_value("First Citizen:\nBefore we proceed any")
     playwright.expect(best).to_contain_text("further")
     playwright.expect(best).to_contain_text("1 of 1")
-    assert "Occurrences in the training text: 1." in visitor.locator("#next .note").inner_text()
+    assert "The training text contains it once." in visitor.locator("#next .note").inner_text()
     parts = tokenizer.encode("🐱")  # the table does not have these tokens
     for n, token in enumerate(parts, start=1):
         visitor.locator("#next button").first.evaluate(PRESS_TOKEN, token)
@@ -213,18 +264,20 @@ def test_a_place_is_recited_if_the_model_knows_it_and_words_are_found(visit):  #
     playwright.expect(visitor.locator("#heat .found").first).to_contain_text("chief")
     words.fill("zebra")
     visitor.locator("#find").click()
-    playwright.expect(visitor.locator(".toast-body")).to_contain_text("is not in the training text")
+    playwright.expect(visitor.locator(".fault")).to_contain_text("is not in the training text")
+    assert near(visitor.locator(".fault"), visitor.locator("#words"))
 
 
 def test_another_version_is_shown_and_compared_with_the_first(visit):
     visitor = visit()
     open_tab(visitor, "Training")
-    assert "parrot version 7, champion" in visitor.locator("#run").inner_text()
+    assert "parrot version 7" in visitor.locator("#run h2").first.inner_text()
     assert visitor.locator("#run .goal").count() == 1  # the target line
     assert INFO["tags"]["data_sha256"] in visitor.locator("#run").inner_text()
     visitor.locator("#version input").click()
     visitor.get_by_role("option", name="6").click()
     playwright.expect(visitor.locator("#run h2").first).to_have_text("parrot version 6")
+    visitor.locator("#compared-prompt textarea").fill("First Citizen:\nBefore")  # it recites the rest of the window
     visitor.locator("#compare").click()
     sheets = visitor.locator("#compared .sheet")
     playwright.expect(sheets).to_have_count(2)
@@ -232,14 +285,14 @@ def test_another_version_is_shown_and_compared_with_the_first(visit):
     assert "parrot version 7" in sheets.nth(0).inner_text()
     assert sheets.nth(0).locator(".verse").inner_text() == sheets.nth(1).locator(".verse").inner_text()
     sheets.nth(1).locator("mark").first.click()
-    visitor.locator("#compared-place .place").wait_for()
+    visitor.locator("#compared .beside .place").wait_for()
 
 
 @pytest.mark.parametrize(("scheme", "screen"), [("light", DESKTOP), ("dark", PHONE)])
 def test_every_tab_fits_the_screen_and_has_enough_contrast(visit, scheme, screen):
     """Contrast of at least 4.5 to 1, as WCAG requires for small text."""
     visitor = visit(color_scheme=scheme, viewport=screen, has_touch=screen is PHONE)
-    set_number(visitor, "Max tokens", 12)
+    set_number(visitor, "Max tokens", 16)
     write(visitor, "supercalifragilisticexpialidocious" * 3)
     assert visitor.evaluate(OUTSIDE) == []
     write(visitor, PROMPT)

@@ -1,4 +1,4 @@
-"""The tab About: the model, its parameters by part, its memory, and its limits."""
+"""The tab About: what the model is and is for, how well it knows its text, its limits, its memory and parameters."""
 
 import math
 from html import escape
@@ -6,15 +6,16 @@ from html import escape
 import gradio as gr
 
 from pipeline.config.sections import ModelConfig
-from webapp.html import event_options, heading, html, table
-from webapp.model_source import Served, Source
+from webapp.html import alias_words, heading, html, table
+from webapp.model_source import Served
+from webapp.page_version import PageVersion
 
 MIB = 2**20
 
 
-def about_tab(page: gr.Blocks, source: Source) -> None:
-    about = html(about_html(source.current()), elem_id="about")
-    page.load(lambda: about_html(source.current()), None, about, **event_options("read"))
+def about_tab(page: gr.Blocks, version: PageVersion) -> None:
+    about = html(about_html(version.source.current()), elem_id="about")
+    version.renders(lambda served: (about_html(served),), about)
 
 
 def parts(config: ModelConfig) -> list[tuple[str, str, int]]:
@@ -52,38 +53,61 @@ def about_html(served: Served) -> str:
     tables = ""
     if config:
         config = config.updated(vocab_size=config.vocab_size or served.tokenizer.n_vocab)
+        sized = [(f"{name}<small>{formula}</small>", f"{mib:,.1f} MiB") for name, formula, mib in sizes(config)]
         counted = [(f"{name}<small>{formula}</small>", f"{n:,}") for name, formula, n in parts(config)]
         counted.append(("<b>all</b>", f"<b>{config.n_params:,}</b>"))
-        sized = [(f"{name}<small>{formula}</small>", f"{mib:,.1f} MiB") for name, formula, mib in sizes(config)]
         legend = f"L = {config.n_layer} layers, C = {config.n_embd} wide, V = {config.n_ids:,} tokens, "
+        legend += f"T = {config.block_size:,} positions."
+        legend = legend.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
         tables = (
-            f'<div class="charts"><div>{heading("Its parameters")}<p class="note">{legend}T = {config.block_size:,} '
-            f'positions.</p>{table(counted, "counted")}</div><div>{heading("Its memory")}<p class="note">'
-            f"Without activations, which grow with the batch.</p>{table(sized, 'counted')}</div></div>"
+            f'<div class="charts"><div>{heading("Its memory")}<p class="note">Without activations, which grow with the '
+            f'batch.</p>{table(sized, "counted")}</div><div>{heading("Its parameters")}<p class="note">{legend}'
+            f"</p>{table(counted, 'counted')}</div></div>"
         )
-    return f'<div class="about">{_card(served, config)}{tables}{_limits(served)}</div>'
+    return f'<div class="about">{_purpose(served, config)}{_knowledge(served)}{_limits(served)}{tables}</div>'
 
 
-def _card(served: Served, config: ModelConfig | None) -> str:
-    layers = f" of {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide" if config else ""
-    corpus, metrics = served.info["params"].get("corpus", {}), served.info["metrics"]
-    origin = f" (<code>{escape(str(corpus['source']))}</code>)" if "source" in corpus else ""
+def _purpose(served: Served, config: ModelConfig | None) -> str:
+    """What the model is, what it is for, and what it reads."""
+    aliases = alias_words(served.info["aliases"])
+    size = f" with {config.n_params / 1e6:,.1f} million parameters" if config else ""
+    layers = f" It has {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide." if config else ""
+    corpus = served.info["params"].get("corpus", {})
+    origin = f" of <code>{escape(str(corpus['source']))}</code>" if "source" in corpus else ""
     share = corpus.get("fraction", 1.0)
-    part = "" if share == 1 else f" They are the first {100 * share:.3g}% of it."
-    name, where = "sliding", f" After at least {served.window // 2} tokens from anywhere in them, its loss"
-    if served.held_out and metrics.get("validation_loss") is not None:
-        name, where = "validation", " Its loss on the rest of it, which was held out,"
-    if (loss := metrics.get(f"{name}_loss")) is not None:
-        bits = f" ({bits:.4f} bits per byte)" if (bits := metrics.get(f"{name}_bits_per_byte")) is not None else ""
-        part += f"{where} is {loss:.4f} nats per token{bits}: it gives the true next token a probability of "
-        part += f"{math.exp(-loss):.0%} (geometric mean)."
-    init = served.info["params"].get("model", {}).get("init")
+    part = "" if share == 1 else f", the first {100 * share:.3g}% of it"
+    init = served.info["tags"].get("init") or served.info["params"].get("model", {}).get("init")
     start = f"from the published weights <code>{escape(str(init))}</code>" if init else "from scratch"
+    aim, use = "on", "It is for writing text in the style of that text: give it a beginning, and it continues."
+    if not served.held_out:
+        aim, use = (
+            "to memorise",
+            (
+                "It is for seeing what a language model keeps of a text: what it recites, what it makes up, "
+                "and how sure it is of each token."
+            ),
+        )
     return (
-        f"{heading(served.label)}<p>A GPT-2{layers}, trained {start} {'on' if served.held_out else 'to memorise'} "
-        f"{len(served.ids):,} tokens of text{origin}.{part}</p>"
-        f"<p>It reads and writes {escape(served.tokenizer.description)}. It was trained on windows of {served.window} "
-        "tokens, and never sees more than that.</p>"
+        f"{heading(served.label)}<p>A small language model, a GPT-2{size}. It was trained {start} {aim} "
+        f"{len(served.ids):,} tokens{origin}{part}. {escape(aliases)}</p><p>{use} The tab Write shows which passages "
+        "it copied from the text, and Recall how well it knows any place of it.</p>"
+        f"<p>It reads and writes {escape(served.tokenizer.description)}.{layers} It was trained on windows of "
+        f"{served.window} tokens, and never sees more than that.</p>"
+    )
+
+
+def _knowledge(served: Served) -> str:
+    """Its loss in words; "" if it was not measured."""
+    metrics = served.info["metrics"]
+    name, where = "sliding", f"After at least {served.window // 2} tokens from anywhere in the text, its loss"
+    if served.held_out and metrics.get("validation_loss") is not None:
+        name, where = "validation", "Its loss on the rest of the text, which was held out,"
+    if (loss := metrics.get(f"{name}_loss")) is None:
+        return ""
+    bits = f" ({bits:.4f} bits per byte)" if (bits := metrics.get(f"{name}_bits_per_byte")) is not None else ""
+    return (
+        f"{heading('How well it knows its text')}<p>{where} is {loss:.4f} nats per token{bits}: it gives the true next "
+        f"token a probability of {math.exp(-loss):.0%} (geometric mean).</p>"
     )
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import gradio as gr
 import torch
 
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, PipelineError
 from webapp.completion import MAX_PROMPT, checked_int, checked_prompt
-from webapp.html import event_options, html, note, status_html, user_errors, visible
-from webapp.model_source import Served, Source
+from webapp.html import count, event_options, fault_slot, faults, html, note, status_html, visible
+from webapp.model_source import Served
+from webapp.page_version import PageVersion
 
 SHOWN = 12
 MAX_PART = 8  # tokens
@@ -49,12 +50,13 @@ def predict_next(served: Served, prompt: Any, most: int = SHOWN, part: Any = "")
     }
 
 
-def next_token_tab(page: gr.Blocks, source: Source) -> None:
-    start = "".join(source.current().examples[:1])
+def next_token_tab(page: gr.Blocks, version: PageVersion) -> None:
+    start = "".join(version.source.current().examples[:1])
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(start, label="Text so far", lines=5, max_lines=14, max_length=MAX_PROMPT,
                                 elem_id="so-far")  # fmt: skip
+            fault = fault_slot()
             go = gr.Button("Predict", variant="primary", elem_classes="go", elem_id="predict")
             html(
                 note(
@@ -64,24 +66,33 @@ def next_token_tab(page: gr.Blocks, source: Source) -> None:
                 )
             )
         with gr.Column(scale=3, min_width=300):
-            shown = html(next_token_html(source.current(), start), js_on_load=APPEND, elem_id="next")
+            shown = html(next_token_html(version.source.current(), start), js_on_load=APPEND, elem_id="next")
 
-    def predict(prompt: Any) -> str:
-        with user_errors():
-            return next_token_html(source.current(), prompt)
+    def predict(prompt: Any, number: Any) -> tuple[str, ...]:
+        try:
+            return next_token_html(version.served(number), prompt), ""
+        except PipelineError as error:
+            return "", *faults(["prompt"], error)
 
-    def append(prompt: Any, event: gr.EventData) -> tuple[str, str]:  # Gradio finds the event by its hint
+    def append(
+        prompt: Any, number: Any, event: gr.EventData
+    ) -> tuple[Any, str, str]:  # Gradio finds `event` by its hint
         """Append the pressed token to the prompt, and predict the next one."""
-        served, sent = source.current(), event._data if isinstance(event._data, dict) else {}
-        with user_errors():
+        sent = event._data if isinstance(event._data, dict) else {}
+        try:
+            served = version.served(number)
             token = checked_int("token", sent.get("token"), 0, served.tokenizer.n_vocab - 1)
             text, part = _append(served, _checked_part(served, sent.get("part", "")), token)
             longer = checked_prompt(prompt) + text
-            return longer, next_token_html(served, longer, part)
+            return longer, next_token_html(served, longer, part), ""
+        except PipelineError as error:
+            return gr.skip(), "", *faults(["prompt"], error)
 
-    go.click(predict, prompt, shown, **event_options("read"))
-    prompt.input(predict, prompt, shown, **event_options("read", trigger_mode="always_last"))
-    shown.click(append, prompt, [prompt, shown], **event_options("read"))
+    given = [prompt, version.number]
+    go.click(predict, given, [shown, fault], **event_options("read"))
+    prompt.input(predict, given, [shown, fault], **event_options("read", trigger_mode="always_last"))
+    shown.click(append, given, [prompt, shown, fault], **event_options("read"))
+    version.number.change(predict, given, [shown, fault], **event_options("read"))
 
 
 def next_token_html(served: Served, prompt: Any, part: Sequence[int] = ()) -> str:
@@ -130,9 +141,13 @@ def _context(served: Served, ids: list[int], found: dict[str, Any]) -> str:
     whole = "all of your text" if n == len(ids) else "no longer context occurs there"
     limits = f" {served.corpus.limits}." if served.corpus.limits else ""
     return note(
-        f"Context: “{'… ' if n > 12 else ''}{words}”, {n:,} tokens ({whole}). Occurrences in the training text: "
-        f"{found['context_times']:,}.{limits}"
+        f"Context: “{'… ' if n > 12 else ''}{words}”, {count(n, 'token')} ({whole}). The training text contains it "
+        f"{times_in_words(found['context_times'])}.{limits}"
     )
+
+
+def times_in_words(n: int) -> str:
+    return {1: "once", 2: "twice"}.get(n, f"{n:,} times")
 
 
 def _append(served: Served, part: Sequence[int], token: int) -> tuple[str, list[int]]:

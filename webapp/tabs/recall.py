@@ -12,40 +12,61 @@ import gradio as gr
 
 from pipeline.data.statistics import bits_per_byte
 from pipeline.model.sampling import Sampling
-from pipeline.system.errors import InputError
+from pipeline.system.errors import PipelineError
 from webapp.completion import checked_int
-from webapp.html import event_options, heading, html, note, sheet, split_text, status_html, user_errors
-from webapp.model_source import Served, Source
+from webapp.html import (
+    FieldError,
+    event_options,
+    fault_slot,
+    faults,
+    heading,
+    html,
+    note,
+    sheet,
+    split_text,
+    status_html,
+)
+from webapp.model_source import Served
+from webapp.page_version import PageVersion
 
 GIVEN = 32  # tokens of the prompt for a recital
 MAX_WORDS = 200  # characters to search for
 DARKEST = 6.0  # loss in nats from which on the colour is darkest
 
 
-def recall_tab(page: gr.Blocks, source: Source) -> None:
-    served = source.current()
+def recall_tab(page: gr.Blocks, version: PageVersion) -> None:
+    served = version.source.current()
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             words = gr.Textbox("", label="Find words in the training text", placeholder="hear me speak",
                                max_length=MAX_WORDS, elem_id="words")  # fmt: skip
+            words_fault = fault_slot()
             find = gr.Button("Find next", elem_classes="go", elem_id="find")
             place = gr.Slider(
                 0, last_place(served), 0, step=1, label="Place in the text, in tokens", elem_id="place-in-text"
             )
-            html(note("The colours show the model’s loss on the text from this place on, given the "
-                      f"{served.window // 2} tokens before it. The recital starts from the text’s next {GIVEN} tokens "
-                      "alone."))  # fmt: skip
-            html(note(f"{served.corpus.limits}.") if served.corpus.limits else "")
+            place_fault, hint = fault_slot(), html(_hint(served))
         with gr.Column(scale=3, min_width=300):
-            shown = [html("", elem_id="heat"), html("", elem_id="recital")]
-    options = event_options("model", shown[0], trigger_mode="always_last")
-    recall = partial(_recall, source)
-    place.change(recall, [place, words], shown, **options)
+            heat, recital = html("", elem_id="heat"), html("", elem_id="recital")
+    shown = [heat, recital, place_fault]
+    options = event_options("model", heat, trigger_mode="always_last")
+    recall, given = partial(_recall, version), [place, words, version.number]
+    place.change(recall, given, shown, **options)
     for pressed in (find.click, words.submit):
-        found = pressed(partial(_find, source), [words, place], place, **options)
-        found.then(recall, [place, words], shown, **options)
-    page.load(lambda: gr.update(maximum=last_place(source.current())), None, place, **event_options("read"))
-    page.load(partial(_recall, source, 0, ""), None, shown, **event_options("read"))
+        found = pressed(partial(_find, version), [words, place, version.number], [place, words_fault], **options)
+        found.then(recall, given, shown, **options)
+    version.number.change(recall, given, shown, **options)
+    version.renders(
+        lambda served: (gr.update(maximum=last_place(served)), _hint(served), status_html("reading …"), ""),
+        place, hint, heat, recital,
+    )  # fmt: skip
+
+
+def _hint(served: Served) -> str:
+    return note(
+        f"The colours show the model’s loss on the text from this place on, given the {served.window // 2} tokens "
+        f"before it. The recital starts from the text’s next {GIVEN} tokens alone."
+    ) + (note(f"{served.corpus.limits}.") if served.corpus.limits else "")
 
 
 def last_place(served: Served) -> int:
@@ -53,26 +74,33 @@ def last_place(served: Served) -> int:
     return max(0, len(served.ids) - 2)
 
 
-def _recall(source: Source, place: Any, words: Any) -> Iterator[tuple[str, str]]:
-    """The heat map, then the heat map with the recital."""
-    served = source.current()
-    with user_errors():
+def _recall(version: PageVersion, place: Any, words: Any, number: Any) -> Iterator[tuple[str, ...]]:
+    """The heat map, then the heat map with the recital; the last value is the fault of the place."""
+    try:
+        served = version.served(number)
         start = checked_int("place", place, 0, last_place(served))
         heat = heat_html(served, start, words if isinstance(words, str) else "")
-        yield heat, status_html("reciting …")
-        yield heat, recital_html(served, served.ids[start : start + served.window + 1].tolist())
+        yield heat, status_html("reciting …"), ""
+        yield heat, recital_html(served, served.ids[start : start + served.window + 1].tolist()), ""
+    except PipelineError as error:
+        yield "", "", *faults(["place"], error)
 
 
-def _find(source: Source, words: Any, place: Any) -> int:
-    """The place of the next occurrence of the words after `place`."""
-    served = source.current()
-    with user_errors():
+def _find(version: PageVersion, words: Any, place: Any, number: Any) -> tuple[Any, str]:
+    """The place of the next occurrence of the words after `place`, and the fault of the words."""
+    try:
+        served = version.served(number)
         if not isinstance(words, str) or not words.strip() or len(words) > MAX_WORDS:
-            raise InputError(f"no words to search for: enter 1 to {MAX_WORDS} characters")
-        found = served.find(words, checked_int("place", place, 0, last_place(served)))
+            fault = f"no words to search for: enter 1 to {MAX_WORDS} characters"
+            raise FieldError(fault, "words", fault)
+        after = place if isinstance(place, int | float) and 0 <= place <= last_place(served) else -1
+        found = served.find(words, int(after))
         if found is None:
-            raise InputError(f"{words[:40]!r} is not in the training text: try fewer words")
-    return min(found[0], last_place(served))
+            fault = f"“{words[:40]}” is not in the training text: try fewer words"
+            raise FieldError(fault, "words", fault)
+        return min(found[0], last_place(served)), ""
+    except PipelineError as error:
+        return gr.skip(), *faults(["words"], error)
 
 
 def heat_html(served: Served, place: int, words: str) -> str:

@@ -8,11 +8,20 @@ from typing import Any
 import gradio as gr
 import yaml
 
+from pipeline.system.errors import PipelineError
 from webapp.chart import line_chart
-from webapp.completion import MAX_PROMPT, complete
-from webapp.html import event_options, heading, html, note, table, user_errors
-from webapp.model_source import Served, Source
-from webapp.tabs.write import OPEN_PLACE, connect_places, sample_html
+from webapp.completion import MAX_PROMPT, chosen_seed, complete
+from webapp.html import alias_words, event_options, fault_html, fault_slot, faults, heading, html, note, table
+from webapp.model_source import Served
+from webapp.page_version import PageVersion, version_choices
+from webapp.tabs.write import (
+    OPEN_PLACE,
+    PROMPT_CHANGED,
+    connect_places,
+    place_slot,
+    sample_html,
+    seed_fields,
+)
 
 COMPARED_TOKENS = 120
 METRICS = {  # metric -> its name and its format
@@ -28,51 +37,80 @@ METRICS = {  # metric -> its name and its format
     "validation_bits_per_byte": ("the same in bits per byte", ".4g"),
 }
 EVALUATED = ("sliding_loss", "corpus_loss")  # losses over the whole text; the first that a version has is shown
-ORIGINS = ("data_sha256", "model_sha256", "git_commit", "tree_clean", "fingerprint", "run_id", "verdict")
+ORIGINS = {  # tag or entry of the environment -> its name
+    "verdict": "decision when it was registered",
+    "data_sha256": "SHA-256 of the training text",
+    "model_sha256": "SHA-256 of the model",
+    "fingerprint": "fingerprint of parameters and sources",
+    "git_commit": "git commit",
+    "tree_clean": "changes that were not committed",
+    "run_id": "MLflow run",
+    "torch": "PyTorch",
+    "compiled": "torch.compile",
+}
+ORIGIN_WORDS = {("tree_clean", "true"): "none", ("tree_clean", "false"): "some, so the commit alone does not repeat it"}
+ORIGIN_WORDS |= {("compiled", "True"): "used", ("compiled", "False"): "not used"}
+COMPARED = ("prompt", "seed")  # fields
 
 
-def training_tab(page: gr.Blocks, source: Source) -> None:
-    version = gr.Dropdown(label="Version", elem_id="version", filterable=False)
-    run = html(run_html(source.current()), elem_id="run")
+def training_tab(page: gr.Blocks, version: PageVersion) -> None:
+    served = version.source.current()
+    chosen = gr.Dropdown(label="Version", elem_id="version", filterable=False)
+    run = html(run_html(served), elem_id="run")
     html(heading("Side by side"))
     with gr.Row(equal_height=False):
-        prompt = gr.Textbox("".join(source.current().examples[:1]), label="Prompt for both", lines=2,
-                            max_length=MAX_PROMPT, scale=3)  # fmt: skip
-        left = gr.Dropdown(label="Version", filterable=False, min_width=110)
-        right = gr.Dropdown(label="and version", filterable=False, min_width=110)
-        seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=110)
+        with gr.Column(scale=3, min_width=300):
+            prompt = gr.Textbox("".join(served.examples[:1]), label="Prompt for both", lines=2, max_length=MAX_PROMPT,
+                                elem_id="compared-prompt")  # fmt: skip
+            slots = [fault_slot()]
+        with gr.Column(scale=2, min_width=300):
+            with gr.Row():
+                left = gr.Dropdown(label="Version", filterable=False, min_width=110)
+                right = gr.Dropdown(label="and version", filterable=False, min_width=110)
+            seed, keep = seed_fields()
+            slots.append(fault_slot())
     compare = gr.Button("Compare", variant="primary", elem_classes="go", elem_id="compare")
-    output = html("", js_on_load=OPEN_PLACE, elem_id="compared")
-    place = html("", elem_id="compared-place")
-    version.change(partial(_run, source), version, run, **event_options("model", run))
-    shown = [output, place]
-    compare.click(partial(_compare, source), [prompt, left, right, seed], shown, **event_options("model", output))
-    connect_places(source, output, place)
-    page.load(partial(_choices, source), None, [version, left, right], **event_options("read"))
+    output, place = html("", js_on_load=OPEN_PLACE, elem_id="compared"), place_slot("compared")
+    chosen.change(partial(_run, version), chosen, run, **event_options("model", run))
+    shown, given = [output, place, seed, *slots], [prompt, left, right, seed, keep]
+    compare.click(partial(_compare, version), given, shown, **event_options("model", output))
+    prompt.change(None, None, None, js=PROMPT_CHANGED, api_visibility="private")
+    connect_places(version, output, place)
+    version.renders(partial(_version, version), chosen, left, right, run)
 
 
-def _choices(source: Source) -> tuple[dict[str, Any], ...]:
-    """Updates of the three lists. They select the served version, the served version, and the newest other one."""
-    versions, current = source.versions(), str(source.current().info["version"])
+def _version(version: PageVersion, served: Served) -> tuple[Any, ...]:
+    """The three lists and the run. The lists select the served version, the served version, and the newest other."""
+    versions, current = version_choices(version.source, served), str(served.info["version"])
     other = next((number for number in versions if number != current), current)
-    return tuple(gr.update(choices=versions, value=number) for number in (current, current, other))
+    lists = (gr.update(choices=versions, value=number) for number in (current, current, other))
+    return *lists, run_html(served)
 
 
-def _run(source: Source, number: Any) -> str:
-    with user_errors():
-        return run_html(source.open(str(number)))
+def _run(version: PageVersion, number: Any) -> str:
+    try:
+        return run_html(version.served(number))
+    except PipelineError as error:
+        return fault_html(error)
 
 
-def _compare(source: Source, prompt: Any, left: Any, right: Any, seed: Any) -> Iterator[tuple[str, str]]:
-    """Both versions' completions with the same seed, one after the other."""
-    done = ""
-    with user_errors():
+def _compare(
+    version: PageVersion, prompt: Any, left: Any, right: Any, seed: Any, keep: Any
+) -> Iterator[tuple[Any, ...]]:
+    """Both versions' completions with the same seed, one after the other; the seed, and the faults of COMPARED."""
+    done, begin = "", f'<div class="samples two" data-of="compared-prompt" data-prompt="{escape(str(prompt))}">'
+    rest: tuple[Any, ...] = ()
+    try:
+        seed = chosen_seed(keep, seed)
         for number in (left, right):
-            served = source.open(str(number))
+            served = version.served(number)
             for completion in complete(served, prompt, 1, max_tokens=COMPARED_TOKENS, temperature=0.8, seed=seed):
                 now = done + sample_html(completion, 0, served.label)
-                yield f'<div class="samples two">{now}</div>', ""
+                rest = (gr.skip(),) * (1 + len(COMPARED)) if rest else (seed, *faults(COMPARED))
+                yield f"{begin}{now}</div>", "", *rest
             done = now
+    except PipelineError as error:
+        yield gr.skip(), "", gr.skip(), *faults(COMPARED, error)
 
 
 def run_html(served: Served) -> str:
@@ -86,12 +124,11 @@ def _metrics(info: dict[str, Any]) -> str:
     if rule := info.get("rule"):
         rows.insert(0, (f"target rule: {escape(rule['description'])}", escape(rule["name"])))
     if "steps_to_target" in tags:
-        cost = f"{int(tags['steps_to_target']):,} steps, {int(tags['tokens_to_target']):,} tokens"
-        rows.append((f"cost of the target {escape(str(tags['target_loss']))}", cost))
-    title = ", ".join([f"{info['name']} version {info['version']}", *info["aliases"]])
+        rows.append((f"steps to the target {escape(str(tags['target_loss']))}", f"{int(tags['steps_to_target']):,}"))
+        rows.append(("tokens to the target", f"{int(tags['tokens_to_target']):,}"))
     return (
-        heading(title)
-        + note(f"Registered {info['created']}.")
+        heading(f"{info['name']} version {info['version']}")
+        + note(f"Registered on {info['created']}. {alias_words(info['aliases'])}".strip())
         + (table(rows) if rows else note("No metrics were recorded."))
     )
 
@@ -124,8 +161,12 @@ def _samples(info: dict[str, Any]) -> str:
 
 
 def _origin(info: dict[str, Any]) -> str:
-    origin = {key: info["tags"][key] for key in ORIGINS if key in info["tags"]}
-    return heading("Origin") + _yaml(origin | info["environment"])
+    values = {key: info["tags"][key] for key in ORIGINS if key in info["tags"]} | info["environment"]
+    rows = [
+        (escape(ORIGINS.get(key, key)), escape(ORIGIN_WORDS.get((key, str(value)), str(value))))
+        for key, value in values.items()
+    ]
+    return heading("Origin") + table(rows, "origin")
 
 
 def _params(info: dict[str, Any]) -> str:

@@ -23,15 +23,16 @@ from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
 from webapp.chart import line_chart
 from webapp.completion import Completion, complete
-from webapp.html import marked_html, place_html, split_text, user_errors
+from webapp.html import alias_words, count, marked_html, place_html, split_text, user_errors, where_html
 from webapp.model_source import Served
 from webapp.page import TABS, compose, head_html
+from webapp.page_version import PageVersion
 from webapp.tabs import next_token
 from webapp.tabs.about import about_html, parts, sizes
-from webapp.tabs.next_token import next_token_html, predict_next
-from webapp.tabs.recall import heat_html, last_place, recital_html
-from webapp.tabs.training import run_html
-from webapp.tabs.write import NUMBERS, RANGES, _written, samples_html
+from webapp.tabs.next_token import next_token_html, predict_next, times_in_words
+from webapp.tabs.recall import _find, _recall, heat_html, last_place, recital_html
+from webapp.tabs.training import _compare, run_html
+from webapp.tabs.write import FIELDS, NUMBERS, RANGES, _written, samples_html
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +69,16 @@ def test_no_text_has_a_replacement_character_for_a_part_of_a_character(served):
 
 
 def test_copied_passages_are_marked_and_the_prompt_is_not(served):
-    completion = completed(served, PROMPT, max_tokens=12, temperature=0)
+    prompt = PROMPT.removesuffix(" we")  # enough of the new tokens are then no speaker’s name
+    completion = completed(served, prompt, max_tokens=12, temperature=0)
     html = marked_html(served, completion.ids(0), len(completion.prompt_ids))
-    assert html.startswith(f'<span class="prompt">{PROMPT}</span><mark tabindex="0" role="button" ')
+    assert html.startswith(f'<span class="prompt">{prompt}</span><mark tabindex="0" role="button" ')
     assert 'data-place="0"' in html
     assert completion.novelty(0) == 0
-    assert PROMPT + completion.text(0) in LINES
+    assert prompt + completion.text(0) in LINES
     place = place_html(served, 3, 4)
     assert "<mark>\nBefore we proceed</mark>" in place
+    assert "of it, from token 3 on" in place
     assert "hear me speak" in place
 
 
@@ -111,9 +114,9 @@ def test_the_page_says_where_only_a_part_of_a_long_text_is_searched(served):
     warning = f"Only the first {n:,} of the {10 * n:,} tokens of the training text are searched"
     for version in (long, served):
         completion = completed(version, "All:", max_tokens=2, temperature=0)
-        for html in (samples_html(completion), next_token_html(version, "All:")):
+        for html in (samples_html(completion, "All:"), next_token_html(version, "All:")):
             assert (warning in html) == (version is long)
-    assert f"token {n - 24:,} of {10 * n:,}" in place_html(long, n - 24, 24)
+    assert f"after 8% of it, from token {n - 24:,} on" in place_html(long, n - 24, 24)
 
 
 def test_next_tokens_have_the_models_probability_and_their_count_in_the_text(served):
@@ -141,7 +144,7 @@ def test_a_part_of_a_character_is_shown_as_bytes_and_pressing_the_others_goes_on
         assert f' data-token="{ids[n]}">{shown}</button>' in next_token._line(served, one | {"id": ids[n]}, 0, ids[:n])
         assert "disabled" in next_token._line(served, one | {"id": 25}, 0, ids[:n]) or n == 0  # ":" within a character
         assert (prompt, part) == ("All: ", " ".join(map(str, ids[:n])))
-        prompt, html = call(page, event(page, "append"), prompt, sent={"token": ids[n], "part": part})
+        prompt, html, _ = call(page, event(page, "append"), prompt, "7", sent={"token": ids[n], "part": part})
         part = re.search(r'data-part="(.*?)"', html)[1]
     assert (prompt, part) == ("All: 🐱", "")
     after = predict_next(served, "All: ", 2, f"{ids[0]} {ids[1]}")["tokens"]
@@ -233,13 +236,13 @@ def test_any_curve_can_be_drawn():
 
 
 def test_a_new_tab_is_one_entry_in_a_table(source):
-    def toy_tab(page: gr.Blocks, source: Stub) -> None:
-        page.load(lambda: source.current().label, None, gr.HTML(), api_name="toy")
+    def toy_tab(page: gr.Blocks, version: PageVersion) -> None:
+        version.renders(lambda served: (f"toy of {served.label}",), gr.HTML())
 
     page = compose(source, TABS | {"Toy": toy_tab})
     titles = [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
     assert titles == ["Write", "Next token", "Recall", "Training", "About", "Toy"]
-    assert page.fns[event(page, "toy")].fn() == "parrot version 7"
+    assert call(page, event(page, "update"), "")[-1] == "toy of parrot version 7"
 
 
 def test_a_version_with_old_or_no_parameters_is_shown(served):
@@ -256,11 +259,11 @@ def test_the_page_says_which_rule_ended_the_training_and_promises_no_memory_of_a
     info = INFO | {"rule": rule, "metrics": INFO["metrics"] | {"validation_loss": 1.8612}}
     info["history"] = INFO["history"] | {"validation_loss": [[30, 2.0], [60, 1.8612]]}
     held_out = Served(served.generator, info)
-    page = head_html(SimpleNamespace(current=lambda: held_out, trouble=None)) + about_html(held_out)
+    page = head_html(held_out) + about_html(held_out)
     assert "memori" not in page
-    assert "Its loss on the rest of it, which was held out, is 1.8612 nats" in page
-    assert "memori" in head_html(source)
-    assert f"<h1>{INFO['name']}</h1>" in head_html(source)  # the title is the model's name
+    assert "Its loss on the rest of the text, which was held out, is 1.8612 nats" in page
+    assert "memori" in head_html(served)
+    assert f"<h1>{INFO['name']}</h1>" in head_html(served)  # the title is the model's name
     assert compose(source).title == INFO["name"]
     training = run_html(held_out)
     for words in ("target rule: the held-out text", "validation", "thick: over the held-out text"):
@@ -270,8 +273,8 @@ def test_the_page_says_which_rule_ended_the_training_and_promises_no_memory_of_a
 
 def test_the_page_says_why_the_champion_could_not_be_loaded(source, served, monkeypatch):
     monkeypatch.setattr(source, "trouble", "champion could not be loaded (<b>)")
-    for html in (head_html(source), samples_html(completed(served, "All:", max_tokens=2), source.trouble)):
-        assert "champion could not be loaded (&lt;b&gt;)" in html
+    for page, number in ((compose(source), ""), (compose(source), "7")):  # one that loads, and one that is open
+        assert "champion could not be loaded (&lt;b&gt;)" in call(page, event(page, "update"), number)[2]
 
 
 def call(page: gr.Blocks, number: int, *values: Any, sent: Any = None) -> Any:
@@ -288,8 +291,10 @@ def call(page: gr.Blocks, number: int, *values: Any, sent: Any = None) -> Any:
 def test_a_passage_opens_in_its_version_and_a_token_is_appended_to_any_prompt(page):
     opened = event(page, "opened")
     assert "In the training text" in call(page, opened, sent={"version": "6", "place": 0, "length": 3})
-    assert "version '5' is not here" in call(page, opened, sent={"version": "5", "place": 0, "length": 3}).message
-    assert call(page, event(page, "append"), "a\ud800", sent={"token": 25})[0] == "a\ufffd:"
+    assert "Version '5' is not here" in call(page, opened, sent={"version": "5", "place": 0, "length": 3})
+    answers = {call(page, opened, sent={"version": "6", "place": 0, "length": 3, "press": n}) for n in range(2)}
+    assert len(answers) == 2  # the page sees that there is a new one
+    assert call(page, event(page, "append"), "a\ud800", "7", sent={"token": 25})[0] == "a\ufffd:"
 
 
 def test_any_prompt_is_completed_or_refused(served):  # E2
@@ -308,13 +313,123 @@ def test_a_wrong_number_is_refused_by_its_name(served):  # E3; test_sampling has
                 completed(served, "All:", **{"samples": 1, name: value})
 
 
-def test_a_number_beyond_a_slider_is_refused_on_the_page(source):
-    good = dict(zip(NUMBERS, (1, 2, 0.8, 0, 1, 1, 1), strict=True))
-    assert "All:" in list(_written(source, "All:", *good.values()))[-1][1]
+def written(source: Stub, prompt: Any = "All:", keep: Any = True, number: Any = "7", **numbers: Any) -> list[Any]:
+    """All answers to a press of Write."""
+    values = dict(zip(NUMBERS, (1, 2, 0.8, 1, 0, 1, 1), strict=True)) | numbers
+    return list(_written(SimpleNamespace(source=source, served=source.open), prompt, *values.values(), keep, number))
+
+
+def fault_of(answer: tuple[Any, ...]) -> dict[str, str]:
+    """Field -> its error."""
+    return {name: re.sub("<[^>]*>", "", words) for name, words in zip(FIELDS, answer[5:], strict=True) if words}
+
+
+def test_an_error_is_shown_beside_its_field_and_the_last_text_stays(source):
+    first, *_, last = written(source, max_tokens=40) * 2
+    assert fault_of(first) == {}  # errors of the last press go
+    assert "All:" in last[1]
     for name, (low, high) in RANGES.items():
-        for value in (low - 0.01, high + 1, None):
-            with pytest.raises(gr.Error, match=f"'{name} {value}: choose a number from {low} to {high:,}'"):
-                next(_written(source, "All:", *(good | {name: value}).values()))
+        for value in (low - 0.01, high + 1, None, ""):
+            (answer,) = written(source, **{name: value})
+            shown = "Empty" if value in (None, "") else value
+            assert fault_of(answer) == {name: f"{shown}: choose a number from {low} to {high:,}"}
+            assert answer[1] == gr.skip()
+            assert (answer[3] == gr.update(open=True)) == (name in ("top_k", "top_p", "repetition_penalty"))
+    assert fault_of(written(source, seed=None)[0]) == {"seed": "Empty: choose a whole number from 0 to 2,147,483,647"}
+    assert "10,000 at most" in fault_of(written(source, "x" * 10_001)[0])["prompt"]
+    assert "Version '5' is not here" in fault_of(written(source, number="5")[0])["prompt"]  # about no field
+    version = PageVersion.__new__(PageVersion)
+    version.source = source
+    assert "not in the training text" in _find(version, "zebra <", 0, "7")[1]
+    assert _find(version, "speak", 0, "7")[1] == ""
+    assert "choose a whole number" in next(_recall(version, 1e6, "", "7"))[2]
+    faults = list(_compare(version, "All:", "7", "6", "x", True))[-1]
+    assert (faults[0], faults[3], "choose a whole number" in faults[4]) == (gr.skip(), "", True)
+
+
+def test_each_press_draws_a_seed_which_is_shown_and_can_be_kept(source):
+    seeds = {written(source, keep=False, seed=1)[0][4] for _ in range(5)}
+    assert len(seeds) > 1
+    seed = seeds.pop()
+    text = written(source, seed=seed, temperature=1.5, max_tokens=8)[-1][1]
+    assert f"seed {seed}" in text
+    assert written(source, seed=seed, temperature=1.5, max_tokens=8)[-1][1] == text
+    assert 'data-prompt="All:"' in text  # page.js compares it with the field
+
+
+def test_a_text_says_which_version_wrote_it_after_another_one_is_served(source, served):
+    for number, words in (("7", "written by parrot version 7"), ("6", "version 6, which was served when it began")):
+        assert words in written(source, number=number)[-1][0]
+    assert "version 7 is served now" in written(source, number="6")[-1][0]
+    assert "served now" not in written(source, number="7")[-1][0]
+
+
+def test_all_tabs_of_an_open_page_change_their_version_at_once_and_say_so(source, served, monkeypatch):
+    page = compose(source)
+    update = event(page, "update")
+    number, notice, *parts = call(page, update, "7")
+    assert {str(part) for part in (number, notice, *parts[1:])} == {str(gr.skip())}  # nothing has changed
+    monkeypatch.setattr(source, "current", lambda: source.open("6"))
+    number, notice, *parts = call(page, update, "7")
+    assert number == "6"
+    assert "Version 6 has replaced version 7" in notice
+    shown = " ".join(map(str, parts))
+    assert "version 7" not in shown
+    for words in ("Shown: version 6", ">parrot version 6</h2>", "A small language model", "Registered on", "reading …"):
+        assert words in shown
+    assert call(page, update, "")[1] == ""  # a page that loads has no earlier version
+
+
+def test_words_for_counts_places_and_aliases():
+    assert [count(n, "token") for n in (0, 1, 1200)] == ["0 tokens", "1 token", "1,200 tokens"]
+    assert [times_in_words(n) for n in (1, 2, 1200)] == ["once", "twice", "1,200 times"]
+    places = {0: "at its beginning", 1: "near its beginning, from token 1 of 1,000 on",
+              250: "after 25% of it, from token 250 on", 999: "near its end, from token 999 of 1,000 on"}  # fmt: skip
+    for place, words in places.items():
+        assert where_html(place, 1000) == words
+    assert alias_words([]) == ""
+    assert alias_words(["candidate", "champion", "champion-sliding"]) == (
+        "It is the champion, which is served by default, and the newest one that was registered, and the best one by "
+        "the target rule “sliding”."
+    )
+    assert alias_words(["paper"]) == "It is the one with the alias “paper”."
+
+
+def test_the_origin_of_a_version_is_in_words(served):
+    version = copy(served)
+    version.info = INFO | {"tags": INFO["tags"] | {"tree_clean": "true"}, "environment": {"compiled": "False"}}
+    text = re.sub("(<[^>]*>)+", "|", run_html(version))
+    assert "|changes that were not committed|none|" in text
+    assert "|torch.compile|not used|" in text
+    assert "tree_clean" not in text
+
+
+def test_about_leads_with_what_the_model_is_and_is_for_and_ends_with_its_parameters(served):
+    about = about_html(served)
+    order = ["A small language model", "It is for seeing what a language model keeps of a text", "What it is not",
+             "Its memory", "Its parameters"]  # fmt: skip
+    places = [about.index(words) for words in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("zebra sees: First, you know Caius Marcius is chief enemy to the", 1),
+        ("First Citizen:\nFirst, you know Caius Marcius is zebra", 1),
+        ("zebra\n\nFirst Citizen:\nYou zebra", 0),  # nine tokens, but a speaker's name and one word
+        ("zebra speak.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\nzebra", 0),  # six tokens that are no name
+    ],
+)
+def test_only_passages_of_enough_tokens_that_say_something_are_marked(served, text, marks):
+    assert marked_html(served, served.tokenizer.encode(text), 0).count("<mark ") == marks
+
+
+def test_the_remainder_of_a_passage_behind_the_prompt_or_another_mark_needs_enough_tokens(tokenizer):
+    ids = [*tokenizer.encode("one two three four five six seven eight nine ten"), *range(300, 306)]
+    served = SimpleNamespace(corpus=CorpusIndex(ids), tokenizer=tokenizer, info={"version": "1"}, min_passage=8)
+    for n_prompt in range(len(ids)):
+        assert marked_html(served, ids, n_prompt).count("<mark ") == (len(ids) - n_prompt >= 8)
 
 
 def test_no_event_fails_with_anything_but_a_refusal(page):

@@ -30,7 +30,7 @@ class Catalog:
         number = self.champion if which == "champion" else which
         if number not in ("1", "2", "3", "4"):
             raise ModelMissing(f"{name} has no {which}: `dvc repro` makes one")
-        return SimpleNamespace(version=number, name=name, aliases=["champion"])
+        return SimpleNamespace(version=number, name=name, aliases=["champion"] if number == self.champion else [])
 
     def open(self, store: Any, version: Any) -> Path:
         self.opened.append(version.version)
@@ -77,6 +77,10 @@ def test_a_new_champion_is_served_once_it_is_loaded_and_no_request_waits_for_it(
     assert becomes(registry, lambda: registry.current().label == "parrot version 2")
     assert list(completion)[-1].served.label == "parrot version 1"  # a stream ends with the version of its start
     assert catalog.opened == ["1", "2"]  # each is loaded once
+    assert registry.open("1").info["aliases"] == []  # what the page says of the version before
+    n_checks = catalog.n_checks
+    assert registry.open("1").info["version"] == "1"  # an event of an open page does not wait for the registry
+    assert catalog.n_checks == n_checks
 
 
 def test_an_altered_or_missing_champion_leaves_the_previous_one_and_the_reason(catalog, registry):  # E7
