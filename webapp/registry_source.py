@@ -9,7 +9,7 @@ from pipeline.model.generator import load_generator
 from pipeline.registry.artifacts import open_version
 from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry
 from pipeline.system.errors import InputError, PipelineError
-from webapp.model_source import Served
+from webapp.model_source import Listed, Served
 
 CHECK_S = 3.0  # between two checks of the registry
 RETRY_S = 30.0  # until the next check after a failure; hashing a large model takes seconds
@@ -54,7 +54,13 @@ class Registry:
             self._checking.release()
 
     def versions(self) -> list[str]:
-        return [str(version.version) for version in list_versions(self._store, self._name)]
+        return [version.number for version in self.listed()]
+
+    def listed(self) -> list[Listed]:
+        return [
+            Listed(str(version.version), sorted(version.aliases), version.creation_timestamp // 1000)
+            for version in list_versions(self._store, self._name)
+        ]
 
     def open(self, number: str) -> Served:
         if number not in (known := self.versions()):
