@@ -30,6 +30,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", default="champion", help="alias or number; default: champion")
     parser.add_argument("--folder", type=Path, default=SPACE_VERSION if SPACE_VERSION.is_dir() else None,
                         help="serve a folder with model/, tokens/ and facts.json, without a registry")  # fmt: skip
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                        help="fp32: a text never depends on other requests; default: auto, the fastest")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--host", default=ALL_ADDRESSES if IN_SPACE else "127.0.0.1",
                         help="default: 127.0.0.1; others open page and API to all who know the API key")  # fmt: skip
@@ -56,7 +58,7 @@ def open_source(arguments: argparse.Namespace) -> "Source":
     if arguments.folder:
         from webapp.model_source import Folder
 
-        return Folder(arguments.folder)
+        return Folder(arguments.folder, arguments.precision)
     from pipeline.config.params import load_params
     from pipeline.config.sections import RegistryConfig
     from pipeline.system.host import project_root
@@ -64,7 +66,7 @@ def open_source(arguments: argparse.Namespace) -> "Source":
 
     root = project_root()
     name = arguments.model or load_params(root / "params.yaml").section(RegistryConfig).model
-    return Registry(root, name, arguments.version)
+    return Registry(root, name, arguments.version, arguments.precision)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -101,11 +101,11 @@ class Folder:
 
     trouble: str | None = None
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
         for part in (folder, folder / "model", folder / "tokens", folder / "facts.json"):
             if not part.exists():
                 raise ModelMissing(f"{part} not found: `python -m pipeline export space DIR` makes DIR/version")
-        self._served = Served(load_generator(folder), read_json(folder / "facts.json"))
+        self._served = Served(load_generator(folder, precision), read_json(folder / "facts.json"))
 
     def current(self) -> Served:
         return self._served

@@ -4,6 +4,7 @@ import threading
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pipeline.model.generator import load_generator
 from pipeline.registry.artifacts import open_version
@@ -22,9 +23,9 @@ class Registry:
     If the new version cannot be loaded, the current one stays, and `trouble` says why.
     """
 
-    def __init__(self, root: Path, name: str, which: str) -> None:
+    def __init__(self, root: Path, name: str, which: str, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
         """Raises ModelMissing or IntegrityError if the first version cannot be loaded."""
-        self._name, self._which = name, which
+        self._name, self._which, self._precision = name, which, precision
         self._checking = threading.Lock()
         self._load = lru_cache(KEPT)(self._load_version)
         self.trouble: str | None = None
@@ -70,4 +71,4 @@ class Registry:
     def _load_version(self, number: str) -> Served:
         version = find_version(self._store, self._name, number)
         folder = open_version(self._store, version)
-        return Served(load_generator(folder), describe_version(self._store, version))
+        return Served(load_generator(folder, self._precision), describe_version(self._store, version))

@@ -46,8 +46,9 @@ def make_app(source: Source, host: str, names: Collection[str] = (), key: str | 
     async def health() -> dict[str, Any]:
         """Whether the server answers, what it serves, and how many sequences run and wait."""
         served = source.current()
-        engine = served.engine
-        return {"status": "ok", "model": served.label, "running": engine.n_running, "waiting": engine.n_waiting}
+        engine, precision = served.engine, served.generator.decoder.precision
+        counts = {"running": engine.n_running, "waiting": engine.n_waiting}
+        return {"status": "ok", "model": served.label, "precision": precision} | counts
 
     @app.get("/metrics", tags=["Server"], response_class=Response)
     async def metrics() -> Response:

@@ -90,6 +90,7 @@ class Decoder:
     def __init__(self, model: GPT, precision: Precision = "fp32", n_vocab: int | None = None) -> None:
         """`n_vocab`: number of ids of the tokenizer; the model's ids beyond them are padding and are never sampled."""
         config = model.config
+        self.precision = precision
         self.dtype, self.trained_length, self.vocabulary = DTYPES[precision], model.trained_length, model.vocabulary
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), model.ln_f

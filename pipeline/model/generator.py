@@ -301,14 +301,14 @@ def context_start(n: int, trained_length: int) -> int:
     return -(-max(0, n - trained_length) // half) * half
 
 
-def load_generator(folder: Path) -> Generator:
+def load_generator(folder: Path, precision: Literal["auto", "fp32", "bf16"] = "auto") -> Generator:
     """Load a registered version, `folder`/model and `folder`/tokens, onto the best device of this machine.
 
     Raises ModelMissing if it is missing, IntegrityError if a file is altered.
     """
     tokens = TokenFolder(folder / "tokens").train
     model, tokenizer = load_model(folder / "model", tokens.counts()), load_tokenizer(folder / "model")
-    machine = prepare_machine(AUTO)
+    machine = prepare_machine(AUTO.model_copy(update={"precision": precision}))
     return Generator(model.to(machine.device), tokenizer, CorpusIndex.of(tokens), machine.precision)
 
 

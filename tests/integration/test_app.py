@@ -152,7 +152,8 @@ def test_the_served_page_refuses_strangers_files_and_ways_past_the_queue(page): 
         assert httpx.get(page.local_url, headers=headers).status_code == 403
     for path in ("gradio_api/file=/etc/passwd", "gradio_api/proxy=http://127.0.0.1:1/x", "monitoring"):
         assert httpx.get(page.local_url + path).status_code == 404
-    assert httpx.post(f"{page.local_url}gradio_api/upload", files={"files": ("a.txt", b"x")}).status_code == 404
+    assert httpx.post(f"{page.local_url}gradio_api/upload", files={"files": ("a.txt", b"x")}).status_code == 415
+    assert httpx.post(f"{page.local_url}gradio_api/upload", json={}).status_code == 404
     assert httpx.post(f"{page.local_url}gradio_api/queue/join", content=b"x" * 2**21, headers=JSON).status_code == 413
     values = {"data": ["All:", 3, 0.8, 0, 1.0, 1.0, 1, 0], "fn_index": event(page, "generate")}
     for path in ("run/generate", "run/predict", "api/generate", "run/predict/"):
