@@ -24,6 +24,9 @@ from pipeline.system.errors import InputError
 # in training.
 
 PROMPT_CHARACTERS = 1_000_000  # at most
+# On a CPU, a step of so many positions takes little longer than one of a single position. In a step of more, drafts are
+# only as long as those of three quarters of the sequences: then most of its positions become tokens.
+FREE_POSITIONS = 24
 Prompt: TypeAlias = str | Sequence[int]  # text, or ids, which may end within a character
 Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end-of-text token
 AUTO = TrainConfig(
@@ -238,10 +241,18 @@ class Batch:
         logits: dict[int, tuple[Tensor, Tensor]] = {}
         if extended := [sequence for i, sequence in enumerate(sequences) if i not in moved]:
             room = cache.limit - max(sequence.n_context for sequence in extended)
-            for sequence in extended:
-                context = sequence.ids[-self._decoder.trained_length :]
-                draft = sequence.lookup.draft(context, min(room, sequence.max_length - len(sequence.ids) - 1))
-                sequence.draft = self._generator._fold(draft).tolist()
+            drafts = [
+                sequence.lookup.draft(
+                    sequence.ids[-self._decoder.trained_length :],
+                    min(room, sequence.max_length - len(sequence.ids) - 1),
+                )
+                for sequence in extended
+            ]
+            width = max(map(len, drafts))
+            if len(sequences) * (1 + width) > FREE_POSITIONS:
+                width = sorted(map(len, drafts))[len(drafts) // 4]
+            for sequence, draft in zip(extended, drafts, strict=True):
+                sequence.draft = self._generator._fold(draft[:width]).tolist()
             new = self._generator._padded([[sequence.compact_ids[-1], *sequence.draft] for sequence in sequences])
             lengths = [0 if i in moved else sequence.n_context - 1 for i, sequence in enumerate(sequences)]
             logits |= enumerate(self._masked(self._decoder.extend(new, lengths, cache)))  # (B, T, V)

@@ -5,6 +5,7 @@ import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -70,6 +71,7 @@ class Completion:
         }
         self._updates: deque[Update] = deque()  # the engine's thread appends
         self._wake, self._woken = asyncio.Event(), False
+        self._complete = asyncio.Event()
         self._job: Job | None = None
 
     def submit(self) -> None:
@@ -78,8 +80,11 @@ class Completion:
 
         def emit(update: Update) -> None:
             self._updates.append(update)
-            last = update is None or isinstance(update, PipelineError)
-            if (last or self._body.stream) and not self._woken and not loop.is_closed():
+            if loop.is_closed():
+                return
+            if last := update is None or isinstance(update, PipelineError):
+                loop.call_soon_threadsafe(self._complete.set)
+            if (last or self._body.stream) and not self._woken:
                 self._woken = True
                 loop.call_soon_threadsafe(self._wake.set)
 
@@ -108,7 +113,8 @@ class Completion:
                     raise ApiError(503 if isinstance(update, TimedOut) else 500, f"{update}")
                 self._choices[update.sequence].add(update)
             yield
-            await asyncio.sleep(CHUNK_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._complete.wait(), CHUNK_S)
 
     async def whole(self) -> dict[str, Any]:
         async for _ in self.updates():
