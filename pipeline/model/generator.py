@@ -242,10 +242,7 @@ class Batch:
         if extended := [sequence for i, sequence in enumerate(sequences) if i not in moved]:
             room = cache.limit - max(sequence.n_context for sequence in extended)
             drafts = [
-                sequence.lookup.draft(
-                    sequence.ids[-self._decoder.trained_length :],
-                    min(room, sequence.max_length - len(sequence.ids) - 1),
-                )
+                sequence.lookup.draft(sequence.ids, min(room, sequence.max_length - len(sequence.ids) - 1))
                 for sequence in extended
             ]
             width = max(map(len, drafts))

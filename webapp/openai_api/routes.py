@@ -27,7 +27,7 @@ from webapp.openai_api.schema import MAX_PROMPT_TOKENS, CompletionRequest
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 RETRY_AFTER_S = 2
 T = TypeVar("T")
-CHUNK_S = 0.04  # between two chunks of a stream: more would take the cores from the model
+CHUNK_S = 0.1  # between two chunks of a stream: more of them would take the cores from the model
 
 
 class TokenizeRequest(BaseModel):
