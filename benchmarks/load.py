@@ -112,7 +112,7 @@ async def load(
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as http:
         precision = (await http.get("health")).json()["precision"]
         await ask(http, requests[0])  # the first request compiles kernels
-        rounds = [await compare(http, requests[: arguments.batch]) for _ in range(arguments.rounds)]
+        rounds = [await compare(http, server, requests[: arguments.batch]) for _ in range(arguments.rounds)]
         alone = [await ask(http, request) for request in requests]
         if failed := [reply for reply in alone if reply.outcome != "served"]:
             sys.exit(f"error: a request without load failed: {failed[0].error}: fix that first")
@@ -135,6 +135,7 @@ async def load(
         "think_s": THINK_S,
         "batch": arguments.batch,
         "ratios": [round(each.ratio, 2) for each in rounds],
+        "cpu_ratio": round(statistics.median(each.cpu_ratio for each in rounds), 2),
         "ratio": round(statistics.median(each.ratio for each in rounds), 2),
         "alone_tokens_per_s": round(statistics.median(each.alone_tokens_per_s for each in rounds), 1),
         "batch_tokens_per_s": round(statistics.median(each.tokens_per_s for each in rounds), 1),
@@ -160,6 +161,7 @@ class Comparison(NamedTuple):
 
     alone_tokens_per_s: float
     tokens_per_s: float
+    cpu_ratio: float  # of the tokens per second of the server's processor time
     at_once: list[Reply]
 
     @property
@@ -167,14 +169,21 @@ class Comparison(NamedTuple):
         return self.tokens_per_s / self.alone_tokens_per_s
 
 
-async def compare(http: httpx.AsyncClient, requests: list[Request]) -> Comparison:
-    begun = time.perf_counter()
+async def compare(http: httpx.AsyncClient, server: psutil.Process, requests: list[Request]) -> Comparison:
+    begun, cpu_begun = time.perf_counter(), cpu_s(server)
     alone = [await ask(http, request) for request in requests]
-    between = time.perf_counter()
+    between, cpu_between = time.perf_counter(), cpu_s(server)
     at_once = await asyncio.gather(*(ask(http, request) for request in requests))
-    ended = time.perf_counter()
+    ended, cpu_ended = time.perf_counter(), cpu_s(server)
     n_alone, n_at_once = (sum(reply.n_tokens for reply in replies) for replies in (alone, at_once))
-    return Comparison(n_alone / (between - begun), n_at_once / (ended - between), at_once)
+    cpu_ratio = n_at_once / (cpu_ended - cpu_between) / (n_alone / (cpu_between - cpu_begun))
+    return Comparison(n_alone / (between - begun), n_at_once / (ended - between), cpu_ratio, at_once)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Processor time so far; its ratios say the same beside other programs."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def user(
@@ -227,7 +236,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def print_table(report: dict[str, Any]) -> None:
     print(f"\n{report['machine']}, {report['precision']}, {report['tokens']} tokens a reply")
     print(f"\n{report['batch']} requests at once against one after the other: {report['ratios']}")
-    for key in ("ratio", "alone_tokens_per_s", "batch_tokens_per_s", "batch_differing"):
+    for key in ("ratio", "cpu_ratio", "alone_tokens_per_s", "batch_tokens_per_s", "batch_differing"):
         print(f"{key.replace('_', ' '):22} {report[key]:>10,}")
     print(f"{'batch first token s':22} {report['batch_first_token_s']}")
     print(f"\n{report['users']} users for {report['seconds']} s")

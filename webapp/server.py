@@ -34,6 +34,7 @@ def make_app(source: Source, host: str, names: Collection[str] = (), key: str | 
     ]
     if key:
         middleware.append(Middleware(KeyFilter, key=key))
+    handlers: dict[int | type[Exception], Any]
     handlers = {ApiError: api_error, HTTPException: http_error, RequestValidationError: invalid_body}
     app = FastAPI(
         title="Completions of a registered model", description="The protocol of OpenAI's completions, and the page.",

@@ -109,7 +109,7 @@ class CompletionRequest(BaseModel):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # pydantic has checked that all are ids
+            return [self.prompt]  # pydantic has checked that all are ids
         return self.prompt  # type: ignore[return-value]
 
     def sampling(self) -> Sampling:
