@@ -73,11 +73,13 @@ def test_choices_have_the_seeds_after_the_first_and_a_list_of_prompts_the_texts_
 
     expected = [alone(prompt, seed) for prompt in ("All:", "the") for seed in (5, 6)]
     ids = [served.tokenizer.encode(prompt) for prompt in ("All:", "the")]
-    assert len(set(expected)) == 4
+    assert len(set(expected)) > 2  # the seeds of a prompt that the model knows well may agree
     assert ask(["All:", "the"], n=2) == ask(ids, n=2) == expected
     assert ask("All:", n=2) == ask(ids[0], n=2) == expected[:2]
-    unseeded = {client.completions.create(model="parrot", prompt="All:", temperature=2).choices[0].text for _ in "123"}
-    assert len(unseeded) == 3  # without a seed, each answer has its own
+    unseeded = {
+        client.completions.create(model="parrot", prompt="All:", temperature=2).choices[0].text for _ in "123456"
+    }
+    assert len(unseeded) > 1  # without a seed, each answer has its own
 
 
 def test_a_stop_text_ends_a_choice(client, served):
