@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SPACE_VERSION = Path(__file__).parent / "version"  # the model of an exported Space
 IN_SPACE = SPACE_VERSION.is_dir() and "SPACE_ID" in os.environ  # a Space is public
+KEY_VARIABLE = "TOTARGET_API_KEY"
 ALL_ADDRESSES = "0.0.0.0"  # noqa: S104 (only in a Space)
 
 
@@ -29,9 +30,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", default="champion", help="alias or number; default: champion")
     parser.add_argument("--folder", type=Path, default=SPACE_VERSION if SPACE_VERSION.is_dir() else None,
                         help="serve a folder with model/, tokens/ and facts.json, without a registry")  # fmt: skip
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                        help="fp32: a text never depends on other requests; default: auto, the fastest")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--host", default=ALL_ADDRESSES if IN_SPACE else "127.0.0.1",
-                        help="default: 127.0.0.1; others open the page to everybody, without login")  # fmt: skip
+                        help="default: 127.0.0.1; others open page and API to all who know the API key")  # fmt: skip
+    parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
+                        help=f"required of every request, and by --host; better in {KEY_VARIABLE}, since other users "
+                        "of the machine see arguments")  # fmt: skip
     parser.add_argument("--allow-host", metavar="NAME", action="append", default=["*"] if IN_SPACE else [],
                         help="a further host name of the page, such as a proxy's; *: any; may be repeated")  # fmt: skip
     return parser.parse_args()
@@ -52,7 +58,7 @@ def open_source(arguments: argparse.Namespace) -> "Source":
     if arguments.folder:
         from webapp.model_source import Folder
 
-        return Folder(arguments.folder)
+        return Folder(arguments.folder, arguments.precision)
     from pipeline.config.params import load_params
     from pipeline.config.sections import RegistryConfig
     from pipeline.system.host import project_root
@@ -60,28 +66,35 @@ def open_source(arguments: argparse.Namespace) -> "Source":
 
     root = project_root()
     name = arguments.model or load_params(root / "params.yaml").section(RegistryConfig).model
-    return Registry(root, name, arguments.version)
+    return Registry(root, name, arguments.version, arguments.precision)
 
 
 def main() -> None:
     arguments = parse()
     clean_environment()
     from webapp.http.request_filter import LOOPBACK
-    from webapp.page import serve
+    from webapp.server import make_app, serve
 
-    source = open_source(arguments)
-    host = arguments.host.strip("[]")
+    host, key = arguments.host.strip("[]"), (arguments.api_key or "").strip()
     address = f"[{host}]" if ":" in host else host
+    public = not IN_SPACE and host not in LOOPBACK
+    if public and not key:
+        raise InputError(f"others can reach {host}: set {KEY_VARIABLE} to a long random word, which the page and the "
+                         "API then ask for, or keep 127.0.0.1 and put a proxy with a login in front")  # fmt: skip
+    if not key.isascii():
+        raise InputError("the API key has other characters than ASCII: a header cannot carry them, choose another")
+    source = open_source(arguments)
     try:
         socket.create_server((host, arguments.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-        print(f"{source.current().label}: http://{address}:{arguments.port}", flush=True)
-        if not IN_SPACE and host not in LOOPBACK:
-            print(f"warning: everybody who reaches {host} can use the page: it has no login and no encryption, "
-                  "see SECURITY.md", file=sys.stderr)  # fmt: skip
-        serve(source, address, arguments.port, arguments.allow_host)
     except (OSError, OverflowError) as error:  # port in use or out of range, or another machine's address
         why = (getattr(error, "strerror", None) or str(error)).lower()
         raise InputError(f"cannot use {address}:{arguments.port} ({why}): choose --port or --host") from error
+    app = make_app(source, address, arguments.allow_host, key or None)
+    print(f"{source.current().label}: http://{address}:{arguments.port} (API: /v1, /docs)", flush=True)
+    if public:
+        print(f"warning: {host} has no encryption, so the network sees the API key and all texts, see SECURITY.md",
+              file=sys.stderr)  # fmt: skip
+    serve(app, host, arguments.port)
 
 
 if __name__ == "__main__":

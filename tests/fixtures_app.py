@@ -2,8 +2,10 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,6 +14,8 @@ import gradio as gr
 import httpx
 import pytest
 import torch
+import uvicorn
+from fastapi import FastAPI
 
 from pipeline.config.sections import ModelConfig
 from pipeline.data.token_files import write_shard
@@ -21,8 +25,9 @@ from pipeline.model.gpt import GPT
 from pipeline.model.weights import save_model
 from pipeline.system.files import write_json, write_manifest
 from tests.waiting import wait_until
-from webapp.model_source import Folder, Served
-from webapp.page import serve
+from webapp.engine import Engine
+from webapp.model_source import Folder, Listed, Served
+from webapp.server import make_app
 
 LINES = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\n"
@@ -85,29 +90,25 @@ def _version(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
 
 
 class Watched:
-    """A generator that counts its open streams and can be slowed down."""
+    """An engine whose sequences are counted, and whose model can be slowed down."""
 
-    def __init__(self, generator: Any) -> None:
-        self._generator, self._streams, self.delay_s = generator, set[object](), 0.0
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.delay_s = engine, 0.0
+        decoder = engine.generator.decoder
+        compute = decoder.all_logits
+
+        def slow(hidden: torch.Tensor) -> torch.Tensor:
+            time.sleep(self.delay_s)  # as slow as a large model
+            return compute(hidden)
+
+        decoder.all_logits = slow  # type: ignore[method-assign]
 
     @property
     def open(self) -> int:
-        return len(self._streams)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._generator, name)
-
-    def stream(self, *arguments: Any) -> Iterator[Any]:
-        self._streams.add(one := object())
-        try:
-            for piece in self._generator.stream(*arguments):
-                time.sleep(self.delay_s)  # as slow as a large model
-                yield piece
-        finally:
-            self._streams.remove(one)
+        return self._engine.n_running + self._engine.n_waiting
 
     def opens(self, wanted: int) -> bool:
-        """Whether `wanted` streams are open within PATIENCE_S; a slow stream takes longer to end by itself."""
+        """Whether `wanted` sequences are open within PATIENCE_S; a slow one takes longer to end by itself."""
         return wait_until(lambda: self.open == wanted, PATIENCE_S)
 
 
@@ -116,15 +117,17 @@ class Stub(Folder):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.watched = Watched(self._served.generator)
-        self._served.generator = self.watched  # type: ignore[assignment]
-        self._other = Served(self.watched, INFO | {"version": "6", "aliases": []})  # type: ignore[arg-type]
+        self.watched = Watched(self._served.engine)
+        self._other = Served(self._served.generator, INFO | {"version": "6", "aliases": []})
 
     def versions(self) -> list[str]:
         return ["7", "6"]
 
     def open(self, number: str) -> Served:
         return self._other if number == "6" else super().open(number)
+
+    def listed(self) -> list[Listed]:
+        return [Listed("7", ["champion"], 1795219200), Listed("6", [], 1795132800)]
 
 
 @pytest.fixture(scope="session", name="source")
@@ -139,7 +142,7 @@ def _served(source: Stub) -> Served:
 
 @pytest.fixture(name="slow")
 def _slow(source: Stub) -> Iterator[Watched]:
-    """The generator of all versions, with SLOW_S between two tokens."""
+    """The engine of version 7, with SLOW_S between two tokens."""
     source.watched.delay_s = SLOW_S
     yield source.watched
     source.watched.delay_s = 0.0
@@ -148,9 +151,23 @@ def _slow(source: Stub) -> Iterator[Watched]:
 @pytest.fixture(scope="session", name="page")
 def _page(source: Stub) -> Iterator[gr.Blocks]:
     """The page, served on a free port."""
-    served = serve(source, "127.0.0.1", free_port(), wait=False)
-    yield served
-    served.close(verbose=False)
+    app = make_app(source, "127.0.0.1")
+    with running(app) as url:
+        app.state.page.local_url = url
+        yield app.state.page
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """Serve an app in a thread; its address."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert wait_until(lambda: server.started, PATIENCE_S)
+    yield f"http://127.0.0.1:{port}/"
+    server.should_exit = True
+    thread.join(PATIENCE_S)
 
 
 def free_port() -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from webapp.completion import Completion, checked_int, complete
-from webapp.html import user_errors
+from webapp.html import CONCURRENT, user_errors
 from webapp.model_source import Source
 from webapp.tabs.next_token import predict_next
 
@@ -55,8 +55,8 @@ def add_endpoints(source: Source) -> None:
         with user_errors(on_page=False):
             return predict_next(source.current(), prompt, checked_int("most", most, 1, 1000), part)
 
-    gr.api(generate, api_name="generate", concurrency_id="model")
-    gr.api(next_token, api_name="next_token", concurrency_id="read")
+    gr.api(generate, api_name="generate", concurrency_id="model", concurrency_limit=CONCURRENT["model"])
+    gr.api(next_token, api_name="next_token", concurrency_id="read", concurrency_limit=CONCURRENT["read"])
 
 
 def _sample(completion: Completion, i: int) -> dict[str, Any]:

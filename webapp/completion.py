@@ -92,7 +92,7 @@ def complete(served: Served, prompt: Any, samples: Any, **numbers: Any) -> Itera
     checked_int("max_tokens", sampling.max_tokens, 0, MAX_TOKENS)
     completion = Completion(served, served.tokenizer.encode(prompt), sampling.seed, [[] for _ in range(n)])
     shown = started = time.perf_counter()
-    for piece in served.generator.stream([prompt] * n, sampling):
+    for piece in served.engine.stream([prompt] * n, sampling):
         completion.samples[piece.sequence] += piece.ids
         completion.notice = piece.notice or completion.notice
         now = time.perf_counter()

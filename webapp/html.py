@@ -13,6 +13,7 @@ from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
 from pipeline.system.errors import InputError, PipelineError
 from webapp.model_source import Served
 
+CONCURRENT = {"model": 16, "read": 2}  # requests of a queue at the same time; those to the model share a batch
 CONTEXT = 60  # tokens shown on either side of a passage
 SPEAKER = re.compile(
     r"^[^\S\n]*\S+(?:[^\S\n]+\S+){0,3}:[^\S\n]*$", re.MULTILINE
@@ -46,7 +47,7 @@ def event_options(queue: str, shown_on: gr.HTML | None = None, **options: Any) -
     private: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
     if shown_on:
         private |= {"show_progress": "minimal", "show_progress_on": shown_on}
-    return private | {"concurrency_id": queue} | options
+    return private | {"concurrency_id": queue, "concurrency_limit": CONCURRENT[queue]} | options
 
 
 def split_text(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) -> list[str]:

@@ -1,8 +1,9 @@
 """Load a version from a folder, and find words in its training text."""
 
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from pipeline.data.token_files import Tokens
 from pipeline.model.generator import Generator, load_generator
 from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import read_json
+from webapp.engine import Engine
 
 N_EXAMPLES = 5
 EXAMPLE_CHARACTERS = 70  # at most
@@ -19,11 +21,11 @@ MEASURED_TOKENS = 100_000  # at most, for the mean length of a token
 
 
 class Served:
-    """A loaded version: its generator, its training text, and `info`, the result of describe_version."""
+    """A loaded version: its generator, the engine that runs it, its training text, and `info`, the version info."""
 
     def __init__(self, generator: Generator, info: dict[str, Any]) -> None:
         assert generator.corpus is not None, "a version comes with its tokens"
-        self.generator, self.info = generator, info
+        self.generator, self.engine, self.info = generator, Engine(generator), info
         self.tokenizer, self.corpus = generator.tokenizer, generator.corpus
         self.label = f"{self.info['name']} version {self.info['version']}"
         self.window = generator.trained_length  # tokens in a training window
@@ -68,6 +70,14 @@ class Served:
         return int(first), int(last) + 1
 
 
+class Listed(NamedTuple):
+    """A version that can be opened."""
+
+    number: str
+    aliases: list[str]
+    created: int  # seconds since 1970
+
+
 class Source(Protocol):
     """A source of versions; the version that it serves may change between two requests."""
 
@@ -79,6 +89,9 @@ class Source(Protocol):
     def versions(self) -> list[str]:
         """All version numbers, newest first."""
 
+    def listed(self) -> list[Listed]:
+        """All versions, newest first, as the registry has them now. Raises ModelMissing if it does not answer."""
+
     def open(self, number: str) -> Served:
         """Load one of them. Raises a PipelineError if that fails."""
 
@@ -88,17 +101,22 @@ class Folder:
 
     trouble: str | None = None
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
         for part in (folder, folder / "model", folder / "tokens", folder / "facts.json"):
             if not part.exists():
                 raise ModelMissing(f"{part} not found: `python -m pipeline export space DIR` makes DIR/version")
-        self._served = Served(load_generator(folder), read_json(folder / "facts.json"))
+        self._served = Served(load_generator(folder, precision), read_json(folder / "facts.json"))
 
     def current(self) -> Served:
         return self._served
 
     def versions(self) -> list[str]:
         return [str(self._served.info["version"])]
+
+    def listed(self) -> list[Listed]:
+        info = self._served.info
+        created = datetime.fromisoformat(info["created"]).replace(tzinfo=UTC)
+        return [Listed(number, info["aliases"], int(created.timestamp())) for number in self.versions()]
 
     def open(self, number: str) -> Served:
         if number not in self.versions():

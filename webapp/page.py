@@ -1,19 +1,19 @@
-"""Compose the page from its tabs, and serve it."""
+"""Compose the page from its tabs, and mount it on the app."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import TypeAlias
 
 import gradio as gr
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from gradio.route_utils import FnIndexInferError
 from starlette.middleware import Middleware
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from webapp.api import add_endpoints
 from webapp.html import html
-from webapp.http.request_filter import LOOPBACK, MAX_BODY, RequestFilter, bad_call, hostname
+from webapp.http.request_filter import GradioFilter, bad_call
 from webapp.model_source import Served, Source
 from webapp.page_version import PageVersion
 from webapp.tabs.about import about_tab
@@ -31,7 +31,6 @@ TABS: dict[str, Tab] = {
     "About": about_tab,
 }
 STYLE, KEYS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
-CONCURRENT = 2  # requests of a queue at the same time
 BAD_CALLS = (FnIndexInferError, RequestValidationError, LookupError, TypeError)  # Gradio raises them for invalid calls
 WAITING = 30  # requests that may wait; further ones are refused
 
@@ -48,7 +47,7 @@ def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
                     tab(page, version)
         version.follow(page)
         add_endpoints(source)
-    return page.queue(max_size=WAITING, default_concurrency_limit=CONCURRENT, api_open=False)  # API calls queue too
+    return page.queue(max_size=WAITING, api_open=False)  # API calls queue too
 
 
 def head_html(served: Served) -> str:
@@ -70,29 +69,21 @@ def head_html(served: Served) -> str:
     )
 
 
-def serve(source: Source, host: str, port: int, names: Collection[str] = (), wait: bool = True) -> gr.Blocks:
-    """Serve the page on `host` alone, without share link, uploads, files, proxy or analytics.
-
-    `names`: further host names of the page; request_filter.ANY allows all.
-    """
-    page = compose(source)
-    app_options = {
-        "middleware": [
-            Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
-            Middleware(RequestFilter, names={*LOOPBACK, host, *names}, any_address=hostname(host) not in LOOPBACK),
-        ],
-        "exception_handlers": dict.fromkeys(BAD_CALLS, bad_call),
-        "docs_url": None,
-        "redoc_url": None,
-    }
+def mounted(app: FastAPI, page: gr.Blocks) -> None:
+    """Mount the page on `app`, without share link, uploads, files, proxy or analytics."""
     system, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no web fonts
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="stone", radius_size="sm", font=system, font_mono=mono)
     theme.set(body_background_fill="#fbfaf8", body_background_fill_dark="#161412")
-    page.launch(
-        server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not wait,
-        theme=theme, css_paths=STYLE, js=KEYS.read_text(encoding="utf-8"), footer_links=["api"], run_history=False,
-        ssr_mode=False, pwa=False, max_file_size=1, enable_monitoring=False, strict_cors=True, mcp_server=False,
-        num_workers=0, root_path="", app_kwargs=app_options,
-        state_session_capacity=50,  # each takes 50 KB, and no event uses them
+    options = {
+        "middleware": [Middleware(GradioFilter)],
+        "exception_handlers": dict.fromkeys(BAD_CALLS, bad_call),
+        "docs_url": None,
+        "redoc_url": None,
+        "openapi_url": None,
+    }
+    page.state_session_capacity = 50  # each takes 50 KB, and no event uses them
+    gr.mount_gradio_app(
+        app, page, "/", theme=theme, css_paths=STYLE, js=KEYS.read_text(encoding="utf-8"), footer_links=["api"],
+        run_history=False, ssr_mode=False, pwa=False, max_file_size=1, enable_monitoring=False, mcp_server=False,
+        root_path="", app_kwargs=options, show_error=False,
     )  # fmt: skip
-    return page

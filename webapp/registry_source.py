@@ -4,13 +4,13 @@ import threading
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.model.generator import load_generator
 from pipeline.registry.artifacts import open_version
 from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry
 from pipeline.system.errors import InputError, PipelineError
-from webapp.model_source import Served
+from webapp.model_source import Listed, Served
 
 CHECK_S = 3.0  # between two checks of the registry
 RETRY_S = 30.0  # until the next check after a failure; hashing a large model takes seconds
@@ -23,9 +23,9 @@ class Registry:
     If the new version cannot be loaded, the current one stays, and `trouble` says why.
     """
 
-    def __init__(self, root: Path, name: str, which: str) -> None:
+    def __init__(self, root: Path, name: str, which: str, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
         """Raises ModelMissing or IntegrityError if the first version cannot be loaded."""
-        self._name, self._which = name, which
+        self._name, self._which, self._precision = name, which, precision
         self._checking = threading.Lock()
         self._load = lru_cache(KEPT)(self._load_version)
         self.trouble: str | None = None
@@ -59,13 +59,18 @@ class Registry:
 
     def _update_aliases(self) -> None:
         """An alias that moves leaves another version, which may be loaded too."""
-        known = self.versions()
-        for number in known:
-            if number in self._opened:
-                self._opened[number]["aliases"] = sorted(find_version(self._store, self._name, number).aliases)
+        for version in self.listed():
+            if version.number in self._opened:
+                self._opened[version.number]["aliases"] = version.aliases
 
     def versions(self) -> list[str]:
-        return [str(version.version) for version in list_versions(self._store, self._name)]
+        return [version.number for version in self.listed()]
+
+    def listed(self) -> list[Listed]:
+        return [
+            Listed(str(version.version), sorted(version.aliases), version.creation_timestamp // 1000)
+            for version in list_versions(self._store, self._name)
+        ]
 
     def open(self, number: str) -> Served:
         if number not in self._opened and number not in (known := self.versions()):
@@ -80,4 +85,4 @@ class Registry:
     def _load_version(self, number: str) -> Served:
         version = find_version(self._store, self._name, number)
         folder = open_version(self._store, version)
-        return Served(load_generator(folder), describe_version(self._store, version))
+        return Served(load_generator(folder, self._precision), describe_version(self._store, version))

@@ -22,28 +22,56 @@ GROWTH = 64  # positions added at once: oneDNN compiles a kernel for each new sh
 
 
 class KVCache:
-    """Keys and values of a batch of sequences: `keys[layer]` and `values[layer]`, (B, H, n, D) each; n grows."""
+    """Keys and values of `n_sequences`, which join and leave: `keys[layer]` and `values[layer]`, (R, H, n, D) each.
 
-    def __init__(self, n_layer: int, shape: tuple[int, int, int], limit: int, like: Tensor) -> None:
-        """`shape`: B, H and D; `limit`: the largest n; `like`: a tensor with the cache's dtype and device."""
-        B, H, D = shape
-        self.limit = limit
-        self.keys = [like.new_zeros((B, H, 0, D)) for _ in range(n_layer)]
-        self.values = [like.new_zeros((B, H, 0, D)) for _ in range(n_layer)]
+    Sequence i has row i. R and n grow; later rows, and later positions of a row, hold nothing that is read.
+    """
+
+    def __init__(self, n_layer: int, shape: tuple[int, int], limit: int, like: Tensor) -> None:
+        """`shape`: H and D; `limit`: the largest n; `like`: a tensor with the cache's dtype and device."""
+        H, D = shape
+        self.limit, self.n_sequences = limit, 0
+        self.keys = [like.new_zeros((0, H, 0, D)) for _ in range(n_layer)]
+        self.values = [like.new_zeros((0, H, 0, D)) for _ in range(n_layer)]
+
+    @property
+    def length(self) -> int:
+        """n, the allocated positions of each sequence."""
+        return self.keys[0].shape[2]
 
     def reserve(self, n: int) -> None:
         """Allocate at least `n` positions. New ones are zero, because even masked values must be finite."""
-        capacity = self.keys[0].shape[2]
-        if n > capacity:
-            added = min(-(-n // GROWTH) * GROWTH, self.limit) - capacity
-            for layers in (self.keys, self.values):
-                layers[:] = [F.pad(x, (0, 0, 0, added)) for x in layers]
+        if n > self.length:
+            added = min(-(-n // GROWTH) * GROWTH, self.limit) - self.length
+            self._replace(lambda x: F.pad(x, (0, 0, 0, added)))
 
-    def select(self, sequences: list[int]) -> None:
-        """Keep only these sequences, in this order."""
-        index = torch.tensor(sequences, device=self.keys[0].device)
+    def add(self, n_sequences: int = 1) -> None:
+        """Append sequences without any position. The number of rows doubles when all are in use."""
+        self.n_sequences += n_sequences
+        rows = self.keys[0].shape[0]
+        if self.n_sequences > rows:
+            added = max(self.n_sequences, 2 * rows if rows else 0) - rows
+            self._replace(lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 0, added)))
+
+    @torch.inference_mode()
+    def remove(self, sequence: int) -> None:
+        """Remove one sequence; the last one gets its number. The cache of no sequence is empty."""
+        self.n_sequences -= 1
+        if not self.n_sequences:
+            self._replace(lambda x: x[:0, :, :0].clone())
+        elif sequence < self.n_sequences:
+            for x in (*self.keys, *self.values):
+                x[sequence] = x[self.n_sequences]
+
+    def shorten(self, n: int) -> None:
+        """Free the positions after the first `n` if they are at least half of a long cache: every step reads them."""
+        if self.length > max(2 * GROWTH, 2 * n):
+            self._replace(lambda x: x[:, :, : -(-n // GROWTH) * GROWTH].contiguous())
+
+    @torch.inference_mode()
+    def _replace(self, changed: Callable[[Tensor], Tensor]) -> None:
         for layers in (self.keys, self.values):
-            layers[:] = [x.index_select(0, index) for x in layers]
+            layers[:] = [changed(x) for x in layers]
 
 
 class Layer:
@@ -62,6 +90,7 @@ class Decoder:
     def __init__(self, model: GPT, precision: Precision = "fp32", n_vocab: int | None = None) -> None:
         """`n_vocab`: number of ids of the tokenizer; the model's ids beyond them are padding and are never sampled."""
         config = model.config
+        self.precision = precision
         self.dtype, self.trained_length, self.vocabulary = DTYPES[precision], model.trained_length, model.vocabulary
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), model.ln_f
@@ -70,10 +99,17 @@ class Decoder:
         n_rows, n_unused = self.vocabulary.n_rows, self.vocabulary.n_unused
         self.n_sampled = n_rows - 1 if n_unused else n_vocab or n_rows  # compact ids that may be sampled
 
-    def new_cache(self, n_sequences: int, length: int | None = None) -> KVCache:
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of one sequence of the trained length."""
+        return 2 * len(self.layers) * self.trained_length * self.n_head * self.head_size * self.dtype.itemsize
+
+    def new_cache(self, n_sequences: int = 0, length: int | None = None) -> KVCache:
         """A cache for sequences of `length` tokens, at most the trained length."""
         limit = min(length or self.trained_length, self.trained_length)
-        return KVCache(len(self.layers), (n_sequences, self.n_head, self.head_size), limit, self.wpe[:0].to(self.dtype))
+        cache = KVCache(len(self.layers), (self.n_head, self.head_size), limit, self.wpe[:0].to(self.dtype))
+        cache.add(n_sequences)
+        return cache
 
     @torch.inference_mode()
     def prefill(self, compact_ids: Tensor, cache: KVCache, sequences: list[int]) -> Tensor:
@@ -98,7 +134,7 @@ class Decoder:
         (B, T), device = compact_ids.shape, compact_ids.device
         cache.reserve(max(lengths) + T)
         positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-        future = torch.arange(cache.keys[0].shape[2], device=device) > positions[:, :, None]  # (B, T, n)
+        future = torch.arange(cache.length, device=device) > positions[:, :, None]  # (B, T, n)
         mask = torch.zeros(future.shape, dtype=self.dtype, device=device).masked_fill_(future, -torch.inf)
         mask = mask.repeat_interleave(self.n_head, dim=0)  # (B * H, T, n)
         new: tuple[slice | Tensor, ...]
@@ -112,7 +148,7 @@ class Decoder:
             )
 
         def attend_to_cache(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.keys[layer], cache.values[layer]  # (B, H, n, D) each
+            keys, values = cache.keys[layer][:B], cache.values[layer][:B]  # (B, H, n, D) each
             keys[new], values[new] = k, v
             q, keys, values = q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)  # (B * H, ...)
             scores = torch.baddbmm(mask, q, keys.mT, alpha=self.head_size**-0.5)  # (B * H, T, n)
@@ -123,17 +159,27 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., V) of hidden states (..., C); -inf for padding and for ids that the training text lacks."""
-        logits: Tensor = self.head(hidden.to(self.dtype)).float()
+        return self.mask(self.all_logits(hidden))
+
+    @torch.inference_mode()
+    def mask(self, logits: Tensor) -> Tensor:
+        """Set `all_logits`, (..., V), in place to -inf for what is never sampled."""
         logits[..., self.n_sampled :] = -torch.inf
+        return logits
+
+    @torch.inference_mode()
+    def all_logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits (..., V) of hidden states (..., C); the last of a folded vocabulary is that of all other ids."""
+        logits: Tensor = self.head(hidden.to(self.dtype)).float()
+        if self.vocabulary.n_unused:
+            logits[..., -1] += self.vocabulary.unused_bias
         return logits
 
     @torch.inference_mode()
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target (T,), in nats, from `hidden` (T, C); equals GPT.token_losses."""
-        logits, bias = self.head(hidden.to(self.dtype)).float(), self.vocabulary.unused_bias
-        if self.vocabulary.n_unused:
-            logits[:, -1] += bias
-        return F.cross_entropy(logits, targets, reduction="none") + bias * (targets == self.vocabulary.n_rows - 1)
+        losses = F.cross_entropy(self.all_logits(hidden), targets, reduction="none")
+        return losses + self.vocabulary.unused_bias * (targets == self.vocabulary.n_rows - 1)
 
     def _hidden(self, x: Tensor, attend: Attend) -> Tensor:
         """Apply all blocks to embedded positions (B, T, C); returns hidden states (B, T, C)."""

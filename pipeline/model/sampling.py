@@ -61,4 +61,7 @@ def sample(logits: "Tensor", sampling: Sampling, seen: Sequence[int], generator:
         descending, order = probabilities.sort(descending=True)
         outside = descending.cumsum(dim=0) - descending >= sampling.top_p  # those before it add up to top_p
         probabilities[order[outside]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    cumulative = probabilities.cumsum(dim=0)  # one random number, where torch.multinomial takes one for each id
+    place = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+    found = int(torch.searchsorted(cumulative, place, right=True))
+    return found if found < len(cumulative) else int(cumulative.argmax())  # `place` was rounded up to the sum

@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
 
 PROGRAM = ("pipeline", "webapp")  # the packages that app.py imports
-APP_REQUIREMENTS = "gradio numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # in a Space
+APP_REQUIREMENTS = (  # in a Space
+    "gradio jinja2 numpy prometheus_client psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()
+)
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CONV1D = ("c_attn", "c_proj", "c_fc")  # the original GPT-2 stores these weights transposed, as (in, out)
 LOCAL_STUDIES = "journal:///optuna.journal"

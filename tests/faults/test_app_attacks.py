@@ -135,7 +135,7 @@ def test_nothing_in_the_environment_opens_the_app(app):  # E8
         assert httpx.get(f"{url}/gradio_api/{path}").status_code == 404, path
     assert httpx.get(url, headers={"origin": "null"}).status_code == 403
     assert "access-control-allow-origin" not in httpx.get(url).headers
-    assert output.read_text() == f"parrot version 7: {url}\n"
+    assert output.read_text() == f"parrot version 7: {url} (API: /v1, /docs)\n"
 
 
 def test_two_hundred_requests_leave_memory_flat(app):  # E5

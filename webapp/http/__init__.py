@@ -1,1 +1,1 @@
-"""The filter between the network and Gradio."""
+"""The filters between the network and the app."""

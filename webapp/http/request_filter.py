@@ -1,4 +1,4 @@
-"""Refuse every request that the page and its API do not need, before Gradio reads it.
+"""Refuse every request that the page and its API do not need, before Gradio or FastAPI reads it.
 
 Gradio also offers uploads, files, a proxy and monitoring. Host and Origin must be names of this app. Otherwise any web
 site in the user's browser could use it, through DNS rebinding or a cross-site POST.
@@ -6,7 +6,9 @@ site in the user's browser could use it, through DNS rebinding or a cross-site P
 
 import json
 import re
+from base64 import b64decode
 from collections.abc import Iterable
+from hmac import compare_digest
 from ipaddress import ip_address
 from itertools import chain
 from urllib.parse import urlsplit
@@ -16,6 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from webapp.openai_api.errors import ApiError
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = "*"
@@ -39,11 +43,11 @@ HEADERS = {
 }
 
 
-class RequestFilter:
-    """ASGI middleware. `names`: host names of this app, ANY for all; `any_address`: allow every IP address too.
+class NameFilter:
+    """ASGI middleware for all paths. `names`: host names of this app, ANY for all; `any_address`: every IP address too.
 
     DNS rebinding needs a name, so an address is safe. Starlette's TrustedHostMiddleware checks neither addresses nor
-    Origin.
+    Origin. A POST must be JSON: a foreign page would need a CORS preflight, which nothing here answers.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str], any_address: bool) -> None:
@@ -54,14 +58,47 @@ class RequestFilter:
             return await self._app(scope, receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close"})
+        headers = Headers(scope=scope)
+        refusal = self._refusal(headers)
+        if scope["method"] == "POST" and not is_json(headers):
+            refusal = refusal or JSONResponse(_body(415, "send application/json"), 415)
+        if refusal:
+            return await refusal(scope, receive, send)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        return await self._app(scope, receive, send_with_headers)
+
+    def _refusal(self, headers: Headers) -> JSONResponse | None:
+        """The response if Host, X-Forwarded-Host or Origin is not a name of this app."""
+        forwarded = ",".join(headers.getlist("x-forwarded-host")).split(",")
+        hosts = {hostname(host) for host in [*(headers.getlist("host") or [""]), *filter(None, forwarded)]}
+        for host in hosts:
+            known = not self._names.isdisjoint({host, ANY}) or (self._any_address and is_address(host))
+            if not host or not known:
+                return JSONResponse(_body(403, "the Host is not a name of this app: --allow-host adds a name"), 403)
+        if any(hostname(origin) not in self._names | hosts for origin in headers.getlist("origin")):
+            return JSONResponse(_body(403, "the Origin is not a name of this app: --allow-host adds a name"), 403)
+        return None
+
+
+class GradioFilter:
+    """ASGI middleware in front of Gradio: only the paths and bodies that the page and its endpoints need."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
         request, bodies = Request(scope, receive), []
         try:
-            self._check_names(request.headers)
             if not (POSTED if request.method == "POST" else READ).fullmatch(scope["path"]):
                 raise HTTPException(404, "not found")
             if request.method == "POST":
-                if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                    raise HTTPException(415, "send application/json")  # a foreign page would need a CORS preflight
                 bodies.append(await request.body())
                 check_body(bodies[0])
         except ClientDisconnect:
@@ -73,23 +110,47 @@ class RequestFilter:
         async def receive_again() -> Message:
             return {"type": "http.request", "body": bodies.pop()} if bodies else await receive()
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
+        return await self._app(scope, receive_again, send)
 
-        return await self._app(scope, receive_again, send_with_headers)
 
-    def _check_names(self, headers: Headers) -> None:
-        """Raises HTTPException if Host, X-Forwarded-Host or Origin is not a name of this app."""
-        forwarded = ",".join(headers.getlist("x-forwarded-host")).split(",")
-        hosts = {hostname(host) for host in [*(headers.getlist("host") or [""]), *filter(None, forwarded)]}
-        for host in hosts:
-            known = not self._names.isdisjoint({host, ANY}) or (self._any_address and is_address(host))
-            if not host or not known:
-                raise HTTPException(403, "the Host is not a name of this app: --allow-host adds a name")
-        if any(hostname(origin) not in self._names | hosts for origin in headers.getlist("origin")):
-            raise HTTPException(403, "the Origin is not a name of this app: --allow-host adds a name")
+class KeyFilter:
+    """ASGI middleware: every path but /health needs the API key, as a Bearer token or as the password of Basic.
+
+    The page asks for it as well, since it generates text, too: a browser shows its login, with any user name.
+    """
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/health" or self._given(Headers(scope=scope)):
+            return await self._app(scope, receive, send)
+        words = "no or wrong API key: send Authorization: Bearer KEY, or log in with the key as password"
+        challenge = {"WWW-Authenticate": 'Basic realm="API key as password", charset="UTF-8"'}
+        answer = JSONResponse(_body(401, words, "invalid_api_key"), 401, challenge)
+        return await answer(scope, receive, send)
+
+    def _given(self, headers: Headers) -> bool:
+        """Whether the key is in the headers; the time does not tell how much of it is right."""
+        scheme, _, value = headers.get("authorization", "").partition(" ")
+        given = value.strip().encode("latin-1")
+        if scheme.lower() == "basic":
+            try:
+                given = b64decode(given, validate=True).partition(b":")[2]
+            except ValueError:
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        return compare_digest(given, self._key)
+
+
+def is_json(headers: Headers) -> bool:
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+
+
+def _body(status: int, message: str, code: str | None = None) -> dict[str, object]:
+    """The body of a refusal; `detail` is for the page's clients, `error` for OpenAI's."""
+    return {"detail": message, **ApiError(status, message, code=code).body()}
 
 
 def check_body(raw: bytes) -> None:

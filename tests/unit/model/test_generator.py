@@ -12,7 +12,7 @@ from small_models import random_model
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.generator import Generator, TextStream, context_start
+from pipeline.model.generator import Batch, Generator, TextStream, context_start
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, sample
 from pipeline.system.errors import InputError
@@ -136,7 +136,7 @@ def test_a_text_ends_at_the_end_of_text_token(model, generator, tokenizer, vocab
 
 @pytest.mark.parametrize("n", [0, 1, 30])
 def test_each_sequence_has_its_tokens_as_text_and_says_once_how_it_ended(n, generator, tokenizer):
-    sampling = Sampling(max_tokens=n, temperature=1)  # random ids: many are parts of characters
+    sampling = Sampling(max_tokens=n, temperature=1, seed=5)  # random ids: many are parts of characters
     for written in write(generator, ["O", "o"], sampling):
         assert (len(written.ids), written.ends) == (n, ["length"])
         assert written.text == text_after(tokenizer, written.ids)
@@ -219,3 +219,45 @@ def test_pieces_join_to_the_text_before_the_first_stop_text(text, stop, size):
     chunks = [data[i : i + size] for i in range(0, len(data), size)]
     first = min((place for each in stop if (place := text.find(each)) >= 0), default=len(text))
     assert "".join(streamed(stop, chunks)[0]) == text[:first]
+
+
+def test_log_probabilities_are_of_all_ids_and_the_same_when_a_text_is_written_and_when_it_is_scored(
+    model, generator, vocabulary
+):
+    sampling = Sampling(max_tokens=30, temperature=1)  # with the prompt, it slides more than once
+    batch = Batch(generator)
+    batch.add(generator.start("ROMEO:", sampling, n_top=3))
+    (sequence,) = batch.sequences
+    written = []
+    while batch.sequences:
+        written += [one for _, piece in batch.step() for one in piece.logprobs]
+    scored = [one for window in generator.score(sequence.ids, 3) for one in window]
+    assert [one.id for one in scored] == sequence.ids
+    assert scored[0] == (sequence.ids[0], None, ())
+    for one, other in zip(written, scored[-30:], strict=True):
+        assert one.id == other.id
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [i for i, _ in one.top] == [i for i, _ in other.top]
+    ids = [*range(100, 105), 40_000, *range(105, 110)]  # the training text lacks one
+    within = [one.logprob for window in generator.score(ids, 1) for one in window]
+    assert [-logprob for logprob in within[1:]] == pytest.approx(generator.token_losses(ids), abs=1e-4)
+    with torch.no_grad():
+        logits = model(vocabulary.fold(torch.tensor([ids[:1]])))[0, -1]
+    assert within[1] == pytest.approx(float(logits.log_softmax(0)[vocabulary.fold(torch.tensor(ids[1]))]), abs=1e-4)
+
+
+def test_sequences_join_and_leave_a_batch_in_any_order(generator, chance):
+    plans = [(n, Sampling(max_tokens=chance.randint(1, 30), temperature=1, seed=n)) for n in range(12)]
+    expected = {n: write(generator, [PROMPTS[n % 4]], sampling)[0].ids for n, sampling in plans}
+    batch, found, left = Batch(generator), {n: [] for n, _ in plans}, set()
+    while plans or batch.sequences:
+        while plans and chance.random() < 0.4:
+            n, sampling = plans.pop()
+            batch.add(generator.start(PROMPTS[n % 4], sampling, number=n))
+        if batch.sequences and chance.random() < 0.1:
+            batch.remove(gone := chance.choice(batch.sequences))
+            left.add(gone.number)
+        for _, piece in batch.step() if batch.sequences else []:
+            found[piece.sequence] += piece.ids
+    for n, ids in found.items():
+        assert ids == (expected[n][: len(ids)] if n in left else expected[n])

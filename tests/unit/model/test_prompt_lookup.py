@@ -13,6 +13,18 @@ def test_a_draft_is_what_follows_the_longest_suffix_in_the_text():
     assert lookup.draft([2, 3], limit=0) == PromptLookup(None).draft([2, 3], limit=2) == []
 
 
+def test_a_passage_that_is_followed_is_not_searched_again(monkeypatch):
+    lookup, searched = PromptLookup(corpus := CorpusIndex([7, 8, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9])), []
+    search = corpus.continuations
+    monkeypatch.setattr(corpus, "continuations", lambda *found: (searched.append(found), search(*found))[1])
+    assert lookup.draft([1, 2], limit=2) == [3, 4]
+    assert lookup.draft([1, 2, 3, 4], limit=2) == [5, 6]
+    assert lookup.draft([1, 2, 3, 4, 5, 6, 7, 8], limit=3) == [9, 9]  # and not 1, which follows the first 7, 8
+    assert len(searched) == 1
+    assert lookup.draft([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], limit=1) == [3]
+    assert len(searched) == 2
+
+
 def test_drafts_are_as_long_as_their_acceptance_makes_worth_it():
     lookup, ids = PromptLookup(CorpusIndex(range(100))), [10, 11]
     assert len(lookup.draft(ids, 50)) == MAX_DRAFT_TOKENS

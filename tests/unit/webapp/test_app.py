@@ -49,7 +49,7 @@ def test_without_a_model_or_with_wrong_arguments_it_says_what_to_do(
 
 
 def test_the_default_model_is_that_of_params_yaml(project, monkeypatch):
-    monkeypatch.setattr(registry_source, "Registry", lambda root, name, which: (root, name, which))
+    monkeypatch.setattr(registry_source, "Registry", lambda root, name, which, precision: (root, name, which))
     for arguments, name in (([], "other-gpt2"), (["--model", "mine"], "mine")):
         monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
         assert app.open_source(app.parse()) == (project, name, "champion")

@@ -30,7 +30,8 @@ class Catalog:
         number = self.champion if which == "champion" else which
         if number not in ("1", "2", "3", "4"):
             raise ModelMissing(f"{name} has no {which}: `dvc repro` makes one")
-        return SimpleNamespace(version=number, name=name, aliases=["champion"] if number == self.champion else [])
+        aliases = ["champion"] if number == self.champion else []
+        return SimpleNamespace(version=number, name=name, aliases=aliases, creation_timestamp=0)
 
     def open(self, store: Any, version: Any) -> Path:
         self.opened.append(version.version)

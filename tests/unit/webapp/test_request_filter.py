@@ -2,20 +2,21 @@
 
 import asyncio
 import json
+from base64 import b64encode
 
 import pytest
 from starlette.exceptions import HTTPException
 
-from webapp.http.request_filter import LOOPBACK, RequestFilter, check_body
+from webapp.http.request_filter import LOOPBACK, GradioFilter, KeyFilter, NameFilter, check_body
 
-# names and any_address of the filter
+# names and any_address of the filter of names
 LOCAL = (LOOPBACK, False)  # python app.py
 BOUND = (LOOPBACK | {"10.0.0.5"}, True)  # --host 10.0.0.5
 PROXIED = (LOOPBACK | {"https://Page.example:443", "["}, False)  # --allow-host page.example
 PUBLISHED = (LOOPBACK | {"0.0.0.0", "*"}, True)  # a Space
 
 
-def status_of(options, headers, path="/config", method="GET", body=b""):
+def status_of(options, headers, path="/config", method="GET", body=b"", key=None):
     sent = []
 
     async def page(scope, receive, send):
@@ -31,7 +32,8 @@ def status_of(options, headers, path="/config", method="GET", body=b""):
     headers = {"content-type": "application/json"} | headers
     lines = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": lines, "query_string": b""}
-    asyncio.run(RequestFilter(page, *options)(scope, receive, send))
+    app = GradioFilter(page)
+    asyncio.run(NameFilter(KeyFilter(app, key) if key else app, *options)(scope, receive, send))
     return sent[0]["status"]
 
 
@@ -107,3 +109,25 @@ def test_a_body_holds_plain_values_only(body, error):
         return check_body(raw)
     with pytest.raises(HTTPException, match=error):
         check_body(raw)
+
+
+def test_with_an_api_key_every_path_but_health_needs_it():
+    key = "s3cret-word"
+    for value, status in (
+        (f"Bearer {key}", 200),
+        (f"bearer {key}", 200),
+        (f"Basic {b64encode(f'anybody:{key}'.encode()).decode()}", 200),  # a browser's login
+        ("", 401),
+        ("Bearer", 401),
+        ("Bearer s3cret-wor", 401),
+        (f"Bearer {key}x", 401),
+        (key, 401),
+        (f"Basic {b64encode(key.encode()).decode()}", 401),
+        ("Basic %%%", 401),
+        ("Bearer \xff", 401),
+    ):
+        headers = {"host": "localhost", "authorization": value}
+        assert status_of(LOCAL, headers, key=key) == status, value
+        assert status_of(LOCAL, headers, "/gradio_api/queue/join", "POST", b"{}", key) == status, value
+    assert status_of(LOCAL, {"host": "localhost"}, "/health", key=key) == 404  # it reaches the app
+    assert status_of(LOCAL, {"host": "evil.example", "authorization": f"Bearer {key}"}, key=key) == 403

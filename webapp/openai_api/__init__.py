@@ -1,0 +1,1 @@
+"""The OpenAI completions protocol: bodies, errors, models and routes."""

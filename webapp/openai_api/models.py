@@ -1,0 +1,68 @@
+"""The models of /v1/models: the served version, and each registered version by its number and its aliases."""
+
+import asyncio
+import time
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from pipeline.system.errors import PipelineError
+from webapp.model_source import Listed, Served, Source
+from webapp.openai_api.errors import ApiError
+
+FRESH_S = 3.0  # for so long a listing of the registry is used
+
+
+class Models:
+    """Ids of versions: NAME is the served version; NAME@2 and NAME@champion, or 2 and champion, are others."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._opening = source, asyncio.Lock()
+        self._listed: list[Listed] = []
+        self._due = 0.0
+
+    async def listing(self) -> list[dict[str, Any]]:
+        """The models as OpenAI lists them. Raises ApiError if the registry does not answer."""
+        versions, served = await self._versions(), self._source.current()
+        name = served.info["name"]
+        created = {version.number: version.created for version in versions}
+        ids = {name: str(served.info["version"])}
+        for version in versions:
+            ids |= {f"{name}@{key}": version.number for key in (*version.aliases, version.number)}
+        return [
+            {"id": key, "object": "model", "created": created.get(number, 0), "owned_by": "registry", "version": number}
+            for key, number in ids.items()
+        ]
+
+    async def model(self, wanted: str) -> dict[str, Any]:
+        """One of them. Raises ApiError if there is none of this id."""
+        name = self._source.current().info["name"]
+        listing = await self.listing()
+        for each in listing:
+            if wanted in (each["id"], str(each["id"]).removeprefix(f"{name}@")):
+                return each
+        known = ", ".join(str(each["id"]) for each in listing[:8])
+        raise ApiError(404, f"The model {wanted!r} does not exist: choose one of {known}", "model", "model_not_found")
+
+    async def open(self, wanted: str | None) -> Served:
+        """The version of an id, which is loaded if it is not in memory; None: the served version. Raises ApiError."""
+        served = self._source.current()
+        if wanted in (None, served.info["name"]):
+            return served
+        number = (await self.model(str(wanted)))["version"]
+        if number == str(served.info["version"]):
+            return served
+        async with self._opening:  # one at a time, so that no version is loaded twice
+            try:
+                return await run_in_threadpool(self._source.open, number)
+            except PipelineError as error:
+                raise ApiError(503, f"{error}", "model") from None
+
+    async def _versions(self) -> list[Listed]:
+        if time.monotonic() >= self._due:
+            try:
+                self._listed = await run_in_threadpool(self._source.listed)
+            except PipelineError as error:
+                raise ApiError(503, f"{error}", "model") from None
+            self._due = time.monotonic() + FRESH_S
+        return self._listed
