@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def serve(app: FastAPI, host: str, port: int) -> None:
         app, host=host, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=SHUTDOWN_S,
     )  # fmt: skip
     server = uvicorn.Server(config)
-    server.run()
+    with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is stopped: uvicorn has closed it, and raises it again
+        server.run()
     if not server.started:
         sys.exit(1)  # uvicorn has said why
