@@ -53,6 +53,7 @@ const open = (event) => {
   element.querySelectorAll(".beside").forEach((box) => box.remove());
   if (again) return;
   mark.classList.add("open");
+  if (mark.box) return mark.closest(".sheet").append(mark.box);
   const sheet = mark.closest(".sheet"), top = sheet.getBoundingClientRect().top;
   mark.dataset.below = (event.type === "click" ? event.clientY + 16 : mark.getClientRects()[0].bottom + 4) - top;
   const {version, place, length} = mark.dataset;
@@ -71,6 +72,7 @@ new MutationObserver(() => {
     mark.classList.remove("open"); box.remove(); mark.focus({preventScroll: true});
   });
   box.style.top = `${mark.dataset.below}px`;
+  mark.box = box;
   mark.closest(".sheet").append(box);
   const passage = box.querySelector("mark"), page = box.getBoundingClientRect();
   box.scrollTop = Math.max(0, passage.getBoundingClientRect().top - page.top - 60);
