@@ -1,11 +1,14 @@
 """The API endpoints /generate and /next_token."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 
+from pipeline.system.errors import PipelineError
 from webapp.completion import Completion, checked_int, complete
-from webapp.html import CONCURRENT, user_errors
+from webapp.html import CONCURRENT
 from webapp.model_source import Source
 from webapp.tabs.next_token import predict_next
 
@@ -33,7 +36,7 @@ def add_endpoints(source: Source) -> None:
         """
         numbers = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         numbers |= {"repetition_penalty": repetition_penalty, "seed": seed}
-        with user_errors(on_page=False):
+        with user_errors():
             for completion in complete(source.current(), prompt, samples, **numbers):
                 yield {
                     "model": completion.served.label,
@@ -52,11 +55,21 @@ def add_endpoints(source: Source) -> None:
         has `context_tokens` tokens and occurs `context_times` times. `part`: ids of up to 8 tokens after the prompt,
         separated by spaces, such as the first tokens of a character.
         """
-        with user_errors(on_page=False):
+        with user_errors():
             return predict_next(source.current(), prompt, checked_int("most", most, 1, 1000), part)
 
     gr.api(generate, api_name="generate", concurrency_id="model", concurrency_limit=CONCURRENT["model"])
     gr.api(next_token, api_name="next_token", concurrency_id="read", concurrency_limit=CONCURRENT["read"])
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a PipelineError into a gr.Error of one line without a traceback."""
+    try:
+        yield
+    except PipelineError as error:
+        words = str(error).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be encoded
+        raise gr.Error(words, duration=8, print_exception=False, title="Not possible") from None
 
 
 def _sample(completion: Completion, i: int) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Render tokens and tables as HTML; every text is escaped here or by the caller."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import accumulate, pairwise
 from typing import Any
@@ -26,17 +25,6 @@ class FieldError(InputError):
     def __init__(self, message: str, field: str, words: str) -> None:
         super().__init__(message)
         self.field, self.words = field, words
-
-
-@contextmanager
-def user_errors(on_page: bool = True) -> Iterator[None]:
-    """Turn a PipelineError into a gr.Error of one line without a traceback; on the page it is HTML."""
-    try:
-        yield
-    except PipelineError as error:
-        words = str(error).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be encoded
-        text = escape(words, quote=False) if on_page else words
-        raise gr.Error(text, duration=8, print_exception=False, title="Not possible") from None
 
 
 def event_options(queue: str, shown_on: gr.HTML | None = None, **options: Any) -> dict[str, Any]:
