@@ -213,7 +213,8 @@ def test_all_tabs_of_an_open_page_change_their_version_and_say_so(visit, source,
     playwright.expect(visitor.locator("#status")).to_contain_text("written by parrot version 6")
 
 
-def test_a_press_shows_its_place_in_the_queue_until_stop(visit, slow):
+def test_a_press_shows_its_place_in_the_queue_until_stop(visit, slow, page, monkeypatch):
+    monkeypatch.setattr(page._queue.event_queue_per_concurrency_id["model"], "concurrency_limit", 2)
     for n in (1, 2):
         visit().locator("#write").click()
         assert slow.opens(n)
