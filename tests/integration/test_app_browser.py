@@ -214,10 +214,10 @@ def test_all_tabs_of_an_open_page_change_their_version_and_say_so(visit, source,
 
 
 def test_a_press_shows_its_place_in_the_queue_until_stop(visit, slow, page, monkeypatch):
-    monkeypatch.setattr(page._queue.event_queue_per_concurrency_id["model"], "concurrency_limit", 2)
     for n in (1, 2):
         visit().locator("#write").click()
         assert slow.opens(n)
+    monkeypatch.setattr(page._queue.event_queue_per_concurrency_id["model"], "concurrency_limit", 2)
     visitor = visit()
     visitor.locator("#write").click()
     waiting, shown = visitor.locator("#status .progress-text"), visitor.locator("#status [data-testid=status-tracker]")
