@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from pipeline.config.sections import INIT, WEIGHTS_FOLDER, ModelConfig
 from pipeline.data.remote import AGENT, Bar, hub_as_one_line
 from pipeline.data.tokenizer import BYTES, EOT, BytePairTokenizer, GPT2Tokenizer, Tokenizer
-from pipeline.data.vocab import Vocabulary
 from pipeline.system.errors import InputError
 from pipeline.system.files import MANIFEST, atomic_folder, read_json, verify_manifest, write_json
 
@@ -271,6 +270,7 @@ def _converted(published: Published) -> "dict[str, Tensor]":
     import torch
     from safetensors import SafetensorError, safe_open
 
+    from pipeline.data.vocab import Vocabulary
     from pipeline.model.gpt import GPT
 
     with torch.device("meta"):

@@ -76,11 +76,11 @@ class Recorder:
         require_usable(root)
         self._run_folder = run_folder
         self._arguments = [str(root.absolute()), str(run_folder.absolute()), str(tick_s)]
-        self._start: dict[str, Any] = {"identity": identity, "tags": tags}
+        records = JournalTail(run_folder).read()
+        started_ms = start_of(records) if records else int(time.time() * 1000)
+        self._start = {"identity": identity, "tags": tags, "started_ms": started_ms}
 
     def __enter__(self) -> Self:
-        records = JournalTail(self._run_folder).read()
-        self._start["started_ms"] = start_of(records) if records else int(time.time() * 1000)
         self._process = start_module(
             "pipeline.tracking.recorder", *self._arguments, line=self._start, stdout=subprocess.DEVNULL
         )

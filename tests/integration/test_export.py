@@ -175,7 +175,7 @@ def test_the_command_exports_a_registered_version(store, name, bpe, tmp_path, co
     errors = capsys.readouterr().err.splitlines()
     for line, words in zip(
         errors,
-        ("has no version '9'", "export onnx: unknown, choose one of hf, space, title", "exists already"),
+        ("has no version '9'", "export onnx: unknown, choose one of hf, gguf, space, title", "exists already"),
         strict=True,
     ):
         assert words in line
