@@ -48,9 +48,9 @@ def planned(arguments: argparse.Namespace, folder: Path) -> "Plan":
 
     if len(given := arguments.source) > 1:
         raise InputError(f"{len(given)} sources: name one, a folder or a glob in quotes, such as 'notes/*.txt'")
-    if arguments.init and arguments.size != "auto":
+    if arguments.init is not None and arguments.size != "auto":
         raise InputError("--init and --size: give one of them, the weights have their own size")
-    weights = find_weights(arguments.init) if arguments.init else None
+    weights = None if arguments.init is None else find_weights(arguments.init)
     options = Options(
         target=arguments.target,
         goal=arguments.goal,

@@ -9,6 +9,7 @@ import yaml
 from yaml.constructor import SafeConstructor
 
 from pipeline.config.params import PARAMS, did_you_mean, load_params
+from pipeline.config.sections import SECTIONS
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_text
 
@@ -54,7 +55,8 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
     lacks one of its keys.
     """
     path = find_recipe(name, folder)
-    leaves, present = _recipe_values(path, folder), _read_leaves(params_path)
+    present = _read_leaves(params_path)
+    leaves = _without_absent_defaults(_recipe_values(path, folder), present)
     for key, leaf in leaves.items():
         if key not in present:
             raise InputError(f"{path}: {key}: no such key in {params_path}{did_you_mean(key, list(present))}")
@@ -65,12 +67,40 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
 
 def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
     """Write `values`, by dotted key, into params.yaml, atomically; return the changes as `apply_recipe` does."""
+    present = _read_leaves(params_path)
+    leaves = _writable(values, present, params_path)
+    return _rewrite(params_path, present, leaves) or f"{params_path} already has these values"
+
+
+def require_keys(values: dict[str, Any], params_path: Path = PARAMS) -> None:
+    """Raise InputError if params.yaml lacks a key that `write_values` would write."""
+    _writable(values, _read_leaves(params_path), params_path)
+
+
+def _writable(values: dict[str, Any], present: dict[str, Leaf], params_path: Path) -> dict[str, Leaf]:
+    """The values to write. Raises InputError if `present` lacks a key of them."""
     texts = {key: yaml.safe_dump(value, default_flow_style=True, width=10**6) for key, value in values.items()}
     leaves = {key: Leaf(value, texts[key].removesuffix("...\n").strip()) for key, value in values.items()}
-    present = _read_leaves(params_path)
-    if missing := [key for key in values if key not in present]:
-        raise InputError(f"{params_path}: {missing[0]}: missing, see the committed params.yaml")
-    return _rewrite(params_path, present, leaves) or f"{params_path} already has these values"
+    leaves = _without_absent_defaults(leaves, present)
+    if missing := next((key for key in leaves if key not in present), None):
+        section, _, name = missing.partition(".")
+        raise InputError(f"{params_path} has no {missing}: add `{name}: {leaves[missing]}` to its section {section}")
+    return leaves
+
+
+def _without_absent_defaults(leaves: dict[str, Leaf], present: dict[str, Leaf]) -> dict[str, Leaf]:
+    """Leave out the keys that `present` lacks and whose value is the default: an older params.yaml has not all keys."""
+    defaults = {
+        f"{section.section_name}.{name}": field.default
+        for section in SECTIONS
+        for name, field in section.model_fields.items()
+        if not field.is_required()
+    }
+    return {
+        key: leaf
+        for key, leaf in leaves.items()
+        if key in present or key not in defaults or repr(defaults[key]) != repr(leaf.value)
+    }
 
 
 def recipe_values(name: str, folder: Path = RECIPES) -> dict[str, Any]:

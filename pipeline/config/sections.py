@@ -66,7 +66,8 @@ def _check_source(source: str) -> str:
 def _check_init(init: str) -> str:
     if not INIT.fullmatch(init) or ".." in PurePosixPath(init).parts:
         raise ValueError(
-            f"published weights are a folder in {WEIGHTS_FOLDER}/, or hf://OWNER/NAME[@REVISION] such as hf://gpt2"
+            f"published weights are a folder in {WEIGHTS_FOLDER}/ (letters, digits, space, _ . -), or "
+            "hf://OWNER/NAME[@REVISION] such as hf://gpt2; null without quotes: none"
         )
     return init
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -88,9 +90,10 @@ def find_published(init: str, root: Path = Path()) -> Published:
 def read_published(folder: Path, name: str) -> Published:
     """Check the files of a local folder, which messages call `name`. Raises InputError."""
     if not folder.is_dir():
-        raise InputError(f"{name} not found: give a folder of a GPT-2, with {CONFIG} and {WEIGHTS}")
+        why = "is a file" if folder.is_file() else "not found"
+        raise InputError(f"{name} {why}: give a folder of a GPT-2, with {CONFIG} and {WEIGHTS}")
     published = _checked(folder, name, [path.name for path in folder.iterdir()])
-    _parts(published)
+    _tensors(published)
     return published
 
 
@@ -131,6 +134,12 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{name}: {path.name} is not JSON of a model: copy or download it again")
     return values
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in `folder`, if there is such a folder, that are read if it is a model."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.name in SMALL or fnmatch(path.name, PARTS)]
 
 
 def files_of(published: Published) -> list[Path]:
@@ -181,9 +190,9 @@ def require_shape(published: Published, model: ModelConfig) -> None:
     """Raise InputError, with all values to set, if params.yaml has other blocks than the weights."""
     keys = [key for key in ("n_layer", "n_head", "n_embd") if getattr(model, key) != published.shape[key]]
     if keys:
-        theirs = ", ".join(f"model.{key} {published.shape[key]}" for key in keys)
-        ours = ", ".join(f"{getattr(model, key)}" for key in keys)
-        raise InputError(f"{published.name} has {theirs}, params.yaml has {ours}: set the former")
+        theirs = ", ".join(f"model.{key} to {published.shape[key]}" for key in keys)
+        ours = ", ".join(f"model.{key} {getattr(model, key)}" for key in keys)
+        raise InputError(f"{published.name} has another shape than params.yaml ({ours}): set {theirs}")
 
 
 def require_tokenizer(published: Published, ours: Tokenizer, text: str) -> None:
@@ -265,10 +274,12 @@ def write_weights(published: Published, folder: Path) -> None:
         write_json(unfinished / RECORD, origin | {"shape": published.shape})
 
 
-def _converted(published: Published) -> "dict[str, Tensor]":
-    """The tensors with our names and layout, in fp32. Raises InputError if they are not those of the shape."""
+def _tensors(published: Published) -> dict[str, tuple[Path, str]]:
+    """Where each tensor of our model is: a file, and its key there; also HEAD, if it is saved. Reads headers only.
+
+    Raises InputError if they are not those of the shape.
+    """
     import torch
-    from safetensors import SafetensorError, safe_open
 
     from pipeline.data.vocab import Vocabulary
     from pipeline.model.gpt import GPT
@@ -276,42 +287,59 @@ def _converted(published: Published) -> "dict[str, Tensor]":
     with torch.device("meta"):
         model = GPT(published.config, Vocabulary.full(published.shape["vocab_size"]))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, Tensor] = {}
-    head: Tensor | None = None
+    found: dict[str, tuple[Path, str]] = {}
     for path in _parts(published):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (no mapping)
-                    name = key.removeprefix("transformer.")
-                    if name.endswith(MASKS):
-                        continue
-                    tensor = file.get_tensor(key)
-                    if name == HEAD:
-                        head = tensor.float()
-                        continue
-                    if not tensor.is_floating_point() or name not in shapes:
-                        raise InputError(
-                            f"{published.name}: {path.name} has {key} ({tensor.dtype}), which is no weight of a GPT-2 "
-                            f"of its {CONFIG}: use weights of a GPT2LMHeadModel"
-                        )
-                    tensor = tensor.T if name.endswith(CONV1D) else tensor
-                    found[name] = tensor.float().contiguous()
-        except (SafetensorError, ValueError, OSError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{published.name}: {path.name} is truncated, or not a safetensors file ({reason}): copy or download "
-                "it again"
-            ) from None
-    for name, shape in shapes.items():
-        if name not in found:
-            raise InputError(f"{published.name} has no weight {name}: use weights of a complete GPT2LMHeadModel")
-        if (given := tuple(found[name].shape)) != shape:
-            raise InputError(
-                f"{published.name} has {name} as {given}, by its {CONFIG} it is {shape}: use other weights"
-            )
-    if head is not None and not torch.equal(head, found["wte.weight"]):
+        with _opened(published, path) as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                if (name := key.removeprefix("transformer.")).endswith(MASKS):
+                    continue
+                header = file.get_slice(key)
+                if name not in (*shapes, HEAD) or "F" not in header.get_dtype():  # F32, F16, BF16, F8_...
+                    raise InputError(
+                        f"{published.name}: {path.name} has {key} ({header.get_dtype()}), which is no weight of a "
+                        f"GPT-2 of its {CONFIG}: use weights of a GPT2LMHeadModel"
+                    )
+                given = tuple(header.get_shape()[::-1] if name.endswith(CONV1D) else header.get_shape())
+                if given != (shape := shapes["wte.weight" if name == HEAD else name]):
+                    raise InputError(
+                        f"{published.name} has {name} as {given}, by its {CONFIG} it is {shape}: use other weights"
+                    )
+                found[name] = path, key
+    if missing := next((name for name in shapes if name not in found), None):
+        raise InputError(f"{published.name} has no weight {missing}: use weights of a complete GPT2LMHeadModel")
+    return found
+
+
+@contextmanager
+def _opened(published: Published, path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises InputError, in the block too, if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{published.name}: {path.name} is truncated, or not a safetensors file ({reason}): copy or download it "
+            "again"
+        ) from None
+
+
+def _converted(published: Published) -> "dict[str, Tensor]":
+    """The tensors with our names and layout, in fp32. Raises InputError if they cannot be trained on."""
+    import torch
+
+    found: dict[str, Tensor] = {}
+    for name, (path, key) in _tensors(published).items():
+        with _opened(published, path) as file:
+            tensor = file.get_tensor(key)
+        found[name] = (tensor.T if name.endswith(CONV1D) else tensor).float().contiguous()
+        if not found[name].isfinite().all():
+            raise InputError(f"{published.name}: {key} has values that are not finite: use other weights")
+    if (head := found.pop(HEAD, None)) is not None and not torch.equal(head, found["wte.weight"]):
         raise InputError(f"{published.name} has a head of its own ({HEAD}), this project's GPT-2 ties it: use others")
     return found
 
@@ -328,7 +356,21 @@ def with_hash(model: ModelConfig, folder: Path) -> ModelConfig:
     if record["source"] != model.init:
         raise InputError(f"{folder} has {record['source']}, model.init is {model.init}: run `dvc repro tokenizer`")
     require_shape(Published(record["source"], folder, record["shape"]), model)
-    return model.updated(init=f"sha256:{read_json(folder / MANIFEST)[WEIGHTS]['sha256']}")
+    return model.updated(init=hash_of(folder))
+
+
+def hash_of(folder: Path) -> str | None:
+    """The hash of the weights in `folder` by its manifest, which is not verified; None if it has none."""
+    if not (folder / WEIGHTS).is_file() or not (folder / MANIFEST).is_file():
+        return None
+    return f"sha256:{read_json(folder / MANIFEST)[WEIGHTS]['sha256']}"
+
+
+def copy_init(source: Path, folder: Path, name: str) -> None:
+    """Copy the weights in the folder `source`, with `name` as the place where they come from."""
+    with atomic_folder(folder) as unfinished:
+        shutil.copyfile(source / WEIGHTS, unfinished / WEIGHTS)
+        write_json(unfinished / RECORD, read_json(source / RECORD) | {"source": name})
 
 
 def origin_of(folder: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.params import PARAMS, load_params
-from pipeline.config.recipes import write_values
+from pipeline.config.recipes import require_keys, write_values
 from pipeline.data.openings import openings
 from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import load_tokenizer
@@ -45,6 +45,7 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
     if not assume_yes and sys.stdin.isatty() and input("Train it? [Y/n] ").strip().lower() not in ("", "y", "yes"):
         print("nothing was changed")
         return
+    require_keys(_values_of(plan))  # before anything is written
     copies = bring(plan.source, in_place)
     if plan.weights:
         bring_weights(plan.weights, in_place)
@@ -60,9 +61,8 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
 
 def _train(plan: Plan, copies: dict[str, str]) -> None:
     """Store the plan, write its values into params.yaml, and run the pipeline."""
-    present = flatten(load_params().values)
-    values = {key: value for key, value in plan.values.items() if key in present or not key.startswith(SPACE)}
-    _keep_params(values, present)
+    values = _values_of(plan)
+    _keep_params(values, flatten(load_params().values))
     origin = {"origin": plan.source.origin, "copies": copies}
     if not copies:  # the text is in texts/, where an earlier call may have copied it, or not on this machine
         origin |= {key: value for key, value in stored_plan(plan.source.name).items() if key in origin}
@@ -76,6 +76,12 @@ def _train(plan: Plan, copies: dict[str, str]) -> None:
     if plan.fetched and plan.text_sha256 != _text_sha256():  # DVC does not see that the text of a URL has changed
         _reproduce(environment, "--force", "--single-item", "download")
     _reproduce(environment)
+
+
+def _values_of(plan: Plan) -> dict[str, Any]:
+    """The plan's values without the ranges of keys that the user has removed from the search space."""
+    present = flatten(load_params().values)
+    return {key: value for key, value in plan.values.items() if key in present or not key.startswith(SPACE)}
 
 
 def _text_sha256() -> str:

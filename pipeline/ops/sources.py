@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.config.sections import INIT, TEXTS, WEIGHTS_FOLDER
 from pipeline.data.documents import OPENERS, find_files
-from pipeline.model.published import Published, files_of, find_published, read_published
+from pipeline.model.published import Published, files_in, files_of, find_published, read_published
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_file, sha256_file
 
@@ -141,22 +141,26 @@ def find_weights(given: str) -> Weights:
     """Find the published weights that `--init` names, a folder or a model on the Hub; nothing is written.
 
     A folder outside of weights/ gets a place there. Raises InputError if there is no such model, if it is not a GPT-2,
-    or if the place is taken.
+    or if the place has other weights.
     """
     if (hub := INIT.fullmatch(given)) and hub["repo"]:
         return Weights(given, find_published(given))
     path = Path(os.path.abspath(Path(given).expanduser()))
-    if REMOTE.match(given) or not path.is_dir():
-        raise InputError(f"--init {given} not found: give the folder of a GPT-2, or hf://OWNER/NAME such as hf://gpt2")
+    if REMOTE.match(given) or not given.strip() or not path.is_dir():
+        why = "is a file" if given.strip() and path.is_file() else "not found"
+        raise InputError(f"--init {given} {why}: give the folder of a GPT-2, or hf://OWNER/NAME such as hf://gpt2")
     if path.is_relative_to(folder := Path(WEIGHTS_FOLDER).absolute()) and path != folder:
         init = (WEIGHTS_FOLDER / path.relative_to(folder)).as_posix()
         return Weights(init, read_published(path, init))
     published = read_published(path, given)
     place = Path(WEIGHTS_FOLDER, re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "model")
     copies = {place / file.name: file for file in files_of(published)}
-    for file in sorted(place.iterdir()) if place.is_dir() else []:
-        if file not in copies or not file.is_file() or not same(file, copies[file]):
-            raise InputError(f"{file} is not of {given}: remove {place}, or give --init {place} to use what is there")
+    for file in files_in(place):
+        if file not in copies or not same(file, copies[file]):
+            raise InputError(
+                f"{file} is of other weights than {given}: rename the folder that you give, or use {place} by "
+                f"--init {place}"
+            )
     return Weights(place.as_posix(), published, copies)
 
 

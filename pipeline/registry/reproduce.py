@@ -22,7 +22,7 @@ from pipeline.config.params import load_params
 from pipeline.config.sections import ModelConfig
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import n_vocab_in, tokenizer_in
-from pipeline.model.published import INIT_FOLDER, find_published, with_hash, write_weights
+from pipeline.model.published import INIT_FOLDER, copy_init, find_published, hash_of, with_hash, write_weights
 from pipeline.model.weights import SHAPE, WEIGHTS
 from pipeline.registry.artifacts import TEMPORARY, label_of, open_version
 from pipeline.registry.catalog import identity_of
@@ -95,10 +95,17 @@ def _set_up(files: Path, project: Path, origin: str | None, repository: Path) ->
     shutil.copytree(files / "tokens", project / "data" / "tokens")
     if expected := _weights_hash(files):
         model = load_params(files / "params.yaml").section(ModelConfig)
-        named = str(model.init)
-        write_weights(find_published(origin or named, repository)._replace(name=named), project / "data" / INIT_FOLDER)
-        if (found := with_hash(model, project / "data" / INIT_FOLDER).init) != expected:
-            raise InputError(f"{origin or named} has other weights than it had then, {found} instead of {expected}")
+        named, ready = str(model.init), repository / "data" / INIT_FOLDER
+        if hash_of(ready) == expected:  # wherever they are now
+            copy_init(ready, project / "data" / INIT_FOLDER, named)
+        else:
+            found = find_published(origin or named, repository)
+            write_weights(found._replace(name=named), project / "data" / INIT_FOLDER)
+        if with_hash(model, project / "data" / INIT_FOLDER).init != expected:
+            raise InputError(
+                f"{origin or named} has other weights than it had then: put those with {expected} back there, or set "
+                "model.init to their folder and run `dvc repro tokenizer`"
+            )
     for folder in ("tokenizer", "bpe"):  # commits from before `corpus.tokenizer` read data/bpe
         (project / "data" / folder).mkdir()
         for name in tokenizer_in(files / "model").files:

@@ -130,6 +130,14 @@ def test_a_version_is_trained_again_from_its_weights_and_not_from_others(publish
     project = reproduce._set_up(files, tmp_path / "project", "weights/tiny", here)
     assert read_json(project / "data/init/manifest.json") == read_json(INIT / "manifest.json")
     assert reproduce._fingerprint_here(files) == read_json(Path("models/run.json"))["fingerprint"]
+    Path("weights/tiny").rename("weights/moved")  # data/init still has them, whatever they are called now
+    record = INIT / "init.json"
+    write_json(record, {**read_json(record), "source": "weights/moved"})
+    project = reproduce._set_up(files, tmp_path / "moved", "weights/tiny", here)
+    assert (project / "data/init/model.safetensors").read_bytes() == (INIT / "model.safetensors").read_bytes()
+    assert read_json(project / "data/init/init.json")["source"] == "weights/tiny"
+    shutil.rmtree(INIT)
+    Path("weights/moved").rename("weights/tiny")
     path = Path("weights/tiny/config.json")
     write_json(path, {**read_json(path), "n_layer": 1})
     with pytest.raises(InputError, match=r"weights/tiny: model.* has transformer.h.1"):
@@ -137,5 +145,5 @@ def test_a_version_is_trained_again_from_its_weights_and_not_from_others(publish
     shutil.rmtree("weights/tiny")
     published.transformer.wte.weight.data.add_(1)
     published.save_pretrained("weights/tiny")
-    with pytest.raises(InputError, match="weights/tiny has other weights than it had then, sha256:"):
+    with pytest.raises(InputError, match="weights/tiny has other weights than it had then: put those with sha256:"):
         reproduce._set_up(files, tmp_path / "third", "weights/tiny", here)

@@ -114,11 +114,11 @@ FAULTS = {
     ),
     "surplus": (
         lambda f: edit_tensors(f, lambda t: t.update(score=t[WTE] + 0)),
-        r"model.safetensors has score \(torch.float32\), which",
+        r"model.safetensors has score \(F32\), which",
     ),
     "integers": (
         lambda f: edit_tensors(f, lambda t: t.update({WTE: t[WTE].int()})),
-        r"model.safetensors has transformer.wte.weight \(torch.int32\), which is no",
+        r"model.safetensors has transformer.wte.weight \(I32\), which is no",
     ),
     "size": (lambda f: edit(f / "config.json", n_positions=13), r"has wpe.weight as \(12, 16\), by its config.json"),
     "head": (lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": t[WTE] + 1})), "has a head of its own"),
@@ -129,7 +129,11 @@ FAULTS = {
         lambda f: (f / "tokenizer.json").write_text('{"model": {}}'),
         "has a tokenizer that cannot be compared",
     ),
-    "few ids": (lambda f: edit(f / "config.json", vocab_size=60), "has 60 ids, the tokenizer bytes 257: set corpus"),
+    "not finite": (
+        lambda f: edit_tensors(f, lambda t: t[WTE][0].fill_(torch.nan)),
+        "transformer.wte.weight has values that are not finite",
+    ),
+    "few ids": (lambda f: save_published(f, vocab_size=60), "has 60 ids, the tokenizer bytes 257: set corpus"),
 }
 
 
@@ -145,7 +149,7 @@ def test_what_is_not_such_a_gpt2_is_refused_in_one_line_before_anything_is_writt
 
 def test_another_shape_is_refused_with_all_values_to_set(tiny, write):
     with pytest.raises(
-        InputError, match=r"weights/tiny has model.n_layer 2, model.n_embd 16, params.yaml has 4, 32: set"
+        InputError, match=r"another shape than params.yaml \(model.n_layer 4, model.n_embd 32\): set model.n_layer to 2"
     ):
         write(SHAPE.updated(n_layer=4, n_embd=32))
     with pytest.raises(InputError, match=r"^weights/none not found: give a folder of a GPT-2"):

@@ -322,15 +322,20 @@ def test_published_weights_decide_the_shape_and_the_plan_says_what_is_copied(com
         (["--init", "../none"], "error: --init ../none not found: give the folder of a GPT-2, or hf://OWNER/NAME such"),
         (["--init", "../gpt", "--size", "smoke"], "error: --init and --size: give one of them"),
         (["--init", "../gpt", "--tokenizer", "bytes"], "error: ../gpt has no tokenizer.json, so its ids cannot be com"),
-        (["--init", "../taken"], "error: weights/taken/README.md is not of ../taken: remove weights/taken, or give"),
+        (["--init", "../taken"], "error: weights/taken/config.json is of other weights than ../taken: rename the fold"),
         (["--init", "../taken.txt"], "error: --init ../taken.txt not found: give the folder of a GPT-2"),
+        (["--init", "../diary.txt"], "error: --init ../diary.txt is a file: give the folder of a GPT-2"),
+        (["--init", ""], "error: --init  not found: give the folder of a GPT-2"),
+        (["--init", "../cut"], "error: ../cut: model.safetensors is truncated, or not a safetensors file ("),
     ],
 )
 def test_weights_that_cannot_be_used_are_refused_in_one_line_by_plan_and_learn(arguments, message, command):
-    for name in ("gpt", "taken"):
+    for name in ("gpt", "taken", "cut"):
         save_published(Path(f"../{name}"), vocab_size=50257)
+    weights = Path("../cut/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
     Path("weights/taken").mkdir(parents=True)
-    Path("weights/taken/README.md").touch()
+    Path("weights/taken/config.json").touch()
     for name in ("plan", "learn"):
         code, said, messages = command(name, "../diary.txt", *arguments)
         assert (code, said) == (2, "")
