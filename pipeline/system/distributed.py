@@ -160,14 +160,15 @@ class _Watch:
 
     def _poll(self) -> None:
         while not self._left.wait(POLL_S):
-            for rank, pid in self._others.items():
-                if not psutil.pid_exists(pid):
-                    self.message = f"rank {rank}, process {pid}, has died: run the same command again to resume"
-                    self.lost.set()
-                    if not self._left.wait(GRACE_S):
-                        print(f"error: {self.message}", file=sys.stderr, flush=True)
-                        os._exit(PeerLost.exit_code)
-                    return
+            dead = [f"rank {rank}, process {pid}" for rank, pid in self._others.items() if not psutil.pid_exists(pid)]
+            if dead:  # of several, one has died and the others have noticed it before this process
+                died = "has died" if len(dead) == 1 else "have died"
+                self.message = f"{', and '.join(dead)}, {died}: run the same command again to resume"
+                self.lost.set()
+                if not self._left.wait(GRACE_S):
+                    print(f"error: {self.message}", file=sys.stderr, flush=True)
+                    os._exit(PeerLost.exit_code)
+                return
 
 
 def n_nodes() -> int:
