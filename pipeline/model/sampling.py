@@ -25,7 +25,7 @@ class Sampling(BaseModel):
     top_p: float = Field(
         1.0, gt=0, le=1, description="nucleus sampling: the smallest set of tokens whose probabilities add up to top_p"
     )
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: tokens that occurred are less likely")
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10, description="above 1: tokens that occurred are less likely")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same text")
     stop: tuple[str, ...] = Field((), max_length=16, description="stop text: the continuation ends before it")
 

@@ -74,7 +74,7 @@ class CompletionRequest(BaseModel):
         0, ge=0, le=65_536, description="not of OpenAI: sample from the k most likely tokens; 0: from all"
     )
     repetition_penalty: Annotated[float, _default_for_null(1.0)] = Field(
-        1.0, gt=0, le=10, description="not of OpenAI: above 1, tokens that occurred are less likely"
+        1.0, ge=0.1, le=10, description="not of OpenAI: above 1, tokens that occurred are less likely"
     )
     user: str | None = Field(None, description="accepted; it changes nothing")
     best_of: int | None = Field(None, description="not supported, except a value equal to n")

@@ -40,6 +40,7 @@ def test_a_prompt_is_text_or_ids_or_a_list_of_them(prompt, prompts):
         ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
         ({"temperature": float("nan")}, "temperature", ""),
         ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "greater than or equal to 0.1"),
         ({"n": 129}, "n", "less than or equal to 128"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"logprobs": True}, "logprobs", "valid integer"),
