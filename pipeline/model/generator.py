@@ -348,4 +348,6 @@ class TextStream:
 
     def _partial_stop(self) -> int:
         """Number of characters at the end of the text that may be the beginning of a stop text."""
-        return max((n for text in self._stop for n in range(len(text)) if self._pending.endswith(text[:n])), default=0)
+        pending = self._pending
+        lengths = ((text, range(min(len(text), len(pending) + 1))) for text in self._stop)
+        return max((n for text, possible in lengths for n in possible if pending.endswith(text[:n])), default=0)

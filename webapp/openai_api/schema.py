@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Sampling, StopText
 from webapp.completion import MAX_TOKENS
 
 MAX_CHOICES = 128  # of a request: prompts times n
@@ -57,8 +57,8 @@ class CompletionRequest(BaseModel):
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="the same seed gives the same text; null: a random one"
     )
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
-        (), max_length=MAX_STOPS, description="text, or up to 4, before which a choice ends"
+    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple)] = Field(
+        (), max_length=MAX_STOPS, description="text of up to 1,000 characters, or up to 4, before which a choice ends"
     )
     stream: Annotated[bool, _default_for_null(False)] = Field(
         False, description="send chunks as server-sent events; the last one is [DONE]"

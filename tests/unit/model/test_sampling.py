@@ -53,6 +53,8 @@ def test_every_invalid_value_is_refused_by_name_in_one_line():  # E3
                 Sampling.of(**{name: value})
     with pytest.raises(InputError, match=r"^repetition_penalty 5e-324: .* 0\.1$"):  # 0 as fp32, which makes NaN
         Sampling.of(repetition_penalty=5e-324)
+    with pytest.raises(InputError, match=r"^stop .* at most 1000 characters$"):
+        Sampling.of(stop=["a" * 1001])
     with pytest.raises(InputError) as refused:
         Sampling.of(max_tokens=3.7, top_k=10**9, seed="x" * 1000, colour="red")
     assert all(name in str(refused.value) for name in ("max_tokens 3.7", "top_k 1000000000", "seed 'xxx", "colour"))

@@ -46,6 +46,7 @@ def test_a_prompt_is_text_or_ids_or_a_list_of_them(prompt, prompts):
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"stop": list("abcde")}, "stop", "at most 4"),
         ({"stop": [1]}, "stop", "valid string"),
+        ({"stop": ["a", "b" * 1001]}, "stop", "at most 1000 characters"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "Unrecognized"),
