@@ -5,6 +5,7 @@ Waiting sequences join the batch between two steps, and finished or cancelled on
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
@@ -20,6 +21,7 @@ CACHE_BYTES = 2**30  # of keys and values, which may lower that number
 MAX_WAITING = 256  # sequences; a request that finds so many waiting is refused
 TIMEOUT_S = 300.0  # from a request to its last token
 PREFILL_TOKENS = 512  # of prompts that join in one step, so that others wait no longer than that
+FAILED = "the model failed: the server's log says why"
 ONE_STEP = threading.Lock()  # the steps of two versions would compete for the cores
 
 
@@ -32,7 +34,7 @@ class TimedOut(PipelineError):  # noqa: N818
 
 
 class EngineFailed(PipelineError):  # noqa: N818
-    """A step of the model failed; the server's log says why."""
+    """A step of the model, or one of its sequences, failed; the server's log says why."""
 
 
 class Scores(NamedTuple):
@@ -197,14 +199,18 @@ class Engine:
         BATCH_SIZE.observe(len(batch.sequences))
         with ONE_STEP:
             pieces = batch.step()
-        now = time.monotonic()
+        now, n_tokens = time.monotonic(), 0
         for sequence, piece in pieces:
             row = self._rows[sequence]
+            if isinstance(piece, Exception):
+                self._end(row.job, piece)
+                continue
+            n_tokens += len(piece.ids)
             if not row.job.has_tokens:
                 row.job.has_tokens = True
                 FIRST_TOKEN_S.observe(now - row.job.started)
             self._emit(row, piece)
-        TOKENS.labels("completion").inc(sum(len(piece.ids) for _, piece in pieces))
+        TOKENS.labels("completion").inc(n_tokens)
 
     def _emit(self, row: Row, piece: Piece) -> None:
         """Hand a piece to the request; after its last one, the row leaves."""
@@ -217,6 +223,13 @@ class Engine:
             if not job.n_open:
                 job.emit(None)
 
+    def _end(self, job: Job, error: Exception) -> None:
+        """End a request of which a sequence failed; its sequences leave before the next step."""
+        traceback.print_exception(error)
+        if not job.cancelled:
+            job.cancel()
+            job.emit(EngineFailed(FAILED))
+
     def _fail(self) -> None:
         """Tell all requests that a step failed, and forget them; the next request starts another thread."""
         with self._lock:
@@ -227,4 +240,4 @@ class Engine:
             self._rows.clear()
             self._thread = None
         for job in jobs:
-            job.emit(EngineFailed("the model failed: the server's log says why"))
+            job.emit(EngineFailed(FAILED))

@@ -10,7 +10,7 @@ from small_models import random_model
 from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import Batch, Generator, Piece
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Sampling, sample
 from tests.waiting import wait_until
 from webapp.engine import Busy, Engine, EngineFailed, Row, TimedOut
 
@@ -114,6 +114,24 @@ def test_after_a_failed_step_all_are_told_and_the_next_request_is_served(generat
         patch.setattr(Batch, "step", lambda batch: 1 / 0)
         assert isinstance(submit(engine, "O")[0].get(timeout=20), EngineFailed)
     assert ids_of(submit(engine, "O", max_tokens=4)[0]) == alone(generator, "O", max_tokens=4, temperature=1)
+
+
+def test_a_request_whose_sampling_fails_ends_alone(generator, held, monkeypatch, capsys):
+    def failing(logits, sampling, *rest):
+        return sample(logits, sampling, *rest) if sampling.seed else 1 / 0
+
+    monkeypatch.setattr("pipeline.model.generator.sample", failing)
+    engine = Engine(generator, max_rows=3)
+    sent = [submit(engine, "O", seed=seed)[0] for seed in (1, 0, 2)]
+    assert wait_until(lambda: engine.n_running == 3, 20)
+    held.release()
+    assert isinstance(sent[1].get(timeout=20), EngineFailed)
+    for seed, updates in ((1, sent[0]), (2, sent[2])):
+        assert ids_of(updates) == alone(generator, "O", max_tokens=20, temperature=1, seed=seed)
+    assert wait_until(lambda: engine._thread is None, 20)
+    assert (engine.n_running, "ZeroDivisionError" in capsys.readouterr().err) == (0, True)
+    with pytest.raises(ZeroDivisionError):
+        alone(generator, "O")
 
 
 def test_scores_come_before_the_tokens_and_without_tokens_alone(generator):
