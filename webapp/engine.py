@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias
+from weakref import WeakSet
 
 from pipeline.model.generator import Batch, Continuation, Generator, Piece, Prompt, TokenLogprob
 from pipeline.model.sampling import Sampling
@@ -20,6 +21,7 @@ MAX_ROWS = 32  # sequences in the batch
 CACHE_BYTES = 2**30  # of keys and values, which may lower that number
 MAX_WAITING = 256  # sequences; a request that finds so many waiting is refused
 TIMEOUT_S = 300.0  # from a request to its last token
+STOP_S = 5.0  # for the steps that run when the server stops
 PREFILL_TOKENS = 512  # of prompts that join in one step, so that others wait no longer than that
 FAILED = "the model failed: the server's log says why"
 ONE_STEP = threading.Lock()  # the steps of two versions would compete for the cores
@@ -31,6 +33,10 @@ class Busy(PipelineError):  # noqa: N818 (an event, not a fault)
 
 class TimedOut(PipelineError):  # noqa: N818
     """A request was not finished in time."""
+
+
+class Stopped(PipelineError):  # noqa: N818
+    """The server stops."""
 
 
 class EngineFailed(PipelineError):  # noqa: N818
@@ -81,6 +87,8 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._rows: dict[Continuation, Row] = {}  # in the batch, or being scored
         self._thread: threading.Thread | None = None
+        self._stopping = False
+        ENGINES.add(self)
 
     @property
     def n_waiting(self) -> int:
@@ -144,9 +152,10 @@ class Engine:
         with self._lock:
             now = time.monotonic()
             for row in [*self._waiting, *self._rows.values()]:
-                if not row.job.cancelled and row.job.deadline < now:
+                if not row.job.cancelled and (self._stopping or row.job.deadline < now):
                     row.job.cancel()
-                    row.job.emit(TimedOut(f"not finished within {self.timeout_s:.0f} s: ask for fewer tokens"))
+                    late = TimedOut(f"not finished within {self.timeout_s:.0f} s: ask for fewer tokens")
+                    row.job.emit(Stopped("the server stops") if self._stopping else late)
             WAITING.dec(len(self._waiting))
             self._waiting = deque(row for row in self._waiting if not row.job.cancelled)
             for row in [row for row in self._rows.values() if row.job.cancelled]:
@@ -241,3 +250,19 @@ class Engine:
             self._thread = None
         for job in jobs:
             job.emit(EngineFailed(FAILED))
+
+
+ENGINES = WeakSet[Engine]()
+
+
+def stop_engines() -> None:
+    """End all requests with an error, later ones as well, and wait for the threads, at most STOP_S for all.
+
+    The interpreter must not end while a thread is in a step: PyTorch would abort the process.
+    """
+    engines, deadline = list(ENGINES), time.monotonic() + STOP_S
+    for engine in engines:
+        engine._stopping = True
+    for engine in engines:
+        if thread := engine._thread:
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from small_models import random_model
 
+import webapp.engine
 from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import Batch, Generator, Piece
 from pipeline.model.sampling import Sampling, sample
 from tests.waiting import wait_until
-from webapp.engine import Busy, Engine, EngineFailed, Row, TimedOut
+from webapp.engine import Busy, Engine, EngineFailed, Row, Stopped, TimedOut, stop_engines
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
 PROMPTS = ["ROMEO:", "", "Before we proceed any further, hear me speak, and then some more of it", "O", "To be", "x y"]
@@ -132,6 +133,20 @@ def test_a_request_whose_sampling_fails_ends_alone(generator, held, monkeypatch,
     assert (engine.n_running, "ZeroDivisionError" in capsys.readouterr().err) == (0, True)
     with pytest.raises(ZeroDivisionError):
         alone(generator, "O")
+
+
+def test_when_the_server_stops_all_requests_are_told_and_the_threads_end(generator, held, monkeypatch):
+    monkeypatch.setattr(webapp.engine, "ENGINES", engines := {Engine(generator, max_rows=1), Engine(generator)})
+    sent = [submit(engine, "O")[0] for engine in engines for _ in range(2)]
+    assert wait_until(lambda: all(engine.n_running for engine in engines), 20)
+    held.release()
+    stop_engines()
+    assert [engine._thread for engine in engines] == [None, None]
+    sent += [submit(engine, "O")[0] for engine in engines]  # a connection may still be open
+    for updates in sent:
+        while isinstance(update := updates.get(timeout=20), Piece):
+            pass
+        assert isinstance(update, Stopped)
 
 
 def test_scores_come_before_the_tokens_and_without_tokens_alone(generator):
