@@ -5,10 +5,12 @@ Waiting sequences join the batch between two steps, and finished or cancelled on
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias
+from weakref import WeakSet
 
 from pipeline.model.generator import Batch, Continuation, Generator, Piece, Prompt, TokenLogprob
 from pipeline.model.sampling import Sampling
@@ -19,7 +21,9 @@ MAX_ROWS = 32  # sequences in the batch
 CACHE_BYTES = 2**30  # of keys and values, which may lower that number
 MAX_WAITING = 256  # sequences; a request that finds so many waiting is refused
 TIMEOUT_S = 300.0  # from a request to its last token
+STOP_S = 5.0  # for the steps that run when the server stops
 PREFILL_TOKENS = 512  # of prompts that join in one step, so that others wait no longer than that
+FAILED = "the model failed: the server's log says why"
 ONE_STEP = threading.Lock()  # the steps of two versions would compete for the cores
 
 
@@ -31,8 +35,12 @@ class TimedOut(PipelineError):  # noqa: N818
     """A request was not finished in time."""
 
 
+class Stopped(PipelineError):  # noqa: N818
+    """The server stops."""
+
+
 class EngineFailed(PipelineError):  # noqa: N818
-    """A step of the model failed; the server's log says why."""
+    """A step of the model, or one of its sequences, failed; the server's log says why."""
 
 
 class Scores(NamedTuple):
@@ -79,6 +87,8 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._rows: dict[Continuation, Row] = {}  # in the batch, or being scored
         self._thread: threading.Thread | None = None
+        self._stopping = False
+        ENGINES.add(self)
 
     @property
     def n_waiting(self) -> int:
@@ -142,9 +152,10 @@ class Engine:
         with self._lock:
             now = time.monotonic()
             for row in [*self._waiting, *self._rows.values()]:
-                if not row.job.cancelled and row.job.deadline < now:
+                if not row.job.cancelled and (self._stopping or row.job.deadline < now):
                     row.job.cancel()
-                    row.job.emit(TimedOut(f"not finished within {self.timeout_s:.0f} s: ask for fewer tokens"))
+                    late = TimedOut(f"not finished within {self.timeout_s:.0f} s: ask for fewer tokens")
+                    row.job.emit(Stopped("the server stops") if self._stopping else late)
             WAITING.dec(len(self._waiting))
             self._waiting = deque(row for row in self._waiting if not row.job.cancelled)
             for row in [row for row in self._rows.values() if row.job.cancelled]:
@@ -197,14 +208,18 @@ class Engine:
         BATCH_SIZE.observe(len(batch.sequences))
         with ONE_STEP:
             pieces = batch.step()
-        now = time.monotonic()
+        now, n_tokens = time.monotonic(), 0
         for sequence, piece in pieces:
             row = self._rows[sequence]
+            if isinstance(piece, Exception):
+                self._end(row.job, piece)
+                continue
+            n_tokens += len(piece.ids)
             if not row.job.has_tokens:
                 row.job.has_tokens = True
                 FIRST_TOKEN_S.observe(now - row.job.started)
             self._emit(row, piece)
-        TOKENS.labels("completion").inc(sum(len(piece.ids) for _, piece in pieces))
+        TOKENS.labels("completion").inc(n_tokens)
 
     def _emit(self, row: Row, piece: Piece) -> None:
         """Hand a piece to the request; after its last one, the row leaves."""
@@ -217,6 +232,13 @@ class Engine:
             if not job.n_open:
                 job.emit(None)
 
+    def _end(self, job: Job, error: Exception) -> None:
+        """End a request of which a sequence failed; its sequences leave before the next step."""
+        traceback.print_exception(error)
+        if not job.cancelled:
+            job.cancel()
+            job.emit(EngineFailed(FAILED))
+
     def _fail(self) -> None:
         """Tell all requests that a step failed, and forget them; the next request starts another thread."""
         with self._lock:
@@ -227,4 +249,20 @@ class Engine:
             self._rows.clear()
             self._thread = None
         for job in jobs:
-            job.emit(EngineFailed("the model failed: the server's log says why"))
+            job.emit(EngineFailed(FAILED))
+
+
+ENGINES = WeakSet[Engine]()
+
+
+def stop_engines() -> None:
+    """End all requests with an error, later ones as well, and wait for the threads, at most STOP_S for all.
+
+    The interpreter must not end while a thread is in a step: PyTorch would abort the process.
+    """
+    engines, deadline = list(ENGINES), time.monotonic() + STOP_S
+    for engine in engines:
+        engine._stopping = True
+    for engine in engines:
+        if thread := engine._thread:
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,5 +1,8 @@
 """One app for everything: the OpenAI protocol, health, metrics and docs, with the page mounted on it."""
 
+import asyncio
+import logging
+import socket
 import sys
 from collections.abc import Collection
 from contextlib import suppress
@@ -16,6 +19,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.responses import HTMLResponse, Response
 
+from webapp.engine import stop_engines
 from webapp.http.request_filter import LOOPBACK, MAX_BODY, KeyFilter, NameFilter, hostname
 from webapp.metrics import REGISTRY
 from webapp.model_source import Source
@@ -67,12 +71,19 @@ def make_app(source: Source, host: str, names: Collection[str] = (), key: str | 
     return app
 
 
+class Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the requests that run; uvicorn would wait for them, and then log each stream that it cuts."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await asyncio.gather(asyncio.to_thread(stop_engines), super().shutdown(sockets))
+
+
 def serve(app: FastAPI, host: str, port: int) -> None:
     """Serve `app` until a signal ends it."""
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=SHUTDOWN_S,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = Server(config)
     with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is stopped: uvicorn has closed it, and raises it again
         server.run()
     if not server.started:

@@ -125,7 +125,10 @@ class Generator:
         yield from (Piece(each.number, [], "", "length", None) for each in sequences if each.finished)
         batch = Batch(self, [each for each in sequences if not each.finished])
         while batch.sequences:
-            yield from (piece for _, piece in batch.step())
+            for _, piece in batch.step():
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
 
     def text(self, prompt: str, sampling: Sampling) -> str:
         """The prompt with its continuation."""
@@ -219,14 +222,19 @@ class Batch:
         self._cache.remove(row)
         self._cache.shorten(max((each.n_context for each in self.sequences), default=0))
 
-    def step(self) -> list[tuple[Continuation, Piece]]:
-        """Add tokens to every sequence, at least one each, and remove those that are finished."""
-        pieces = [
-            (sequence, self._sample_tokens(sequence, *logits))
-            for sequence, logits in zip(self.sequences, self._next_logits(), strict=True)
-        ]
+    def step(self) -> list[tuple[Continuation, Piece | Exception]]:
+        """Add tokens to every sequence, at least one each, and remove those that are finished.
+
+        An exception instead of a piece: sampling from this sequence failed, which was removed.
+        """
+        pieces = list[tuple[Continuation, Piece | Exception]]()
+        for sequence, logits in zip(list(self.sequences), self._next_logits(), strict=True):
+            try:
+                pieces.append((sequence, self._sample_tokens(sequence, *logits)))
+            except Exception as error:  # of any kind: the others continue
+                pieces.append((sequence, error))
         for sequence, piece in pieces:
-            if piece.finished:
+            if isinstance(piece, Exception) or piece.finished:
                 self.remove(sequence)
         return pieces
 
@@ -348,4 +356,6 @@ class TextStream:
 
     def _partial_stop(self) -> int:
         """Number of characters at the end of the text that may be the beginning of a stop text."""
-        return max((n for text in self._stop for n in range(len(text)) if self._pending.endswith(text[:n])), default=0)
+        pending = self._pending
+        lengths = ((text, range(min(len(text), len(pending) + 1))) for text in self._stop)
+        return max((n for text, possible in lengths for n in possible if pending.endswith(text[:n])), default=0)

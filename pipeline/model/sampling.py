@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -10,6 +10,8 @@ from pipeline.system.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
+StopText = Annotated[str, Field(max_length=1000)]  # each step looks for its beginnings
 
 
 class Sampling(BaseModel):
@@ -25,9 +27,9 @@ class Sampling(BaseModel):
     top_p: float = Field(
         1.0, gt=0, le=1, description="nucleus sampling: the smallest set of tokens whose probabilities add up to top_p"
     )
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: tokens that occurred are less likely")
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10, description="above 1: tokens that occurred are less likely")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same text")
-    stop: tuple[str, ...] = Field((), max_length=16, description="stop text: the continuation ends before it")
+    stop: tuple[StopText, ...] = Field((), max_length=16, description="stop text: the continuation ends before it")
 
     @classmethod
     def of(cls, **values: Any) -> Self:

@@ -1,20 +1,27 @@
 """The OpenAI protocol as its clients use it: the openai package, lm-eval, several users, bad bodies, an API key."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import httpx
 import openai
 import pytest
-from fixtures_app import LINES, PROMPT, WINDOW, _page, _served, _slow, _source, _version, running  # noqa: F401 (fixtures)
+from fixtures_app import LINES, PROMPT, WINDOW, _page, _served, _slow, _source, _version, free_port, running  # noqa: F401 (fixtures)
 from openai import OpenAI
 
 from pipeline.model.sampling import Sampling
+from tests.waiting import wait_until
 from webapp import engine as engine_module
 from webapp.server import make_app
 
+APP = Path(__file__).parents[2] / "app.py"
 GREEDY = Sampling(max_tokens=40, temperature=0)
 
 
@@ -259,3 +266,33 @@ def test_an_api_key_is_required_of_the_api_and_of_the_page(source):
         assert OpenAI(base_url=f"{url}v1", api_key=key).completions.create(model="parrot", prompt="All:").choices
         with pytest.raises(openai.AuthenticationError, match="API key"):
             OpenAI(base_url=f"{url}v1", api_key="other").models.list()
+
+
+def test_ctrl_c_ends_the_server_and_tells_the_streams_that_run(version):
+    port = str(free_port())
+    command = [sys.executable, APP, "--folder", version, "--port", port]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as app, httpx.Client(timeout=60) as http:
+        try:
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            assert app.stdout
+            assert "version 7" in app.stdout.readline()  # it is about to listen
+            assert wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), 60)
+            body = {"prompt": "All:", "max_tokens": 2000, "temperature": 2, "n": 32, "stream": True}
+            with http.stream("POST", url, json=body) as answer:
+                lines = answer.iter_lines()
+                assert "choices" in next(lines)
+                os.kill(app.pid, signal.SIGINT)
+                events = [line for line in lines if line]
+            assert (app.communicate(timeout=60), app.returncode) == (("", ""), 0)
+        finally:
+            app.kill()
+    assert "the server stops" in events[-2]
+    assert events[-1] == "data: [DONE]"
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -18,7 +18,8 @@ class Choice:
         """`echoed`: the prompt, if it is returned; `reports`: with log-probabilities."""
         self._index, self._tokenizer, self._reports = index, tokenizer, reports
         self._text = echoed or ""
-        self._bytes = b""  # of the reported tokens, the prompt's included if it is echoed
+        self._n_characters = 0  # of the reported tokens, the prompt's included if it is echoed
+        self._bytes = b""  # after the last whole character
         self._pending: list[tuple[int, TokenLogprob]] = []  # offset in the text, and token
         self._taken = 0  # characters
         self._changed = bool(echoed)
@@ -31,9 +32,11 @@ class Choice:
             self.n_tokens += len(update.ids) + (update.finished == "end")
             self._finish = update.finished
         for token in update.logprobs:
-            text = self._bytes[: whole_length(self._bytes)].decode("utf-8", errors="replace")
-            self._pending.append((len(text), token))
+            self._pending.append((self._n_characters, token))
             self._bytes += b"" if token.id == self._tokenizer.eot else self._tokenizer.decode_bytes([token.id])
+            whole = whole_length(self._bytes)
+            self._n_characters += len(self._bytes[:whole].decode("utf-8", errors="replace"))
+            self._bytes = self._bytes[whole:]
         self._changed = True
 
     def take(self) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pipeline.system.errors import PipelineError
-from webapp.engine import Busy, Job, Row, TimedOut, Update
+from webapp.engine import Busy, Job, Row, Stopped, TimedOut, Update
 from webapp.metrics import REQUESTS
 from webapp.model_source import Served, Source
 from webapp.openai_api.choices import END_OF_TEXT, Choice
@@ -110,7 +110,7 @@ class Completion:
                     yield
                     return
                 if isinstance(update, PipelineError):
-                    raise ApiError(503 if isinstance(update, TimedOut) else 500, f"{update}")
+                    raise ApiError(503 if isinstance(update, TimedOut | Stopped) else 500, f"{update}")
                 self._choices[update.sequence].add(update)
             yield
             with suppress(TimeoutError):

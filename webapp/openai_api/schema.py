@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Sampling, StopText
 from webapp.completion import MAX_TOKENS
 
 MAX_CHOICES = 128  # of a request: prompts times n
@@ -57,8 +57,8 @@ class CompletionRequest(BaseModel):
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="the same seed gives the same text; null: a random one"
     )
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
-        (), max_length=MAX_STOPS, description="text, or up to 4, before which a choice ends"
+    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple)] = Field(
+        (), max_length=MAX_STOPS, description="text of up to 1,000 characters, or up to 4, before which a choice ends"
     )
     stream: Annotated[bool, _default_for_null(False)] = Field(
         False, description="send chunks as server-sent events; the last one is [DONE]"
@@ -74,7 +74,7 @@ class CompletionRequest(BaseModel):
         0, ge=0, le=65_536, description="not of OpenAI: sample from the k most likely tokens; 0: from all"
     )
     repetition_penalty: Annotated[float, _default_for_null(1.0)] = Field(
-        1.0, gt=0, le=10, description="not of OpenAI: above 1, tokens that occurred are less likely"
+        1.0, ge=0.1, le=10, description="not of OpenAI: above 1, tokens that occurred are less likely"
     )
     user: str | None = Field(None, description="accepted; it changes nothing")
     best_of: int | None = Field(None, description="not supported, except a value equal to n")

@@ -22,7 +22,8 @@ def shares(used=(), **values):
 DISTRIBUTIONS = [
     ({"temperature": 1}, LOGITS.softmax(0)),
     ({"temperature": 0}, [1, 0, 0, 0, 0]),
-    ({"temperature": 1e-300}, [1, 0, 0, 0, 0]),
+    *(({"temperature": tiny}, [1, 0, 0, 0, 0]) for tiny in (1e-300, 5e-324)),
+    ({"repetition_penalty": 0.1, "used": [0]}, [1, 0, 0, 0, 0]),
     ({"temperature": 100}, [0.25, 0.25, 0.25, 0.25, 0]),
     ({"repetition_penalty": 2, "used": [0, 0, 3]}, torch.tensor([1.0, 1, 0, -2, -torch.inf]).softmax(0)),
 ]
@@ -36,7 +37,7 @@ def test_temperature_and_penalty_have_the_distribution_of_their_formulas(values,
 
 
 TOP_K = [({"top_k": k, "temperature": 10}, n) for k, n in ((1, 1), (2, 2), (4, 4), (5, 4), (0, 4), (50_257, 4))]
-TOP_P = [({"top_p": p}, n) for p, n in ((1e-9, 1), (0.64, 1), (0.65, 2), (0.88, 2), (0.89, 3), (1, 4))]
+TOP_P = [({"top_p": p}, n) for p, n in ((5e-324, 1), (1e-9, 1), (0.64, 1), (0.65, 2), (0.88, 2), (0.89, 3), (1, 4))]
 BOTH = [({"top_k": 2, "top_p": 0.72}, 1)]  # of the two, .731 and .269
 
 
@@ -50,6 +51,10 @@ def test_every_invalid_value_is_refused_by_name_in_one_line():  # E3
         for value in (-1, 1e30, math.nan, math.inf, None, "many", "", [], {}):
             with pytest.raises(InputError, match=f"^{name} .*$"):
                 Sampling.of(**{name: value})
+    with pytest.raises(InputError, match=r"^repetition_penalty 5e-324: .* 0\.1$"):  # 0 as fp32, which makes NaN
+        Sampling.of(repetition_penalty=5e-324)
+    with pytest.raises(InputError, match=r"^stop .* at most 1000 characters$"):
+        Sampling.of(stop=["a" * 1001])
     with pytest.raises(InputError) as refused:
         Sampling.of(max_tokens=3.7, top_k=10**9, seed="x" * 1000, colour="red")
     assert all(name in str(refused.value) for name in ("max_tokens 3.7", "top_k 1000000000", "seed 'xxx", "colour"))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from small_models import random_model
 
+import webapp.engine
 from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import Batch, Generator, Piece
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Sampling, sample
 from tests.waiting import wait_until
-from webapp.engine import Busy, Engine, EngineFailed, Row, TimedOut
+from webapp.engine import Busy, Engine, EngineFailed, Row, Stopped, TimedOut, stop_engines
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
 PROMPTS = ["ROMEO:", "", "Before we proceed any further, hear me speak, and then some more of it", "O", "To be", "x y"]
@@ -114,6 +115,38 @@ def test_after_a_failed_step_all_are_told_and_the_next_request_is_served(generat
         patch.setattr(Batch, "step", lambda batch: 1 / 0)
         assert isinstance(submit(engine, "O")[0].get(timeout=20), EngineFailed)
     assert ids_of(submit(engine, "O", max_tokens=4)[0]) == alone(generator, "O", max_tokens=4, temperature=1)
+
+
+def test_a_request_whose_sampling_fails_ends_alone(generator, held, monkeypatch, capsys):
+    def failing(logits, sampling, *rest):
+        return sample(logits, sampling, *rest) if sampling.seed else 1 / 0
+
+    monkeypatch.setattr("pipeline.model.generator.sample", failing)
+    engine = Engine(generator, max_rows=3)
+    sent = [submit(engine, "O", seed=seed)[0] for seed in (1, 0, 2)]
+    assert wait_until(lambda: engine.n_running == 3, 20)
+    held.release()
+    assert isinstance(sent[1].get(timeout=20), EngineFailed)
+    for seed, updates in ((1, sent[0]), (2, sent[2])):
+        assert ids_of(updates) == alone(generator, "O", max_tokens=20, temperature=1, seed=seed)
+    assert wait_until(lambda: engine._thread is None, 20)
+    assert (engine.n_running, "ZeroDivisionError" in capsys.readouterr().err) == (0, True)
+    with pytest.raises(ZeroDivisionError):
+        alone(generator, "O")
+
+
+def test_when_the_server_stops_all_requests_are_told_and_the_threads_end(generator, held, monkeypatch):
+    monkeypatch.setattr(webapp.engine, "ENGINES", engines := {Engine(generator, max_rows=1), Engine(generator)})
+    sent = [submit(engine, "O")[0] for engine in engines for _ in range(2)]
+    assert wait_until(lambda: all(engine.n_running for engine in engines), 20)
+    held.release()
+    stop_engines()
+    assert [engine._thread for engine in engines] == [None, None]
+    sent += [submit(engine, "O")[0] for engine in engines]  # a connection may still be open
+    for updates in sent:
+        while isinstance(update := updates.get(timeout=20), Piece):
+            pass
+        assert isinstance(update, Stopped)
 
 
 def test_scores_come_before_the_tokens_and_without_tokens_alone(generator):

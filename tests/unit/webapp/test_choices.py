@@ -1,0 +1,29 @@
+"""The choices of OpenAI's answer: where each token begins in the text."""
+
+from pipeline.data.tokenizer import whole_length
+from pipeline.model.generator import Piece, TokenLogprob
+from webapp.engine import Scores
+from webapp.openai_api import choices
+from webapp.openai_api.choices import Choice
+
+
+def offsets(tokenizer, ids):
+    choice = Choice(0, tokenizer, tokenizer.decode(i for i in ids if i != tokenizer.eot), reports=True)
+    choice.add(Scores(0, [TokenLogprob(i, -1.0) for i in ids]))
+    choice.add(Piece(0, [], "", "length", None))
+    return choice.take()["logprobs"]["text_offset"]
+
+
+def test_a_token_begins_after_the_whole_characters_before_it(tokenizer):
+    text = "aé☃🙂é\n"
+    ids = [tokenizer.eot, *(tokenizer.encode(text)), tokenizer.eot, *tokenizer.encode("b")]
+    bytes_before = [tokenizer.decode_bytes(i for i in ids[:n] if i != tokenizer.eot) for n in range(len(ids))]
+    assert offsets(tokenizer, ids) == [len(data.decode("utf-8", errors="ignore")) for data in bytes_before]
+
+
+def test_a_long_prompt_is_decoded_once(tokenizer, monkeypatch):
+    (longest,) = tokenizer.encode("-" * 64)
+    sizes = []
+    monkeypatch.setattr(choices, "whole_length", lambda data: sizes.append(len(data)) or whole_length(data))
+    assert offsets(tokenizer, [longest] * 1000) == list(range(0, 64_000, 64))
+    assert sum(sizes) == 64_000  # if each token decodes all before it, it is 500 times that
