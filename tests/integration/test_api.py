@@ -12,6 +12,7 @@ from fixtures_app import LINES, PROMPT, WINDOW, _page, _served, _slow, _source, 
 from openai import OpenAI
 
 from pipeline.model.sampling import Sampling
+from tests.waiting import wait_until
 from webapp import engine as engine_module
 from webapp.server import make_app
 
@@ -245,7 +246,44 @@ def test_docs_metrics_and_health_are_there_and_load_nothing_from_elsewhere(http)
     for name in ("requests_total", "tokens_total", "waiting_sequences", "batch_size_bucket", "first_token_seconds_sum"):
         assert f"\ntotarget_{name}" in metrics
     assert http.head("health").status_code == http.head("v1/models").status_code == 200
-    assert (http.get("v1/completions").status_code, http.get("v1/completions").headers["allow"]) == (405, "POST")
+
+
+def test_health_counts_the_sequences_of_all_versions(http, slow):
+    body = {"model": "6", "prompt": "All:", "max_tokens": 2000, "stream": True}
+    with http.stream("POST", "v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        assert http.get("health").json()["running"] == 1
+    assert wait_until(lambda: http.get("health").json()["running"] == 0, 30)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", "v1/completions", 405, "POST"),
+        ("POST", "v1/models", 405, "GET, HEAD"),
+        ("POST", "health", 405, "GET, HEAD"),
+        ("POST", "metrics", 405, "GET"),
+        ("DELETE", "docs", 405, "GET"),
+        ("GET", "tokenize", 405, "POST"),
+        ("POST", "v1/chat/completions", 404, None),
+        ("GET", "nowhere", 404, None),
+        ("POST", "nowhere", 404, None),
+    ],
+)
+def test_a_wrong_path_or_method_is_told_in_openais_shape(http, method, path, status, allow):
+    refused = http.request(method, path, json={})
+    assert (refused.status_code, refused.headers.get("allow")) == (status, allow)
+    assert f"/{path}" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "gradio_api/queue/join", "nowhere"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_told_in_openais_shape(http, path, chunked):
+    body = b"x" * 2**21
+    refused = http.post(path, content=iter([body]) if chunked else body, headers={"content-type": "application/json"})
+    if path != "nowhere" or not chunked:  # of an unknown path no body is read
+        assert refused.status_code == 413
+        assert "1 MiB at most" in refused.json()["error"]["message"]
 
 
 def test_an_api_key_is_required_of_the_api_and_of_the_page(source):

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from webapp.metrics import REQUESTS
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+TOO_LARGE = "the body is too large: send 1 MiB at most"
 
 
 class ApiError(Exception):
@@ -39,7 +40,8 @@ async def api_error(request: Request, error: Exception) -> JSONResponse:
 async def http_error(request: Request, error: Exception) -> JSONResponse:
     """The response to an unknown path, a wrong method, or a body that is not JSON."""
     assert isinstance(error, HTTPException)
-    refused = ApiError(error.status_code, f"{request.method} {request.url.path}: {str(error.detail).lower()}")
+    detail = TOO_LARGE if error.status_code == 413 else str(error.detail).lower()
+    refused = ApiError(error.status_code, f"{request.method} {request.url.path}: {detail}")
     refused.headers = dict(error.headers or {})
     return await api_error(request, refused)
 

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from pipeline.system.errors import PipelineError
@@ -207,17 +208,32 @@ def openai_router(source: Source) -> APIRouter:
         ids = _checked_ids(body.tokens, served, "tokens")
         return {"prompt": served.tokenizer.decode(i for i in ids if i != served.tokenizer.eot)}
 
+    refuse_other_methods(router)
+
     @router.api_route("/v1/{path:path}", methods=ALL_METHODS, include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
-        if path in ("completions", "models"):
-            allowed = "POST" if path == "completions" else "GET, HEAD"
-            refused = ApiError(405, f"{request.method} /v1/{path}: choose {allowed}", code="method_not_allowed")
-            refused.headers["Allow"] = allowed
-            raise refused
         hint = "a base model has no chat: use /v1/completions" if "chat" in path else "/docs lists the paths"
         raise ApiError(404, f"/v1/{path} does not exist here: {hint}", code="unknown_url")
 
     return router
+
+
+def refuse_other_methods(router: APIRouter) -> None:
+    """Let each path that `router` has so far answer any other method with status 405."""
+    allowed: dict[str, set[str]] = {}
+    for route in router.routes:
+        if isinstance(route, Route):
+            allowed.setdefault(route.path, set()).update(route.methods or ())
+    for path, methods in allowed.items():
+        choices = ", ".join(sorted(methods))
+
+        async def refuse(request: Request, choices: str = choices) -> None:
+            words = f"{request.method} {request.url.path}: choose {choices}"
+            refused = ApiError(405, words, code="method_not_allowed")
+            refused.headers["Allow"] = choices
+            raise refused
+
+        router.add_route(path, refuse, [each for each in ALL_METHODS if each not in methods], include_in_schema=False)
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
