@@ -83,6 +83,13 @@ class CompletionRequest(BaseModel):
     presence_penalty: float | None = Field(None, description="not supported, except 0")
     frequency_penalty: float | None = Field(None, description="not supported, except 0")
 
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty text ends nothing: leave it out")
+        return value
+
     @field_validator("suffix", "logit_bias", "presence_penalty", "frequency_penalty")
     @classmethod
     def _unsupported(cls, value: Any) -> Any:
