@@ -1,6 +1,7 @@
 """The OpenAI protocol as its clients use it: the openai package, lm-eval, several users, bad bodies, an API key."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -173,6 +174,34 @@ def test_lm_eval_gets_the_loglikelihoods_of_our_own_losses(page, served, tmp_pat
 def is_greedy(served, ids: list[int], n: int) -> bool:
     """Whether each id from the n-th on is the most likely one."""
     return all(int(served.generator.next_tokens(ids[:i]).argmax()) == ids[i] for i in range(n, len(ids)))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("v1/completions", b'{"prompt": "\xff"}', "the body is not UTF-8"),
+        ("v1/completions", b"{", "the body is not JSON"),
+        ("v1/completions", b"[]", "the body is not a JSON object"),
+        ("v1/completions", b"[" * 100_000, "the body is not JSON"),
+        ("tokenize", b'{"prompt": 1}', "prompt: give text"),
+        ("detokenize", b'{"tokens": 1}', "tokens: input should be a valid list"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_in_plain_words(http, path, body, message):
+    refused = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, message)
+
+
+def test_a_text_is_encoded_beside_the_event_loop_and_within_the_limit_of_a_prompt(http, served, monkeypatch):
+    threads, encode = [], served.tokenizer.encode
+    monkeypatch.setattr(
+        served.tokenizer, "encode", lambda text: (threads.append(threading.current_thread()), encode(text))[1]
+    )
+    ids = http.post("tokenize", json={"prompt": LINES}).json()["tokens"]
+    assert http.post("detokenize", json={"tokens": ids}).json() == {"prompt": LINES}
+    assert [thread.name.startswith("AnyIO worker") for thread in threads] == [True]
+    refused = http.post("tokenize", json={"prompt": "a" * 160_001})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 # several users

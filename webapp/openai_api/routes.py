@@ -198,7 +198,8 @@ def openai_router(source: Source) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a text; the end-of-text token alone is its id."""
         served = await models.open(body.model)
-        ids = [served.tokenizer.eot] if body.prompt == END_OF_TEXT else served.tokenizer.encode(body.prompt)
+        text, tokenizer = _checked_text(body.prompt), served.tokenizer
+        ids = [tokenizer.eot] if text == END_OF_TEXT else await run_in_threadpool(tokenizer.encode, text)
         return {"tokens": ids, "count": len(ids), "max_model_len": served.window}
 
     @router.post("/detokenize", tags=["Tokenizer"])
@@ -206,7 +207,8 @@ def openai_router(source: Source) -> APIRouter:
         """The text of token ids."""
         served = await models.open(body.model)
         ids = _checked_ids(body.tokens, served, "tokens")
-        return {"prompt": served.tokenizer.decode(i for i in ids if i != served.tokenizer.eot)}
+        text = await run_in_threadpool(served.tokenizer.decode, [i for i in ids if i != served.tokenizer.eot])
+        return {"prompt": text}
 
     refuse_other_methods(router)
 
@@ -245,15 +247,20 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _encoded(prompt: str | list[int], served: Served) -> list[int]:
     """Token ids of a prompt, at least one. Raises ApiError."""
-    if isinstance(prompt, str) and len(prompt) > (most := 16 * MAX_PROMPT_TOKENS):  # encoding it would take long
-        raise ApiError(
-            400, f"prompt: {len(prompt):,} characters: {most:,} at most", "prompt", "context_length_exceeded"
-        )
-    ids = served.generator.encode(prompt if isinstance(prompt, str) else _checked_ids(prompt, served, "prompt"))
+    checked = _checked_text(prompt) if isinstance(prompt, str) else _checked_ids(prompt, served, "prompt")
+    ids = served.generator.encode(checked)
     if len(ids) > MAX_PROMPT_TOKENS:
         message = f"prompt: {len(ids):,} tokens: {MAX_PROMPT_TOKENS:,} at most"
         raise ApiError(400, message, "prompt", "context_length_exceeded")
     return ids
+
+
+def _checked_text(text: str) -> str:
+    """A text that does not take long to encode. Raises ApiError."""
+    if len(text) > (most := 16 * MAX_PROMPT_TOKENS):
+        message = f"prompt: {len(text):,} characters: {most:,} at most"
+        raise ApiError(400, message, "prompt", "context_length_exceeded")
+    return text
 
 
 def _checked_ids(ids: Sequence[int], served: Served, param: str) -> Sequence[int]:
