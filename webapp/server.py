@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from webapp.http.request_filter import LOOPBACK, MAX_BODY, KeyFilter, NameFilter, hostname
@@ -56,14 +57,25 @@ def make_app(source: Source, host: str, names: Collection[str] = (), key: str | 
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
+    async def docs(request: Request) -> HTMLResponse:
         """This description as a page that loads nothing from elsewhere."""
-        return HTMLResponse(TEMPLATES.get_template("docs.html.j2").render(api=app.openapi()))
+        base = str(request.base_url).rstrip("/")
+        return HTMLResponse(TEMPLATES.get_template("docs.html.j2").render(api=app.openapi(), base=base))
 
     refuse_other_methods(app.router)
     mounted(app, page := compose(source))
     app.state.page = page
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Take FastAPI's own status 422 from the description, which the app keeps: an invalid body gets 400."""
+    described = app.openapi()
+    for route in (route for methods in described["paths"].values() for route in methods.values()):
+        route["responses"].pop("422", None)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(unused, None)
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

@@ -1,6 +1,7 @@
 """The OpenAI protocol as its clients use it: the openai package, lm-eval, several users, bad bodies, an API key."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -267,6 +268,12 @@ def test_docs_metrics_and_health_are_there_and_load_nothing_from_elsewhere(http)
     assert "default-src 'self'" in docs.headers["content-security-policy"]
     assert "stream_options" in docs.text
     assert "src=" not in docs.text
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", docs.text))
+    for said in ("max_tokens integer (0 to 2000) 16", "logprobs integer (0 to 5) or null", "n integer (1 to 128)",
+                 "temperature number (0 to 2)", "stop string or list of string (up to 4)", "include_usage (boolean",
+                 f"curl {http.base_url}v1/completions"):  # fmt: skip
+        assert said in words, said
+    assert "422" not in http.get("openapi.json").text
     assert http.get("openapi.json").json()["paths"].keys() >= {"/v1/completions", "/v1/models", "/health", "/metrics"}
     health = {"status": "ok", "model": "parrot version 7", "running": 0, "waiting": 0}
     assert http.get("health").json().items() >= health.items()

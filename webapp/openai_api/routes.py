@@ -183,7 +183,7 @@ def openai_router(source: Source) -> APIRouter:
         return {"object": "list", "data": await models.listing()}
 
     @router.head("/v1/models/{model:path}", include_in_schema=False)
-    @router.get("/v1/models/{model:path}", tags=["OpenAI"])
+    @router.get("/v1/models/{model:path}", tags=["OpenAI"], responses=_refusals(401, 404))
     async def retrieve_model(model: str) -> dict[str, Any]:
         """One of them."""
         return await models.model(model)
@@ -194,7 +194,7 @@ def openai_router(source: Source) -> APIRouter:
         return {"tokenizer_class": source.current().tokenizer.name, "eos_token": END_OF_TEXT, "bos_token": None,
                 "pad_token": None, "chat_template": None}  # fmt: skip
 
-    @router.post("/tokenize", tags=["Tokenizer"])
+    @router.post("/tokenize", tags=["Tokenizer"], responses=_refusals(400, 401, 404))
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a text; the end-of-text token alone is its id."""
         served = await models.open(body.model)
@@ -202,7 +202,7 @@ def openai_router(source: Source) -> APIRouter:
         ids = [tokenizer.eot] if text == END_OF_TEXT else await run_in_threadpool(tokenizer.encode, text)
         return {"tokens": ids, "count": len(ids), "max_model_len": served.window}
 
-    @router.post("/detokenize", tags=["Tokenizer"])
+    @router.post("/detokenize", tags=["Tokenizer"], responses=_refusals(400, 401, 404))
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids."""
         served = await models.open(body.model)

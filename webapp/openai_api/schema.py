@@ -3,7 +3,7 @@
 import secrets
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from pipeline.model.sampling import Sampling
 from webapp.completion import MAX_TOKENS
@@ -24,6 +24,15 @@ def _as_tuple(value: Any) -> Any:
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS},
+        {"type": "null"},
+    ]
+}
 
 
 class StreamOptions(BaseModel):
@@ -57,7 +66,7 @@ class CompletionRequest(BaseModel):
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="the same seed gives the same text; null: a random one"
     )
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), WithJsonSchema(STOP_SCHEMA)] = Field(
         (), max_length=MAX_STOPS, description="text, or up to 4, before which a choice ends"
     )
     stream: Annotated[bool, _default_for_null(False)] = Field(
