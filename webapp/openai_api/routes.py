@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -227,15 +228,15 @@ def refuse_other_methods(router: APIRouter) -> None:
         if isinstance(route, Route):
             allowed.setdefault(route.path, set()).update(route.methods or ())
     for path, methods in allowed.items():
-        choices = ", ".join(sorted(methods))
-
-        async def refuse(request: Request, choices: str = choices) -> None:
-            words = f"{request.method} {request.url.path}: choose {choices}"
-            refused = ApiError(405, words, code="method_not_allowed")
-            refused.headers["Allow"] = choices
-            raise refused
-
+        refuse = partial(_refuse_method, ", ".join(sorted(methods)))
         router.add_route(path, refuse, [each for each in ALL_METHODS if each not in methods], include_in_schema=False)
+
+
+async def _refuse_method(allowed: str, request: Request) -> Response:
+    words = f"{request.method} {request.url.path}: choose {allowed}"
+    refused = ApiError(405, words, code="method_not_allowed")
+    refused.headers["Allow"] = allowed
+    raise refused
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
