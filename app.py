@@ -6,6 +6,7 @@ if __name__ == "__main__":
     pipeline.end_quietly()  # Ctrl-C during the imports below
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -86,8 +87,13 @@ def main() -> None:
     source = open_source(arguments)
     try:
         socket.create_server((host, arguments.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (OSError, OverflowError) as error:  # port in use or out of range, or another machine's address
-        why = (getattr(error, "strerror", None) or str(error)).lower()
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OverflowError):
+            why = "a port is a number from 0 to 65535"
+        elif error.errno == errno.EADDRINUSE:
+            why = "another program uses this port"
+        else:  # such as another machine's address; socket adds the address in brackets
+            why = (error.strerror or str(error)).partition(" (while")[0].lower()
         raise InputError(f"cannot use {address}:{arguments.port} ({why}): choose --port or --host") from error
     app = make_app(source, address, arguments.allow_host, key or None)
     print(f"{source.current().label}: http://{address}:{arguments.port} (API: /v1, /docs)", flush=True)

@@ -156,13 +156,15 @@ class Engine:
                     row.job.cancel()
                     late = TimedOut(f"not finished within {self.timeout_s:.0f} s: ask for fewer tokens")
                     row.job.emit(Stopped("the server stops") if self._stopping else late)
-            WAITING.dec(len(self._waiting))
+            n_waiting = len(self._waiting)
             self._waiting = deque(row for row in self._waiting if not row.job.cancelled)
+            WAITING.dec(n_waiting - len(self._waiting))
             for row in [row for row in self._rows.values() if row.job.cancelled]:
                 self._leave(row, batch, scoring)
             n_tokens = 0
             while self._waiting and len(self._rows) < self.max_rows and n_tokens < PREFILL_TOKENS:
                 row = self._waiting.popleft()
+                WAITING.dec()
                 n_tokens += min(len(row.sequence.ids), self.generator.trained_length)
                 self._rows[row.sequence] = row
                 RUNNING.inc()
@@ -170,7 +172,6 @@ class Engine:
                     scoring.append(row)
                 else:
                     self._start(row, batch)
-            WAITING.inc(len(self._waiting))
             if not self._rows and not self._waiting:
                 self._thread = None
                 return False

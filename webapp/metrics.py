@@ -15,3 +15,8 @@ BATCH_SIZE = Histogram(
 FIRST_TOKEN_S = Histogram(
     "totarget_first_token_seconds", "From a request to its first token", buckets=SECONDS, registry=REGISTRY
 )
+
+
+def n_sequences() -> dict[str, int]:
+    """The sequences that run and wait in the engines of all versions."""
+    return {name: int(REGISTRY.get_sample_value(f"totarget_{name}_sequences") or 0) for name in ("running", "waiting")}

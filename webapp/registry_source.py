@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from pipeline.model.generator import load_generator
 from pipeline.registry.artifacts import open_version
 from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry
-from pipeline.system.errors import InputError, PipelineError
+from pipeline.system.errors import InputError
 from webapp.model_source import Listed, Served
 
 CHECK_S = 3.0  # between two checks of the registry
@@ -20,29 +21,27 @@ KEPT = 3  # versions in memory: the served one, and two that are compared
 class Registry:
     """The version that `which`, an alias or a number, names in the store of `root`; thread-safe.
 
-    If the new version cannot be loaded, the current one stays, and `trouble` says why.
+    A thread checks the registry every CHECK_S, so that the first request after a quiet time gets the new version, too,
+    and no request waits for the registry or for a version to load. If the new version cannot be loaded, the current one
+    stays, and `trouble` says why.
     """
 
     def __init__(self, root: Path, name: str, which: str, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
         """Raises ModelMissing or IntegrityError if the first version cannot be loaded."""
         self._name, self._which, self._precision = name, which, precision
-        self._checking = threading.Lock()
         self._load = lru_cache(KEPT)(self._load_version)
         self.trouble: str | None = None
         self._store = open_registry(root)
         self._opened: dict[str, dict[str, Any]] = {}  # number -> info of each version that was loaded
         self._served = self._open(str(find_version(self._store, name, which).version))
-        self._due = time.monotonic() + CHECK_S
+        threading.Thread(target=_keep_following, args=(weakref.ref(self),), daemon=True, name="registry").start()
 
     def current(self) -> Served:
-        """The version for the next request; no request waits for the registry or for a version to load."""
-        if time.monotonic() >= self._due and self._checking.acquire(blocking=False):
-            threading.Thread(target=self._follow, daemon=True).start()
+        """The version for the next request."""
         return self._served
 
-    def _follow(self) -> None:
-        """Switch to the version that the registry names now."""
-        wait = CHECK_S
+    def follow(self) -> float:
+        """Switch to the version that the registry names now; return the seconds until the next check."""
         try:
             version = find_version(self._store, self._name, self._which)
             served, before = self._open(str(version.version)), self._served
@@ -50,12 +49,10 @@ class Registry:
             if served is not before:
                 self._update_aliases()
             self._served, self.trouble = served, None
-        except PipelineError as error:
+        except Exception as error:  # also a lack of memory
             self.trouble = f"{self._which} could not be loaded ({error}), so {self._served.label} stays"
-            wait = RETRY_S
-        finally:
-            self._due = time.monotonic() + wait
-            self._checking.release()
+            return RETRY_S
+        return CHECK_S
 
     def _update_aliases(self) -> None:
         """An alias that moves leaves another version, which may be loaded too."""
@@ -86,3 +83,14 @@ class Registry:
         version = find_version(self._store, self._name, number)
         folder = open_version(self._store, version)
         return Served(load_generator(folder, self._precision), describe_version(self._store, version))
+
+
+def _keep_following(registry: weakref.ref[Registry]) -> None:
+    """Let a registry check its store until nobody uses it."""
+    wait = CHECK_S
+    while True:
+        time.sleep(wait)
+        if (used := registry()) is None:
+            return
+        wait = used.follow()
+        del used

@@ -17,14 +17,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from webapp.engine import stop_engines
 from webapp.http.request_filter import LOOPBACK, MAX_BODY, KeyFilter, NameFilter, hostname
-from webapp.metrics import REGISTRY
+from webapp.metrics import REGISTRY, n_sequences
 from webapp.model_source import Source
 from webapp.openai_api.errors import ApiError, api_error, http_error, invalid_body
-from webapp.openai_api.routes import openai_router
+from webapp.openai_api.routes import openai_router, refuse_other_methods
 from webapp.page import compose, mounted
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
@@ -50,11 +51,9 @@ def make_app(source: Source, host: str, names: Collection[str] = (), key: str | 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["Server"])
     async def health() -> dict[str, Any]:
-        """Whether the server answers, what it serves, and how many sequences run and wait."""
+        """Whether the server answers, what it serves, and how many sequences run and wait, of all versions."""
         served = source.current()
-        engine, precision = served.engine, served.generator.decoder.precision
-        counts = {"running": engine.n_running, "waiting": engine.n_waiting}
-        return {"status": "ok", "model": served.label, "precision": precision} | counts
+        return {"status": "ok", "model": served.label, "precision": served.generator.decoder.precision} | n_sequences()
 
     @app.get("/metrics", tags=["Server"], response_class=Response)
     async def metrics() -> Response:
@@ -62,13 +61,25 @@ def make_app(source: Source, host: str, names: Collection[str] = (), key: str | 
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
+    async def docs(request: Request) -> HTMLResponse:
         """This description as a page that loads nothing from elsewhere."""
-        return HTMLResponse(TEMPLATES.get_template("docs.html.j2").render(api=app.openapi()))
+        base = str(request.base_url).rstrip("/")
+        return HTMLResponse(TEMPLATES.get_template("docs.html.j2").render(api=app.openapi(), base=base))
 
+    refuse_other_methods(app.router)
     mounted(app, page := compose(source))
     app.state.page = page
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Take FastAPI's own status 422 from the description, which the app keeps: an invalid body gets 400."""
+    described = app.openapi()
+    for route in (route for methods in described["paths"].values() for route in methods.values()):
+        route["responses"].pop("422", None)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(unused, None)
 
 
 class Server(uvicorn.Server):

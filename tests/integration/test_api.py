@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,8 +85,9 @@ def test_choices_have_the_seeds_after_the_first_and_a_list_of_prompts_the_texts_
     assert len(set(expected)) > 2  # the seeds of a prompt that the model knows well may agree
     assert ask(["All:", "the"], n=2) == ask(ids, n=2) == expected
     assert ask("All:", n=2) == ask(ids[0], n=2) == expected[:2]
-    unseeded = {
-        client.completions.create(model="parrot", prompt="All:", temperature=2).choices[0].text for _ in "123456"
+    unseeded = {  # the model does not know this prompt
+        client.completions.create(model="parrot", prompt="1066 and", temperature=2, max_tokens=60).choices[0].text
+        for _ in "123456"
     }
     assert len(unseeded) > 1  # without a seed, each answer has its own
 
@@ -181,6 +184,34 @@ def is_greedy(served, ids: list[int], n: int) -> bool:
     return all(int(served.generator.next_tokens(ids[:i]).argmax()) == ids[i] for i in range(n, len(ids)))
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("v1/completions", b'{"prompt": "\xff"}', "the body is not UTF-8"),
+        ("v1/completions", b"{", "the body is not JSON"),
+        ("v1/completions", b"[]", "the body is not a JSON object"),
+        ("v1/completions", b"[" * 100_000, "the body is not JSON"),
+        ("tokenize", b'{"prompt": 1}', "prompt: give text"),
+        ("detokenize", b'{"tokens": 1}', "tokens: input should be a valid list"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_in_plain_words(http, path, body, message):
+    refused = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, message)
+
+
+def test_a_text_is_encoded_beside_the_event_loop_and_within_the_limit_of_a_prompt(http, served, monkeypatch):
+    threads, encode = [], served.tokenizer.encode
+    monkeypatch.setattr(
+        served.tokenizer, "encode", lambda text: (threads.append(threading.current_thread()), encode(text))[1]
+    )
+    ids = http.post("tokenize", json={"prompt": LINES}).json()["tokens"]
+    assert http.post("detokenize", json={"tokens": ids}).json() == {"prompt": LINES}
+    assert [thread.name.startswith("AnyIO worker") for thread in threads] == [True]
+    refused = http.post("tokenize", json={"prompt": "a" * 160_001})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 # several users
 
 
@@ -244,6 +275,12 @@ def test_docs_metrics_and_health_are_there_and_load_nothing_from_elsewhere(http)
     assert "default-src 'self'" in docs.headers["content-security-policy"]
     assert "stream_options" in docs.text
     assert "src=" not in docs.text
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", docs.text))
+    for said in ("max_tokens integer (0 to 2000) 16", "logprobs integer (0 to 5) or null", "n integer (1 to 128)",
+                 "temperature number (0 to 2)", "stop string or list of string (up to 4)", "include_usage (boolean",
+                 f"curl {http.base_url}v1/completions"):  # fmt: skip
+        assert said in words, said
+    assert "422" not in http.get("openapi.json").text
     assert http.get("openapi.json").json()["paths"].keys() >= {"/v1/completions", "/v1/models", "/health", "/metrics"}
     health = {"status": "ok", "model": "parrot version 7", "running": 0, "waiting": 0}
     assert http.get("health").json().items() >= health.items()
@@ -252,7 +289,44 @@ def test_docs_metrics_and_health_are_there_and_load_nothing_from_elsewhere(http)
     for name in ("requests_total", "tokens_total", "waiting_sequences", "batch_size_bucket", "first_token_seconds_sum"):
         assert f"\ntotarget_{name}" in metrics
     assert http.head("health").status_code == http.head("v1/models").status_code == 200
-    assert (http.get("v1/completions").status_code, http.get("v1/completions").headers["allow"]) == (405, "POST")
+
+
+def test_health_counts_the_sequences_of_all_versions(http, slow):
+    body = {"model": "6", "prompt": "All:", "max_tokens": 2000, "stream": True}
+    with http.stream("POST", "v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        assert http.get("health").json()["running"] == 1
+    assert wait_until(lambda: http.get("health").json()["running"] == 0, 30)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", "v1/completions", 405, "POST"),
+        ("POST", "v1/models", 405, "GET, HEAD"),
+        ("POST", "health", 405, "GET, HEAD"),
+        ("POST", "metrics", 405, "GET"),
+        ("DELETE", "docs", 405, "GET"),
+        ("GET", "tokenize", 405, "POST"),
+        ("POST", "v1/chat/completions", 404, None),
+        ("GET", "nowhere", 404, None),
+        ("POST", "nowhere", 404, None),
+    ],
+)
+def test_a_wrong_path_or_method_is_told_in_openais_shape(http, method, path, status, allow):
+    refused = http.request(method, path, json={})
+    assert (refused.status_code, refused.headers.get("allow")) == (status, allow)
+    assert f"/{path}" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "gradio_api/queue/join", "nowhere"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_told_in_openais_shape(http, path, chunked):
+    body = b"x" * 2**21
+    refused = http.post(path, content=iter([body]) if chunked else body, headers={"content-type": "application/json"})
+    if path != "nowhere" or not chunked:  # of an unknown path no body is read
+        assert refused.status_code == 413
+        assert "1 MiB at most" in refused.json()["error"]["message"]
 
 
 def test_an_api_key_is_required_of_the_api_and_of_the_page(source):

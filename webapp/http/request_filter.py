@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from webapp.openai_api.errors import ApiError
+from webapp.openai_api.errors import TOO_LARGE, ApiError
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = "*"
@@ -62,6 +62,8 @@ class NameFilter:
         refusal = self._refusal(headers)
         if scope["method"] == "POST" and not is_json(headers):
             refusal = refusal or JSONResponse(_body(415, "send application/json"), 415)
+        if (length := headers.get("content-length", "")).isdecimal() and int(length[:20]) > MAX_BODY:
+            refusal = refusal or JSONResponse(_body(413, TOO_LARGE), 413)
         if refusal:
             return await refusal(scope, receive, send)
 
@@ -97,14 +99,15 @@ class GradioFilter:
         request, bodies = Request(scope, receive), []
         try:
             if not (POSTED if request.method == "POST" else READ).fullmatch(scope["path"]):
-                raise HTTPException(404, "not found")
+                raise HTTPException(404, f"{scope['path'][:200]} does not exist here: /docs lists the paths")
             if request.method == "POST":
                 bodies.append(await request.body())
                 check_body(bodies[0])
         except ClientDisconnect:
             return None
         except HTTPException as refusal:
-            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
+            words = TOO_LARGE if refusal.status_code == 413 else refusal.detail
+            answer = JSONResponse(_body(refusal.status_code, words), refusal.status_code)
             return await answer(scope, receive, send)
 
         async def receive_again() -> Message:

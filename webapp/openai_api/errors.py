@@ -11,6 +11,12 @@ from starlette.responses import JSONResponse
 from webapp.metrics import REQUESTS
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+FORMS = {  # of fields that pydantic's messages describe badly
+    "prompt": "give text, a list of texts, token ids, or a list of lists of them",
+    "stop": "give a text of at most 1,000 characters, or a list of at most 4 of them",
+    "stream_options": 'give an object such as {"include_usage": true}',
+}
+TOO_LARGE = "the body is too large: send 1 MiB at most"
 
 
 class ApiError(Exception):
@@ -39,7 +45,11 @@ async def api_error(request: Request, error: Exception) -> JSONResponse:
 async def http_error(request: Request, error: Exception) -> JSONResponse:
     """The response to an unknown path, a wrong method, or a body that is not JSON."""
     assert isinstance(error, HTTPException)
-    refused = ApiError(error.status_code, f"{request.method} {request.url.path}: {str(error.detail).lower()}")
+    if error.status_code == 400:  # FastAPI could not read the body
+        form = "UTF-8" if isinstance(error.__cause__, UnicodeDecodeError) else "JSON"
+        return await api_error(request, ApiError(400, f"the body is not {form}"))
+    detail = TOO_LARGE if error.status_code == 413 else str(error.detail).lower()
+    refused = ApiError(error.status_code, f"{request.method} {request.url.path}: {detail}")
     refused.headers = dict(error.headers or {})
     return await api_error(request, refused)
 
@@ -62,8 +72,8 @@ def _fault(fault: Mapping[str, Any]) -> ApiError:
     field = ".".join(str(part) for part in place) if place[0] == "stream_options" else str(place[0])
     if kind == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {field}", field)
-    if field == "prompt" and kind != "missing":
-        message = "give text, a list of texts, token ids, or a list of lists of them"
+    if kind != "missing":
+        message = "give text" if place == ("prompt",) else FORMS.get(field, message)  # the prompt of /tokenize
     return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]}", field)
 
 

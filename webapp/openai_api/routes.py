@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -13,6 +14,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from pipeline.system.errors import PipelineError
@@ -182,7 +184,7 @@ def openai_router(source: Source) -> APIRouter:
         return {"object": "list", "data": await models.listing()}
 
     @router.head("/v1/models/{model:path}", include_in_schema=False)
-    @router.get("/v1/models/{model:path}", tags=["OpenAI"])
+    @router.get("/v1/models/{model:path}", tags=["OpenAI"], responses=_refusals(401, 404))
     async def retrieve_model(model: str) -> dict[str, Any]:
         """One of them."""
         return await models.model(model)
@@ -193,31 +195,48 @@ def openai_router(source: Source) -> APIRouter:
         return {"tokenizer_class": source.current().tokenizer.name, "eos_token": END_OF_TEXT, "bos_token": None,
                 "pad_token": None, "chat_template": None}  # fmt: skip
 
-    @router.post("/tokenize", tags=["Tokenizer"])
+    @router.post("/tokenize", tags=["Tokenizer"], responses=_refusals(400, 401, 404))
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a text; the end-of-text token alone is its id."""
         served = await models.open(body.model)
-        ids = [served.tokenizer.eot] if body.prompt == END_OF_TEXT else served.tokenizer.encode(body.prompt)
+        text, tokenizer = _checked_text(body.prompt), served.tokenizer
+        ids = [tokenizer.eot] if text == END_OF_TEXT else await run_in_threadpool(tokenizer.encode, text)
         return {"tokens": ids, "count": len(ids), "max_model_len": served.window}
 
-    @router.post("/detokenize", tags=["Tokenizer"])
+    @router.post("/detokenize", tags=["Tokenizer"], responses=_refusals(400, 401, 404))
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids."""
         served = await models.open(body.model)
         ids = _checked_ids(body.tokens, served, "tokens")
-        return {"prompt": served.tokenizer.decode(i for i in ids if i != served.tokenizer.eot)}
+        text = await run_in_threadpool(served.tokenizer.decode, [i for i in ids if i != served.tokenizer.eot])
+        return {"prompt": text}
+
+    refuse_other_methods(router)
 
     @router.api_route("/v1/{path:path}", methods=ALL_METHODS, include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
-        if path in ("completions", "models"):
-            allowed = "POST" if path == "completions" else "GET, HEAD"
-            refused = ApiError(405, f"{request.method} /v1/{path}: choose {allowed}", code="method_not_allowed")
-            refused.headers["Allow"] = allowed
-            raise refused
         hint = "a base model has no chat: use /v1/completions" if "chat" in path else "/docs lists the paths"
         raise ApiError(404, f"/v1/{path} does not exist here: {hint}", code="unknown_url")
 
     return router
+
+
+def refuse_other_methods(router: APIRouter) -> None:
+    """Let each path that `router` has so far answer any other method with status 405."""
+    allowed: dict[str, set[str]] = {}
+    for route in router.routes:
+        if isinstance(route, Route):
+            allowed.setdefault(route.path, set()).update(route.methods or ())
+    for path, methods in allowed.items():
+        refuse = partial(_refuse_method, ", ".join(sorted(methods)))
+        router.add_route(path, refuse, [each for each in ALL_METHODS if each not in methods], include_in_schema=False)
+
+
+async def _refuse_method(allowed: str, request: Request) -> Response:
+    words = f"{request.method} {request.url.path}: choose {allowed}"
+    refused = ApiError(405, words, code="method_not_allowed")
+    refused.headers["Allow"] = allowed
+    raise refused
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -229,15 +248,20 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _encoded(prompt: str | list[int], served: Served) -> list[int]:
     """Token ids of a prompt, at least one. Raises ApiError."""
-    if isinstance(prompt, str) and len(prompt) > (most := 16 * MAX_PROMPT_TOKENS):  # encoding it would take long
-        raise ApiError(
-            400, f"prompt: {len(prompt):,} characters: {most:,} at most", "prompt", "context_length_exceeded"
-        )
-    ids = served.generator.encode(prompt if isinstance(prompt, str) else _checked_ids(prompt, served, "prompt"))
+    checked = _checked_text(prompt) if isinstance(prompt, str) else _checked_ids(prompt, served, "prompt")
+    ids = served.generator.encode(checked)
     if len(ids) > MAX_PROMPT_TOKENS:
         message = f"prompt: {len(ids):,} tokens: {MAX_PROMPT_TOKENS:,} at most"
         raise ApiError(400, message, "prompt", "context_length_exceeded")
     return ids
+
+
+def _checked_text(text: str) -> str:
+    """A text that does not take long to encode. Raises ApiError."""
+    if len(text) > (most := 16 * MAX_PROMPT_TOKENS):
+        message = f"prompt: {len(text):,} characters: {most:,} at most"
+        raise ApiError(400, message, "prompt", "context_length_exceeded")
+    return text
 
 
 def _checked_ids(ids: Sequence[int], served: Served, param: str) -> Sequence[int]:

@@ -3,7 +3,7 @@
 import secrets
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from pipeline.model.sampling import Sampling, StopText
 from webapp.completion import MAX_TOKENS
@@ -24,6 +24,15 @@ def _as_tuple(value: Any) -> Any:
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS},
+        {"type": "null"},
+    ]
+}
 
 
 class StreamOptions(BaseModel):
@@ -57,7 +66,7 @@ class CompletionRequest(BaseModel):
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="the same seed gives the same text; null: a random one"
     )
-    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple)] = Field(
+    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), WithJsonSchema(STOP_SCHEMA)] = Field(
         (), max_length=MAX_STOPS, description="text of up to 1,000 characters, or up to 4, before which a choice ends"
     )
     stream: Annotated[bool, _default_for_null(False)] = Field(
@@ -82,6 +91,13 @@ class CompletionRequest(BaseModel):
     logit_bias: dict[str, float] | None = Field(None, description="not supported")
     presence_penalty: float | None = Field(None, description="not supported, except 0")
     frequency_penalty: float | None = Field(None, description="not supported, except 0")
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty text ends nothing: leave it out")
+        return value
 
     @field_validator("suffix", "logit_bias", "presence_penalty", "frequency_penalty")
     @classmethod

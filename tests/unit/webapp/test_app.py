@@ -1,6 +1,7 @@
 """How app.py starts: its arguments, and its errors without a model."""
 
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -35,16 +36,19 @@ def project(tmp_path, monkeypatch) -> Path:
         (["--folder", "empty"], "export space"),
         (["--share"], "unrecognized arguments: --share"),
         (["--port", "many"], "invalid int value: 'many'"),
-        (["--folder", "VERSION", "--port", "99999"], "cannot use 127.0.0.1:99999"),
+        (["--folder", "VERSION", "--port", "99999"], "127.0.0.1:99999 (a port is a number from 0 to 65535):"),
+        (["--folder", "VERSION", "--port", "TAKEN"], "(another program uses this port):"),
+        (["--folder", "VERSION", "--host", "192.0.2.1", "--api-key", "k"], "(cannot assign requested address):"),
     ],
 )
 def test_without_a_model_or_with_wrong_arguments_it_says_what_to_do(
     version, project, monkeypatch, capsys, arguments, error
 ):
-    arguments = [str(version) if each == "VERSION" else each for each in arguments]
-    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
-    with pytest.raises((ModelMissing, InputError, SystemExit)) as end:
-        app.main()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        values = {"VERSION": str(version), "TAKEN": str(taken.getsockname()[1])}
+        monkeypatch.setattr(sys, "argv", ["app.py", *(values.get(each, each) for each in arguments)])
+        with pytest.raises((ModelMissing, InputError, SystemExit)) as end:
+            app.main()
     assert error in str(end.value) + capsys.readouterr().err
 
 

@@ -14,6 +14,7 @@ from pipeline.model.generator import Batch, Generator, Piece
 from pipeline.model.sampling import Sampling, sample
 from tests.waiting import wait_until
 from webapp.engine import Busy, Engine, EngineFailed, Row, Stopped, TimedOut, stop_engines
+from webapp.metrics import n_sequences
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
 PROMPTS = ["ROMEO:", "", "Before we proceed any further, hear me speak, and then some more of it", "O", "To be", "x y"]
@@ -87,11 +88,14 @@ def test_requests_that_join_while_others_run_get_the_text_that_they_get_alone(ge
 def test_a_cancelled_request_leaves_and_the_next_one_takes_its_row(generator, held):
     engine = Engine(generator, max_rows=1)
     (first, job), (second, _) = submit(engine, "O"), submit(engine, "To be", max_tokens=3)
+    other = submit(Engine(generator), "O", max_tokens=3)[0]  # of another version
     held.release(2)
     assert wait_until(lambda: (engine.n_running, engine.n_waiting, held.steps._value) == (1, 1, 0), 20)
+    assert n_sequences() == {"running": 2, "waiting": 1}
     job.cancel()
     held.release()
-    assert len(ids_of(second)) == 3
+    assert (len(ids_of(second)), len(ids_of(other))) == (3, 3)
+    assert wait_until(lambda: n_sequences() == {"running": 0, "waiting": 0}, 20)
     assert first.qsize() < 20
 
 

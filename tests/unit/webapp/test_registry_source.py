@@ -1,8 +1,6 @@
 """The champion moves while it is served, with a fake catalog; integration/test_app.py has a real registry."""
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,8 +50,7 @@ def catalog(version: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     monkeypatch.setattr(registry_source, "open_version", fake.open)
     monkeypatch.setattr(registry_source, "describe_version", fake.describe)
     monkeypatch.setattr(registry_source, "list_versions", lambda *_: [fake.find(None, "x", n) for n in "4321"])
-    monkeypatch.setattr(registry_source, "CHECK_S", 0.0)
-    monkeypatch.setattr(registry_source, "RETRY_S", 0.0)
+    monkeypatch.setattr(registry_source, "CHECK_S", 600.0)  # a test checks by itself
     return fake
 
 
@@ -62,20 +59,17 @@ def registry(catalog: Catalog) -> Registry:
     return Registry(Path(), "parrot", "champion")
 
 
-def becomes(registry: Registry, holds: Callable[[], bool]) -> bool:
-    """Whether it becomes true while requests come in."""
-    return wait_until(lambda: registry.current() and holds(), 60)
-
-
 def test_a_new_champion_is_served_once_it_is_loaded_and_no_request_waits_for_it(catalog, registry):
     completion = complete(registry.current(), "All:", 1, max_tokens=10)
     catalog.ready.clear()
     catalog.champion = "2"
-    registry.current()
+    following = threading.Thread(target=registry.follow)
+    following.start()
     assert wait_until(lambda: catalog.opened == ["1", "2"], 60)
     assert registry.current().label == "parrot version 1"
     catalog.ready.set()
-    assert becomes(registry, lambda: registry.current().label == "parrot version 2")
+    following.join(60)
+    assert registry.current().label == "parrot version 2"
     assert list(completion)[-1].served.label == "parrot version 1"  # a stream ends with the version of its start
     assert catalog.opened == ["1", "2"]  # each is loaded once
     assert registry.open("1").info["aliases"] == []  # what the page says of the version before
@@ -86,27 +80,25 @@ def test_a_new_champion_is_served_once_it_is_loaded_and_no_request_waits_for_it(
 
 def test_an_altered_or_missing_champion_leaves_the_previous_one_and_the_reason(catalog, registry):  # E7
     catalog.champion, catalog.altered = "2", {"2"}
-    assert becomes(registry, lambda: "version 2 is altered" in (registry.trouble or ""))
+    assert registry.follow() == registry_source.RETRY_S
+    assert "version 2 is altered" in registry.trouble
     assert registry.current().label == "parrot version 1"
     catalog.champion = "9"
-    assert becomes(registry, lambda: "has no champion" in (registry.trouble or ""))
+    registry.follow()
+    assert "has no champion" in registry.trouble
     assert "parrot version 1 stays" in registry.trouble
     catalog.champion, catalog.altered = "2", set()
-    assert becomes(registry, lambda: registry.current().label == "parrot version 2")
+    assert registry.follow() == registry_source.CHECK_S
+    assert registry.current().label == "parrot version 2"
     assert registry.trouble is None
 
 
-def test_the_registry_is_checked_every_few_seconds_and_later_after_a_failure(catalog, monkeypatch):
-    monkeypatch.setattr(registry_source, "CHECK_S", 60.0)
-    monkeypatch.setattr(registry_source, "RETRY_S", 600.0)
+def test_the_first_request_after_a_promotion_gets_the_new_version(catalog, monkeypatch):
+    monkeypatch.setattr(registry_source, "CHECK_S", 0.01)
     registry = Registry(Path(), "parrot", "champion")
-    n_checks, catalog.champion = catalog.n_checks, "9"
-    for _ in range(100):
-        registry.current()
-    with registry._checking:  # no check is under way
-        assert catalog.n_checks == n_checks
-    registry._due = 0.0
-    assert becomes(registry, lambda: registry._due > time.monotonic() + 300)
+    catalog.champion = "2"
+    assert wait_until(lambda: catalog.opened == ["1", "2"], 20)  # while nobody asks
+    assert wait_until(lambda: registry.current().label == "parrot version 2", 20)
 
 
 def test_only_a_few_versions_stay_in_memory(catalog, registry):
