@@ -127,7 +127,10 @@ def test_a_request_whose_sampling_fails_ends_alone(generator, held, monkeypatch,
 
     monkeypatch.setattr("pipeline.model.generator.sample", failing)
     engine = Engine(generator, max_rows=3)
-    sent = [submit(engine, "O", seed=seed)[0] for seed in (1, 0, 2)]
+    sent = [submit(engine, "O", seed=1)[0]]
+    assert wait_until(lambda: engine.n_running == 1, 20)  # its first step waits, so that the others join together
+    sent += [submit(engine, "O", seed=seed)[0] for seed in (0, 2)]
+    held.release(1)
     assert wait_until(lambda: engine.n_running == 3, 20)
     held.release()
     assert isinstance(sent[1].get(timeout=20), EngineFailed)
