@@ -207,7 +207,7 @@ def _written(version: PageVersion, prompt: Any, *values: Any) -> Iterator[tuple[
             yield status_line(completion, version), samples_html(completion, str(prompt)), "", gr.skip(), *rest
     except PipelineError as error:
         hidden = isinstance(error, FieldError) and error.field in MORE
-        yield "", gr.skip(), "", gr.update(open=True) if hidden else gr.skip(), gr.skip(), *faults(FIELDS, error)
+        yield gr.skip(), gr.skip(), "", gr.update(open=True) if hidden else gr.skip(), gr.skip(), *faults(FIELDS, error)
 
 
 def status_line(completion: Completion, version: PageVersion) -> str:
