@@ -13,7 +13,7 @@ from pipeline.config.sections import OptimConfig, WindowsConfig
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.evaluate import BATCH_TOKENS
 from pipeline.model.gpt import GPT
-from pipeline.model.loss import CHUNK_LOGITS
+from pipeline.model.loss import CACHED_LOGITS, CHUNK_LOGITS
 from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.system.limits import free_memory_bytes
@@ -62,10 +62,13 @@ def step_bytes(
         weights, state = _trained_bytes(model, config.optim)
         gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
-    step = activations + 10 * n_logits  # bf16 or fp16; on a GPU also fp32, before and after the softmax
-    evaluation = (
-        8 * min(BATCH_TOKENS, evaluated_tokens) * vocabulary.n_rows
-    )  # fp32 logits, before and after the softmax
+    if machine.device.type == "cpu":
+        logits = n_logits * (4 if machine.precision == "fp32" else 2)
+        logits += 12 * min(CACHED_LOGITS, n_logits)  # the fp32 arrays of a softmax
+    else:
+        logits = n_logits * 10  # bf16 or fp16, and fp32 before and after the softmax
+    step = activations + logits
+    evaluation = 8 * min(BATCH_TOKENS, evaluated_tokens) * vocabulary.n_rows  # fp32, before and after the softmax
     held = weights + gradients + sum(state)
     if config.train.shard and machine.world.size > 1:
         block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
