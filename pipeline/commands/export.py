@@ -15,7 +15,7 @@ def add_arguments(add: Add) -> None:
         "kind", metavar="KIND", help="hf: for Transformers; gguf: for llama.cpp and Ollama; space: a Hugging Face Space"
     )
     add("folder", metavar="DIR", type=Path, help="folder to write: a new one, or an empty one")
-    add("--version", default="champion", help="number or alias of the version; default: champion")
+    add("--version", metavar="VERSION", default="champion", help="number or alias of the version; default: champion")
     add("--type", metavar="TYPE", help="with gguf: type of the weights, f16, q8_0 or f32; default: f16")
 
 

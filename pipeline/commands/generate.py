@@ -12,7 +12,7 @@ def add_arguments(add: Add) -> None:
     from pipeline.model.sampling import Sampling
 
     add("prompt", metavar="PROMPT", nargs="?", help="text to continue; default: asked for in the terminal")
-    add("--version", default="champion", help="number or alias of the version; default: champion")
+    add("--version", metavar="VERSION", default="champion", help="number or alias of the version; default: champion")
     for name, field in Sampling.model_fields.items():
         flag, many = f"--{name.replace('_', '-')}", "append" if name == "stop" else "store"
         metavar, default = "TEXT" if name == "stop" else "N", "none" if name == "stop" else field.default

@@ -13,7 +13,13 @@ SEARCH_ONLY = ("study", "objective", "space", "micro_batch_tokens", "trials", "p
 
 
 def add_arguments(add: Add) -> None:
-    add("--seeds", metavar="N", type=int, default=5, help="number of seeds, train.seed and those after it; default: 5")
+    add(
+        "--seeds",
+        metavar="N",
+        type=int,
+        default=5,
+        help="number of seeds, 1 to 1000: train.seed and those after it; default: 5",
+    )
     add_sweep(add, without=SEARCH_ONLY)
     add_slurm(add)
 

@@ -346,13 +346,13 @@ class SweepConfig(Section):
         str, _matching("[A-Za-z0-9][A-Za-z0-9_-]*", "a name of letters, digits and _-"), AfterValidator(_check_study)
     ] = Field(description="name of the study; a new name starts a new study")
     storage: Annotated[str, AfterValidator(_check_storage)] = Field(
-        description="its place: journal:///FILE, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        description="file or database of the study: journal:///FILE, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
     )
     objective: Literal["tokens", "steps", "train_s"] = Field(
         description="cost to minimise: tokens, steps or train_s (seconds of training) until the target"
     )
     space: dict[str, dict[str, Axis]] = Field(
-        description="keys to search, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}",
+        description="keys to search, such as `{optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}`",
     )
     micro_batch_tokens: int = Field(
         ge=1, description="maximum number of tokens in a forward pass, where step_tokens is searched"
