@@ -176,7 +176,7 @@ def argument_row(action: argparse.Action) -> tuple[str, str, str, str]:
     if not action.option_strings:
         name, fallback = str(action.metavar or action.dest.upper()), "none" if action.nargs == "?" else "required"
     else:
-        value = [] if action.nargs == 0 else ["slurm" if action.dest == "on" else str(action.metavar or "NAME")]
+        value = [] if action.nargs == 0 else ["slurm" if action.dest == "on" else str(action.metavar or "VALUE")]
         name, fallback = " ".join([*action.option_strings, *value]), "off" if action.nargs == 0 else "none"
     if key := re.fullmatch(r"((sweep|slurm)\.\w+) in params\.yaml", default):
         values = TIME if action.metavar == "TIME" else values_of_key(key[1])

@@ -38,7 +38,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
         usage="%(prog)s COMMAND [OPTIONS]",
-        description="Train a GPT-2 on a text until it reaches a target loss, register it, and use it.",
+        description="Train a GPT-2 on a text until it reaches a target loss, and use the model.",
         epilog="\n".join([*listing, f"`{prog} COMMAND --help` shows the options of a command."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

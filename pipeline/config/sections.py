@@ -426,7 +426,8 @@ class SlurmConfig(Section):
         default=1, ge=1, strict=True, description="nodes of one training, each with train.processes processes"
     )
     options: dict[str, bool | int | str] = Field(
-        default={}, description="further options of sbatch, such as {account: x, exclusive: true}"
+        default={},
+        description="further options of sbatch, such as {account: physics, constraint: a100, exclusive: true}",
     )
 
 
