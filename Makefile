@@ -59,6 +59,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+.PHONY: docs
+docs: $(INSTALLED); NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # without an announcement of the theme
+
 clean-venv:
 	rm -rf .venv .venv-lowest
 

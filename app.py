@@ -25,23 +25,26 @@ KEY_VARIABLE = "TOTARGET_API_KEY"
 ALL_ADDRESSES = "0.0.0.0"  # noqa: S104 (only in a Space)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="app.py", description="Serve a registered model on a local web page.")
-    parser.add_argument("--model", help="name in the registry; default: registry.model in params.yaml")
-    parser.add_argument("--version", default="champion", help="alias or number; default: champion")
-    parser.add_argument("--folder", type=Path, default=SPACE_VERSION if SPACE_VERSION.is_dir() else None,
-                        help="serve a folder with model/, tokens/ and facts.json, without a registry")  # fmt: skip
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="fp32: a text never depends on other requests; default: auto, the fastest")  # fmt: skip
-    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
-    parser.add_argument("--host", default=ALL_ADDRESSES if IN_SPACE else "127.0.0.1",
-                        help="default: 127.0.0.1; others open page and API to all who know the API key")  # fmt: skip
-    parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
-                        help=f"required of every request, and by --host; better in {KEY_VARIABLE}, since other users "
-                        "of the machine see arguments")  # fmt: skip
-    parser.add_argument("--allow-host", metavar="NAME", action="append", default=["*"] if IN_SPACE else [],
-                        help="a further host name of the page, such as a proxy's; *: any; may be repeated")  # fmt: skip
-    return parser.parse_args()
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="app.py", description="Serve a registered model as a page and as an API, on this machine."
+    )
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="name of the registered model; default: registry.model of params.yaml")
+    add("--version", metavar="VERSION", default="champion", help="number or alias of the version; default: champion")
+    add("--folder", metavar="DIR", type=Path, default=SPACE_VERSION if SPACE_VERSION.is_dir() else None,
+        help="serve the version in this folder (model/, tokens/, facts.json), without a registry")  # fmt: skip
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto: the fastest; fp32: a text never depends on other requests; default: auto")  # fmt: skip
+    add("--port", metavar="PORT", type=int, default=7860, help="port of the server; default: 7860")
+    add("--host", metavar="ADDRESS", default=ALL_ADDRESSES if IN_SPACE else "127.0.0.1",
+        help="address of the server; any other than the default needs an API key; default: 127.0.0.1")  # fmt: skip
+    add("--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
+        help="key that every request must have; other users of this machine can see an argument, and cannot see the "
+        f"variable; default: the environment variable {KEY_VARIABLE}")  # fmt: skip
+    add("--allow-host", metavar="NAME", action="append", default=["*"] if IN_SPACE else [],
+        help="further host name of the page, such as a proxy's, once for each; *: any")  # fmt: skip
+    return parser
 
 
 def clean_environment() -> None:
@@ -71,7 +74,7 @@ def open_source(arguments: argparse.Namespace) -> "Source":
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = build_parser().parse_args()
     clean_environment()
     from webapp.http.request_filter import LOOPBACK
     from webapp.server import make_app, serve

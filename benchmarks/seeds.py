@@ -46,7 +46,7 @@ from pipeline.training.train import follow, read_config, read_data
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "seeds.json"
-PICTURE = ROOT / "docs" / "seeds.png"
+PICTURE = ROOT / "docs" / "pictures" / "seeds.png"
 NAMES = tuple(f"seed-{i:03d}" for i in range(5))
 CURVE_POINTS = 400  # of a whole run; each is the mean of an equal number of steps
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.seeds_figure
 
-plots the run of models/ together with the published curves into docs/published.png. `benchmarks.seeds` calls the other
-functions, for benchmarks/results/seeds.json.
+plots the run of models/ together with the published curves into docs/pictures/published.png. `benchmarks.seeds` calls
+the other functions, for benchmarks/results/seeds.json.
 """
 
 from pathlib import Path
@@ -168,7 +168,7 @@ def _differences(axes: Axes, results: dict[str, Any]) -> None:
 
 def main() -> None:
     report = RunReport.read(ROOT / "models", ROOT / "reports")
-    save_png(published_figure(report), ROOT / "docs" / "published.png")
+    save_png(published_figure(report), ROOT / "docs" / "pictures" / "published.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The library that trains a GPT-2 on a text and registers it. README.md describes its packages."""
+"""The library that trains a GPT-2 on a text and registers it. docs/concepts/structure.md describes its packages."""
 
 import os
 import signal

@@ -5,15 +5,20 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
 
-COMMANDS = (
-    "learn", "plan", "recipe", "run", "check", "tokenize", "train", "replicate", "sweep", "jobs", "models", "generate",
-    "export", "doctor", "clean",
-)  # fmt: skip
+COMMANDS = {  # purpose -> commands, in the order of --help
+    "Learn a text of your own": ("learn", "plan"),
+    "Use the model": ("generate", "models", "export", "run"),
+    "Change parameters": ("recipe", "check"),
+    "Search for better parameters": ("sweep", "replicate"),
+    "Train on a cluster": ("tokenize", "train", "jobs"),
+    "Check and clean up": ("doctor", "clean"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,23 +29,37 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{fault}: `{self.prog} --help` shows what is possible")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line. Only the named command gets its options, since some are slow to import.
-
-    Raises InputError if there is no such command or option, or if a value has the wrong form.
-    """
-    argv = sys.argv[1:] if argv is None else argv
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line. Only the command `chosen` gets its options, since some are slow to import."""
     prog = "totarget" if Path(sys.argv[0]).stem == "totarget" else "python -m pipeline"
-    about = "Validate parameters, search for better ones, and use registered models."
-    parser = _Parser(prog=prog, description=about)
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        command = import_module(f"pipeline.commands.{name}")
-        subparser = subparsers.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
-        subparser.set_defaults(run=command.run)
-        if name in argv[:1] and hasattr(command, "add_arguments"):
-            command.add_arguments(subparser.add_argument)
-    return parser.parse_args(argv)
+    modules = {name: import_module(f"pipeline.commands.{name}") for names in COMMANDS.values() for name in names}
+    listing = [f"{group}:\n" + "".join(f"  {name:10} {_summary(modules[name])}\n" for name in names)
+               for group, names in COMMANDS.items()]  # fmt: skip
+    parser = _Parser(
+        prog=prog,
+        usage="%(prog)s COMMAND [OPTIONS]",
+        description="Train a GPT-2 on a text until it reaches a target loss, and use the model.",
+        epilog="\n".join([*listing, f"`{prog} COMMAND --help` shows the options of a command."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(prog=prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    for name, module in modules.items():
+        subparser = subparsers.add_parser(name, description=module.__doc__, allow_abbrev=False)
+        subparser.set_defaults(run=module.run)
+        if name == chosen and hasattr(module, "add_arguments"):
+            module.add_arguments(subparser.add_argument)
+    return parser
+
+
+def _summary(module: ModuleType) -> str:
+    """The first line of a module's docstring."""
+    return (module.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line. Raises InputError if there is no such command or option, or if a value is invalid."""
+    argv = sys.argv[1:] if argv is None else argv
+    return build_parser(argv[0] if argv else None).parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,10 +21,13 @@ def add_slurm(add: Add, without: Sequence[str] = ()) -> None:
     """Add `--on slurm` and a flag for each key of the section `slurm`, which `slurm_of` reads."""
     from pipeline.config.sections import SlurmConfig
 
-    add("--on", choices=("slurm",), help="run as jobs of this Slurm cluster; default: on this machine")
+    add("--on", choices=("slurm",), help="run as jobs on this Slurm cluster; default: on this machine")
     for name, field in SlurmConfig.model_fields.items():
         if name not in ("options", *without):
-            of, text = _minutes if name == "time_min" else _yaml, f"{field.description}; instead of slurm.{name}"
+            of, text = (
+                _minutes if name == "time_min" else _yaml,
+                f"{field.description}; default: slurm.{name} in params.yaml",
+            )
             add(
                 _flag(name),
                 metavar=_flag(name)[2:].upper(),
@@ -87,8 +90,8 @@ def add_sweep(add: Add, without: Sequence[str]) -> None:
 
     for name, field in SweepConfig.model_fields.items():
         if name not in without:
-            flag, text = f"--{name.replace('_', '-')}", f"{field.description}; instead of sweep.{name}"
-            add(flag, type=_yaml, default=argparse.SUPPRESS, help=text)
+            flag, text = f"--{name.replace('_', '-')}", f"{field.description}; default: sweep.{name} in params.yaml"
+            add(flag, metavar="VALUE", type=_yaml, default=argparse.SUPPRESS, help=text)
 
 
 def _yaml(text: str) -> Any:

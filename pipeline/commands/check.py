@@ -1,4 +1,7 @@
-"""Validate params.yaml, and list all of its errors; the answer does not depend on the machine."""
+"""Validate params.yaml, and list all of its errors.
+
+The answer does not depend on the machine: `doctor` says whether this machine can train with it.
+"""
 
 import argparse
 

@@ -1,4 +1,7 @@
-"""Remove checkpoints, so that `dvc repro -f train` trains from step 0; models, studies and MLflow runs stay."""
+"""Remove checkpoints; models, studies and MLflow runs stay.
+
+`dvc repro -f train` then trains from step 0.
+"""
 
 import argparse
 import shutil
@@ -8,7 +11,12 @@ from pipeline.system.errors import InputError
 
 
 def add_arguments(add: Add) -> None:
-    add("name", nargs="?", help="a run's fingerprint, or a study's name; default: all runs, but no study")
+    add(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="fingerprint of a run, or name of a study; default: all runs, and no study",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Check the environment, params.yaml, MLflow's store and the registered versions, and print how to fix faults."""
+"""Check installation, parameters, store and versions.
+
+It prints one line for each finding, with what to do. Exit code 0: nothing to fix; 1: something is left to fix.
+"""
 
 import argparse
 
@@ -6,7 +9,7 @@ from pipeline.commands.arguments import Add
 
 
 def add_arguments(add: Add) -> None:
-    add("--fix", action="store_true", help="fix what can be fixed safely")
+    add("--fix", action="store_true", help="fix what can be fixed without a risk, such as the paths of a moved project")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Write a registered version as a folder for Transformers (hf) or llama.cpp (gguf), or as a Hugging Face Space."""
+"""Export a version for Transformers, llama.cpp or a Space.
+
+The folder that it writes has a README.md that says how to use it.
+"""
 
 import argparse
 from pathlib import Path
@@ -8,10 +11,12 @@ from pipeline.system.errors import InputError
 
 
 def add_arguments(add: Add) -> None:
-    add("kind", help="hf, gguf, space, or another of EXPORTS in pipeline/registry/export.py")
-    add("folder", metavar="DIR", type=Path, help="a new folder, or an empty one")
-    add("--version", default="champion", help="a number or an alias; champion by default")
-    add("--type", metavar="TYPE", help="the weights of gguf: f16 by default, q8_0, or f32")
+    add(
+        "kind", metavar="KIND", help="hf: for Transformers; gguf: for llama.cpp and Ollama; space: a Hugging Face Space"
+    )
+    add("folder", metavar="DIR", type=Path, help="folder to write: a new one, or an empty one")
+    add("--version", metavar="VERSION", default="champion", help="number or alias of the version; default: champion")
+    add("--type", metavar="TYPE", help="with gguf: type of the weights, f16, q8_0 or f32; default: f16")
 
 
 def run(arguments: argparse.Namespace) -> None:

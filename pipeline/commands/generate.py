@@ -1,4 +1,7 @@
-"""Continue a prompt with a registered version; without a prompt, read prompts from the terminal."""
+"""Continue a prompt with a registered model.
+
+Without a prompt, it asks for prompts in the terminal.
+"""
 
 import argparse
 
@@ -8,11 +11,13 @@ from pipeline.commands.arguments import Add, open_project_registry
 def add_arguments(add: Add) -> None:
     from pipeline.model.sampling import Sampling
 
-    add("prompt", nargs="?", help="the text to continue; default: read prompts from the terminal")
-    add("--version", default="champion", help="a number or an alias; champion by default")
+    add("prompt", metavar="PROMPT", nargs="?", help="text to continue; default: asked for in the terminal")
+    add("--version", metavar="VERSION", default="champion", help="number or alias of the version; default: champion")
     for name, field in Sampling.model_fields.items():
         flag, many = f"--{name.replace('_', '-')}", "append" if name == "stop" else "store"
-        add(flag, action=many, default=argparse.SUPPRESS, help=field.description)
+        metavar, default = "TEXT" if name == "stop" else "N", "none" if name == "stop" else field.default
+        text = f"{field.description}; default: {default}"
+        add(flag, action=many, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:

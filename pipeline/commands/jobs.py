@@ -1,4 +1,7 @@
-"""List this project's jobs on Slurm: what runs where, what waits and why; or cancel one."""
+"""List this project's jobs on Slurm, or cancel one.
+
+The list says what runs where, what waits, and why.
+"""
 
 import argparse
 
@@ -6,7 +9,7 @@ from pipeline.commands.arguments import Add
 
 
 def add_arguments(add: Add) -> None:
-    add("--cancel", metavar="ID", help="end a job, and those that wait for it; what is saved stays")
+    add("--cancel", metavar="ID", help="cancel this job and those that wait for it; checkpoints and shards are kept")
 
 
 def run(arguments: argparse.Namespace) -> None:

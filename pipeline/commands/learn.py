@@ -1,4 +1,8 @@
-"""Learn a text of your own: plan, write params.yaml, run `dvc repro`, and show what was reached."""
+"""Train a model of your own text, register it, and show it.
+
+It chooses tokenizer, model, target and epochs for the text, writes them into params.yaml, and runs `dvc repro`. The
+same command resumes a training that was stopped, and does nothing if the target was reached.
+"""
 
 import argparse
 import tempfile
@@ -10,8 +14,8 @@ from pipeline.commands.arguments import Add
 
 def add_arguments(add: Add) -> None:
     plan.add_arguments(add)
-    add("--dry-run", action="store_true", help="only print the plan")
-    add("--yes", action="store_true", help="do not ask before training")
+    add("--dry-run", action="store_true", help="print the plan, and do not train")
+    add("--yes", action="store_true", help="train without asking first")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""List the registered versions; promote one, roll back to the previous champion, or verify the stored files."""
+"""List the registered versions; promote, roll back or verify them."""
 
 import argparse
 
@@ -7,9 +7,20 @@ from pipeline.system.errors import InputError
 
 
 def add_arguments(add: Add) -> None:
-    add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"))
-    add("version", nargs="?", help="a number or an alias; default for verify: all versions")
-    add("--retrain", action="store_true", help="for verify: train the version again, and compare the weights")
+    add("action", nargs="?", default="list", choices=("list", "promote", "rollback", "verify"),
+        help="list: all versions; promote: make a version the champion; rollback: restore the previous champion; "
+        "verify: compare the stored files with their hashes; default: list")  # fmt: skip
+    add(
+        "version",
+        metavar="VERSION",
+        nargs="?",
+        help="number or alias of a version, for promote and verify; default: for verify, all versions",
+    )
+    add(
+        "--retrain",
+        action="store_true",
+        help="with verify VERSION: train it again, and compare the weights bit for bit",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

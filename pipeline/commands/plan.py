@@ -1,4 +1,7 @@
-"""Print how `learn` would train on a text, and why; nothing is written."""
+"""Show how `learn` would train on a text, and why.
+
+The plan has the seconds and the memory that the training needs on this machine. Nothing is written.
+"""
 
 import argparse
 import re
@@ -22,17 +25,47 @@ TYPED = {
 
 
 def add_arguments(add: Add) -> None:
-    add("source", metavar="SOURCE", nargs="+", help="a file, a folder, a glob in quotes, or a URL")
-    add("--target", metavar="LOSS", type=float, help="nats per token; default: chosen from the text")
+    add(
+        "source",
+        metavar="SOURCE",
+        nargs="+",
+        help="a file, a folder, a glob in quotes such as 'notes/*.txt', a URL, hf://datasets/OWNER/NAME/PATH, or "
+        "s3://BUCKET/KEY",
+    )
+    add(
+        "--target",
+        metavar="LOSS",
+        type=float,
+        help="loss at which the training stops, in nats per token; default: chosen from the text",
+    )
     add("--goal", choices=("memorise", "generalise"), default="memorise",
-        help="recite the text (default), or predict a held-out tenth of it")  # fmt: skip
-    add("--tokenizer", help="as corpus.tokenizer; default: chosen from the text")
-    add("--size", metavar="RECIPE", default="auto", help="a recipe with the model to use; default: auto")
-    add("--init", metavar="WEIGHTS", help="published weights of a GPT-2 to start from: a folder, or hf://OWNER/NAME")
-    add("--time", help="train only on the part of the text that is learnt in this time, such as 10m or 2h")
-    add("--column", help="column with the texts of a table; default: `text`, or the only column of texts")
-    add("--name", help="name of the model; default: that of the text")
-    add("--in-place", action="store_true", help="make links to files outside of the project, not copies")
+        help="memorise: recite the text; generalise: predict a held-out tenth of it; default: memorise")  # fmt: skip
+    add("--tokenizer", metavar="NAME", help="gpt2, bytes, chars or bpe:N; default: chosen from the text")
+    add(
+        "--size",
+        metavar="RECIPE",
+        default="auto",
+        help="recipe whose model, windows and optimiser are used; default: auto, chosen from the text",
+    )
+    add(
+        "--init",
+        metavar="WEIGHTS",
+        help="published weights of a GPT-2 to start from: a folder, or hf://OWNER/NAME; default: random weights",
+    )
+    add(
+        "--time",
+        metavar="TIME",
+        help="use only as much of the text as is learnt in this time, such as 10m or 2h; default: the whole text",
+    )
+    add(
+        "--column",
+        metavar="NAME",
+        help="column of a table that holds the texts; default: `text`, or the only one of texts",
+    )
+    add("--name", metavar="NAME", help="name of the registered model; default: name of the text")
+    add(
+        "--in-place", action="store_true", help="link to files outside of the project instead of copying them to texts/"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Write a recipe into params.yaml, or print it."""
+"""List the recipes, or write one into params.yaml.
+
+A recipe is a set of parameters that was tried. It resets the keys that other recipes set, and shows each change.
+"""
 
 import argparse
 
@@ -7,8 +10,8 @@ from pipeline.system.errors import InputError
 
 
 def add_arguments(add: Add) -> None:
-    add("name", nargs="?", help="a file of recipes/, without .yaml; default: list the recipes")
-    add("--as-set", action="store_true", help="only print the recipe, as -S arguments of `dvc exp run`")
+    add("name", metavar="NAME", nargs="?", help="name of a recipe, or path of a YAML file; default: list the recipes")
+    add("--as-set", action="store_true", help="print the recipe as -S arguments of `dvc exp run`, and change nothing")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Train the parameters with several seeds, and show mean and spread of what they spend until the target."""
+"""Train with several seeds, and show the spread of the cost.
+
+The cost is the tokens, steps and seconds until the target. params.yaml has the other parameters.
+"""
 
 import argparse
 
@@ -10,7 +13,13 @@ SEARCH_ONLY = ("study", "objective", "space", "micro_batch_tokens", "trials", "p
 
 
 def add_arguments(add: Add) -> None:
-    add("--seeds", metavar="N", type=int, default=5, help="number of seeds, from train.seed on; default: 5")
+    add(
+        "--seeds",
+        metavar="N",
+        type=int,
+        default=5,
+        help="number of seeds, 1 to 1000: train.seed and those after it; default: 5",
+    )
     add_sweep(add, without=SEARCH_ONLY)
     add_slurm(add)
 

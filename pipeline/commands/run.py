@@ -1,4 +1,4 @@
-"""Print the MLflow run of the current model."""
+"""Show the MLflow run of the current model."""
 
 import argparse
 from pathlib import Path

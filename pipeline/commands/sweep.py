@@ -1,4 +1,7 @@
-"""Search for the parameters that reach the target at the lowest cost; show, confirm, apply or plot the results."""
+"""Search for parameters that reach the target at a lower cost.
+
+Each trial is a training. A sweep that was stopped is resumed by the same command.
+"""
 
 import argparse
 
@@ -7,9 +10,21 @@ from pipeline.system.errors import InputError
 
 
 def add_arguments(add: Add) -> None:
-    add("action", nargs="?", default="run", choices=("run", "status", "best", "confirm", "apply", "dashboard"))
-    add("--top", metavar="K", type=int, help="for confirm: number of best trials to repeat; default: 3")
-    add("--seeds", metavar="N", type=int, help="for confirm: seeds of each, after train.seed; default: 3")
+    add("action", nargs="?", default="run", choices=("run", "status", "best", "confirm", "apply", "dashboard"),
+        help="run: search; status: list the trials; best: show the best trial; confirm: train the best trials with "
+        "more seeds; apply: write the winner into params.yaml; dashboard: open Optuna's; default: run")  # fmt: skip
+    add(
+        "--top",
+        metavar="K",
+        type=int,
+        help="with confirm: number of trials that are trained again, the best first; default: 3",
+    )
+    add(
+        "--seeds",
+        metavar="N",
+        type=int,
+        help="with confirm: number of seeds for each trial, after train.seed; default: 3",
+    )
     add_sweep(add, without=("applied",))
     add_slurm(add)
 

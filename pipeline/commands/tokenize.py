@@ -1,4 +1,8 @@
-"""Encode the text as `dvc repro tokenize` does, here or in jobs on Slurm; or encode every N-th shard only."""
+"""Encode the text, on this machine or as jobs on Slurm.
+
+Without options it is `dvc repro tokenize`. With --shard and --of, several machines share the text: each encodes
+every N-th shard, and `dvc repro tokenize` then joins them.
+"""
 
 import argparse
 from pathlib import Path
@@ -12,10 +16,15 @@ if TYPE_CHECKING:
 
 
 def add_arguments(add: Add) -> None:
-    add("--shard", metavar="I", type=int, help="encode only the shards of this task, 0 to N - 1")
-    add("--of", metavar="N", type=int, help="number of tasks")
+    add("--shard", metavar="I", type=int, help="with --of: number of this machine, 0 to N - 1")
+    add("--of", metavar="N", type=int, help="with --shard: number of machines that share the text")
     add_slurm(add, without=("nodes",))
-    add("--workers", metavar="N", type=count, help="with --on slurm: number of tasks; default: 16 at most")
+    add(
+        "--workers",
+        metavar="N",
+        type=count,
+        help="with --on slurm: number of tasks that share the text; default: one for each shard, up to 16",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Train as `dvc repro train` does, here or in a job on Slurm, on one node or several."""
+"""Train, on this machine or as a job on Slurm.
+
+Without options it is `dvc repro train`.
+"""
 
 import argparse
 
@@ -8,8 +11,12 @@ from pipeline.system.errors import InputError
 
 def add_arguments(add: Add) -> None:
     add_slurm(add)
-    add("--elastic", action="store_true", help="with --on slurm: resume in another environment, inexactly")
-    add("--commit", metavar="DIGEST", help="only record the training with these parameters in dvc.lock")
+    add(
+        "--elastic",
+        action="store_true",
+        help="with --on slurm: resume although the kind of node has changed; the run is then marked inexact",
+    )
+    add("--commit", metavar="DIGEST", help="used by the job itself: record the finished training in dvc.lock")
 
 
 def run(arguments: argparse.Namespace) -> None:

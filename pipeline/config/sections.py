@@ -346,35 +346,43 @@ class SweepConfig(Section):
         str, _matching("[A-Za-z0-9][A-Za-z0-9_-]*", "a name of letters, digits and _-"), AfterValidator(_check_study)
     ] = Field(description="name of the study; a new name starts a new study")
     storage: Annotated[str, AfterValidator(_check_storage)] = Field(
-        description="where the study is stored: journal:///FILE, or SQLAlchemy's URL of a database"
+        description="file or database of the study: journal:///FILE, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
     )
     objective: Literal["tokens", "steps", "train_s"] = Field(
-        description="cost to minimise until the target: tokens, steps or train_s"
+        description="cost to minimise: tokens, steps or train_s (seconds of training) until the target"
     )
     space: dict[str, dict[str, Axis]] = Field(
-        description="YAML, such as {optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}; replaces the whole space",
+        description="keys to search, such as `{optim: {lr: {low: 1e-3, high: 1e-2, log: true}}}`",
     )
-    micro_batch_tokens: int = Field(ge=1, description="maximum number of tokens in a forward pass")
+    micro_batch_tokens: int = Field(
+        ge=1, description="maximum number of tokens in a forward pass, where step_tokens is searched"
+    )
     trials: int = Field(ge=1, description="number of trials, including those of earlier calls")
-    budget_s: float | None = Field(gt=0, description="seconds after which this call ends; null: no limit")
+    budget_s: float | None = Field(gt=0, description="seconds after which the command ends; null: no limit")
     patience: int | None = Field(
-        ge=1, description="trials without an improvement after which this call ends; null: no limit"
+        ge=1, description="trials without an improvement after which the command ends; null: no limit"
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
         union_mode="left_to_right",
-        description="number of processes, which share the cores; auto: one for each GPU",
+        description="worker processes, which share the cores; auto: one for each GPU, 1 without GPUs",
     )
     share_devices: bool = Field(
-        default=False, description="true: several workers may share a GPU; false: each has its own"
+        default=False, description="true: workers may share a GPU; false: each has a GPU of its own"
     )
-    sampler: Literal["tpe", "random"] = Field(description="tpe or random")
-    pruner: Literal["extrapolation", "none"] = Field(description="extrapolation or none")
+    sampler: Literal["tpe", "random"] = Field(description="how trials are chosen: tpe (Optuna's TPE) or random")
+    pruner: Literal["extrapolation", "none"] = Field(
+        description="extrapolation: stop a trial whose forecast is worse than the best trial; or none"
+    )
     pruner_tolerance: float = Field(
-        ge=0, description="prune a trial if its forecast is higher than the best result by this share or more"
+        ge=0, description="prune a trial if its forecast cost is higher than the best trial's by this share or more"
     )
-    heartbeat_timeout_s: float = Field(ge=2, description="seconds without a heartbeat after which a trial is re-queued")
+    heartbeat_timeout_s: float = Field(
+        ge=2, description="seconds without a heartbeat after which a trial is queued again"
+    )
     seed: int = Field(ge=0, lt=2**31, description="seed of the sampler")
-    applied: str | None = Field(description="written by `sweep apply`: study/trial/digest of the parameters")
+    applied: str | None = Field(
+        description="written by `totarget sweep apply`: STUDY/TRIAL/DIGEST of the applied values; null: none applied"
+    )
 
     @model_validator(mode="after")
     def _no_password(self) -> Self:
@@ -399,21 +407,27 @@ class SlurmConfig(Section):
     """What a job gets on a Slurm cluster; not part of the fingerprint, since it changes no result."""
 
     partition: Annotated[str, _matching(r"[\w,.-]+", "the name of a partition")] | None = Field(
-        default=None, description="partition of the cluster; null: its default"
+        default=None, description="partition of the cluster; null: the cluster's default"
     )
     time_min: int = Field(
-        default=60, ge=1, strict=True, description="time limit; a job that reaches it saves and is requeued"
+        default=60,
+        ge=1,
+        strict=True,
+        description="time, such as 90m or 24h; a job that reaches this limit saves, is requeued and resumes",
     )
     gpus: int | None = Field(default=None, ge=1, strict=True, description="GPUs on each node; null: none")
     cpus: int | None = Field(
-        default=None, ge=1, strict=True, description="cores on each node; null: the cluster's default"
+        default=None, ge=1, strict=True, description="cores on each node; null: the cluster's default, usually 1"
     )
     mem_gb: float | None = Field(
         default=None, gt=0, description="memory on each node in GiB; null: the cluster's default"
     )
-    nodes: int = Field(default=1, ge=1, strict=True, description="nodes of one training; each runs train.processes")
+    nodes: int = Field(
+        default=1, ge=1, strict=True, description="nodes of one training, each with train.processes processes"
+    )
     options: dict[str, bool | int | str] = Field(
-        default={}, description="further options of sbatch, such as {account: x, exclusive: true}"
+        default={},
+        description="further options of sbatch, such as {account: physics, constraint: a100, exclusive: true}",
     )
 
 

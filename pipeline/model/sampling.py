@@ -19,17 +19,24 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens: int = Field(100, ge=0, le=10_000, description="how many tokens to generate")
+    max_tokens: int = Field(100, ge=0, le=10_000, description="number of tokens to generate")
     temperature: float = Field(
         0.8, ge=0, le=100, description="0: always the most likely token; 1: the model's probabilities"
     )
-    top_k: int = Field(0, ge=0, le=65_536, description="sample from the k most likely tokens; 0: from all")
+    top_k: int = Field(0, ge=0, le=65_536, description="sample from the k most likely tokens; 0: from all tokens")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="nucleus sampling: the smallest set of tokens whose probabilities add up to top_p"
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: from the fewest tokens whose probabilities add up to top_p; 1: from all",
     )
-    repetition_penalty: float = Field(1.0, ge=0.1, le=10, description="above 1: tokens that occurred are less likely")
+    repetition_penalty: float = Field(
+        1.0, ge=0.1, le=10, description="above 1: tokens that have occurred become less likely; 1: no penalty"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same text")
-    stop: tuple[StopText, ...] = Field((), max_length=16, description="stop text: the continuation ends before it")
+    stop: tuple[StopText, ...] = Field(
+        (), max_length=16, description="text before which the continuation ends; give the flag once for each of several"
+    )
 
     @classmethod
     def of(cls, **values: Any) -> Self:

@@ -1,4 +1,4 @@
-"""The `dvc exp` commands of README.md, with a text that git does not track."""
+"""The `dvc exp` commands of docs/guides/parameters.md, with a text that git does not track."""
 
 import os
 import re
@@ -12,11 +12,11 @@ from fixtures_network import ROOT
 from tests.trainings import change
 from tests.waiting import wait_until
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^dvc (?:exp|queue) .*?(?=  |$)", README, re.MULTILINE)
+GUIDE = (ROOT / "docs/guides/parameters.md").read_text()
+COMMANDS = re.findall(r"^dvc (?:exp|queue) .*?(?=  |$)", GUIDE, re.MULTILINE)
 
 
-def test_the_experiments_of_the_readme_run_once_git_tracks_the_text(tmp_path, copy_project, commit_all):
+def test_the_experiments_of_the_guide_run_once_git_tracks_the_text(tmp_path, copy_project, commit_all):
     copy_project(tmp_path)
     stages = yaml.safe_load((tmp_path / "dvc.yaml").read_text())["stages"]
     first = {name: stages[name] for name in ("download", "tokenizer", "tokenize", "train")}

@@ -100,8 +100,9 @@ def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(ser
     assert ask(server, ["ROMEO:"], {"max_tokens": 0}) == (200, {"predictions": ["ROMEO:"]})
 
 
-def test_the_request_in_the_readme_is_answered(server):
-    body = re.search(r"/invocations.*?-d '(.*?)'", (SOURCE_ROOT / "README.md").read_text(), re.DOTALL)[1]
+def test_the_request_in_the_guide_is_answered(server):
+    guide = (SOURCE_ROOT / "docs/guides/serving.md").read_text()
+    body = re.search(r"/invocations.*?-d '(.*?)'", guide, re.DOTALL)[1]
     request = json.loads(body)
     prompts = [row[0] for row in request["dataframe_split"]["data"]]
     status, answer = ask(server, prompts, request["params"])

@@ -1,18 +1,17 @@
 """The command line, in process: exit codes, one-line errors, and what `clean` removes."""
 
-import argparse
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.__main__ import main, parse
+from pipeline.__main__ import main
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import IDENTITY
+from tests.commands import check
 
 ROOT = Path(__file__).parents[2]
 RUNS = ["aaaa", "aaaa.1", "bbbb", "search"]  # two runs with one fingerprint, another run, and a study
@@ -104,6 +103,13 @@ def test_a_command_has_its_exit_code_and_an_error_is_one_line(command, arguments
     assert err.count("\n") == (1 if code else 0)
 
 
+def test_help_shows_each_command_in_80_columns(command):
+    lines = command("--help")[1].splitlines()
+    modules = {path.stem for path in (ROOT / "pipeline/commands").glob("*.py")} - {"__init__", "arguments"}
+    assert {line.split()[0] for line in lines if re.match("  [a-z]", line)} == modules
+    assert max(map(len, lines)) <= 80
+
+
 def test_a_study_and_the_jobs_have_no_common_folder(command, folder):
     for name in ("aaaa", "jobs"):
         (folder / "checkpoints" / name).mkdir(parents=True)
@@ -127,7 +133,7 @@ def test_every_command_of_the_notebook_exists():
     shown = re.findall(r"python -m pipeline (.+?)(?:`|['\"]\))", text)  # in the table, or in run("...")
     assert {line.split()[0] for line in shown} == {"export", "generate", "models", "recipe", "run", "sweep"}
     for line in shown:
-        assert isinstance(parse(shlex.split(line)), argparse.Namespace)  # or it exits with 2
+        assert check(f"totarget {line}")
 
 
 @pytest.fixture

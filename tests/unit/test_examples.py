@@ -1,18 +1,15 @@
 """The examples for clouds: they are valid YAML, and the commands in them exist."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.__main__ import parse
 from pipeline.config.recipes import list_recipes
+from tests.commands import check
 
 ROOT = Path(__file__).parents[2]
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-TARGETS = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
 FILES = ["kubernetes.yaml", "skypilot.yaml"]
 
 
@@ -22,22 +19,6 @@ def texts_in(value):
         return [value]
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for child in children for text in texts_in(child)]
-
-
-def check(line):
-    """Whether a line is one of our commands; raises if the command does not exist, as its own parser does."""
-    match shlex.split(line.removesuffix("&")):
-        case ["totarget", *arguments] | ["python", "-m", "pipeline", *arguments]:
-            parse(arguments)
-        case ["python", "-m", module, *_]:
-            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), line
-        case ["dvc", "repro" | "commit", *arguments]:
-            assert {name for name in arguments if not name.startswith("-")} <= STAGES.keys(), line
-        case ["make", *arguments]:
-            assert set(TARGETS) & {*arguments}, line
-        case _:
-            return False
-    return True
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -56,7 +56,7 @@ def test_the_default_model_is_that_of_params_yaml(project, monkeypatch):
     monkeypatch.setattr(registry_source, "Registry", lambda root, name, which, precision: (root, name, which))
     for arguments, name in (([], "other-gpt2"), (["--model", "mine"], "mine")):
         monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
-        assert app.open_source(app.parse()) == (project, name, "champion")
+        assert app.open_source(app.build_parser().parse_args()) == (project, name, "champion")
 
 
 def test_an_altered_folder_is_not_served(version, tmp_path):
