@@ -11,8 +11,8 @@ from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
 
 COMMANDS = (
-    "learn", "plan", "recipe", "run", "check", "tokenize", "train", "replicate", "sweep", "jobs", "models", "generate",
-    "export", "doctor", "clean",
+    "learn", "plan", "repro", "recipe", "run", "check", "tokenize", "train", "replicate", "sweep", "jobs", "models",
+    "generate", "export", "doctor", "clean",
 )  # fmt: skip
 
 
