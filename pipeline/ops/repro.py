@@ -51,6 +51,8 @@ def repro(force: bool, dry_run: bool) -> None:
     due = stages() if force else due_stages()
     size = size_of_text(params, due)
     print(in_lines(plan_of(params, due, size)), flush=True)
+    if due:
+        print(in_lines({"time": time_of(params, due, size)}), flush=True)
     if dry_run:
         return
     if not force and size is None and "train" in due:
@@ -131,7 +133,7 @@ def plan_of(params: Params, due: list[str], size: Size | None) -> dict[str, str]
             "training": f"at most {config.optim.max_epochs:g} epochs{steps} of {windows.step_windows} windows of "
             f"{windows.seq_len} tokens, until the loss is below {target.loss:g} by the rule {target.rule}",
         }
-    return lines | {"time": time_of(params, due, size)}
+    return lines
 
 
 def time_of(params: Params, due: list[str], size: Size | None) -> str:
