@@ -15,14 +15,14 @@ IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
 # Where git does not track the folder, DVC must be told to work without git.
 NO_SCM := $(IN_GIT) || grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
 
-.PHONY: install repro app sweep dashboard test check faults lowest lint format clean-venv
+.PHONY: install repro app showcase sweep dashboard test check faults lowest lint format clean-venv
 
 install: $(INSTALLED)
 	@$(NO_SCM)
 
 repro: $(INSTALLED)
 	@$(NO_SCM)
-	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+	$(BIN)/python -m pipeline repro
 
 app: $(INSTALLED)
 	$(BIN)/python app.py
@@ -30,6 +30,14 @@ app: $(INSTALLED)
 sweep: $(INSTALLED)
 	@$(NO_SCM)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pipeline sweep
+
+# For maintainers, after `make repro` with the committed params.yaml: README shows these reports.
+showcase:
+	git diff --exit-code HEAD -- params.yaml
+	rm -rf docs/showcase
+	cp -R reports docs/showcase
+	rm docs/showcase/registered.json
+	cp params.yaml docs/showcase/
 
 dashboard: $(INSTALLED)
 	$(BIN)/python -m pipeline sweep dashboard

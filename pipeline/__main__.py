@@ -12,7 +12,7 @@ from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
 
 COMMANDS = {  # purpose -> commands, in the order of --help
-    "Learn a text of your own": ("learn", "plan"),
+    "Train": ("repro", "learn", "plan"),
     "Use the model": ("generate", "models", "export", "run"),
     "Change parameters": ("recipe", "check"),
     "Search for better parameters": ("sweep", "replicate"),

@@ -21,8 +21,8 @@ def main() -> None:
     tokenizer = load_tokenizer(Path("data/tokenizer"), config.tokenizer)
     write_tokens(corpus, tokenizer, folder, config.fraction, config.val_fraction)
     text = TokenFolder(folder)
+    print(f"{folder}: {len(text.train):,} tokens to train on, {len(text.val):,} to validate; now its statistics")
     write_json(Path("reports/corpus.json"), describe_corpus(text.train, text.val, tokenizer))
-    print(f"{folder}: {len(text.train):,} tokens to train on, {len(text.val):,} to validate")
 
 
 if __name__ == "__main__":

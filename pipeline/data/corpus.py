@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit
 
-from tqdm import tqdm
-
 from pipeline.config.sections import STORE, TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import HTML, find_files, read_documents
 from pipeline.data.remote import DISK_FULL, fetch_hub, fetch_store
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
+from pipeline.system.progress import Bar
 
 CONNECT_TIMEOUT_S = 5.0  # for each address of a server
 READ_TIMEOUT_S = 60.0  # for each read: some servers take seconds to the first byte
@@ -224,13 +223,13 @@ def write_documents(files: Mapping[str, Path], path: Path, source: str, column: 
     Raises as `read_documents` does, and InputError if there is no text.
     """
     changes, n_documents, in_document = Counter[str](), 0, False
-    with path.open("wb") as out:
+    with path.open("wb") as out, Bar(desc=source, unit="B", unit_scale=True, leave=False) as bar:
         for name, file in files.items():
             for chunk in read_documents(file, name, changes, column):
                 if chunk and not in_document:
                     out.write(b"\0" if n_documents else b"")
                     n_documents += 1
-                out.write(chunk)
+                bar.update(out.write(chunk))
                 in_document = bool(chunk)
     if not n_documents:
         raise InputError(f"{source} contains no text: set another corpus.source")
@@ -287,8 +286,7 @@ def _download(source: str, out: BinaryIO, received: _Received) -> None:
                     total = n_bytes + response.length
             else:
                 raise IntegrityError(f"{source} is sent in the encoding {encoding}, which was not asked for")
-            bar = tqdm(total=total, initial=n_bytes, desc=source, unit="B", unit_scale=True, disable=None)
-            with bar:  # only on a terminal
+            with Bar(total=total, initial=n_bytes, desc=source, unit="B", unit_scale=True) as bar:
                 while chunk := body.read1(CHUNK_BYTES):
                     n_bytes += out.write(chunk)
                     received.n_bytes = n_bytes

@@ -10,8 +10,6 @@ from pathlib import Path
 from re import Pattern
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from pipeline.data.token_files import FORMAT, TOKENIZER, Ids, shard_name, write_shard
 from pipeline.data.tokenizer import CUT, Tokenizer
 from pipeline.system.errors import InputError
@@ -27,6 +25,7 @@ from pipeline.system.files import (
     write_json,
 )
 from pipeline.system.limits import cores
+from pipeline.system.progress import Bar
 
 SHARD_BYTES = 1 << 26  # of text per shard
 BLOCK_BYTES = 1 << 20  # of text per call of the tokenizer; limits the memory
@@ -72,7 +71,7 @@ def write_tokens(
     first, of = task or Task()
     shards = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
     size_bytes = sum(shard.stop - shard.start for shard in shards)
-    with tqdm(total=size_bytes, desc=str(folder), unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
+    with Bar(total=size_bytes, desc=str(folder), unit="B", unit_scale=True) as bar:
         for shard in shards:
             with locked(working / f"{shard.name}.lock", wait=True):
                 _encode_shard(corpus, shard, tokenizer, working, workers)

@@ -11,24 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from tqdm import tqdm
-
 from pipeline.config.sections import HUB, STORES
 from pipeline.data.documents import OPENERS, TABLES
 from pipeline.system.errors import InputError, OutOfSpaceError
+from pipeline.system.progress import Bar
 
 AGENT = "gpt2-to-target"
 TRAIN = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)  # in the paths of a training split
 HIDDEN = re.compile(r"(^|/)\.")
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_TEXTS = {"dataset_infos.json", "dataset_dict.json"}  # they describe a data set
-
-
-class Bar(tqdm):  # type: ignore[type-arg]
-    """A progress bar that is shown only on a terminal."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options | {"disable": None})
 
 
 def fetch_hub(source: str) -> dict[str, Path]:
@@ -82,8 +74,8 @@ def fetch_store(source: str, folder: Path, **options: Any) -> dict[str, Path]:
             )  # no folders
         for number, name in enumerate(names):
             file = files[f"{scheme}://{name}"] = folder / f"{number}"
-            bar = {"desc": f"{scheme}://{name}", "unit": "B", "unit_scale": True, "disable": None}
-            system.get_file(name, file, callback=TqdmCallback(tqdm_kwargs=bar))
+            bar = {"desc": f"{scheme}://{name}", "unit": "B", "unit_scale": True}
+            system.get_file(name, file, callback=TqdmCallback(tqdm_kwargs=bar, tqdm_cls=Bar))
             if (received := file.stat().st_size) != (size := system.info(name)["size"]):
                 raise OSError(f"ended after {received:,} of {size:,} bytes")
     except ImportError:

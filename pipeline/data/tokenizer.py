@@ -18,6 +18,7 @@ from pipeline.config.params import nearest
 from pipeline.data.corpus import fetch
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import atomic_folder, sha256_file
+from pipeline.system.progress import Bar
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -257,7 +258,7 @@ class TrainedTokenizer(BytePairTokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        sample = _even_sample(text, SAMPLE_BYTES)
+        sample = Bar(_even_sample(text, SAMPLE_BYTES), desc=f"words for bpe:{size}", unit="blocks", leave=False)
         trainable.train_from_iterator((part for block in sample for part in block.decode().split("\0")), trainer)
         ids = trainable.get_vocab()
         tokens = [bytes(BYTES[char] for char in token) for token in sorted(ids, key=ids.__getitem__)]

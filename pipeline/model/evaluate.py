@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from tqdm import tqdm
 
 from pipeline.config.sections import EvaluateConfig
 from pipeline.data.batches import IGNORED, Split, Windows, fixed_windows, make_batch, n_windows, sliding_windows
@@ -27,6 +26,7 @@ from pipeline.model.weights import load_model
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError
+from pipeline.system.progress import Bar
 
 BATCH_TOKENS = 8192  # tokens in a forward pass; another number may change the last bit of a loss
 MIN_BATCHES = 16  # in a text, so that the first batch is a small part of it
@@ -51,7 +51,7 @@ def evaluate_model(
 ) -> tuple[dict[str, Any], list[float]]:
     """Evaluate a model folder on the tokens it was trained on; `run` is its run.json.
 
-    Shows a progress bar on a terminal. Returns the content of reports/metrics.json, and the mean loss at each position
+    Shows its progress. Returns the content of reports/metrics.json, and the mean loss at each position
     of the window. Raises IntegrityError if model or tokens are altered, InputError if the tokens are not those of the
     run.
     """
@@ -67,7 +67,7 @@ def evaluate_model(
     n_inputs = T * sum(n_windows(n, T) for n in (held_out.size, *(split.size - shift for shift in (0, *shifts))))
     n_inputs += T * len(sliding_windows(split.size, T))
     n_inputs += sum(len(each) * (int(each[:, 1].max()) + recall_tokens(model)) for each in places.values())
-    with tqdm(total=n_inputs, desc="evaluate", unit="token", unit_scale=True, disable=None) as bar:  # on a terminal
+    with Bar(total=n_inputs, desc="evaluate", unit="tokens", unit_scale=True) as bar:
 
         def count(_layer: Module, _inputs: object, hidden: Tensor) -> None:  # what a hook returns replaces the output
             bar.update(hidden.shape[:2].numel())

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from pipeline.config.sections import INIT, WEIGHTS_FOLDER, ModelConfig
-from pipeline.data.remote import AGENT, Bar, hub_as_one_line
+from pipeline.data.remote import AGENT, hub_as_one_line
 from pipeline.data.tokenizer import BYTES, EOT, BytePairTokenizer, GPT2Tokenizer, Tokenizer
 from pipeline.system.errors import InputError
 from pipeline.system.files import MANIFEST, atomic_folder, read_json, verify_manifest, write_json
+from pipeline.system.progress import Bar
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -41,6 +41,11 @@ PUBLISHED = {"model.fold_vocab": False, "optim.name": "adamw"}  # values for a t
 LONGER = "; if that does not suffice, again with twice and four times the epochs"
 
 
+def in_lines(sentences: dict[str, str]) -> str:
+    """A line for each sentence, after its topic."""
+    return "\n".join(f"{topic:{WIDTH}} {sentence}" for topic, sentence in sentences.items())
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the user asks for; None: chosen from the text."""
@@ -73,7 +78,7 @@ class Plan:
     weights: Weights | None = None  # published weights to start from
 
     def __str__(self) -> str:
-        return "\n".join(f"{topic:{WIDTH}} {sentence}" for topic, sentence in self.lines.items())
+        return in_lines(self.lines)
 
     @property
     def path(self) -> Path:

@@ -58,7 +58,7 @@ def open_registry(root: Path) -> Store:
     """Open the store of `root` for reading. Raises ModelMissing if there is none, or if it does not answer."""
     uri = store_uri(root)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ModelMissing(f"no MLflow store {uri}: run `dvc repro`, which creates it and registers a model")
+        raise ModelMissing(f"no MLflow store {uri}: run `make repro`, which trains a model and registers it")
     with naming_dead_store(root):
         return open_store(root)
 
@@ -102,7 +102,7 @@ def print_versions(store: Store, name: str) -> None:
     """Print a table of all versions, the newest first."""
     rows = [_row(version) for version in list_versions(store, name)]
     if not rows:
-        raise ModelMissing(f"{name} has no version yet: `dvc repro` registers one")
+        raise ModelMissing(f"{name} has no version yet: run `make repro`, which trains and registers one")
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
     for row in [{title: title for title in widths}, *rows]:
         cells = (f"{row[title]:{'>' if title in NUMBERS else '<'}{width}}" for title, width in widths.items())
@@ -212,7 +212,7 @@ def thinned(points: list[list[float]]) -> list[list[float]]:
 def registered_model(store: Store, name: str) -> "RegisteredModel":
     """Return the registered model. Raises ModelMissing if there is no model of that name."""
     if not store.client.search_registered_models(f"name = '{name}'"):
-        raise ModelMissing(f"no model {name} in {store.uri}: `dvc repro` makes and registers one")
+        raise ModelMissing(f"no model {name} in {store.uri}: run `make repro`, which trains and registers one")
     return store.client.get_registered_model(name)
 
 

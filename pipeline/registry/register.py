@@ -55,9 +55,12 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     """
     record, metrics, n_tokens = read_project(project)
     with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root, AGAIN):
+        print("part 1 of 3: open MLflow's store, which is created if there is none", flush=True)
         store = open_store(root)
+        print("part 2 of 3: complete the run in the store", flush=True)
         run = ensure_run(store, project, record)
         tags = _version_tags(project, run, record, metrics, n_tokens)
+        print("part 3 of 3: register the model, and compare it with the champion", flush=True)
         version = ensure_version(store, project, config.model, run, tags)
         _describe(store, project, version, run, record, metrics)
         store.client.set_registered_model_alias(config.model, CANDIDATE, version.version)

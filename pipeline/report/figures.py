@@ -200,5 +200,6 @@ FIGURES: dict[str, Callable[[RunReport], Figure]] = {
 
 
 def write_figures(report: RunReport, folder: Path) -> None:
-    for name, figure in FIGURES.items():
+    for number, (name, figure) in enumerate(FIGURES.items(), 1):
+        print(f"figure {number} of {len(FIGURES)}: {folder / name}.png")
         style.save_png(figure(report), folder / f"{name}.png")

@@ -20,6 +20,7 @@ STAGES = Path(__file__).parents[2] / "stages"
 def run_stage(main: Callable[[], None]) -> None:
     """Run `main` and exit with its code. `main` contains its imports, so that their errors are reported too."""
     die_with_dvc()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # also in a log, which shows the progress
     code = exit_code_of(main)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C arrives while Python exits
     sys.exit(code)

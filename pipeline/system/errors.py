@@ -48,7 +48,7 @@ class ModelMissing(PipelineError):  # noqa: N818
 
 
 class TargetNotReached(PipelineError):  # noqa: N818
-    """No trial of a study has reached the target."""
+    """The run, or each trial of a study, has missed the target."""
 
     exit_code = 8
 

@@ -53,7 +53,7 @@ def has_pip() -> bool:
 def git_info() -> dict[str, str]:
     """Commit that has the working directory's dvc.yaml, and whether a file but DVC's outputs differs from it."""
     commit = git("rev-parse", "HEAD") if git("ls-tree", "HEAD", "dvc.yaml") else None  # else of a repository around it
-    changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
+    changes = git("status", "--porcelain", "--", ".", ":!dvc.lock")
     clean = "unknown" if commit is None or changes is None else str(not changes).lower()
     return {"git_commit": commit or "unknown", "tree_clean": clean}
 

@@ -31,7 +31,7 @@ from pipeline.training.target import RULES
 VARIABLE = "TOTARGET_FORECAST"  # of the environment: the forecast of the run that the stage `train` trains
 WARM_UP = 2  # steps that are not timed
 MIN_STEPS = 2  # timed steps, at least
-MIN_S = 3.0  # seconds of timed steps, at least; a third of them for evaluations
+MIN_S = 3.0  # seconds of timed steps, at least; for evaluations, a third of it
 MAX_S = 15.0  # seconds of all steps, at most: the last step begins earlier
 TIMED_FLOPS = {"cpu": 1e12}  # of a timed step, at most: seconds on two cores
 TEXT_TOKENS = 1 << 20  # of the throw-away text, at most
@@ -75,18 +75,23 @@ class Forecast(NamedTuple):
 
 
 def forecast(
-    config: RunConfig, machine: Machine, vocabulary: Vocabulary, n_tokens: int, n_held_out: int = 0
+    config: RunConfig,
+    machine: Machine,
+    vocabulary: Vocabulary,
+    n_tokens: int,
+    n_held_out: int = 0,
+    min_s: float = MIN_S,
 ) -> Forecast:
     """Forecast the run on a training text of `n_tokens` tokens, with `n_held_out` tokens for validation.
 
     A step that would take long is timed with fewer layers or windows, in proportion to its FLOPs. Several processes are
-    forecast as one, and a compiled model as one that is not, which is slower. Takes 5 to 40 seconds. Raises
-    OutOfSpaceError if the timed step does not fit into memory.
+    forecast as one, and a compiled model as one that is not, which is slower. Takes 5 to 40 seconds, and less with a
+    lower `min_s`, the least seconds of timed steps. Raises OutOfSpaceError if the timed step does not fit into memory.
     """
     machine = machine._replace(compiled=False)
     timed = _timed_part(config, vocabulary.n_rows, TIMED_FLOPS.get(machine.device.type, math.inf))
     check_fits(timed, vocabulary, machine)
-    step_s, token_s = _time(timed, machine, vocabulary, n_tokens)
+    step_s, token_s = _time(timed, machine, vocabulary, n_tokens, min_s)
     step_s *= step_flops(config, vocabulary.n_rows) / step_flops(timed, vocabulary.n_rows)
     token_s *= token_flops(config, vocabulary.n_rows) / token_flops(timed, vocabulary.n_rows)
     n_steps = config.optim.max_steps(config.windows, n_tokens)
@@ -131,7 +136,9 @@ def _timed_part(config: RunConfig, n_rows: int, limit: float) -> RunConfig:
     return config
 
 
-def _time(config: RunConfig, machine: Machine, vocabulary: Vocabulary, n_tokens: int) -> tuple[float, float]:
+def _time(
+    config: RunConfig, machine: Machine, vocabulary: Vocabulary, n_tokens: int, min_s: float
+) -> tuple[float, float]:
     """Mean seconds of a training step, and of a token in an evaluation, of an untrained model on random ids."""
     windows, length = config.windows, config.windows.seq_len
     ids = np.random.default_rng(0).choice(vocabulary.used.numpy(), min(n_tokens, TEXT_TOKENS))
@@ -139,9 +146,9 @@ def _time(config: RunConfig, machine: Machine, vocabulary: Vocabulary, n_tokens:
     optim = config.optim.updated(schedule="constant", warmup=10**6)  # a rate near zero: the loss stays finite
     state = fresh_state(config.model, vocabulary, optim, config.train, machine)
     batches = steps_of(1, text, windows, config.train.seed)
-    step_s = _mean_s((record.step_s for record in train_steps(state, batches, 10**6, optim, machine)), MIN_S)
+    step_s = _mean_s((record.step_s for record in train_steps(state, batches, 10**6, optim, machine)), min_s)
     batch = make_batch(text, fixed_windows(text.size, length)[: max(1, BATCH_TOKENS // length)], length)
-    return step_s, _mean_s(_evaluations_s(state.model, batch, machine), MIN_S / 3) / batch.inputs.numel()
+    return step_s, _mean_s(_evaluations_s(state.model, batch, machine), min_s / 3) / batch.inputs.numel()
 
 
 def _evaluations_s(model: GPT, batch: Batch, machine: Machine) -> Iterator[float]:

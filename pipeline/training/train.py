@@ -47,6 +47,7 @@ def run_tracked(params: Params, data: Path, models: Path, timing: Path, elastic:
                 print(f"the run is finished, at step {run.state.step}: no step is left to train")
             elif run.state.step == 0 and world.is_main:
                 run.print_changes()
+                print(f"starts from step 0 of {run.max_steps}, in {run.folder}")
             if not run.finished or (run.folder / OWNER_PID).is_file():  # MLflow may not have the end of the run yet
                 tags = RunConfig.of(params).origin(params) | source_tag(params.values) | run.origin_tags
                 with _tracked(run, root, tags) as consumers:

@@ -71,7 +71,7 @@ def test_a_version_is_found_by_number_or_alias_else_the_message_lists_them(store
         with pytest.raises(ModelMissing, match=f"no model {name} in sqlite:.*: `dvc repro` makes"):
             find(store, name)
     store.client.create_registered_model(name)
-    with pytest.raises(ModelMissing, match=f"{name} has no version yet: `dvc repro` registers one"):
+    with pytest.raises(ModelMissing, match=f"{name} has no version yet: run `make repro`"):
         print_versions(store, name)
     add_version(store, name, intact)
     with pytest.raises(ModelMissing, match=r"has no version 'champion': .*`python -m pipeline models promote N` makes"):

@@ -41,8 +41,8 @@ def test_make_configures_dvc_where_git_does_not_track_the_folder(tmp_path, monke
     assert ("dvc config --local core.no_scm true" in later) is not tracked
     assert (folder / ".dvc").is_dir()
     # .git may be removed later
-    for target, last in (("install", []), ("repro", ["dvc repro"]), ("sweep", ["dvc -m pipeline sweep"])):
+    for target, last in (("install", []), ("repro", ["dvc -m pipeline repro"]), ("sweep", ["dvc -m pipeline sweep"])):
         lines = subprocess.check_output(["make", "--silent", target], cwd=folder, text=True).splitlines()
         assert lines == ["dvc config --local core.no_scm true"] * (not tracked) + last
     (folder / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
-    assert subprocess.check_output(["make", "--silent", "repro"], cwd=folder, text=True) == "dvc repro\n"
+    assert subprocess.check_output(["make", "--silent", "repro"], cwd=folder, text=True) == "dvc -m pipeline repro\n"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from pipeline.config.sections import EvaluateConfig, ModelConfig
 from pipeline.data.batches import Split, TrainingData, fixed_windows, sliding_windows
@@ -30,6 +29,7 @@ from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import save_model
 from pipeline.system import files
+from pipeline.system.progress import Bar
 from tests.mps import MPS, mps  # noqa: F401 (a fixture)
 
 T = 16
@@ -187,7 +187,7 @@ def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_f
     hashed, sha256_file = Counter(), files.sha256_file
     monkeypatch.setattr(files, "sha256_file", lambda path: hashed.update([path.name]) or sha256_file(path))
     bars = []
-    monkeypatch.setattr(evaluate, "tqdm", lambda **given: bars.append(tqdm(**given | {"disable": False})) or bars[0])
+    monkeypatch.setattr(evaluate, "Bar", lambda **given: bars.append(Bar(**given)) or bars[0])
     config = EvaluateConfig(recall_places=2, seed=1)
     metrics, position_loss = evaluate_model(tmp_path / "model", tokens, run, config)
     assert metrics["corpus_loss"] == pytest.approx(corpus_loss(model, SPLIT, T, nullcontext()))

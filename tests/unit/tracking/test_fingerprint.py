@@ -25,7 +25,8 @@ UNDECISIVE = {
     "ends a run, which resumes with the same bits": "system/errors system/signals",
     "saves and loads files, whose bytes are checked": "system/files model/weights training/checkpoint",
     "the host and its threads, which are in `environment`": "system/host system/limits",
-    "shows and stores what training computed": "training/progress tracking/fingerprint tracking/journal "
+    "shows the progress": "system/progress training/progress",
+    "stores what training computed": "tracking/fingerprint tracking/journal "
     "tracking/mlflow_errors tracking/mlflow_store tracking/mlflow_runs tracking/mlflow_tracker tracking/recorder "
     "tracking/run_record tracking/descriptions",
     "copies the state at a step up to which all numbers are the same": "training/extension",

@@ -104,10 +104,9 @@ def test_the_tokens_of_evaluations_follow_from_the_rule_and_the_interval(target,
 def test_real_steps_of_the_run_are_timed(monkeypatch, n_tokens):
     records = []
     real = module.train_steps
-    monkeypatch.setattr(module, "MIN_S", 0)
     monkeypatch.setattr(module, "train_steps", lambda *a: (records.append(r) or r for r in real(*a)))
     config = config_of()
-    step_s, token_s = module._time(config, MACHINE, VOCABULARY, n_tokens)
+    step_s, token_s = module._time(config, MACHINE, VOCABULARY, n_tokens, 0)
     assert [record.step for record in records] == [1, 2, 3, 4]
     assert step_s == pytest.approx((records[2].step_s + records[3].step_s) / 2)
     assert 0 < token_s < 1
