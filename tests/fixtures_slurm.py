@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from waiting import wait_until
+from waiting import free_ports, wait_until
 
 from pipeline.system.signals import die_with_parent
 
@@ -63,7 +63,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (munge / "key").write_bytes(secrets.token_bytes(128))
     (munge / "key").chmod(0o400)
     values = {"host": socket.gethostname(), "user": getpass.getuser(), "munge": munge, "folder": folder}
-    conf = CONF.format(**values, ports=_free_ports(3), first=1 + secrets.randbelow(9_000))
+    conf = CONF.format(**values, ports=free_ports(3), first=1 + secrets.randbelow(9_000))
     (folder / "slurm.conf").write_text(conf)
     files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     with ExitStack() as stack:
@@ -102,11 +102,3 @@ def ask(*command: str) -> str:
 def _end_all_jobs() -> None:
     ask("scancel", f"--user={getpass.getuser()}")
     assert wait_until(lambda: not ask("squeue", "--noheader"), 60), ask("squeue")
-
-
-def _free_ports(n: int) -> list[int]:
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for each in found:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in found]

@@ -1,7 +1,9 @@
-"""Wait for conditions that another process or thread fulfils."""
+"""Wait for conditions that another process or thread fulfils; ports for servers of other processes."""
 
+import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TypeVar
 
 import psutil
@@ -26,3 +28,12 @@ def is_alive(process: psutil.Process) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nobody listens now."""
+    with ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for each in found:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in found]

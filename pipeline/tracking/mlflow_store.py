@@ -8,7 +8,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -195,16 +195,25 @@ def open_store(root: Path) -> Store:
 
     Raises one of `store_errors()` if it does not answer, and InputError as `require_usable` and `connect` do.
     """
+    from mlflow.exceptions import MlflowException
+
     require_usable(root)
     uri = store_uri(root)
-    with locked(root / "mlruns" / ".lock", wait=True):  # two processes that create a database at once break it
+    served = uri.startswith(("http", "databricks"))
+    # Two processes that create a database at once break it. A server needs no lock, so the folder may be read-only.
+    with nullcontext() if served else locked(root / "mlruns" / ".lock", wait=True):
         client = connect(uri)
-        if experiment := find_experiment(client):
-            if experiment.lifecycle_stage == "deleted":
-                client.restore_experiment(experiment.experiment_id)
-            return Store(client, experiment.experiment_id, uri)
-        served = uri.startswith(("http", "databricks"))  # a server chooses the location of its artifacts
-        return Store(client, client.create_experiment(EXPERIMENT, None if served else str(root / ARTIFACTS)), uri)
+        if (experiment := find_experiment(client)) is None:
+            try:  # a server chooses the location of its artifacts
+                return Store(
+                    client, client.create_experiment(EXPERIMENT, None if served else str(root / ARTIFACTS)), uri
+                )
+            except MlflowException:
+                if (experiment := find_experiment(client)) is None:  # not created by another client at this moment
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+        return Store(client, experiment.experiment_id, uri)
 
 
 def all_found(search: Callable[..., Any], *arguments: Any) -> list[Any]:

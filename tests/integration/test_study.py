@@ -1,11 +1,8 @@
 """Studies in a database: heartbeats, missing databases, processes that create a study together; all figures."""
 
 import multiprocessing
-import os
-import shutil
 import socket
 import sqlite3
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -14,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace as Namespace
 
 import pytest
+from fixtures_postgresql import postgresql_server
 from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 from PIL import Image
@@ -160,30 +158,8 @@ def test_processes_that_create_a_study_together_lose_no_trial(scheme, tmp_path):
 def postgresql(tmp_path_factory):
     """The URL of a new database on a server of this test; skips when PostgreSQL or its driver is not installed."""
     pytest.importorskip("psycopg")
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    initdb = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *map(str, binaries)]))
-    if initdb is None:
-        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-    folder, as_user = tmp_path_factory.mktemp("pg"), {}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        for path in (folder, *folder.parents):
-            if path != Path("/"):
-                path.chmod(path.stat().st_mode | 0o711)
-        shutil.chown(folder, "nobody")
-        as_user = {"user": "nobody", "cwd": "/"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    commands = Path(initdb).resolve().parent
-    init = [initdb, "-D", folder / "db", "-U", "t", "--auth=trust", "--no-sync"]
-    made = subprocess.run(init, capture_output=True, **as_user)
-    if made.returncode:
-        pytest.skip(f"PostgreSQL cannot create a database here: {made.stderr.decode()[-200:]}")
-    options = f"-p {port} -k '' -c listen_addresses=127.0.0.1 -c fsync=off"
-    server = [commands / "pg_ctl", "-D", folder / "db", "-w", "-l", folder / "log", "-o", options]
-    subprocess.run([*server, "start"], check=True, stdout=subprocess.DEVNULL, **as_user)
-    yield f"postgresql://t@127.0.0.1:{port}/postgres"
-    subprocess.run([*server, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, **as_user)
+    with postgresql_server(tmp_path_factory.mktemp("pg")) as port:
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
 
 
 def test_machines_that_share_a_postgresql_create_a_study_together_and_lose_no_trial(postgresql, tmp_path):  # C4
