@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
+from pipeline.system.host import REINSTALL, SOURCE_ROOT, is_other_code
 
 COMMANDS = (
     "learn", "plan", "recipe", "run", "check", "tokenize", "train", "replicate", "sweep", "jobs", "models", "generate",
@@ -37,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in COMMANDS:
         command = import_module(f"pipeline.commands.{name}")
         subparser = subparsers.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(command=name, run=command.run)
         if name in argv[:1] and hasattr(command, "add_arguments"):
             command.add_arguments(subparser.add_argument)
     return parser.parse_args(argv)
@@ -48,9 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments = parse(argv)
+        if arguments.command != "doctor":  # which has a finding for it
+            require_own_code()
         arguments.run(arguments)
 
     return exit_code_of(command)
+
+
+def require_own_code() -> None:
+    """Raise InputError if this folder has a checkout of its own: its stages would run other code than this command."""
+    if is_other_code(Path.cwd()):
+        hint = f"run `.venv/bin/python -m pipeline`, or repair .venv: {REINSTALL}"
+        raise InputError(f"this is the code of {SOURCE_ROOT}, not that of {Path.cwd()}: {hint}")
 
 
 if __name__ == "__main__":
