@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
+from pipeline.system.host import REINSTALL, SOURCE_ROOT, is_other_code
 
 COMMANDS = {  # purpose -> commands, in the order of --help
     "Train": ("repro", "learn", "plan"),
@@ -45,7 +46,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(prog=prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     for name, module in modules.items():
         subparser = subparsers.add_parser(name, description=module.__doc__, allow_abbrev=False)
-        subparser.set_defaults(run=module.run)
+        subparser.set_defaults(command=name, run=module.run)
         if name == chosen and hasattr(module, "add_arguments"):
             module.add_arguments(subparser.add_argument)
     return parser
@@ -67,9 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments = parse(argv)
+        if arguments.command != "doctor":  # which has a finding for it
+            require_own_code()
         arguments.run(arguments)
 
     return exit_code_of(command)
+
+
+def require_own_code() -> None:
+    """Raise InputError if this folder has a checkout of its own: its stages would run other code than this command."""
+    if is_other_code(Path.cwd()):
+        hint = f"run `.venv/bin/python -m pipeline`, or repair .venv: {REINSTALL}"
+        raise InputError(f"this is the code of {SOURCE_ROOT}, not that of {Path.cwd()}: {hint}")
 
 
 if __name__ == "__main__":

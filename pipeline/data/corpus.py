@@ -145,9 +145,18 @@ def _require_copied(source: str) -> None:
     there = (file.relative_to(root) for file in find_files(source, root) if file.is_file())
     if missing := [file for file in there if not file.is_file()]:
         raise InputError(
-            f"{missing[0]} is not in the experiment's copy of the project, since git does not track it: "
-            f"`git add {shlex.quote(source)}`, then start the experiment again"
+            f"{missing[0]} is not in the experiment's copy of the project, since neither git nor DVC tracks it: "
+            f"{_how_to_track(source, missing)}, then start the experiment again"
         )
+
+
+def _how_to_track(source: str, missing: Sequence[Path]) -> str:
+    """The command that lets experiments copy `source`; git ignores texts, so that no commit contains a private one."""
+    entries = {Path(*file.parts[:2]) for file in missing}  # what is directly in texts/
+    if len(entries) == 1 and not (entry := min(entries)).exists():  # DVC adds nothing of which git tracks a part
+        name, pointer = shlex.quote(str(entry)), shlex.quote(f"{entry}.dvc")
+        return f"`dvc add {name} && git add {pointer}`, which keeps the text out of git"
+    return f"`git add --force {shlex.quote(source)}`, which puts the text into the next commit"
 
 
 def verify_corpus(path: Path) -> None:

@@ -37,7 +37,7 @@ INSTALL = "`python -m pip install --constraint constraints.txt --editable .`"
 MAIN = ("torch", "mlflow", "dvc")  # packages whose versions are shown
 TOOLS = {  # name of a program that is started -> hint if it does not start
     "git": "install it: DVC and the record of a run's code need it",
-    "dvc": "`. .venv/bin/activate`, or `make clean-venv repro` if the folder was moved",
+    "dvc": "`. .venv/bin/activate`, or `make clean-venv install` if the folder was moved",
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.ops.checks import Finding, examine_packages, examine_params, examine_tools
+from pipeline.ops.installation import examine_installation
 from pipeline.ops.stale_runs import examine_journals, examine_running
 from pipeline.ops.store_location import examine_database, flaw_of
 from pipeline.registry.artifacts import FOLDER_TAGS
@@ -24,7 +25,7 @@ def examine(root: Path, fix: bool) -> None:
     Raises ErrorsLeft if errors are left to fix.
     """
     n_left = n_fixable = 0
-    for check in (examine_packages, examine_tools, examine_params, examine_store):
+    for check in (examine_installation, examine_packages, examine_tools, examine_params, examine_store):
         for finding in _findings(check, root):
             outcome = _fixed(finding, finding.fix) if fix and finding.fix else finding
             print(outcome, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ADD_PIP = "`python -m ensurepip` adds it, or `uv pip install pip` in an environment made by uv"
+REINSTALL = "`make clean-venv install` makes it again"
 SOURCE_ROOT = Path(__file__).parents[2]  # the folder with pipeline/, stages/ and webapp/
 
 
@@ -43,6 +44,12 @@ def run_dvc(*arguments: str, capture_output: bool = False) -> "subprocess.Comple
 def project_root() -> Path:
     """The repository with the checkpoints and the store, also within a copy made by `dvc exp run --temp`."""
     return Path(os.environ.get("DVC_ROOT", "")).absolute()
+
+
+def is_other_code(folder: Path) -> bool:
+    """Whether `folder` is a checkout of this project, and this code is of another one."""
+    own, this = (root / "pipeline" / "__main__.py" for root in (folder, SOURCE_ROOT))
+    return own.is_file() and (SOURCE_ROOT / "pyproject.toml").is_file() and not own.samefile(this)
 
 
 def has_pip() -> bool:

@@ -1,4 +1,4 @@
-"""The `dvc exp` commands of docs/guides/parameters.md, with a text that git does not track."""
+"""The `dvc exp` commands of docs/guides/parameters.md, with a text of one's own, which git ignores."""
 
 import os
 import re
@@ -16,7 +16,7 @@ GUIDE = (ROOT / "docs/guides/parameters.md").read_text()
 COMMANDS = re.findall(r"^dvc (?:exp|queue) .*?(?=  |$)", GUIDE, re.MULTILINE)
 
 
-def test_the_experiments_of_the_guide_run_once_git_tracks_the_text(tmp_path, copy_project, commit_all):
+def test_the_experiments_of_the_guide_run_once_dvc_tracks_the_text(tmp_path, copy_project, commit_all):
     copy_project(tmp_path)
     stages = yaml.safe_load((tmp_path / "dvc.yaml").read_text())["stages"]
     first = {name: stages[name] for name in ("download", "tokenizer", "tokenize", "train")}
@@ -39,6 +39,7 @@ def test_the_experiments_of_the_guide_run_once_git_tracks_the_text(tmp_path, cop
     code, said = run(queued.partition(" && ")[0].replace("--queue", "--temp"))
     assert code
     assert "error: texts/mine.txt is not in the experiment's copy of the project" in said
-    assert run(f"{re.search('`(git add .*?)`', said)[1]} && {queued}")[0] == 0
+    assert run(f"{re.search('`(dvc add .*?)`', said)[1]} && {queued}")[0] == 0
     assert wait_until(lambda: re.search("Success|Failed", run("dvc queue status")[1]), 300)
     assert "Success" in run("dvc queue status")[1], run("dvc queue logs $(dvc queue status | awk 'NR == 2 {print $1}')")
+    assert run("git add . && git ls-files texts")[1].split() == ["texts/README.md", "texts/mine.txt.dvc"]

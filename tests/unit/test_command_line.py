@@ -114,7 +114,9 @@ def test_a_study_and_the_jobs_have_no_common_folder(command, folder):
     for name in ("aaaa", "jobs"):
         (folder / "checkpoints" / name).mkdir(parents=True)
     assert command("sweep", "--study", "jobs")[0] == 2
-    assert command("clean") == (0, "kept aaaa: a study is removed only by name, `python -m pipeline clean aaaa`\n", "")
+    code, said, _ = command("clean")
+    assert code == 0
+    assert said.endswith("kept aaaa, a study: it is removed only by name, `python -m pipeline clean aaaa`\n")
     assert command("clean", "jobs")[0] == 2
 
 
@@ -136,6 +138,17 @@ def test_every_command_of_the_notebook_exists():
         assert check(f"totarget {line}")
 
 
+def test_a_command_refuses_to_run_the_code_of_another_checkout_and_the_doctor_says_so(command, folder, monkeypatch):
+    """As `.venv/bin/totarget` does in a copy of a project, whose .venv was copied with it."""
+    (folder / "pipeline").mkdir()
+    (folder / "pipeline" / "__main__.py").write_text("")
+    code, out, err = command("check")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: this is the code of {ROOT}, not that of {folder}: ")
+    monkeypatch.setattr("pipeline.ops.doctor.examine", lambda root, fix: print("examined"))
+    assert command("doctor") == (0, "examined\n", "")
+
+
 @pytest.fixture
 def checkpoints(folder):
     for name in ("aaaa", "aaaa.1", "bbbb", "search/cccc"):
@@ -147,9 +160,10 @@ def checkpoints(folder):
 @pytest.mark.parametrize(
     ("arguments", "code", "said", "kept"),
     [
-        (["aaaa"], 0, "removed aaaa, 0 MB\nremoved aaaa.1, 0 MB\n", ["bbbb", "search"]),
-        ([], 0, "kept search: a study is removed only by name", ["search"]),
-        (["search"], 0, "removed search", ["aaaa", "aaaa.1", "bbbb"]),
+        (["aaaa"], 0, "removed 2 files, 2 bytes\n", ["bbbb", "search"]),
+        (["aaaa", "--dry-run"], 0, "would remove 2 files, 2 bytes\n", RUNS),
+        ([], 0, "removed 3 files, 3 bytes\nkept search, a study: it is removed only by name", ["search"]),
+        (["search"], 0, "the study keeps its trials' values", ["aaaa", "aaaa.1", "bbbb"]),
         *(([name], 2, f"no run or study {name}", RUNS) for name in ("bb", "..", ".", "bbbb/../../models", "/")),
     ],
 )
@@ -160,6 +174,44 @@ def test_clean_removes_the_named_run_or_study_or_all_runs(command, checkpoints, 
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == kept
     assert not list(checkpoints.glob("*.lock"))
     assert Path("models").is_dir()
+
+
+def test_clean_prints_the_files_and_bytes_of_each_kind(command, checkpoints):
+    folder = checkpoints / "aaaa"
+    for name, size in {"step-00000003/state.json": 7, "step-00000003/m.safetensors": 1000, "samples/step-03.txt": 20,
+                       "steps.jsonl": 30, "times.jsonl": 40, "mlflow_run_id": 5}.items():  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x" * size)
+    lines = "checkpoints 2 files 1,007 bytes samples 1 files 20 bytes journals 2 files 70 bytes other files 2 files"
+    assert lines in " ".join(command("clean", "aaaa", "--dry-run")[1].split())
+
+
+@pytest.mark.parametrize(
+    ("identity", "run_id", "why"),
+    [
+        ({"inexact": ["threads 2 -> 1 after step 9"]}, "1", "a run that changed its environment (threads 2 -> 1 after"),
+        ({"inexact": []}, None, "a run whose steps and times are not in MLflow"),
+    ],
+)
+def test_clean_removes_what_no_training_gives_again_only_by_name_and_says_so(
+    command, checkpoints, identity, run_id, why
+):
+    for name, known, of_mlflow in (("aaaa", {"inexact": []}, "1"), ("bbbb", identity, run_id)):
+        (checkpoints / name / IDENTITY).write_text(json.dumps(known))
+        (checkpoints / name / "steps.jsonl").write_text("{}")
+        if of_mlflow:
+            (checkpoints / name / "mlflow_run_id").write_text(of_mlflow)
+    said = command("clean")[1]
+    assert f"kept bbbb, {why}" in said
+    assert "kept aaaa" not in said
+    assert f"cannot be made again: {why}" in command("clean", "bbbb")[1]
+    assert not (checkpoints / "bbbb").exists()
+
+
+def test_clean_names_a_run_of_other_code(command, checkpoints):
+    (checkpoints / "aaaa" / IDENTITY).write_text(json.dumps({"sources": {"pipeline/model/gpt.py": "0" * 64}}))
+    assert "trained by other code than the present" in command("clean", "aaaa")[1]
+    assert "other code" not in command("clean", "bbbb")[1]
 
 
 def test_clean_keeps_a_run_that_another_process_trains(command, checkpoints):

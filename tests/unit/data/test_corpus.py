@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import re
 import resource
-import shlex
 import sys
 from pathlib import Path
 
@@ -43,16 +42,28 @@ def test_the_hash_in_params_is_of_the_stored_files_and_the_recorded_one_of_the_c
     assert sorted(path.name for path in Path("data").iterdir()) == ["corpus.sha256", "corpus.txt"]
 
 
-@pytest.mark.parametrize("source", ["texts/mine.txt", "texts/my plays", "texts/**/*.txt", "texts"])
-def test_an_experiments_copy_without_a_text_that_git_does_not_track_is_refused(source, monkeypatch):
-    for folder, names in (("texts/my plays", ["new.txt", "old.txt"]), ("copy/texts/my plays", ["old.txt"])):
-        Path(folder).mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("source", "in_the_copy", "command"),
+    [
+        ("texts/mine.txt", [], "dvc add texts/mine.txt && git add texts/mine.txt.dvc"),
+        ("texts/my plays", [], "dvc add 'texts/my plays' && git add 'texts/my plays.dvc'"),
+        ("texts/my plays/*.txt", [], "dvc add 'texts/my plays' && git add 'texts/my plays.dvc'"),
+        ("texts/my plays", ["old.txt"], "git add --force 'texts/my plays'"),  # DVC refuses what git tracks in part
+        ("texts/**/*.txt", ["old.txt"], "git add --force 'texts/**/*.txt'"),
+        ("texts", [], "git add --force texts"),
+    ],
+)
+def test_an_experiments_copy_without_a_text_that_git_does_not_track_is_refused(
+    source, in_the_copy, command, monkeypatch
+):
+    for folder, names in (("texts/my plays", ["new.txt", "old.txt"]), ("copy/texts/my plays", in_the_copy)):
         for name in names:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             Path(folder, name).write_text(name)
+    Path("copy/texts").mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("DVC_ROOT", str(Path.cwd()))
     monkeypatch.chdir("copy")
-    said = f"^texts/.* is not in the experiment's copy .*: `git add {re.escape(shlex.quote(source))}`"
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=f"^texts/.* is not in the experiment's copy .*: `{re.escape(command)}`"):
         fetch_corpus(corpus_config(source), CORPUS)
 
 

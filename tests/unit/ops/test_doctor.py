@@ -11,7 +11,7 @@ from pipeline.ops.doctor import examine, examine_store
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError, RunLocked
 
-CHECKS = ["examine_packages", "examine_tools", "examine_params", "examine_store"]  # in their order
+CHECKS = [f"examine_{name}" for name in "installation packages tools params store".split()]  # in their order
 ONE = "1 to fix, see above"
 ONE_OF_TWO = "2 to fix, see above; `python -m pipeline doctor --fix` fixes 1 of them"
 
@@ -58,7 +58,7 @@ DENIED = Finding("to fix", "x", "a", "b", lambda: fail(PermissionError(13, "not 
 )
 def test_findings_fixes_and_the_exit_code(fix, check, lines, error, monkeypatch, capsys):
     last = Finding("ok", "last", "a check after one that fails")
-    for name, replaced in zip(CHECKS, (check, one(), one(), one(last)), strict=True):
+    for name, replaced in zip(CHECKS, (check, one(), one(), one(), one(last)), strict=True):
         monkeypatch.setattr(doctor, name, replaced)
     assert exit_code_of(lambda: examine(Path(), fix)) == (1 if error else 0)
     printed = capsys.readouterr()
