@@ -1,4 +1,4 @@
-"""Train with the parameters of params.yaml: say how long it takes, run `dvc repro`, and show what was reached."""
+"""Run the stages that are due (`dvc repro`), with a forecast and the outcome."""
 
 import argparse
 

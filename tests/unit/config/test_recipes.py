@@ -107,7 +107,9 @@ def test_a_value_is_copied_as_text(params):
     own = own_recipe(params.parent, "optim:\n  eps: 1.0e-9 # small\n  max_grad_norm: null\n  betas: [0.9, 0.950]\n")
     assert apply_recipe(own, params) == "optim.eps: 1.0e-8 -> 1.0e-9\noptim.max_grad_norm: 1.0 -> null"
     assert "\n  eps: 1.0e-9 # " in params.read_text()
-    assert "\n  betas: [0.9, 0.95] # of AdamW\n" in params.read_text()  # an equal value, so unchanged
+    assert (
+        "\n  betas: [0.9, 0.95] # beta1 and beta2 of AdamW, each 0 to below 1\n" in params.read_text()
+    )  # an equal value, so unchanged
     one_step_not_a_share = own_recipe(params.parent, "optim: {initial_lr: 0}")
     assert apply_recipe(one_step_not_a_share, params) == "optim.initial_lr: 0.0 -> 0"
 
