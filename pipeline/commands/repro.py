@@ -1,4 +1,4 @@
-"""Run the stages that are due (`dvc repro`), with a forecast and the outcome."""
+"""Run the stages that are due (`dvc repro`), with forecast and outcome."""
 
 import argparse
 
