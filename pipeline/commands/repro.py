@@ -1,4 +1,4 @@
-"""Run the stages that are due (`dvc repro`), with forecast and outcome."""
+"""Run the stages that are due (`dvc repro`): forecast and outcome."""
 
 import argparse
 
