@@ -1,6 +1,8 @@
 """RECORDS.md against the recipes, and both tables of the comparison against RECORDS.md."""
 
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,9 @@ def test_the_comparison_has_the_latest_record(page, recipe):
     assert shown["time"].startswith(f"{round(number(record['train s'])):,} s")
     if page == "README.md":  # the long table has a column for each rule
         assert (shown["rule"].strip("`"), shown["loss"]) == (record["rule"], record["loss"])
+
+
+def test_readme_has_the_recall_of_the_showcase():
+    recall = json.loads((ROOT / "docs/showcase/metrics.json").read_text())["verbatim_recall_anywhere"]
+    (shown,) = re.findall(r"recites (\d+)% of its passages of 32 tokens", (ROOT / "README.md").read_text())
+    assert int(shown) == round(100 * recall)
