@@ -42,7 +42,7 @@ def check(line, complete=True):
                 _parse(get_main_parser().parse_args, [command, *arguments], complete)
             if command in ("repro", "commit"):
                 assert {word for word in arguments if not word.startswith("-")} <= STAGES.keys(), line
-        case ["make", *arguments]:
+        case ["make", "-C", _, *arguments] | ["make", *arguments]:
             for name, _, value in (word.partition("=") for word in arguments):
                 exists = f"$({name}" in MAKEFILE if value else re.search(rf"^{name}:", MAKEFILE, re.MULTILINE)
                 assert exists, line
@@ -61,10 +61,11 @@ def _parse(parser, arguments, complete):
 
 
 def commands_in(text):
-    """The commands of a page: those in code blocks, with True, and those in sentences, which may lack arguments."""
+    """The commands of a page: those in code blocks, with True, and those in sentences and comments, which may
+    lack arguments."""
     blocks = re.findall(r"^ *```(?:bash|sh|console)?\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    phrases = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
+    phrases = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*$", "", text, flags=re.MULTILINE))
     for line, complete in [*((line, True) for line in lines), *((phrase, False) for phrase in phrases)]:
         for part in re.split(" && |; | \\| ", line.partition(" # ")[0]):
             yield part.strip(), complete

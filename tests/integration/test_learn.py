@@ -15,6 +15,17 @@ VERSE = "In the {} house by the sea, where nobody lives, a lamp is lit at {} and
 HOURS = ("one", "two", "three", "four", "five", "six")
 PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
 
+COMMANDS = {  # that README and the guides show to newcomers, and words of what they print
+    "plan texts/poem.txt": "poem",
+    "recipe": "laptop",
+    "check": "params.yaml is valid",
+    "run": "FINISHED",
+    "models": "champion",
+    "models verify": "poem version 1",
+    "generate First --max-tokens 5": "First",
+    "export hf DIR": "poem version 1",
+}
+
 
 @pytest.fixture
 def clone(tmp_path, copy_project, commit_all, bpe, monkeypatch):
@@ -48,7 +59,8 @@ def test_learn_ends_with_a_champion_under_the_name_of_the_text(clone, tmp_path, 
     assert main(["learn", "texts/poem.txt", "--yes"]) == 0  # nothing is trained again
     assert "Running stage" not in capfd.readouterr().out
     assert (Path("params.yaml").read_bytes(), Path("dvc.lock").read_bytes()) == (params, lock)
-    assert main(["models"]) == 0
-    assert "champion" in capfd.readouterr().out
+    for arguments, words in COMMANDS.items():
+        assert main([word.replace("DIR", str(tmp_path / "exported")) for word in arguments.split()]) == 0
+        assert words in capfd.readouterr().out
     assert yaml.safe_load(params)["registry"]["model"] == "poem"
     assert Path(sys.executable).parent.as_posix() not in params.decode()  # no path of this machine

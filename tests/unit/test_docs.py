@@ -70,6 +70,15 @@ def test_each_command_of_a_page_exists_with_its_flags(page):
             raise AssertionError(f"{line}: {error}") from error
 
 
+def test_each_command_that_a_message_or_a_docstring_names_exists():
+    sources = [path for place in ("pipeline", "stages", "webapp") for path in (ROOT / place).rglob("*.py")]
+    for path in [ROOT / "app.py", *sources]:
+        for command in re.findall(
+            r"`((?:totarget|python -m pipeline|make) [^`\n]+)`", path.read_text(encoding="utf-8")
+        ):
+            assert check(re.sub(r"\{[^{}]*\}", "1", command), complete=False), path
+
+
 def test_the_commands_are_found():
     lines = [line for commands in SHOWN.values() for line, complete in commands if complete]
     for program in ("totarget", "make", "dvc"):
