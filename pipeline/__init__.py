@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+__version__ = "1.0.0"  # docs/reference/stability.md says what it promises
+
 # How long a thread of torch that waits for the others keeps its core busy; libgomp reads it when torch is imported. Its
 # default, milliseconds, makes a training step much slower beside other busy programs (benchmarks/LOG.md).
 if "OMP_WAIT_POLICY" not in os.environ:

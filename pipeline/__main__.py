@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from pipeline import __version__
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import InputError
 from pipeline.system.host import REINSTALL, SOURCE_ROOT, is_other_code
@@ -40,9 +41,12 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         usage="%(prog)s COMMAND [OPTIONS]",
         description="Train a GPT-2 on a text until it reaches a target loss, and use the model.",
-        epilog="\n".join([*listing, f"`{prog} COMMAND --help` shows the options of a command."]),
+        epilog="\n".join(
+            [*listing, f"`{prog} COMMAND --help` shows the options of a command, `{prog} --version` the version."]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"gpt2-to-target {__version__}", help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(prog=prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     for name, module in modules.items():
         subparser = subparsers.add_parser(name, description=module.__doc__, allow_abbrev=False)

@@ -28,6 +28,7 @@ TEMPORARY = "gpt2-to-target-"  # prefix of large temporary folders
 REQUIREMENTS = "mlflow numpy psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()  # of pyfunc.py
 FOLDER_TAGS = {"model": "model_sha256", "tokens": "data_sha256"}  # folder -> tag with the hash of its manifest
 LISTING = "files.json"  # hashes of a version's other files, such as code, MLmodel and params.yaml
+FORMAT, FORMAT_TAG = "1", "format"  # of a version's files and tags; early versions lack the tag, and have format 1
 LISTING_TAG = "files_sha256"  # hash of the listing; early versions lack it, and their other files are not verified
 LOGGED_MODEL = "gpt2"  # name of the MLflow model that contains the files
 ADDED_BY_MLFLOW = "registered_model_meta"  # MLflow writes this file into a version's folder when it loads the version
@@ -101,9 +102,14 @@ def open_version(store: Store, version: "ModelVersion") -> Path:
     """Return the version's folder with model/, tokens/ and params.yaml, after verifying all files, code included.
 
     No code is executed. Raises ModelMissing if files are missing or the store does not answer. Raises IntegrityError,
-    with both hashes, if files are altered, or if `register` did not make the version.
+    with both hashes, if files are altered, or if `register` did not make the version, or if its format is unknown.
     """
     label = label_of(version)
+    if (found := version.tags.get(FORMAT_TAG, FORMAT)) != FORMAT:
+        raise IntegrityError(
+            f"{label} has the format {found}, but this program reads format {FORMAT}: use the program that registered "
+            "it, or a newer one"
+        )
     for tag in (*FOLDER_TAGS.values(), *(version.tags.keys() & {LISTING_TAG})):
         if not re.fullmatch("[0-9a-f]{64}", version.tags.get(tag, "")):
             raise IntegrityError(
@@ -193,7 +199,11 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
         sha256 = _write_listing(files)
         client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
-    return {"model_id": model_id, LISTING_TAG: sha256}  # MLflow's SQL registry does not keep the model's id
+    return {
+        "model_id": model_id,
+        LISTING_TAG: sha256,
+        FORMAT_TAG: FORMAT,
+    }  # MLflow's SQL registry does not keep the model's id
 
 
 def _first_prompt(project: Path) -> list[str]:

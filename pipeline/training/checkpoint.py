@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.model.weights import load_tensors, save_tensors
-from pipeline.system.errors import IntegrityError
+from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_folder, read_json, sweep_unfinished, verify_manifest, write_json
 
 STATE = "state.json"
+FORMAT = 1  # of the files and their content; a checkpoint without a number has format 1
 HINT = "it cannot be resumed from"
 Tensors = dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
 Saved = tuple[Tensors, dict[str, Any]]  # the results of TrainState.tensors and TrainState.scalars
@@ -26,16 +27,24 @@ def save_checkpoint(run_folder: Path, step: int, tensors: Tensors, scalars: dict
     with atomic_folder(folder, needed) as unfinished:
         for stem, group in tensors.items():
             save_tensors(group, unfinished / f"{stem}.safetensors")
-        write_json(unfinished / STATE, scalars)
+        write_json(unfinished / STATE, {"format": FORMAT, **scalars})
     return folder
 
 
 def load_checkpoint(run_folder: Path, step: int) -> Saved:
-    """Load the checkpoint of `step`. Raises IntegrityError, with the name of the file, if any byte has changed."""
+    """Load the checkpoint of `step`.
+
+    Raises IntegrityError, with the name of the file, if any byte has changed, InputError if its format is unknown.
+    """
     folder = checkpoint_folder(run_folder, step)
     verify_manifest(folder, HINT)
-    tensors = {path.stem: load_tensors(path, HINT) for path in sorted(folder.glob("*.safetensors"))}
-    return tensors, read_json(folder / STATE)
+    scalars = read_json(folder / STATE)
+    if (found := scalars.pop("format", 1)) != FORMAT:
+        raise InputError(
+            f"{folder} has the checkpoint format {found}, but this program reads format {FORMAT}: resume with the "
+            f"program that wrote it, or start from step 0 after `python -m pipeline clean {run_folder.name}`"
+        )
+    return {path.stem: load_tensors(path, HINT) for path in sorted(folder.glob("*.safetensors"))}, scalars
 
 
 def checkpoint_steps(run_folder: Path) -> list[int]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline import __version__
 from pipeline.__main__ import main
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import IDENTITY
@@ -53,6 +54,7 @@ def test_the_flags_of_slurm_apply_to_a_file_without_its_section(command, folder)
     ("arguments", "code", "words"),
     [
         (["--help"], 0, "COMMAND"),
+        (["--version"], 0, f"gpt2-to-target {__version__}\n"),
         (["check"], 0, "params.yaml is valid; "),
         (["recipe", "smoke", "--as-set"], 0, "-S optim.max_epochs="),
         (["models", "promote"], 2, "error: models promote: name a version"),

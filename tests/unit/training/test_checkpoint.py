@@ -1,5 +1,6 @@
 """A checkpoint is complete or absent, any damage to it is found, and the newest intact one is loaded."""
 
+import json
 import os
 import resource
 import shutil
@@ -13,8 +14,15 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.model.weights import load_model, save_model
 from pipeline.system import files
-from pipeline.system.errors import IntegrityError, OutOfSpaceError
-from pipeline.training.checkpoint import checkpoint_steps, keep_newest, newest_valid, save_checkpoint
+from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError
+from pipeline.system.files import write_manifest
+from pipeline.training.checkpoint import (
+    checkpoint_steps,
+    keep_newest,
+    load_checkpoint,
+    newest_valid,
+    save_checkpoint,
+)
 
 
 def save(folder, step):
@@ -46,6 +54,22 @@ def test_every_file_is_synced_before_the_rename_and_the_folder_after_it(tmp_path
     written = {"weights.safetensors", "rng.safetensors", "state.json", "manifest.json", ".unfinished-step-00000001"}
     assert synced >= written
     assert calls[renamed + 1 :] == [("fsync", tmp_path.name)]
+
+
+def test_a_checkpoint_has_a_format_and_one_without_it_has_the_first(tmp_path):
+    folder = save(tmp_path, 1)
+    assert json.loads((folder / "state.json").read_text()) == {"format": 1, "step": 1}
+    assert load_checkpoint(tmp_path, 1)[1] == {"step": 1}
+    (folder / "state.json").write_text('{"step": 1}')
+    write_manifest(folder)
+    assert load_checkpoint(tmp_path, 1)[1] == {"step": 1}
+
+
+def test_a_checkpoint_of_an_unknown_format_is_refused_and_no_earlier_one_is_taken(three):
+    (three / "step-00000003" / "state.json").write_text('{"format": 2, "step": 3}')
+    write_manifest(three / "step-00000003")
+    with pytest.raises(InputError, match=r"^[^\n]*step-00000003 has the checkpoint format 2, but [^\n]*$"):
+        newest_valid(three)
 
 
 def test_any_damage_to_any_file_is_found_and_the_previous_checkpoint_is_loaded(three, capsys, chance):  # A5
