@@ -41,12 +41,10 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         usage="%(prog)s COMMAND [OPTIONS]",
         description="Train a GPT-2 on a text until it reaches a target loss, and use the model.",
-        epilog="\n".join(
-            [*listing, f"`{prog} COMMAND --help` shows the options of a command, `{prog} --version` the version."]
-        ),
+        epilog="\n".join([*listing, f"`{prog} COMMAND --help` shows the options of a command."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"gpt2-to-target {__version__}", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"gpt2-to-target {__version__}")
     subparsers = parser.add_subparsers(prog=prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     for name, module in modules.items():
         subparser = subparsers.add_parser(name, description=module.__doc__, allow_abbrev=False)
