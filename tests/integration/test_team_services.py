@@ -22,6 +22,7 @@ from fixtures_postgresql import postgresql_server
 from pipeline.config.recipes import apply_recipe, write_values
 from pipeline.system.files import read_json
 from pipeline.system.signals import die_with_parent
+from pipeline.tracking.journal import TIMES
 from tests.waiting import free_ports, wait_until
 
 for package, extra in {"psycopg": "postgres", "dvc_s3": "s3", "flask_wtf": "team"}.items():
@@ -63,23 +64,33 @@ class Team:
         command = SERVICES[service]["command"]
         return [self.text_of(word) for word in (shlex.split(command) if isinstance(command, str) else command)]
 
-    def start(self, service, command, is_ready):
-        """Start a service in the project's folder, until the end of the test; return when it is ready."""
-        log = (self.project / f"../{service}.log").open("w+")
-        process = subprocess.Popen(command, cwd=self.project, env=self.environment(service), stdout=log, stderr=log,
-                                   preexec_fn=die_with_parent)  # fmt: skip
+    def start(self, service, command, folder=None):
+        """Start a command of a service in the project's folder, or in another one, until the end of the test."""
+        log = self.stack.enter_context((self.project / f"../{service}.log").open("w+"))
+        process = subprocess.Popen(command, cwd=folder or self.project, env=self.environment(service), stdout=log,
+                                   stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent)  # fmt: skip
         self.stack.callback(process.wait, 60)
         self.stack.callback(process.terminate)
+        return process, log
+
+    def wait(self, started, is_ready):
+        """Wait until a service is ready."""
+        process, log = started
         assert wait_until(lambda: is_ready() or process.poll() is not None, PATIENCE_S)
         log.seek(0)
         assert process.poll() is None, log.read()
 
     def run(self, *command, service="train", folder=None):
-        """What a command of a service prints, in the project's folder or in another one; it must succeed."""
-        done = subprocess.run(command, cwd=folder or self.project, env=self.environment(service), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE_S)  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        """What a command of a service prints; it must succeed."""
+        return self.end(self.start(service, command, folder))
+
+    def end(self, started):
+        """Wait until a command has ended; return what it printed."""
+        process, log = started
+        code = process.wait(PATIENCE_S)
+        log.seek(0)
+        assert code == 0, log.read()
+        return log.read()
 
     def start_s3(self):
         """compose.yaml's own server and script, or else moto's server, which knows neither users nor passwords."""
@@ -98,7 +109,8 @@ class Team:
         script += "".join(f" -{name}={port}" for name, port in ports.items())
         health = SERVICES["s3"]["healthcheck"]["test"][-1].rpartition("/")[2]
         entrypoint = SERVICES["s3"]["entrypoint"]
-        self.start("s3", [*entrypoint, script], lambda: status(f"{self.address('s3')}/{health}") == 200)
+        started = self.start("s3", [*entrypoint, script])
+        self.wait(started, lambda: status(f"{self.address('s3')}/{health}") == 200)
 
 
 def status(url, key=None, body=None):
@@ -135,37 +147,42 @@ def team(tmp_path, copy_project, commit_all):
         team.start_s3()
         for _ in range(2):  # as at each start
             team.run(*team.command("prepare"), service="prepare")
-        server = [word.replace("5000", str(team.ports["mlflow"])) for word in team.command("mlflow")]
-        team.start("mlflow", server, lambda: status(f"{team.address('mlflow')}/health") == 200)
+        server = [{"5000": str(team.ports["mlflow"]), "2": "1"}.get(word, word) for word in team.command("mlflow")]
+        team.wait(team.start("mlflow", server), lambda: status(f"{team.address('mlflow')}/health") == 200)
         yield team
 
 
 def test_what_a_team_trains_is_on_its_servers_and_in_another_clone(team, tmp_path, commit_all):
     project, clone = team.project, tmp_path / "clone"
     assert status(f"{team.address('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1") == 401
-    sweep = ["sweep", "--storage", "postgresql:///optuna", "--trials", "2", "--pruner", "none"]
-    assert "2 of 2 trials" in team.run("python", "-m", "pipeline", *sweep)
-    team.run("dvc", "repro")
+    arguments = ["--storage", "postgresql:///optuna", "--trials", "2", "--pruner", "none"]
+    sweep = team.start("train", ["python", "-m", "pipeline", "sweep", *arguments])
+    trials = project / "checkpoints" / "smoke"
+    assert wait_until(lambda: list(trials.glob(f"*/{TIMES}")) or sweep[0].poll() is not None, PATIENCE_S)
+    team.run("dvc", "repro")  # beside the trials
+    assert "2 of 2 trials" in team.end(sweep)
     registered = read_json(project / "reports" / "registered.json")
-    assert registered["version"] == "1"
-    assert not [path for path in (project / "mlruns").rglob("*") if path.name not in (".gitkeep", ".lock")]
-    assert registered["champion"]
+    assert (registered["version"], registered["champion"]) == ("1", True)
 
-    page = [*team.command("page"), "--port", str(team.ports["page"])]
-    page[page.index("--model") + 1] = registered["model"]
-    team.start("page", page, lambda: status(f"{team.address('page')}/health") == 200)
-    assert registered["model"] in answer(f"{team.address('page')}/health")[1]
-    question = f"{team.address('page')}/v1/completions", {"prompt": "First", "max_tokens": 5}
-    assert status(question[0], body=question[1]) == 401
-    code, text = answer(question[0], team.secrets["TOTARGET_API_KEY"], question[1])
-    assert (code, json.loads(text)["usage"]["completion_tokens"]) == (200, 5)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    command = [word.replace("app.py", str(project / "app.py")) for word in team.command("page")]
+    page = team.start("page", [*command, "--port", str(team.ports["page"])], elsewhere)
 
-    team.run("dvc", "push")
+    team.run("dvc", "push")  # while the page starts
     commit_all(project)
-    team.run("git", "clone", "-q", str(project), str(clone), folder=tmp_path)
+    team.run("git", "clone", "-q", str(project), str(clone))
     team.run("dvc", "pull", "--allow-missing", folder=clone)
     missing = {"register": [{"changed outs": {"reports/registered.json": "deleted"}}]}  # of this clone's registry
     assert json.loads(team.run("dvc", "status", "--json", folder=clone)) == missing
+
+    team.wait(page, lambda: status(f"{team.address('page')}/health") == 200)
+    assert registered["model"] in answer(f"{team.address('page')}/health")[1]
+    completions, body = f"{team.address('page')}/v1/completions", {"prompt": "First", "max_tokens": 5}
+    assert status(completions, body=body) == 401
+    code, text = answer(completions, team.secrets["TOTARGET_API_KEY"], body)
+    assert (code, json.loads(text)["usage"]["completion_tokens"]) == (200, 5)
+    assert not [*elsewhere.iterdir()]  # the folder may be read-only
+
     team.run("dvc", "repro", folder=clone)
     assert read_json(clone / "reports" / "registered.json")["version"] == "1"  # the server has it: no second one
     assert json.loads(team.run("dvc", "status", "--json", folder=clone)) == {}
