@@ -137,7 +137,6 @@ def team(tmp_path, copy_project, commit_all):
     """A repository with the recipe smoke and a DVC remote, beside its team's servers."""
     project = tmp_path / "project"
     copy_project(project)
-    (project / "dvc.lock").unlink(missing_ok=True)
     apply_recipe("smoke", project / "params.yaml", project / "recipes")
     write_values({"train.threads": 1, "samples.interval_steps": 0}, project / "params.yaml")
     remote = "[core]\n    remote = storage\n['remote \"storage\"']\n    url = s3://dvc/project\n"
