@@ -9,6 +9,8 @@ import pathspec
 import pytest
 import yaml
 
+from tests.commands import check
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "compose.yaml").read_text()
 COMPOSE = yaml.safe_load(TEXT)
@@ -71,7 +73,13 @@ def test_the_folders_that_programs_write_to_are_writable_in_a_read_only_containe
 
 
 def test_the_commands_of_the_services_exist():
-    assert SERVICES["train"]["command"] == SERVICES["train-cuda"]["command"] == ["dvc", "repro"]
+    assert SERVICES["train"]["command"] == SERVICES["train-cuda"]["command"] == ["totarget", "repro"]
+    guide = (ROOT / "docs" / "guides" / "containers.md").read_text().replace("\\\n", " ")
+    lines = [" ".join(SERVICES["train"]["command"])]
+    lines += re.findall(
+        r"^(?:docker compose run --rm|  gpt2-to-target:cpu) (?:train(?:-cuda)? )?(\w[^#\n]*)", guide, re.M
+    )
+    assert sum(map(check, lines)) >= 5
     for name in ("prepare", "page"):
         python, script, *_ = SERVICES[name]["command"]
         assert (python, (ROOT / script).is_file()) == ("python", True)

@@ -1,12 +1,15 @@
 """The store's URI: where MLflow's runs are, and the passwords that it must not contain."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipeline.system.errors import InputError
 from pipeline.system.host import project_root
-from pipeline.tracking.mlflow_store import connect, store_uri
+from pipeline.tracking import mlflow_store
+from pipeline.tracking.mlflow_store import EXPERIMENT, connect, open_store, store_uri
 from pipeline.tracking.recorder import Recorder
 
 
@@ -58,3 +61,24 @@ def test_a_copy_made_by_dvc_uses_the_store_of_its_repository(tmp_path, monkeypat
     assert project_root() == tmp_path
     monkeypatch.setenv("DVC_ROOT", "/repository")
     assert project_root() == Path("/repository")
+
+
+@pytest.mark.parametrize("appears", [True, False])
+def test_a_server_is_used_from_a_read_only_folder_and_two_clients_may_create_the_experiment_at_once(
+    appears, monkeypatch, tmp_path
+):
+    found = [None, SimpleNamespace(name=EXPERIMENT, experiment_id="7", lifecycle_stage="active") if appears else None]
+
+    def create(name, location):
+        assert location is None  # the server chooses it
+        raise MlflowException("RESOURCE_ALREADY_EXISTS")
+
+    client = SimpleNamespace(get_experiment_by_name=lambda _: found.pop(0), create_experiment=create)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setattr(mlflow_store, "connect", lambda _: client)
+    if appears:
+        assert open_store(tmp_path).experiment_id == "7"
+    else:
+        with pytest.raises(MlflowException):
+            open_store(tmp_path)
+    assert not [*tmp_path.iterdir()]
