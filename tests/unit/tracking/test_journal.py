@@ -1,5 +1,7 @@
 """The journal: records are appended, incomplete lines removed, and repeated steps compared."""
 
+import errno
+import io
 import json
 from dataclasses import dataclass
 
@@ -82,13 +84,23 @@ def test_a_line_with_a_value_that_is_not_a_finite_number_ends_the_journal(folder
     assert len(Journal(folder).records) == 1
 
 
+class FullDisk(io.RawIOBase):
+    """A file on a disk without room, as /dev/full is on Linux."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_full_disk_is_reported_once(folder):  # A6
     journal = Journal(folder)
     journal._files[STEPS].close()
-    with open("/dev/full", "w") as journal._files[STEPS]:
-        with pytest.raises(OutOfSpaceError, match=r"disk full in .* bytes free"):
-            journal.append(record(4))
-        journal.close()  # does not raise the same error again
+    journal._files[STEPS] = io.TextIOWrapper(io.BufferedWriter(FullDisk()))
+    with pytest.raises(OutOfSpaceError, match=r"disk full in .* bytes free"):
+        journal.append(record(4))
+    journal.close()  # does not raise the same error again
 
 
 def test_a_repeated_step_must_be_equal_and_keeps_its_first_times(folder):
