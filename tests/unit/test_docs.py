@@ -90,6 +90,12 @@ def test_the_commands_are_found():
         assert sum(line.startswith(program) for line in lines) > 5, program
 
 
+def test_each_page_is_in_the_navigation():
+    named = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    pages = [page.relative_to(ROOT / "docs") for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert not [str(page) for page in pages if f" {page}\n" not in named]
+
+
 def test_the_reference_is_what_the_parameters_and_parsers_say():
     for path, content in GENERATE["pages"]().items():
         assert path.read_text(encoding="utf-8") == content, "run .venv/bin/python docs/generate.py"
