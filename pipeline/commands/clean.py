@@ -21,7 +21,7 @@ def add_arguments(add: Add) -> None:
         "name",
         metavar="NAME",
         nargs="?",
-        help="fingerprint of a run, or name of a study; default: all runs, and no study",
+        help="fingerprint of a run, or name of a study; default: all runs that can be repeated exactly, and no study",
     )
     add("--dry-run", action="store_true", help="print what would be removed, and remove nothing")
 

@@ -1,4 +1,7 @@
-"""Run the stages that are due (`dvc repro`): forecast and outcome."""
+"""Train with params.yaml, register the model, and show it.
+
+It says which stages of `dvc repro` are due and how long they take, runs them, and shows what was reached.
+"""
 
 import argparse
 
@@ -6,8 +9,8 @@ from pipeline.commands.arguments import Add
 
 
 def add_arguments(add: Add) -> None:
-    add("--force", action="store_true", help="run every stage again, also if nothing has changed")
-    add("--dry-run", action="store_true", help="only print what is due and how long it takes")
+    add("--force", action="store_true", help="run every stage again, also those of which nothing has changed")
+    add("--dry-run", action="store_true", help="print what is due and how long it takes, and run nothing")
 
 
 def run(arguments: argparse.Namespace) -> None:
