@@ -75,7 +75,10 @@ def show_outcome(next_step: str | None = None) -> None:
     if registered["next_step"] and (reached or best):
         lines["next"] = registered["next_step"]
     if git("status", "--porcelain", "--", "dvc.lock"):
-        lines["git"] = "dvc.lock has changed: commit it if others shall `dvc pull` this result, otherwise leave it"
+        lines["git"] = (
+            "dvc.lock has this result and is not committed: commit it if others shall `dvc pull` the model, "
+            "otherwise leave it"
+        )
     print(f"\n{in_lines(lines)}")
     _show_sample(label)
     if registered["champion"]:

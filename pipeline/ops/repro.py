@@ -49,7 +49,7 @@ def repro(force: bool, dry_run: bool) -> None:
     params = load_params()
     check_params(params)
     due = stages() if force else due_stages()
-    size = size_of_text(params, due)
+    size = size_of_text(params, due) if due else None
     print(in_lines(plan_of(params, due, size)), flush=True)
     if due:
         print(in_lines({"time": time_of(params, due, size)}), flush=True)
@@ -126,11 +126,11 @@ def plan_of(params: Params, due: list[str], size: Size | None) -> dict[str, str]
         model, windows, target = config.model, config.windows, config.target
         used = f", of which the first {100 * corpus.fraction:g}% is used" if corpus.fraction < 1 else ""
         tokens = f", {'' if size.is_exact else 'about '}{size.train:,} tokens to train on" if size else ""
-        steps = f", {config.optim.max_steps(windows, size.train):,} steps" if size else ""
+        steps = f"{config.optim.max_steps(windows, size.train):,} steps" if size else "steps"
         lines |= {
             "text": f"{corpus.source}{used}{tokens}",
             "model": f"{name}: {model.n_layer} layers of {model.n_embd}, tokenizer {corpus.tokenizer}",
-            "training": f"at most {config.optim.max_epochs:g} epochs{steps} of {windows.step_windows} windows of "
+            "training": f"at most {config.optim.max_epochs:g} epochs, {steps} of {windows.step_windows} windows of "
             f"{windows.seq_len} tokens, until the loss is below {target.loss:g} by the rule {target.rule}",
         }
     return lines
