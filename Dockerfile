@@ -16,18 +16,12 @@ RUN case "$TORCH" in cpu) compiler=() ;; cuda) compiler=(gcc libc6-dev) ;; *) ec
     rm -rf /var/lib/apt/lists/*; \
     git config --system --add safe.directory /project
 
-# The packages change rarely: a layer of their own. PyPI's torch is the CUDA build.
+# The packages change rarely: a layer of their own. A user without a name cannot write compiled files later.
 WORKDIR /project
-RUN --mount=type=bind,source=constraints.txt,target=constraints.txt \
-    --mount=type=bind,source=pyproject.toml,target=pyproject.toml \
+RUN --mount=type=bind,source=requirements,target=requirements \
     --mount=type=cache,target=/root/.cache/pip,sharing=locked \
-    if [[ $TORCH == cpu ]]; then \
-        pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch; \
-    fi; \
-    python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; \
-               print(*p["dependencies"], *e["postgres"], *e["s3"], *e["team"], sep="\n")' >/tmp/requirements.txt; \
-    pip install --constraint constraints.txt --requirement /tmp/requirements.txt; \
-    rm /tmp/requirements.txt
+    python requirements/install.py /usr/local base postgres s3 team --torch "$TORCH"; \
+    python -m compileall -q -j 0 /usr/local/lib >/dev/null || true # packages have files for other Pythons
 
 COPY . .
 # The folder belongs to the group 0, which is the group of any user without a name: an empty volume that is mounted here

@@ -1,12 +1,15 @@
-# make install: .venv, which each other target makes first from the pinned dependencies. make repro: text -> registered
-# model. make app: its web page. make test, make check, make faults: unit, integration and fault tests.
+# make install: .venv with the locked packages, which each other target makes first; EXTRAS="s3 postgres" adds extras.
+# make repro: text -> registered model. make learn TEXT=diary.txt: the same for a text of one's own; OPTIONS="--time 10m"
+# are options of `totarget learn`. make app: the web page. make test, check and faults: unit, integration, fault tests.
 ifeq ($(OS),Windows_NT)
 $(error this program runs on Linux and macOS: on Windows, run it in WSL 2)
 endif
 PYTHON ?= python3
+TORCH ?= auto# build of torch on Linux: cpu or cuda; auto: cuda where an NVIDIA driver is installed
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+DEV := $(VENV)/installed-dev
 # One process for each core, at most four, each with whole files in the order of tests/conftest.py. OpenMP threads sleep
 # while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
@@ -15,14 +18,21 @@ IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
 # Where git does not track the folder, DVC must be told to work without git.
 NO_SCM := $(IN_GIT) || grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
 
-.PHONY: install repro app showcase sweep dashboard test check faults lowest lint format clean-venv
+.PHONY: install repro learn no-text app showcase sweep dashboard test check faults lowest docs lint format lock clean-venv
 
-install: $(INSTALLED)
+install: $(INSTALLED) $(EXTRAS:%=$(VENV)/installed-%)
 	@$(NO_SCM)
 
 repro: $(INSTALLED)
 	@$(NO_SCM)
 	$(BIN)/python -m pipeline repro
+
+learn: $(if $(TEXT),$(INSTALLED),no-text)
+	@$(NO_SCM)
+	$(BIN)/python -m pipeline learn $(OPTIONS) '$(subst ','\'',$(TEXT))'
+
+no-text:
+	@echo 'error: name a text: make learn TEXT=diary.txt' >&2; exit 2
 
 app: $(INSTALLED)
 	$(BIN)/python app.py
@@ -42,42 +52,47 @@ showcase:
 dashboard: $(INSTALLED)
 	$(BIN)/python -m pipeline sweep dashboard
 
-test: $(INSTALLED)
+test: $(DEV)
 	$(PYTEST) tests/unit
 
-check: $(INSTALLED)
+check: $(DEV)
 	$(PYTEST) tests/integration
 
-faults: $(INSTALLED)
+faults: $(DEV)
 	$(PYTEST) tests/faults
 
 # test and check, with the lowest version of each range in pyproject.toml. It needs uv: python -m pip install uv
 lowest:
 	uv venv --clear --seed --python 3.11 .venv-lowest
 	uv pip install --python .venv-lowest --resolution lowest-direct --editable '.[dev]'
-	touch .venv-lowest/installed
+	touch .venv-lowest/installed .venv-lowest/installed-dev
 	$(MAKE) test check VENV=.venv-lowest
 
-lint: $(INSTALLED)
+lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(INSTALLED)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: docs
-docs: $(INSTALLED); NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # without an announcement of the theme
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # without an announcement of the theme
+
+# requirements/*.txt, from the ranges in pyproject.toml. It needs uv; OPTIONS=--upgrade takes the newest versions.
+lock:
+	requirements/lock.sh $(OPTIONS)
 
 clean-venv:
 	rm -rf .venv .venv-lowest
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is %d.%d: Python 3.11 or newer is needed, name one with PYTHON=" % sys.version_info[:2])'
+$(INSTALLED): pyproject.toml requirements/base.txt requirements/torch.txt
 	@$(IN_GIT) || echo 'git does not track this folder: DVC will work without git, and runs record no commit'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true # on all cores; packages have files for other Pythons
+	$(PYTHON) requirements/install.py $(VENV) base project --torch $(TORCH)
 	@$(NO_SCM)
+	touch $@
+
+$(VENV)/installed-%: requirements/%.txt $(INSTALLED)
+	$(PYTHON) requirements/install.py $(VENV) $*
 	touch $@

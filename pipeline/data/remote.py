@@ -80,9 +80,8 @@ def fetch_store(source: str, folder: Path, **options: Any) -> dict[str, Path]:
                 raise OSError(f"ended after {received:,} of {size:,} bytes")
     except ImportError:
         package = STORES[scheme]
-        raise InputError(
-            f"{source} needs the package {package}: `python -m pip install -c constraints.txt {package}` adds it"
-        ) from None
+        install = "make install EXTRAS=s3" if scheme == "s3" else f"python -m pip install {package}"
+        raise InputError(f"{source} needs the package {package}: `{install}` adds it") from None
     except Exception as error:  # those of botocore have no base in common with OSError
         if type(error).__name__ == "NoCredentialsError" and not options:
             return fetch_store(source, folder, anon=True)

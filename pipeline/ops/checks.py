@@ -33,7 +33,7 @@ from pipeline.system.limits import cores
 from pipeline.training.config import RunConfig
 from pipeline.training.preflight import n_checkpoints, saved_bytes
 
-INSTALL = "`python -m pip install --constraint constraints.txt --editable .`"
+INSTALL = f"`python requirements/install.py {sys.prefix} base` installs the locked versions"
 MAIN = ("torch", "mlflow", "dvc")  # packages whose versions are shown
 TOOLS = {  # name of a program that is started -> hint if it does not start
     "git": "install it: DVC and the record of a run's code need it",
@@ -72,8 +72,7 @@ def examine_packages(root: Path) -> Iterator[Finding]:
     if not has_pip():
         what = f"{sys.executable} has no pip, which downloads sources such as wheel:NAME==VERSION/MEMBER"
         yield Finding("note", "packages", what, ADD_PIP)
-    install = INSTALL if has_pip() else INSTALL.replace("python -m pip", "uv pip")
-    yield from (Finding("to fix", "packages", what, install) for what in unmet)
+    yield from (Finding("to fix", "packages", what, INSTALL) for what in unmet)
     if not unmet:
         named = ", ".join(f"{name} {installed[name]}" for name in ("Python", *MAIN) if name in installed)
         yield Finding("ok", "packages", f"{named}; all {len(needed) - 1} packages fit pyproject.toml")

@@ -31,9 +31,7 @@ def write_gguf(
     try:
         import gguf
     except ImportError:
-        raise InputError(
-            "export gguf needs the package gguf: `python -m pip install -c constraints.txt gguf` adds it"
-        ) from None
+        raise InputError("export gguf needs the package gguf: `python -m pip install gguf` adds it") from None
 
     kinds = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])

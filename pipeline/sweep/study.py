@@ -59,7 +59,9 @@ def open_storage(url: str, root: Path, heartbeat_timeout_s: float) -> BaseStorag
                 heartbeat_stale_trial_callback=requeue_dead,
             )
     except ImportError:
-        raise InputError("sweep.storage: PostgreSQL's driver is not installed: `pip install '.[postgres]'`") from None
+        raise InputError(
+            "sweep.storage: PostgreSQL's driver is not installed: `make install EXTRAS=postgres`"
+        ) from None
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
         is_server = url.partition(":///")[0] not in FILES
         fault = "does not answer" if is_server else "cannot be opened"

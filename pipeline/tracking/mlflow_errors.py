@@ -52,7 +52,7 @@ CAUSES = tuple((re.compile(pattern, re.IGNORECASE), cause, remedy) for pattern, 
     # what MLFLOW_TRACKING_URI may be
     ("got unsupported URI|Invalid url|Unity Catalog|Could not parse|Invalid SQLite URL|Can't load plugin",
      "MLflow has no such stores", f"{ADDRESS} to http://HOST:PORT or sqlite:///FILE"),
-    ("No module named 'psycopg", "PostgreSQL's driver is missing", "`pip install '.[postgres]'`"),
+    ("No module named 'psycopg", "PostgreSQL's driver is missing", "`make install EXTRAS=postgres`"),
     ("No module named '([^']*)'", r"the Python package \1 is missing", "install it"),
     # databases and files
     ("file is not a database|malformed", "", "`python -m pipeline doctor` says what to do"),

@@ -1,15 +1,37 @@
-"""Folders that git does not track: make configures DVC to work without git, and says so before it installs."""
+"""make: what it installs when, which build of torch, and folders that git does not track."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 ECHO = "#!/bin/sh\necho dvc $@\n"
+MADE_OF = (
+    "Makefile",
+    "pyproject.toml",
+    *(f"requirements/{name}.txt" for name in ("base", "torch", "dev", "docs", "s3")),
+)
 GIT_FAILS = "mkdir ../bin && printf '#!/bin/sh\nexit 127' >../bin/git && chmod +x ../bin/git"
+
+
+def program(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def copied(folder: Path) -> Path:
+    """What make reads, and programs that only print their arguments."""
+    for name in (*MADE_OF, "dvc.yaml", ".dvc/config"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("python", "dvc", "mkdocs"):
+        program(folder / ".venv/bin" / name, ECHO)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -25,18 +47,11 @@ GIT_FAILS = "mkdir ../bin && printf '#!/bin/sh\nexit 127' >../bin/git && chmod +
     ],
 )
 def test_make_configures_dvc_where_git_does_not_track_the_folder(tmp_path, monkeypatch, command, tracked):
-    (folder := tmp_path / "project").mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "dvc.yaml", ".dvc/config"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    for name in ("python", "dvc"):
-        (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
-        (folder / ".venv/bin" / name).write_text(ECHO)
-        (folder / ".venv/bin" / name).chmod(0o755)
+    folder = copied(tmp_path / "project")
     subprocess.run(command, shell=True, cwd=folder, check=True)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    command = ["make", "--silent", ".venv/installed", "PYTHON=true"]
-    said, _, later = subprocess.check_output(command, cwd=folder, text=True).partition("pip install")
+    command = ["make", "--silent", ".venv/installed", "PYTHON=echo"]
+    said, _, later = subprocess.check_output(command, cwd=folder, text=True).partition("requirements/install.py")
     assert ("git does not track this folder" in said) is not tracked
     assert ("dvc config --local core.no_scm true" in later) is not tracked
     assert (folder / ".dvc").is_dir()
@@ -46,3 +61,64 @@ def test_make_configures_dvc_where_git_does_not_track_the_folder(tmp_path, monke
         assert lines == ["dvc config --local core.no_scm true"] * (not tracked) + last
     (folder / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
     assert subprocess.check_output(["make", "--silent", "repro"], cwd=folder, text=True) == "dvc -m pipeline repro\n"
+
+
+def test_each_target_installs_what_it_needs_once(tmp_path):
+    folder = copied(tmp_path)
+
+    def made(*arguments: str) -> list[str]:
+        command = ["make", "--silent", *arguments, "PYTHON=echo", "IN_GIT=true"]
+        return subprocess.check_output(command, cwd=folder, text=True).splitlines()
+
+    learn = ("learn", "TEXT=a friend's diary.txt", "OPTIONS=--time 1m --yes")
+    last = "dvc -m pipeline learn --time 1m --yes a friend's diary.txt"
+    assert made(*learn) == ["requirements/install.py .venv base project --torch auto", last]
+    assert made(*learn) == [last]
+    assert made("install") == []
+    assert made("install", "EXTRAS=s3 docs") == [f"requirements/install.py .venv {extra}" for extra in ("s3", "docs")]
+    assert made("docs") == ["dvc build --strict"]
+    assert made("test")[0] == "requirements/install.py .venv dev"
+    assert len(made("test", "check", "faults")) == 3
+    later = (folder / ".venv/installed-dev").stat().st_mtime + 1
+    os.utime(folder / "requirements/base.txt", (later, later))
+    assert made("install", "TORCH=cpu") == ["requirements/install.py .venv base project --torch cpu"]
+    failed = subprocess.run(["make", "--silent", "learn"], cwd=folder, capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr.splitlines()[0]) == (2, "error: name a text: make learn TEXT=diary.txt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one build of torch")
+@pytest.mark.parametrize("tool", ["uv", "pip"])
+@pytest.mark.parametrize(
+    ("has_gpu", "options", "cpu_fails", "builds"),  # which builds of torch are tried
+    [
+        (False, [], False, ["cpu"]),
+        (False, [], True, ["cpu", "default"]),
+        (True, [], False, ["default"]),
+        (True, ["--torch", "cpu"], False, ["cpu"]),
+        (False, ["--torch", "cuda"], False, ["default"]),
+    ],
+)
+def test_the_cpu_build_of_torch_is_chosen_where_there_is_no_nvidia_driver(
+    tmp_path, monkeypatch, tool, has_gpu, options, cpu_fails, builds
+):
+    if not has_gpu and not options and Path("/proc/driver/nvidia").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    fails = "case $* in *--index-url*) exit 1;; esac\n" if cpu_fails else ""
+    script = f'#!/bin/sh\necho "{{tool}} $@" >>{tmp_path}/log\n{fails}'
+    program(tmp_path / "venv/bin/python", script.format(tool="pip"))
+    (tmp_path / "bin").mkdir()
+    if tool == "uv":
+        program(tmp_path / "bin/uv", script.format(tool="uv"))
+    if has_gpu:
+        program(tmp_path / "bin/nvidia-smi", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    command = [sys.executable, "requirements/install.py", "venv", "base", "project", *options]
+    said = subprocess.check_output(command, cwd=tmp_path, text=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert {line.split()[0] for line in lines} == {tool}
+    torch = [line for line in lines if line.endswith("requirements/torch.txt")]
+    assert ["cpu" if "--index-url" in line else "default" for line in torch] == builds
+    assert sum("--no-deps --require-hashes" in line for line in lines) == 1
+    assert lines[-1].endswith(f"--no-deps --no-build-isolation --editable {tmp_path}")
+    assert ("is out of reach" in said) is cpu_fails

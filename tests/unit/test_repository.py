@@ -53,7 +53,8 @@ def test_an_exception_from_a_security_rule_has_its_reason_beside_it():  # F1
 FIXED = {"torch": "2.10", "mlflow": "3.11", "gradio": "6.7"}  # the first version without it
 PROJECT = PYPROJECT["project"]
 RANGES = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
-PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
+PINS = [line.rstrip(" \\") for lock in LOCKS for line in lock.read_text().splitlines() if re.match(r"\w", line)]
 
 
 def lowest(requirement):
@@ -75,3 +76,19 @@ def test_no_vulnerable_version_is_allowed_pinned_or_installed(name):  # F2
     assert len(pinned) == 1
     for requirement in (*allowed, *pinned, f"{name}=={metadata.version(name)}"):
         assert lowest(requirement) >= Version(FIXED[name]), requirement
+
+
+def test_the_lock_has_one_version_of_each_package_that_is_needed_and_its_hashes():
+    """Only torch has no hashes: requirements/install.py chooses its build, which names the packages of CUDA itself."""
+    versions = [Requirement(pin) for pin in PINS]
+    pinned = {each.name.replace("_", "-").lower(): str(each.specifier) for each in versions}
+    assert all(pinned[each.name] == str(each.specifier) and str(each.specifier).startswith("==") for each in versions)
+    assert not [name for name in pinned if re.match("triton|cuda-|nvidia-(?!ml-py)", name)]
+    for needed in map(Requirement, RANGES):
+        if needed.name != PROJECT["name"]:
+            assert needed.specifier.contains(
+                pinned[re.sub("[._]", "-", needed.name)].removeprefix("=="), prereleases=True
+            ), needed
+    for lock in LOCKS:
+        packages = re.split(r"\n(?=\w)", lock.read_text())
+        assert lock.name == "torch.txt" or all("--hash=sha256:" in package for package in packages[1:]), lock

@@ -106,5 +106,5 @@ def test_a_type_that_is_unknown_and_a_package_that_is_missing_are_named(tmp_path
         export_gguf(tmp_path, {}, tmp_path, "q4")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     tokenizer = make_tokenizer("bytes", tmp_path / "tokenizer", [])
-    with pytest.raises(InputError, match="-m pip install -c constraints"):
+    with pytest.raises(InputError, match="-m pip install gguf"):
         write_gguf(tmp_path / "a.gguf", None, {}, tokenizer, "f16", "a")
