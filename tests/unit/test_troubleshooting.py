@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/guides/troubleshooting.md").read_text(encoding="utf-8")
 OTHERS = ("No matching distribution found for torch", "command not found")  # pip's and the shell's
+SCRIPTS = ("app.py", "setup.py", "requirements/install.py")
 MESSAGES = [text for cell in re.findall(r"^\| (.*?) \|", PAGE, re.MULTILINE) for text in re.findall(r"`(.+?)`", cell)]
 
 
@@ -20,11 +21,15 @@ def messages_in(source):
 
 
 def test_each_message_is_one_of_the_code():
+<<<<<<< HEAD
     files = [
         *(ROOT / "pipeline").rglob("*.py"),
         *(ROOT / "webapp").rglob("*.py"),
         *(ROOT / name for name in ("app.py", "setup.py", "requirements/install.py")),
     ]
+=======
+    files = [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "webapp").rglob("*.py"), *map(ROOT.joinpath, SCRIPTS)]
+>>>>>>> docs
     known = [text for file in files for text in messages_in(file.read_text(encoding="utf-8"))]
     known.append((ROOT / "Makefile").read_text(encoding="utf-8"))
     written = "\n".join(known).replace("`", "").replace("…", "")
