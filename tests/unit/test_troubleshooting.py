@@ -21,15 +21,7 @@ def messages_in(source):
 
 
 def test_each_message_is_one_of_the_code():
-<<<<<<< HEAD
-    files = [
-        *(ROOT / "pipeline").rglob("*.py"),
-        *(ROOT / "webapp").rglob("*.py"),
-        *(ROOT / name for name in ("app.py", "setup.py", "requirements/install.py")),
-    ]
-=======
     files = [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "webapp").rglob("*.py"), *map(ROOT.joinpath, SCRIPTS)]
->>>>>>> docs
     known = [text for file in files for text in messages_in(file.read_text(encoding="utf-8"))]
     known.append((ROOT / "Makefile").read_text(encoding="utf-8"))
     written = "\n".join(known).replace("`", "").replace("…", "")
