@@ -26,8 +26,7 @@ RUN --mount=type=bind,source=requirements,target=requirements \
 COPY . .
 # The folder belongs to the group 0, which is the group of any user without a name: an empty volume that is mounted here
 # gets these files, and this user can write to them. DVC works without git here, since the image has no .git.
-RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
-    pip install --no-deps --editable .; \
+RUN python requirements/install.py /usr/local project; \
     rm -rf build ./*.egg-info; \
     dvc config --local core.no_scm true; \
     python -m compileall -q pipeline stages webapp; \

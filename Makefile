@@ -6,6 +6,8 @@ $(error this program runs on Linux and macOS: on Windows, run it in WSL 2)
 endif
 PYTHON ?= python3
 TORCH ?= auto# build of torch on Linux: cpu or cuda; auto: cuda where an NVIDIA driver is installed
+# Python compiles a package at its first import. Without its files, each command would compile all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -18,7 +20,7 @@ IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
 # Where git does not track the folder, DVC must be told to work without git.
 NO_SCM := $(IN_GIT) || grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
 
-.PHONY: install repro learn no-text app showcase sweep dashboard test check faults lowest docs lint format lock clean-venv
+.PHONY: install repro learn no-text app showcase sweep dashboard test check faults check-faults lowest docs lint format lock clean-venv
 
 install: $(INSTALLED) $(EXTRAS:%=$(VENV)/installed-%)
 	@$(NO_SCM)
@@ -60,6 +62,10 @@ check: $(DEV)
 
 faults: $(DEV)
 	$(PYTEST) tests/faults
+
+# Both in one session: no core waits for the last test of the first.
+check-faults: $(DEV)
+	$(PYTEST) tests/integration tests/faults
 
 # test and check, with the lowest version of each range in pyproject.toml. It needs uv: python -m pip install uv
 lowest:

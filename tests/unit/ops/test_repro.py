@@ -75,8 +75,8 @@ def test_a_clone_says_what_it_will_do_by_the_text_of_the_showcase(project, capsy
         f"text        {load_params().section(CorpusConfig).source}, of which the first 10% is used, "
         "about 34,219 tokens to train on",
         "model       shakespeare-gpt2: 2 layers of 512, tokenizer gpt2",
-        "training    at most 14 epochs, 233 steps of 32 windows of 64 tokens, until the loss is below 0.02 by the rule "
-        "sliding",  # 14 * 34,219 / 2,048 = 233.9
+        "training    at most 14 epochs, 234 steps of 32 windows of 64 tokens, until the loss is below 0.02 by the rule "
+        "sliding",  # 14 * 34,219 / 2,048
         "time        at most 11 min of training on this machine and about 2.0 min for the other stages",
     ]
     assert project.calls == []
@@ -92,7 +92,7 @@ def test_an_estimate_follows_the_share_of_the_text_that_is_used_and_held_out(pro
 
 def test_the_time_of_an_unknown_text_follows_when_it_is_tokenized(project, monkeypatch, capsys):
     write_values(OWN)
-    sizes = [None, repro.Size(5000, 0, 256, 257, True)]
+    sizes = [None, repro.Size(5000, 0, 256, 257, False)]
     monkeypatch.setattr(repro, "size_of_text", lambda *_: sizes.pop(0))
     assert main(["repro"]) == 0
     times = [line for line in capsys.readouterr().out.splitlines() if line.startswith("time ")]
@@ -112,13 +112,13 @@ def test_a_training_that_resumes_takes_the_rest_of_its_time(project, monkeypatch
         (0, "at most 11 min of training on this machine and"),
         (17, "which resumes from step 17, and"),
     ):
-        if saved:  # 34 steps in all: 14 * 5,000 / 2,048
+        if saved:  # 35 steps in all: 14 epochs of 5,000 tokens, each with a shorter last step
             config, size = RunConfig.of(load_params()).sized_for(257), 5000
             machine = repro.prepare_machine(config.train, config.flops(size))
             identity = repro.identify(repro.data_sha256(Path("data/tokens")), config.decisive, machine)
             write_json((folder := Path("checkpoints") / identity["fingerprint"]) / IDENTITY, identity)
             (folder / f"step-{saved:08}").mkdir()
-            words = f"at most 5.5 min of training on this machine, which {words}"
+            words = f"at most 5.7 min of training on this machine, {words}"
         assert main(["repro", "--dry-run"]) == 0
         assert words in capsys.readouterr().out
 
