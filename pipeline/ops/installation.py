@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -19,8 +20,8 @@ INTERPRETER = re.compile(r"/[^\"'\n]*/python[\d.]*")
 def examine_installation(root: Path) -> Iterator[Finding]:
     """Check that the programs of .venv start its own Python, and that they run the code of this folder.
 
-    Neither is true in a .venv that was moved or copied with its project. Without .venv, only the code of this process
-    is checked.
+    Neither is true in a .venv that was moved or copied with its project. It is an error if this process uses it, and a
+    note otherwise, as in a container that mounts the project. Without .venv, only the code of this process is checked.
     """
     venv, faults = root / ".venv", []
     if is_own := (venv / "pyvenv.cfg").is_file():
@@ -31,12 +32,15 @@ def examine_installation(root: Path) -> Iterator[Finding]:
             faults.append(f"the programs in {programs} run the code of {code}, not that of {root}")
     if is_other_code(root) and not faults:
         faults.append(f"this is the code of {SOURCE_ROOT}, not that of {root}")
-    hint = REINSTALL if is_own else f"`make install` makes {venv}"
-    yield from (Finding("to fix", ".venv", f"{what} (was it moved or copied?)", hint) for what in faults)
-    if is_own and not faults and not venv.samefile(sys.prefix):
+    in_use = is_own and venv.samefile(sys.prefix)
+    hint, works = REINSTALL if is_own else f"`make install` makes {venv}", not is_other_code(root)
+    for what in faults:
+        mark: Literal["note", "to fix"] = "note" if works and not in_use else "to fix"
+        yield Finding(mark, ".venv", f"{what} (was it moved or copied?)", hint)
+    if is_own and not in_use and not faults:
         yield Finding("note", ".venv", f"this is the Python of {sys.prefix}, not of {venv}", "`. .venv/bin/activate`")
-    if not faults:
-        yield Finding("ok", ".venv", f"{venv if is_own else sys.prefix} runs the code of {root}")
+    if works and not (in_use and faults):
+        yield Finding("ok", ".venv", f"{sys.prefix} runs the code of {root}")
 
 
 def _foreign_python(script: Path) -> str | None:

@@ -11,10 +11,10 @@ HINT = "`make clean-venv install` makes it again"
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """Makes a project with a .venv, whose programs start `python` and whose editable installation is of `code`."""
 
-    def make(python=None, code=None, begin="#!{}\n"):
+    def make(python=None, code=None, begin="#!{}\n", in_use=True):
         root, python = tmp_path / "own place", python or tmp_path / "own place" / ".venv" / "bin" / "python3.14"
         record = root / ".venv/lib/python3.14/site-packages/gpt2_to_target-1.0.0.dist-info/direct_url.json"
         record.parent.mkdir(parents=True)
@@ -24,6 +24,8 @@ def project(tmp_path):
         (root / ".venv" / "pyvenv.cfg").touch()
         for name in ("totarget", "dvc"):
             (root / ".venv" / "bin" / name).write_text(begin.format(python) + "import sys\n")
+        if in_use:
+            monkeypatch.setattr("sys.prefix", str(root / ".venv"))
         return root
 
     return make
@@ -34,8 +36,8 @@ RELOCATABLE = '#!/bin/sh\n\'\'\'exec\' "$(dirname -- "$(realpath -- "$0")")"/\'p
 
 
 @pytest.mark.parametrize("begin", ["#!{}\n", LONG, RELOCATABLE, "#!/bin/sh", ""])
-def test_an_environment_of_this_folder_is_ok(project, begin, monkeypatch):
-    monkeypatch.setattr("sys.prefix", str((root := project(begin=begin)) / ".venv"))
+def test_an_environment_of_this_folder_is_ok(project, begin):
+    root = project(begin=begin)
     assert [(found.mark, found.what) for found in examine_installation(root)] == [
         ("ok", f"{root}/.venv runs the code of {root}")
     ]
@@ -60,8 +62,14 @@ def test_an_installation_that_runs_the_code_of_another_folder_is_found(project, 
     assert found.what.startswith(f"the programs in {root}/.venv/bin run the code of {tmp_path}/old, not that of {root}")
 
 
+def test_an_environment_of_another_folder_that_is_not_in_use_is_a_note(project, tmp_path):
+    """As in a container that mounts a project with its .venv, but has an environment of its own."""
+    root = project(python=tmp_path / "old" / "bin" / "python", in_use=False)
+    assert [found.mark for found in examine_installation(root)] == ["note", "ok"]
+
+
 def test_a_link_to_an_environment_of_this_folder_is_ok_and_another_python_is_noted(project, tmp_path):
-    root = project()
+    root = project(in_use=False)
     (tmp_path / "link").symlink_to(root)
     marks = [(found.mark, found.what) for found in examine_installation(tmp_path / "link")]
     assert marks[0][1].startswith("this is the Python of ")
