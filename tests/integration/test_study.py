@@ -155,10 +155,10 @@ def test_processes_that_create_a_study_together_lose_no_trial(scheme, tmp_path):
 
 
 @pytest.fixture
-def postgresql(tmp_path_factory):
+def postgresql():
     """The URL of a new database on a server of this test; skips when PostgreSQL or its driver is not installed."""
     pytest.importorskip("psycopg")
-    with postgresql_server(tmp_path_factory.mktemp("pg")) as port:
+    with postgresql_server() as port:
         yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
 
 

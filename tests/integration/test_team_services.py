@@ -145,8 +145,7 @@ def team(tmp_path, copy_project, commit_all):
     commit_all(project)
     with ExitStack() as stack:
         team = Team(project, stack)
-        (database := tmp_path / "postgres").mkdir()
-        team.ports["postgres"] = stack.enter_context(postgresql_server(database, team.secrets["POSTGRES_PASSWORD"]))
+        team.ports["postgres"] = stack.enter_context(postgresql_server(team.secrets["POSTGRES_PASSWORD"]))
         team.start_s3()
         for _ in range(2):  # as at each start
             team.run(*team.command("prepare"), service="prepare")
