@@ -57,7 +57,8 @@ def repro(force: bool, dry_run: bool) -> None:
         return
     if not force and size is None and "train" in due:
         reproduce({}, "tokenize")
-        print(in_lines({"time": time_of(params, due, size_of_text(params, due_stages()))}), flush=True)
+        due = due[due.index("train") :]
+        print(in_lines({"time": time_of(params, due, size_of_text(params, due))}), flush=True)
     if due:
         reproduce({}, *["--force"] * force)
     show_outcome()
