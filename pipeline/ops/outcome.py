@@ -94,7 +94,9 @@ def _show_sample(label: str) -> None:
     """Let the model continue the beginning of its text."""
     model, tokens = load_model(Path("models/model")), TokenFolder(Path("data/tokens")).train
     tokenizer = load_tokenizer(Path("models/model"))
-    prompt = (openings(tokens, tokenizer, 1) or [""])[0]
+    prompt, half = (openings(tokens, tokenizer, 1) or [""])[0], model.trained_length // 2
+    if (n := len(tokenizer.encode(prompt))) > half:
+        prompt = prompt[: len(prompt) * half // n]
     print(f"\n{label} continues the beginning of its text:\n", flush=True)
     room = max(1, model.trained_length - len(tokenizer.encode(prompt)))  # the whole text is the model's context
     show(Generator(model, tokenizer), prompt, Sampling(max_tokens=min(SAMPLE_TOKENS, room), temperature=0.8, seed=1))

@@ -57,7 +57,8 @@ def repro(force: bool, dry_run: bool) -> None:
         return
     if not force and size is None and "train" in due:
         reproduce({}, "tokenize")
-        print(in_lines({"time": time_of(params, due, size_of_text(params, due_stages()))}), flush=True)
+        due = due[due.index("train") :]
+        print(in_lines({"time": time_of(params, due, size_of_text(params, due))}), flush=True)
     if due:
         reproduce({}, *["--force"] * force)
     show_outcome()
@@ -120,7 +121,7 @@ def plan_of(params: Params, due: list[str], size: Size | None) -> dict[str, str]
     """What will be done, in one sentence for each topic."""
     if not due:
         return {"stages": "none is due: nothing has changed since the last run"}
-    lines = {"stages": f"{', '.join(due)}: {'all' if due == stages() else 'these'} are due"}
+    lines = {"stages": f"{', '.join(due)} {'are' if len(due) > 1 else 'is'} due"}
     if "train" in due:
         config, corpus, name = RunConfig.of(params), params.section(CorpusConfig), params.section(RegistryConfig).model
         model, windows, target = config.model, config.windows, config.target

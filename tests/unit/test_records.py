@@ -1,4 +1,4 @@
-"""RECORDS.md against the recipes, and both tables of the comparison against RECORDS.md."""
+"""RECORDS.md against the recipes and the showcase, and both tables of the comparison against RECORDS.md."""
 
 import json
 import math
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.sections import WindowsConfig
+from pipeline.config.params import load_params
+from pipeline.config.sections import CorpusConfig, WindowsConfig
+from pipeline.training.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,3 +77,13 @@ def test_readme_has_the_recall_of_the_showcase():
     recall = json.loads((ROOT / "docs/showcase/metrics.json").read_text())["verbatim_recall_anywhere"]
     (shown,) = re.findall(r"recites (\d+)% of its passages of 32 tokens", (ROOT / "README.md").read_text())
     assert int(shown) == round(100 * recall)
+
+
+def test_the_showcase_has_the_parameters_of_params_yaml_and_the_result_of_the_latest_record():
+    default, shown = load_params(ROOT / "params.yaml"), load_params(ROOT / "docs/showcase/params.yaml")
+    assert RunConfig.of(shown).digest == RunConfig.of(default).digest
+    assert shown.section(CorpusConfig) == default.section(CorpusConfig)
+    metrics, record = json.loads((ROOT / "docs/showcase/metrics.json").read_text()), LATEST["laptop"]
+    reached = metrics["to_target"]["sliding"]
+    assert (f"{reached['steps']:,}", f"{reached['tokens']:,}") == (record["steps"], record["tokens"])
+    assert f"{metrics['sliding_loss']:.4f}".lstrip("0") == record["loss"]

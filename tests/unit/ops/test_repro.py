@@ -71,7 +71,7 @@ def test_a_stage_is_due_if_it_has_changed_or_reads_what_a_due_stage_writes(proje
 def test_a_clone_says_what_it_will_do_by_the_text_of_the_showcase(project, capsys):
     assert main(["repro", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"stages      {', '.join(ALL)}: all are due",
+        f"stages      {', '.join(ALL)} are due",
         f"text        {load_params().section(CorpusConfig).source}, of which the first 10% is used, "
         "about 34,219 tokens to train on",
         "model       shakespeare-gpt2: 2 layers of 512, tokenizer gpt2",
