@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fixtures_registry import Canary, _keep_threads, alter, hash_tags, write_ver
 from safetensors.torch import save_file
 
 from pipeline.model.generator import load_generator
-from pipeline.registry.artifacts import LISTING, _write_listing, verify_files
+from pipeline.registry.artifacts import LISTING, _write_listing, open_version, verify_files
 from pipeline.system.errors import IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import write_manifest
 
@@ -162,3 +163,9 @@ def test_a_forged_model_with_right_hashes_is_one_line(forgery, version):  # C8
         load_generator(folder / "artifacts")
     assert "\n" not in str(raised.value)
     assert not (folder / "artifacts" / "canary").exists()
+
+
+def test_a_version_of_a_later_format_is_refused_before_the_store_is_asked(intact):
+    version = SimpleNamespace(name="x", version="1", tags=intact[1] | {"format": "2"})
+    with pytest.raises(IntegrityError, match=r"^x version 1 has the format 2, but this program reads format 1: "):
+        open_version(None, version)
