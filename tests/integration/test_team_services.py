@@ -104,7 +104,7 @@ class Team:
                  "filer.port.grpc")  # fmt: skip
         ports = {"s3.port": self.ports["s3"], **dict(zip(names, free_ports(len(names)), strict=True))}
         script = self.command("s3")[0].rstrip().replace("/tmp/s3.json", f"{data}.json").replace("/data", str(data))
-        script += "".join(f" -{name}={port}" for name, port in ports.items())
+        script += "".join(f" -{name}={port}" for name, port in ports.items()) + " -volume.preStopSeconds=0"
         health = SERVICES["s3"]["healthcheck"]["test"][-1].rpartition("/")[2]
         entrypoint = SERVICES["s3"]["entrypoint"]
         started = self.start("s3", [*entrypoint, script])
