@@ -14,7 +14,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
     """A tqdm bar. If stderr is not a terminal, it prints lines to stdout instead: the first after LINE_EVERY_S."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._in_lines = not sys.stderr.isatty()
+        self._in_lines, self._shown_at = not sys.stderr.isatty(), 0.0
         if self._in_lines:
             options |= {"file": io.StringIO(), "bar_format": LINE, "leave": False}
             options |= {"delay": LINE_EVERY_S, "mininterval": LINE_EVERY_S, "miniters": 1}
@@ -23,5 +23,6 @@ class Bar(tqdm):  # type: ignore[type-arg]
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self._in_lines:
             super().display(msg, pos)
-        elif msg is None:  # "" clears the bar
+        elif msg is None and (now := self._time()) >= (self._shown_at or self.start_t) + LINE_EVERY_S:  # "" clears it
+            self._shown_at = now
             print(self, flush=True)

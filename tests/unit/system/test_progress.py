@@ -28,6 +28,7 @@ def work(clock, steps, **options):
         for _ in range(steps):
             clock[0] += 1.0
             bar.update()
+            bar.refresh()  # as libraries do, to change the description
 
 
 def test_a_log_gets_a_line_every_five_seconds_and_none_for_short_work(clock, capsys):
