@@ -76,8 +76,8 @@ def show_outcome(next_step: str | None = None) -> None:
         lines["next"] = registered["next_step"]
     if git("status", "--porcelain", "--", "dvc.lock"):
         lines["git"] = (
-            "dvc.lock has this result and is not committed: commit it if others shall `dvc pull` the model, "
-            "otherwise leave it"
+            "dvc.lock has this result and is not committed: leave it, or share the model as "
+            "docs/guides/dvc-remote.md says"
         )
     print(f"\n{in_lines(lines)}")
     _show_sample(label)

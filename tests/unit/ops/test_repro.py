@@ -174,8 +174,8 @@ def test_a_run_that_reached_its_target_ends_with_the_next_command(finished, monk
         "",
         "reached     loss 0.0900 after 20 steps, 160 tokens (rule sliding, target 0.1)",
         "model       x version 1, champion: as judged",
-        "git         dvc.lock has this result and is not committed: commit it if others shall `dvc pull` the model, "
-        "otherwise leave it",
+        "git         dvc.lock has this result and is not committed: leave it, or share the model as "
+        "docs/guides/dvc-remote.md says",
         "x version 1 writes",
         "",
         "`make app` opens the page on this model; `totarget generate` writes with it in the terminal",
