@@ -23,6 +23,8 @@ class Bar(tqdm):  # type: ignore[type-arg]
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self._in_lines:
             super().display(msg, pos)
-        elif msg is None and (now := self._time()) >= (self._shown_at or self.start_t) + LINE_EVERY_S:  # "" clears it
-            self._shown_at = now
-            print(self, flush=True)
+        elif msg is None:  # "" clears the bar
+            now: float = self._time()  # type: ignore[attr-defined]
+            if now >= (self._shown_at or self.start_t) + LINE_EVERY_S:
+                self._shown_at = now
+                print(self, flush=True)

@@ -68,7 +68,7 @@ def champion(store, name: str) -> str:
 
 def test_a_version_is_found_by_number_or_alias_else_the_message_lists_them(store, name, intact):
     for find in (lambda *a: find_version(*a, "champion"), list_versions, print_versions, rollback):
-        with pytest.raises(ModelMissing, match=f"no model {name} in sqlite:.*: `dvc repro` makes"):
+        with pytest.raises(ModelMissing, match=f"no model {name} in sqlite:.*: run `make repro`"):
             find(store, name)
     store.client.create_registered_model(name)
     with pytest.raises(ModelMissing, match=f"{name} has no version yet: run `make repro`"):
@@ -90,7 +90,7 @@ def test_a_version_is_found_by_number_or_alias_else_the_message_lists_them(store
 
 
 def test_a_missing_store_is_not_created(tmp_path):  # E1
-    with pytest.raises(ModelMissing, match=r"no MLflow store sqlite:.*run `dvc repro`"):
+    with pytest.raises(ModelMissing, match=r"no MLflow store sqlite:.*run `make repro`"):
         open_registry(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -31,7 +31,7 @@ def project(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "run `dvc repro`"),
+        ([], "run `make repro`"),
         (["--folder", "nowhere"], "nowhere not found"),
         (["--folder", "empty"], "export space"),
         (["--share"], "unrecognized arguments: --share"),
