@@ -58,8 +58,8 @@ def fetched_bpe(config: pytest.Config) -> Path:
     cached = config.cache.mkdir("bpe")
     for folder in (ROOT / "data" / "tokenizer", cached):
         try:
-            load_tokenizer(folder)
-            return folder
+            if load_tokenizer(folder).name == "gpt2":  # the checkout's model may have another one
+                return folder
         except (InputError, IntegrityError):
             continue
     make_tokenizer("gpt2", cached, [])

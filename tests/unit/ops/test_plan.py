@@ -164,7 +164,7 @@ def test_a_plan_is_valid_for_every_goal_and_size(project, tmp_path):
         assert learned["target"]["rule"] == ("validation" if options.goal == "generalise" else "sliding")
         assert learned["model"]["n_layer"] == (3 if options.size else 2)
         assert learned["corpus"]["tokenizer"] == (options.tokenizer or "gpt2")
-        assert "# when the run stops" in Path("params.yaml").read_text()  # comments are kept
+        assert "# when the training stops" in Path("params.yaml").read_text()  # comments are kept
 
 
 def test_a_time_limits_the_text_and_the_plan_says_so(command, project, tmp_path):
