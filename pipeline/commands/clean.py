@@ -6,7 +6,7 @@
 import argparse
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,18 @@ def run(arguments: argparse.Namespace) -> None:
     only_by_name = {path: reasons for path in folders if (reasons := [*_only_by_name(path)])}
     to_remove = named or [path for path in folders if path not in only_by_name]
     total_files = total_bytes = 0
-    for folder in to_remove:
-        n_files, n_bytes = _print_content(folder, only_by_name.get(folder, []))
-        total_files, total_bytes = total_files + n_files, total_bytes + n_bytes
-    for folder in [] if arguments.dry_run else to_remove:
-        with locked(folder.with_suffix(".lock")), locked(folder / RECORDER_LOCK, wait=True):
-            shutil.rmtree(folder)
-        folder.with_suffix(".lock").unlink()
+    with ExitStack() as locks:
+        if not arguments.dry_run:  # of all runs, so that nothing is removed while one of them is trained
+            locked_too = named or [path for path in folders if STUDY not in only_by_name.get(path, [])]
+            for lock in sorted({folder.with_suffix(".lock") for folder in locked_too}):
+                locks.enter_context(locked(lock))
+        for folder in to_remove:
+            n_files, n_bytes = _print_content(folder, only_by_name.get(folder, []))
+            total_files, total_bytes = total_files + n_files, total_bytes + n_bytes
+        for folder in [] if arguments.dry_run else to_remove:
+            with locked(folder / RECORDER_LOCK, wait=True):
+                shutil.rmtree(folder)
+            folder.with_suffix(".lock").unlink(missing_ok=True)  # an earlier run of this fingerprint may share it
     print(f"{'would remove' if arguments.dry_run else 'removed'} {total_files:,} files, {total_bytes:,} bytes")
     for folder in [] if name else only_by_name:
         why = "; ".join(only_by_name[folder])
