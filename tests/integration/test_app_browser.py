@@ -11,6 +11,7 @@ import gradio as gr
 import pytest
 from fixtures_app import INFO, LINES, PROMPT, WINDOW, _page, _slow, _source, _version  # noqa: F401 (fixtures)
 
+PATIENCE_MS = 60_000  # of actions and of expectations: both cores may be busy with other tests
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 if CHROMIUM is None:
@@ -25,6 +26,7 @@ Open = Callable[..., Any]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    playwright.expect.set_options(timeout=PATIENCE_MS)
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=CHROMIUM, args=sandbox)
         yield opened
@@ -39,7 +41,7 @@ def visit(browser: Any, page: gr.Blocks) -> Iterator[Open]:
     def open_page(**options: Any) -> Any:
         contexts.append(browser.new_context(**{"viewport": DESKTOP} | options))
         visitor = contexts[-1].new_page()
-        visitor.set_default_timeout(60_000)
+        visitor.set_default_timeout(PATIENCE_MS)
         visitor.on("request", lambda request: requested.append(request.url))
         visitor.on("pageerror", lambda error: failed.append(str(error)))
         visitor.on("console", lambda line: failed.append(line.text) if line.type == "error" else None)

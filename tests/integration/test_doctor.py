@@ -24,7 +24,7 @@ def test_a_bare_folder_gets_a_line_for_each_check_and_stays_empty(tmp_path, monk
     with pytest.raises(ErrorsLeft):
         examine(tmp_path, fix=True)
     topics = [line[8:].split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert topics == ["packages", "git", "dvc", "git", "params", "store"]
+    assert topics == [".venv", "packages", "git", "dvc", "git", "params", "store"]
     assert not [*tmp_path.iterdir()]
 
 

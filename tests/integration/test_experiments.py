@@ -13,7 +13,7 @@ from tests.trainings import change
 from tests.waiting import wait_until
 
 GUIDE = (ROOT / "docs/guides/parameters.md").read_text()
-COMMANDS = re.findall(r"^dvc (?:exp|queue) .*?(?=  |$)", GUIDE, re.MULTILINE)
+COMMANDS = re.findall(r"^dvc exp run .*?(?=  |$)", GUIDE, re.MULTILINE)
 
 
 def test_the_experiments_of_the_guide_run_once_dvc_tracks_the_text(tmp_path, copy_project, commit_all):

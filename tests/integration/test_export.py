@@ -150,6 +150,7 @@ def test_the_command_exports_a_registered_version(store, name, bpe, tmp_path, co
     (project / "models" / "model" / "manifest.json").unlink()
     save_small_model(project / "models" / "model", bpe)
     register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1))
+    capsys.readouterr()
 
     def export_title(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
         assert (artifacts / "model").is_dir()
