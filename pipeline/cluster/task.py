@@ -22,6 +22,7 @@ from pipeline.system.signals import die_with_parent
 # `main` loads the Task that submitit has stored, and calls it. SIGUSR2, which Slurm sends before the time limit, makes
 # submitit call `checkpoint` and requeue the job. SIGTERM comes from a pre-emption, `scontrol requeue` and `scancel`.
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 SAVED = ("checkpoints/**/step-*", "data/.unfinished-*/*.json")  # what a command finishes: checkpoints and shards
 ATTEMPT = "$ python -m "  # how the first line of an attempt begins, in the log and in submitit's
 FIRST_PORT, N_PORTS = 20_000, 10_000  # of the rendezvous of several nodes; below the ports that Linux gives out
@@ -46,6 +47,7 @@ class Task:
         self._started, self._stopped = time.monotonic(), False
         self._node = int(os.environ.get("SLURM_PROCID", "0"))
         host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a command to stop
         self._note(code=None, message="", host=host, attempts=self._state().get("attempts", 0) + 1)
         node = f".node-{self._node}" if self._node else ""
         with (self.folder / f"task-{self.number}{node}.log").open("a", encoding="utf-8") as log:
@@ -63,6 +65,7 @@ class Task:
                 preexec_fn=_prepare_child,
             )
         signal.signal(signal.SIGTERM, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self._wait_for_child()
         if self._stopped:
             self._requeue_if_preempted()
@@ -146,6 +149,7 @@ def job_environment(given: Mapping[str, str]) -> dict[str, str]:
 def _prepare_child() -> None:
     die_with_parent()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # some ways of tracking processes send it to all of a job
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def main(folder: str) -> None:

@@ -43,6 +43,29 @@ def test_what_is_saved_is_told_to_the_next_start_and_the_end_is_noted(tmp_path, 
     assert after.checkpoint() is not None
 
 
+def test_a_signal_that_comes_while_the_command_starts_stops_it(tmp_path, monkeypatch):
+    """submitit ignores SIGTERM: a job that is cancelled in this moment would run until Slurm kills it."""
+    lost, stopped = [], []
+
+    def start(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return SimpleNamespace(pid=1, wait=lambda: -signal.SIGTERM)
+
+    monkeypatch.setattr(task_module.subprocess, "Popen", start)
+    monkeypatch.setattr(Task, "_stop", lambda task, *arguments: stopped.append(task._child.pid))
+    monkeypatch.setattr(Task, "_wait_for_child", lambda task: None)
+    before = {number: signal.getsignal(number) for number in task_module.STOP_SIGNALS}
+    signal.signal(signal.SIGTERM, lambda *arguments: lost.append(1))
+    try:
+        with pytest.raises(SystemExit):
+            Task(["stages.train"], tmp_path, 1, tmp_path, 60.0, None)()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (lost, stopped) == ([], [1])
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(task_module.STOP_SIGNALS)
+
+
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_the_last_task_of_an_array_is_requeued_only_if_itself_still_runs(tmp_path, monkeypatch, cancelled):
     for key, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}.items():
