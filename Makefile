@@ -22,6 +22,11 @@ NO_SCM := $(IN_GIT) || grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $
 
 .PHONY: install repro learn no-text app showcase sweep dashboard test check faults check-faults lowest docs lint format lock clean-venv
 
+UNKNOWN := $(filter-out dev docs postgres s3 team,$(EXTRAS))
+ifneq ($(UNKNOWN),)
+$(error EXTRAS has no $(UNKNOWN): choose from dev, docs, postgres, s3 and team)
+endif
+
 install: $(INSTALLED) $(EXTRAS:%=$(VENV)/installed-%)
 	@$(NO_SCM)
 

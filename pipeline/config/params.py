@@ -92,9 +92,12 @@ def load_params(path: Path = PARAMS) -> Params:
         raise InputError(f"{path} not found: run from the project folder") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML raises the last four for a date such as 2001-99-99, a tag such as !!bool, or thousands of brackets
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        fault = " ".join(str(error).replace(' in "<unicode string>",', "").split())
+        raise InputError(f"{path} is not YAML: {fault}; `git checkout {path}` restores the committed one") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} contains no sections: expected a mapping, got {type(values).__name__}")
+        raise InputError(
+            f"{path} contains no sections: it is {'empty' if values is None else 'no mapping of sections'}"
+        )
     return Params(values, path)
 
 

@@ -79,6 +79,8 @@ def show_outcome(next_step: str | None = None) -> None:
             "dvc.lock has this result and is not committed: leave it, or share the model as "
             "docs/guides/dvc-remote.md says"
         )
+    if git("status", "--porcelain", "--", str(PARAMS)):
+        lines["params"] = f"{PARAMS} differs from the committed one: `git checkout {PARAMS}` restores that"
     print(f"\n{in_lines(lines)}")
     _show_sample(label)
     if registered["champion"]:

@@ -38,7 +38,7 @@ LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed 
 DOUBLINGS = 2  # longer trainings after one that has not reached its target, each with twice the epochs
 NOTED = 1.1  # a text that needs so many times as many epochs as usual is said to repeat its passages
 PUBLISHED = {"model.fold_vocab": False, "optim.name": "adamw"}  # values for a training from published weights
-LONGER = "; if that does not suffice, again with twice and four times the epochs"
+LONGER = "; if that does not suffice, again with twice and four times the epochs, in all up to seven times as long"
 
 
 def in_lines(sentences: dict[str, str]) -> str:
@@ -312,7 +312,7 @@ def _fit(time_s: float, whole: Training, training_on: Callable[[int], Training],
     if (fitted := policy.largest_within(time_s, whole.n_tokens, training_on, seconds_of)) is None:
         raise InputError(
             f"--time {duration(time_s)}: the text is too large for it, its first {least.n_tokens:,} tokens take "
-            f"{duration(least_s)}, and all of it {duration(seconds_of(whole))}"
+            f"{duration(least_s)}, and all of it {duration(seconds_of(whole))}: allow more time, or name a shorter text"
         )
     return fitted
 

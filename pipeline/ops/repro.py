@@ -79,7 +79,10 @@ def due_stages() -> list[str]:
     done = run_dvc("status", "--json", capture_output=True)
     if done.returncode:
         print(done.stderr.strip(), file=sys.stderr)
-        raise StageFailed("`dvc status` failed, as it says above: fix it and repeat the command")
+        raise StageFailed(
+            "`dvc status` failed, as it says above: fix it and repeat the command. A damaged dvc.lock may be removed: "
+            "finished stages then come from DVC's cache"
+        )
     changed = json.loads(done.stdout)
     due, written = list[str](), set[str]()
     for name, stage in _pipeline().items():

@@ -139,7 +139,8 @@ def test_wrong_parameters_and_a_failing_dvc_end_it_before_anything_is_run(projec
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "ERROR: Unable to acquire lock (PID 7)",
-        "error: `dvc status` failed, as it says above: fix it and repeat the command",
+        "error: `dvc status` failed, as it says above: fix it and repeat the command. A damaged dvc.lock may be removed: "
+        "finished stages then come from DVC's cache",
     ]
     write_values({"target.rule": "best"})
     assert main(["repro"]) == 2
@@ -168,7 +169,7 @@ def finished(tmp_path, monkeypatch):
 
 def test_a_run_that_reached_its_target_ends_with_the_next_command(finished, monkeypatch, capsys):
     finished(0.09)
-    monkeypatch.setattr(outcome, "git", lambda *arguments: "?? dvc.lock")
+    monkeypatch.setattr(outcome, "git", lambda *arguments: f" M {arguments[-1]}")
     outcome.show_outcome()
     assert capsys.readouterr().out.splitlines() == [
         "",
@@ -176,6 +177,7 @@ def test_a_run_that_reached_its_target_ends_with_the_next_command(finished, monk
         "model       x version 1, champion: as judged",
         "git         dvc.lock has this result and is not committed: leave it, or share the model as "
         "docs/guides/dvc-remote.md says",
+        "params      params.yaml differs from the committed one: `git checkout params.yaml` restores that",
         "x version 1 writes",
         "",
         "`make app` opens the page on this model; `totarget generate` writes with it in the terminal",
