@@ -95,9 +95,8 @@ def load_params(path: Path = PARAMS) -> Params:
         fault = " ".join(str(error).replace(' in "<unicode string>",', "").split())
         raise InputError(f"{path} is not YAML: {fault}; `git checkout {path}` restores the committed one") from None
     if not isinstance(values, dict):
-        raise InputError(
-            f"{path} contains no sections: it is {'empty' if values is None else 'no mapping of sections'}"
-        )
+        found = "it is empty" if values is None else f"expected a mapping, got {type(values).__name__}"
+        raise InputError(f"{path} contains no sections: {found}")
     return Params(values, path)
 
 

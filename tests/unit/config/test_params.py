@@ -64,6 +64,7 @@ BAD_VALUES = ["2001-99-99", "!!int ''", "!!bool x", "!!timestamp x", "!!float z"
     [
         (None, "not found: run from the project folder"),
         ("- a\n- b\n", "contains no sections: expected a mapping, got list"),
+        ("# nothing\n", "contains no sections: it is empty"),
         ("just words", "contains no sections: expected a mapping, got str"),
         ("a: 1\nb: 2\na: 3\n", "is not YAML: a appears twice"),
         # an alias, which a few lines would multiply to gigabytes

@@ -139,8 +139,8 @@ def test_wrong_parameters_and_a_failing_dvc_end_it_before_anything_is_run(projec
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "ERROR: Unable to acquire lock (PID 7)",
-        "error: `dvc status` failed, as it says above: fix it and repeat the command. A damaged dvc.lock may be removed: "
-        "finished stages then come from DVC's cache",
+        "error: `dvc status` failed, as it says above: fix it and repeat the command. A damaged dvc.lock may be "
+        "removed: finished stages then come from DVC's cache",
     ]
     write_values({"target.rule": "best"})
     assert main(["repro"]) == 2
