@@ -24,10 +24,8 @@ def add_slurm(add: Add, without: Sequence[str] = ()) -> None:
     add("--on", choices=("slurm",), help="run as jobs on this Slurm cluster; default: on this machine")
     for name, field in SlurmConfig.model_fields.items():
         if name not in ("options", *without):
-            of, text = (
-                _minutes if name == "time_min" else _yaml,
-                f"{field.description}; default: slurm.{name} in params.yaml",
-            )
+            of = _minutes if name == "time_min" else _yaml
+            text = f"{field.description}; default: slurm.{name} in params.yaml"
             add(
                 _flag(name),
                 metavar=_flag(name)[2:].upper(),

@@ -199,11 +199,8 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
         sha256 = _write_listing(files)
         client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
-    return {
-        "model_id": model_id,
-        LISTING_TAG: sha256,
-        FORMAT_TAG: FORMAT,
-    }  # MLflow's SQL registry does not keep the model's id
+    # MLflow's SQL registry does not keep the model's id
+    return {"model_id": model_id, LISTING_TAG: sha256, FORMAT_TAG: FORMAT}
 
 
 def _first_prompt(project: Path) -> list[str]:

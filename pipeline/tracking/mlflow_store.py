@@ -204,10 +204,9 @@ def open_store(root: Path) -> Store:
     with nullcontext() if served else locked(root / "mlruns" / ".lock", wait=True):
         client = connect(uri)
         if (experiment := find_experiment(client)) is None:
-            try:  # a server chooses the location of its artifacts
-                return Store(
-                    client, client.create_experiment(EXPERIMENT, None if served else str(root / ARTIFACTS)), uri
-                )
+            location = None if served else str(root / ARTIFACTS)  # a server chooses that of its artifacts
+            try:
+                return Store(client, client.create_experiment(EXPERIMENT, location), uri)
             except MlflowException:
                 if (experiment := find_experiment(client)) is None:  # not created by another client at this moment
                     raise
