@@ -1,8 +1,10 @@
 """What tests of trainings share: a workspace with a run of 12 steps, and ways to start, interrupt and compare it."""
 
+import faulthandler
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -157,6 +159,7 @@ def _as_stage(do, arguments, environment):
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1)  # prints what each thread does
     run_stage(lambda: do(*arguments))
 
 
@@ -165,9 +168,14 @@ def output_of(process):
 
 
 def end(process):
-    """Wait for a process that ends by itself; return its exit code."""
-    process.join(300)
-    assert not process.is_alive(), output_of(process)
+    """Wait for a process that ends by itself; return its exit code. One that hangs prints where, and fails the test."""
+    process.join(180)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(2)
+        state = Path(f"/proc/{process.pid}/status").read_text() if sys.platform == "linux" else ""
+        process.kill()
+        pytest.fail(f"process {process.pid} does not end: {state}{output_of(process)}")
     return process.exitcode
 
 
