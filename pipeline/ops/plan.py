@@ -326,7 +326,7 @@ def _text_values(source: Source, tokenizer: Choice, share: float, target: float)
         "corpus.fraction": share,
         "samples.prompts": None,
         "registry.model": source.name,
-        "registry.max_target_loss": max(policy.DEFAULT_TARGET, target),
+        "registry.max_target_loss": max(policy.HIGHEST_TARGET, target),
         "registry.replace_champion": True,  # the last text that was learnt under a name is the one that is wanted
         "sweep.study": re.sub(r"[^A-Za-z0-9_-]", "-", source.name).strip("-_") or "text",
     }

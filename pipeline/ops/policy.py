@@ -8,7 +8,8 @@ from pipeline.system.errors import InputError
 
 MEMORISE, GENERALISE = "memorise", "generalise"
 GOALS = (MEMORISE, GENERALISE)
-DEFAULT_TARGET = 0.1  # nats per token, of the goal memorise
+DEFAULT_TARGET = 0.02  # nats per token, of the goal memorise: most passages are then recited word for word
+HIGHEST_TARGET = 0.1  # of a champion; the default where a text repeats itself
 HELD_OUT = 0.1  # share of the text, for the goal generalise
 MIN_HELD_OUT = 2_000  # tokens of a text of which a tenth is held out
 BELOW_COUNTS_PUBLISHED = 0.25  # the same of published weights: a model that knows the language gets further
@@ -17,6 +18,7 @@ BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
 LOWEST_REACHED = 0.009  # nats per token from anywhere in a text (RECORDS.md)
 LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
 MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
+DEFAULT_MARGIN = 2.0  # the same of the default target, up to HIGHEST_TARGET
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
 MICRO_BATCH_TOKENS = 8192  # at most
 MOST_REPEATED = 4.0  # times as many epochs for a text that repeats its passages; no text that needs more was measured
@@ -150,7 +152,7 @@ def epochs_to_memorise(n_tokens: int, step_tokens: int, target: float, ambiguity
     `ambiguity`. A budget has 120 steps at least.
     """
     epochs = 13 * math.pow(max(1.0, 34_000 / n_tokens), 0.23) * repetition_factor(ambiguity)
-    epochs *= 1 + 0.3 * max(0.0, math.log10(DEFAULT_TARGET / target))
+    epochs *= 1 + 0.3 * max(0.0, math.log10(HIGHEST_TARGET / target))
     return round(max(epochs, 120 * step_tokens / n_tokens), 1)
 
 
@@ -162,24 +164,28 @@ def epochs_to_generalise(n_tokens: int) -> float:
 def window_and_target(lowest_loss: dict[int, float], target: float | None) -> tuple[int, float]:
     """The shortest window, of 64 tokens or more, in which the target is possible, and the target.
 
-    Without a target, it is .1, or what is possible in the longest window. Raises InputError if the target is not
-    possible.
+    Without a target, the window is that of HIGHEST_TARGET, and the target DEFAULT_TARGET, or more where the text
+    repeats itself. Raises InputError if the target is not possible.
     """
     _require_positive(target)
     if not lowest_loss:
         raise InputError("the text has fewer tokens than the shortest window, 32: give more text")
     lengths = [T for T in lowest_loss if T >= 64] or list(lowest_loss)
-    for T in lengths:
-        if (target or DEFAULT_TARGET) >= MARGIN * lowest_loss[T]:
-            return T, target or DEFAULT_TARGET
-    T = lengths[-1]
-    possible = math.ceil(100 * MARGIN * lowest_loss[T]) / 100
+    T = next((T for T in lengths if (target or HIGHEST_TARGET) >= MARGIN * lowest_loss[T]), lengths[-1])
+    possible = _rounded_up(MARGIN * lowest_loss[T])
     if target is None:
-        return T, possible
-    raise InputError(
-        f"--target {target:g} is not possible: the text repeats itself, and in windows of {T} tokens no model gets "
-        f"below {lowest_loss[T]:.3f}: choose {possible:g} or more"
-    )
+        lenient = min(HIGHEST_TARGET, _rounded_up(DEFAULT_MARGIN * lowest_loss[T]))
+        return T, max(DEFAULT_TARGET, lenient, possible)
+    if target < MARGIN * lowest_loss[T]:
+        raise InputError(
+            f"--target {target:g} is not possible: the text repeats itself, and in windows of {T} tokens no model gets "
+            f"below {lowest_loss[T]:.3f}: choose {possible:g} or more"
+        )
+    return T, target
+
+
+def _rounded_up(loss: float) -> float:
+    return math.ceil(100 * loss) / 100
 
 
 def _require_positive(target: float | None) -> None:

@@ -108,12 +108,13 @@ LOWEST = {32: 0.5, 64: 0.2, 128: 0.05, 256: 0.01}  # window -> lowest possible l
 @pytest.mark.parametrize(
     ("lowest", "target", "found"),
     [
-        ({32: 0.0, 64: 0.0, 128: 0.0}, None, (64, 0.1)),
+        ({32: 0.0, 64: 0.0, 128: 0.0}, None, (64, 0.02)),
+        ({64: 0.0151, 128: 0.0}, None, (64, 0.04)),  # twice the lowest possible loss, rounded up
         (LOWEST, None, (128, 0.1)),
         (LOWEST, 0.3, (64, 0.3)),
         (LOWEST, 0.0126, (256, 0.0126)),
         ({64: 0.9, 128: 0.7}, None, (128, 0.88)),  # a quarter above the lowest possible loss, rounded up
-        ({32: 0.0}, None, (32, 0.1)),  # a text of fewer than 64 tokens
+        ({32: 0.0}, None, (32, 0.02)),  # a text of fewer than 64 tokens
         (
             LOWEST,
             0.012,
