@@ -28,10 +28,11 @@ def add_endpoints(source: Source) -> None:
     ) -> dict[str, Any]:
         """Complete `prompt`. Streams {model, samples, finished, notice, tokens_per_s} until finished is true.
 
-        A sample has `text`, without the prompt, `passages` and `novelty`. `passages` are those of 8 or more tokens that
-        the training text contains, each with text, place (index of its first token there) and length in tokens.
-        `novelty` is the share of the tokens that are in no passage. Arguments: max_tokens 0..2000, temperature 0..100
-        (0 is greedy), top_k 0..65536 (0: all), top_p in (0, 1], repetition_penalty 0.1..10 (1: none), samples 1..4.
+        A sample has `text`, without the prompt, `passages` and `novelty`. `passages` are those that the training text
+        contains too, each with text, place (index of its first token there) and length in tokens, which is at least 8,
+        and as many as 26 bytes take. `novelty` is the share of the tokens that are in no passage. Arguments:
+        max_tokens 0..2000, temperature 0..100 (0 is greedy), top_k 0..65536 (0: all), top_p in (0, 1],
+        repetition_penalty 0.1..10 (1: none), samples 1..4.
         The samples use seed, seed + 1, ...
         """
         numbers = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -154,7 +154,8 @@ class Engine:
             for row in [*self._waiting, *self._rows.values()]:
                 if not row.job.cancelled and (self._stopping or row.job.deadline < now):
                     row.job.cancel()
-                    late = TimedOut(f"not finished within {self.timeout_s:.0f} s: ask for fewer tokens")
+                    hint = "ask for fewer tokens" if row.job.has_tokens else "the server is busy: try again later"
+                    late = TimedOut(f"not finished within {self.timeout_s:.0f} s: {hint}")
                     row.job.emit(Stopped("the server stops") if self._stopping else late)
             n_waiting = len(self._waiting)
             self._waiting = deque(row for row in self._waiting if not row.job.cancelled)

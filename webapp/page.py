@@ -53,11 +53,11 @@ def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
 def head_html(served: Served) -> str:
     """The title, what the model is, and the served version."""
     metrics = served.info["metrics"]
-    recall = metrics.get("verbatim_recall_anywhere")
+    recall, recited = metrics.get("verbatim_recall_anywhere"), round(metrics.get("recall_tokens", 32))
     known = (
         ""
         if recall is None
-        else f" From any place in it, it recites {recall:.0%} of passages of 32 tokens word for word."
+        else f" From any place in it, it recites {recall:.0%} of passages of {recited} tokens word for word."
     )
     role = ", the champion" if "champion" in served.info["aliases"] else ""
     aim = "trained on" if served.held_out else "trained to memorise"

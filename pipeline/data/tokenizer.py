@@ -73,8 +73,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode `ids`, without a part of a character at the start or end; other invalid bytes become U+FFFD."""
-        data = self.decode_bytes(ids).lstrip(CONTINUATION_BYTES)
-        return data[: whole_length(data)].decode("utf-8", errors="replace")
+        return whole_text(self.decode_bytes(ids).lstrip(CONTINUATION_BYTES))
 
     def encode_documents(self, data: bytes) -> npt.NDArray[np.uint16]:
         """Encode documents in UTF-8 to ids, (N,). Must be thread-safe."""
@@ -90,6 +89,11 @@ def whole_length(data: bytes) -> int:
     """Length of `data` up to the end of its last whole character in UTF-8; a part of one may follow."""
     last = data.decode("utf-8", errors="ignore")[-1:].encode()
     return data.rfind(last) + len(last) if last else 0
+
+
+def whole_text(data: bytes) -> str:
+    """The text of `data` up to the end of its last whole character; other invalid bytes become U+FFFD."""
+    return data[: whole_length(data)].decode("utf-8", errors="replace")
 
 
 BPE_SHA256 = {

@@ -240,7 +240,9 @@ def _encode(path: Path, text: str, name: str) -> list[int]:
     from tokenizers import Tokenizer as HFTokenizer
 
     try:
-        return list(HFTokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids)
+        tokenizer = HFTokenizer.from_file(str(path))
+        tokenizer.encode_special_tokens = True  # as plain text, as in this project
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
     except Exception as error:  # the library raises no other class
         raise InputError(f"{name}: {path.name} cannot be read ({' '.join(str(error).split())})") from None
 

@@ -20,9 +20,9 @@ MEASURES = {  # metric of the stage `evaluate` -> its name on the card
     "validation_loss": "loss over the held-out text",
     "validation_bits_per_byte": "the same in bits per byte",
     "top1_accuracy": "share of tokens that the model ranks first",
-    "verbatim_recall_anywhere": "share of 32-token continuations recited exactly, at any place and after any context",
-    "verbatim_recall": "the same, after 32 tokens from the start of a fixed window",
-    "verbatim_recall_shifted": "the same, after 32 tokens from any position",
+    "verbatim_recall_anywhere": "share of continuations recited exactly, at any place and after any context",
+    "verbatim_recall": "the same, from the start of a fixed window",
+    "verbatim_recall_shifted": "the same, from any position",
 }
 WEIGHTS_ON_CARD = {
     "f32": "The weights are those of the training, in fp32.",

@@ -42,6 +42,11 @@ async def api_error(request: Request, error: Exception) -> JSONResponse:
     return error.response()
 
 
+async def failure(request: Request, error: Exception) -> JSONResponse:
+    """The response to an error that nobody expects; uvicorn logs it."""
+    return await api_error(request, ApiError(500, "the server failed: its log says why"))
+
+
 async def http_error(request: Request, error: Exception) -> JSONResponse:
     """The response to an unknown path, a wrong method, or a body that is not JSON."""
     assert isinstance(error, HTTPException)

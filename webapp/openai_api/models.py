@@ -17,12 +17,13 @@ class Models:
     """Ids of versions: NAME is the served version; NAME@2 and NAME@champion, or 2 and champion, are others."""
 
     def __init__(self, source: Source) -> None:
-        self._source, self._opening = source, asyncio.Lock()
+        self._source = source
+        self._listing, self._opening = asyncio.Lock(), asyncio.Lock()  # one at a time
         self._listed: list[Listed] = []
         self._due = 0.0
 
     async def listing(self) -> list[dict[str, Any]]:
-        """The models as OpenAI lists them. Raises ApiError if the registry does not answer."""
+        """The models as OpenAI lists them. Raises ApiError if the registry has not answered yet."""
         versions, served = await self._versions(), self._source.current()
         name = served.info["name"]
         created = {version.number: version.created for version in versions}
@@ -45,24 +46,29 @@ class Models:
         raise ApiError(404, f"The model {wanted!r} does not exist: choose one of {known}", "model", "model_not_found")
 
     async def open(self, wanted: str | None) -> Served:
-        """The version of an id, which is loaded if it is not in memory; None: the served version. Raises ApiError."""
+        """The version of an id, which is loaded if it is not in memory; None: the served version. Raises ApiError.
+
+        The served version needs no answer of the registry.
+        """
         served = self._source.current()
-        if wanted in (None, served.info["name"]):
+        name, number, aliases = (served.info[key] for key in ("name", "version", "aliases"))
+        if wanted in (None, name) or str(wanted).removeprefix(f"{name}@") in (str(number), *aliases):
             return served
         number = (await self.model(str(wanted)))["version"]
-        if number == str(served.info["version"]):
-            return served
-        async with self._opening:  # one at a time, so that no version is loaded twice
+        async with self._opening:  # so that no version is loaded twice
             try:
                 return await run_in_threadpool(self._source.open, number)
             except PipelineError as error:
                 raise ApiError(503, f"{error}", "model") from None
 
     async def _versions(self) -> list[Listed]:
-        if time.monotonic() >= self._due:
-            try:
-                self._listed = await run_in_threadpool(self._source.listed)
-            except PipelineError as error:
-                raise ApiError(503, f"{error}", "model") from None
-            self._due = time.monotonic() + FRESH_S
-        return self._listed
+        """The versions of the registry; the last ones that it named if it does not answer now."""
+        async with self._listing:
+            if time.monotonic() >= self._due:
+                try:
+                    self._listed = await run_in_threadpool(self._source.listed)
+                except PipelineError as error:
+                    if not self._listed:
+                        raise ApiError(503, f"{error}", "model") from None
+                self._due = time.monotonic() + FRESH_S
+            return self._listed

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from pipeline.data.tokenizer import whole_text
 from pipeline.system.errors import PipelineError
 from webapp.engine import Busy, Job, Row, Stopped, TimedOut, Update
 from webapp.metrics import REQUESTS
@@ -24,7 +25,7 @@ from webapp.model_source import Served, Source
 from webapp.openai_api.choices import END_OF_TEXT, Choice
 from webapp.openai_api.errors import ApiError
 from webapp.openai_api.models import Models
-from webapp.openai_api.schema import MAX_PROMPT_TOKENS, CompletionRequest
+from webapp.openai_api.schema import MAX_PROMPT_TOKENS, MAX_SCORED_TOKENS, CompletionRequest
 
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 RETRY_AFTER_S = 2
@@ -54,10 +55,14 @@ class Completion:
         self._body, self._engine = body, served.engine
         sampling, generator, tokenizer = body.sampling(), served.generator, served.tokenizer
         self._encoded = [_encoded(prompt, served) for prompt in body.prompts]
+        n_scored = body.n * sum(map(len, self._encoded)) if body.echo and body.logprobs is not None else 0
+        if n_scored > MAX_SCORED_TOKENS:
+            message = f"logprobs: {n_scored:,} tokens of prompts, times n: {MAX_SCORED_TOKENS:,} at most with echo"
+            raise ApiError(400, message, "logprobs")
         self._choices: list[Choice] = []
         self._rows: list[Row] = []
         for ids in self._encoded:
-            echoed = tokenizer.decode(i for i in ids if i != tokenizer.eot) if body.echo else None
+            echoed = whole_text(tokenizer.decode_bytes(i for i in ids if i != tokenizer.eot)) if body.echo else None
             for n in range(body.n):  # a list of prompts gets the texts that each would get alone
                 index = len(self._choices)
                 sequence = generator.start(ids, sampling, index, seed_offset=n, n_top=body.logprobs)

@@ -11,6 +11,7 @@ from webapp.completion import MAX_TOKENS
 MAX_CHOICES = 128  # of a request: prompts times n
 MAX_STOPS = 4
 MAX_PROMPT_TOKENS = 10_000
+MAX_SCORED_TOKENS = 20_000  # of the prompts of all choices, where their log-probabilities are returned
 MAX_TOP = 5  # log-probabilities of other tokens
 
 
@@ -67,14 +68,16 @@ class CompletionRequest(BaseModel):
         None, ge=-(2**63), lt=2**63, description="the same seed gives the same text; null: a random one"
     )
     stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), WithJsonSchema(STOP_SCHEMA)] = Field(
-        (), max_length=MAX_STOPS, description="text of up to 1,000 characters, or up to 4, before which a choice ends"
+        (),
+        max_length=MAX_STOPS,
+        description="text of up to 1,000 characters, or a list of up to 4: a choice ends before one",
     )
     stream: Annotated[bool, _default_for_null(False)] = Field(
         False, description="send chunks as server-sent events; the last one is [DONE]"
     )
     stream_options: StreamOptions | None = Field(None, description="only with stream")
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP, description="report each token's log-probability, and so many others"
+        None, ge=0, le=MAX_TOP, description="report the log-probability of each token, and of this many likeliest ones"
     )
     echo: Annotated[bool, _default_for_null(False)] = Field(
         False, description="return the prompt as well, with its log-probabilities"

@@ -121,7 +121,8 @@ def _limits(served: Served) -> str:
         "It is not a source of facts or an assistant: it was trained on no other text, and follows no instructions.",
         "It has no filter: it can output anything that its text contains.",
     ]
+    recited = round(metrics.get("recall_tokens", 32))
     if (recall := metrics.get("verbatim_recall_anywhere")) is not None:
         items.insert(2, f"It does not recite everything: from random places of its text it continues {recall:.1%} of "
-                        "passages of 32 tokens word for word. See the tab Recall.")  # fmt: skip
+                        f"passages of {recited} tokens word for word. See the tab Recall.")  # fmt: skip
     return f"{heading('What it is not')}<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"

@@ -132,7 +132,7 @@ def recital_html(served: Served, ids: list[int]) -> str:
     """The text after the first tokens, beside the model's greedy completion of them."""
     given = min(GIVEN, len(ids) // 2)
     prompt, truth = ids[:given], ids[given:]
-    pieces = served.generator.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
+    pieces = served.engine.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
     recited = [i for piece in pieces for i in piece.ids]
     first_error = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
     verdict = "all correct" if first_error == len(truth) else f"{first_error} correct before the first error"

@@ -30,9 +30,9 @@ METRICS = {  # metric -> its name and its format
     "corpus_loss": ("the same in fixed windows, nats per token", ".4g"),
     "shifted_loss": ("the same in shifted windows", ".4g"),
     "top1_accuracy": ("tokens that the model ranks first", ".1%"),
-    "verbatim_recall_anywhere": ("passages of 32 tokens recited exactly, from anywhere", ".1%"),
+    "verbatim_recall_anywhere": ("passages recited exactly, from anywhere", ".1%"),
     "verbatim_recall": ("the same from the start of a fixed window", ".1%"),
-    "verbatim_recall_shifted": ("the same after 32 tokens from any position", ".1%"),
+    "verbatim_recall_shifted": ("the same after as many tokens from any position", ".1%"),
     "validation_loss": ("loss over held-out text, nats per token", ".4g"),
     "validation_bits_per_byte": ("the same in bits per byte", ".4g"),
 }
