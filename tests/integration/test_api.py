@@ -132,6 +132,14 @@ def test_echo_scores_the_prompt(http, served, stream, max_tokens):
     assert found["text_offset"] == sorted(found["text_offset"])
 
 
+def test_an_echoed_prompt_that_begins_within_a_character_has_the_offsets_of_its_text(client, served):
+    (half,) = (i for i in range(300) if served.tokenizer.decode_bytes([i]) == b"\xa9")
+    prompt = [half, *served.tokenizer.encode("All:")]
+    (choice,) = client.completions.create(model="parrot", prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices
+    assert choice.text == "\ufffdAll:"
+    assert choice.logprobs.text_offset == [0, 1, 4]
+
+
 def test_models_are_listed_by_number_and_alias(client):
     assert [model.id for model in client.models.list()] == ["parrot", "parrot@champion", "parrot@7", "parrot@6"]
     assert client.models.retrieve("parrot@champion").id == client.models.retrieve("champion").id == "parrot@champion"
@@ -144,12 +152,22 @@ def test_errors_are_those_that_the_client_knows(client):
         ({"model": "other"}, openai.NotFoundError, "model"),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "colour"),
         ({"n": 0}, openai.BadRequestError, "n"),
+        ({"prompt": [0] * 7_000, "n": 3, "echo": True, "logprobs": 0}, openai.BadRequestError, "logprobs"),
     ):
         with pytest.raises(error) as refused:
             client.completions.create(**{"model": "parrot", "prompt": "All:", **values})
         assert (refused.value.param, "\n" in refused.value.message) == (param, False)
     with pytest.raises(openai.NotFoundError, match="/v1/completions"):
         client.chat.completions.create(model="parrot", messages=[{"role": "user", "content": "Hello"}])
+
+
+def test_an_error_that_nobody_expects_has_openais_shape(http, monkeypatch):
+    async def fails(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("webapp.openai_api.models.Models.open", fails)
+    answer = http.post("v1/completions", json={"prompt": "All:"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
 
 
 # lm-eval
@@ -260,7 +278,7 @@ def test_a_full_queue_is_told_with_the_time_to_wait(http, served, slow, monkeypa
 def test_a_request_that_takes_too_long_ends_with_an_error(http, served, slow, monkeypatch):
     monkeypatch.setattr(served.engine, "timeout_s", 0.5)
     body = {"prompt": "All:", "max_tokens": 2000}
-    assert "not finished within" in http.post("v1/completions", json=body).json()["error"]["message"]
+    assert "0 s: ask for fewer tokens" in http.post("v1/completions", json=body).json()["error"]["message"]
     lines = http.post("v1/completions", json=body | {"stream": True}).text.strip().splitlines()
     assert "not finished within" in lines[-3]
     assert lines[-1] == "data: [DONE]"

@@ -47,7 +47,9 @@ def tiny(tmp_path, monkeypatch, made):
 @pytest.fixture
 def write(made):
     """Writes data/init for a tokenizer, by default `bytes`."""
-    return lambda shape=SHAPE, name="bytes": write_init(shape, INIT, made(name), "a text, ein Text, 文字")
+    return lambda shape=SHAPE, name="bytes": write_init(
+        shape, INIT, made(name), "a text, ein Text, 文字, <|endoftext|> in it"
+    )
 
 
 def edit(path, **values):

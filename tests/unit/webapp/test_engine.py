@@ -108,7 +108,9 @@ def test_a_full_queue_refuses_and_a_late_request_is_told(generator, held):
     with pytest.raises(Busy, match="1 sequences are waiting"):
         submit(engine, "To be")
     held.release()
-    assert isinstance(late.get(timeout=20), TimedOut)
+    error = late.get(timeout=20)
+    assert isinstance(error, TimedOut)
+    assert "the server is busy: try again later" in str(error)
     assert len(ids_of(kept)) == 20
 
 
