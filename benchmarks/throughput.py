@@ -34,6 +34,7 @@ from pipeline.data.batches import Batch
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.gpt import GPT
 from pipeline.system.device import Machine, prepare_machine
+from pipeline.system.host import cpu_name
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.results import flops_per_token
 
@@ -241,7 +242,7 @@ def shape_of(preset: str) -> ModelConfig:
 def machine_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_name()}, {platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":
