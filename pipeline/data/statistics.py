@@ -165,8 +165,10 @@ def ambiguity(ids: Integers) -> float:
     """How little short passages say about their place: the mean over the text of log c, in nats.
 
     c is the number of times that the rarest trigram of the last PASSAGE tokens occurs in the text. 0: there is one in
-    each passage that occurs nowhere else.
+    each passage that occurs nowhere else, or no trigram at all.
     """
+    if len(ids) < 3:
+        return 0.0
     _, which, counts = np.unique(NGrams(ids).hashes(3), return_inverse=True, return_counts=True)
     times = counts[which]  # (N - 2,), of the trigram that begins at each token
     rarest = np.lib.stride_tricks.sliding_window_view(times, min(PASSAGE - 2, len(times))).min(axis=1)

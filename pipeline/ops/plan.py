@@ -36,7 +36,6 @@ WIDTH = 11  # of the first column of a printed plan
 FAR = 3.0  # times the time that is given, from which seconds need not be measured
 LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
 DOUBLINGS = 2  # longer trainings after one that has not reached its target, each with twice the epochs
-NOTED = 1.1  # a text that needs so many times as many epochs as usual is said to repeat its passages
 PUBLISHED = {"model.fold_vocab": False, "optim.name": "adamw"}  # values for a training from published weights
 LONGER = "; if that does not suffice, again with twice and four times the epochs, in all up to seven times as long"
 
@@ -287,7 +286,8 @@ def _goal(measured: Measured, options: Options, shape: Shape | None) -> tuple[fl
     """The target, the training on so many tokens of the text, and a sentence about the lowest possible loss."""
     bits = measured.entropy / math.log(2)
     if options.goal == MEMORISE:
-        seq_len, target = policy.window_and_target(measured.lowest_loss, options.target)
+        ambiguity = measured.ambiguity(measured.n_tokens)
+        seq_len, target = policy.window_and_target(measured.lowest_loss, ambiguity, options.target)
         bound = f"{measured.lowest_loss[seq_len]:.3f} nats a token from anywhere, in windows of {seq_len} tokens"
         if options.target is None and target > policy.DEFAULT_TARGET:
             bound += f": the text repeats itself, so the target is {target:g} instead of {policy.DEFAULT_TARGET:g}"
@@ -374,7 +374,11 @@ def _training_line(training: Training, goal: str, target: float, measured: Measu
         else f"until its loss on the last tenth of the text, which is held out, is below {target:.3g} or falls no more"
     )
     factor = policy.repetition_factor(measured.ambiguity(training.n_tokens)) if goal == MEMORISE else 1.0
-    repeated = f" ({factor:.1f} times as many as usual, since the text repeats its passages)" if factor > NOTED else ""
+    repeated = (
+        f" ({factor:.1f} times as many as usual, since the text repeats its passages)"
+        if factor > policy.REPEATED
+        else ""
+    )
     return f"at most {training.max_epochs:g} epochs{repeated}, {steps}, {until}"
 
 

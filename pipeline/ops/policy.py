@@ -18,9 +18,10 @@ BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
 LOWEST_REACHED = 0.009  # nats per token from anywhere in a text (RECORDS.md)
 LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
 MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
-DEFAULT_MARGIN = 2.0  # the same of the default target, up to HIGHEST_TARGET
+DEFAULT_MARGIN = 2.0  # the same of DEFAULT_TARGET
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
 MICRO_BATCH_TOKENS = 8192  # at most
+REPEATED = 1.1  # a text that needs so many times as many epochs as usual is said to repeat its passages
 MOST_REPEATED = 4.0  # times as many epochs for a text that repeats its passages; no text that needs more was measured
 PUBLISHED_LR = 0.1  # of AdamW for published weights, divided by the model's width: 1.3e-4 for GPT-2; not measured
 SEARCHED = (0.75, 1.1)  # range of a sweep, as shares of the training budget
@@ -161,31 +162,27 @@ def epochs_to_generalise(n_tokens: int) -> float:
     return round(max(1.0, 10 * math.pow(15_000 / n_tokens, 0.25)), 1)
 
 
-def window_and_target(lowest_loss: dict[int, float], target: float | None) -> tuple[int, float]:
+def window_and_target(lowest_loss: dict[int, float], ambiguity: float, target: float | None) -> tuple[int, float]:
     """The shortest window, of 64 tokens or more, in which the target is possible, and the target.
 
-    Without a target, the window is that of HIGHEST_TARGET, and the target DEFAULT_TARGET, or more where the text
-    repeats itself. Raises InputError if the target is not possible.
+    Without a target it is DEFAULT_TARGET, or at least HIGHEST_TARGET if the text repeats itself: a lower one would need
+    several times as many epochs. Raises InputError if the target is not possible.
     """
     _require_positive(target)
     if not lowest_loss:
         raise InputError("the text has fewer tokens than the shortest window, 32: give more text")
     lengths = [T for T in lowest_loss if T >= 64] or list(lowest_loss)
     T = next((T for T in lengths if (target or HIGHEST_TARGET) >= MARGIN * lowest_loss[T]), lengths[-1])
-    possible = _rounded_up(MARGIN * lowest_loss[T])
+    possible = math.ceil(100 * MARGIN * lowest_loss[T]) / 100
     if target is None:
-        lenient = min(HIGHEST_TARGET, _rounded_up(DEFAULT_MARGIN * lowest_loss[T]))
-        return T, max(DEFAULT_TARGET, lenient, possible)
+        repeats = repetition_factor(ambiguity) > REPEATED or DEFAULT_MARGIN * lowest_loss[T] > DEFAULT_TARGET
+        return T, max(possible, HIGHEST_TARGET if repeats else DEFAULT_TARGET)
     if target < MARGIN * lowest_loss[T]:
         raise InputError(
             f"--target {target:g} is not possible: the text repeats itself, and in windows of {T} tokens no model gets "
             f"below {lowest_loss[T]:.3f}: choose {possible:g} or more"
         )
     return T, target
-
-
-def _rounded_up(loss: float) -> float:
-    return math.ceil(100 * loss) / 100
 
 
 def _require_positive(target: float | None) -> None:

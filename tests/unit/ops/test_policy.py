@@ -109,7 +109,8 @@ LOWEST = {32: 0.5, 64: 0.2, 128: 0.05, 256: 0.01}  # window -> lowest possible l
     ("lowest", "target", "found"),
     [
         ({32: 0.0, 64: 0.0, 128: 0.0}, None, (64, 0.02)),
-        ({64: 0.0151, 128: 0.0}, None, (64, 0.04)),  # twice the lowest possible loss, rounded up
+        ({64: 0.01, 128: 0.0}, None, (64, 0.02)),
+        ({64: 0.0101, 128: 0.0}, None, (64, 0.1)),  # less than twice the lowest possible loss would take long
         (LOWEST, None, (128, 0.1)),
         (LOWEST, 0.3, (64, 0.3)),
         (LOWEST, 0.0126, (256, 0.0126)),
@@ -127,10 +128,16 @@ LOWEST = {32: 0.5, 64: 0.2, 128: 0.05, 256: 0.01}  # window -> lowest possible l
 )
 def test_the_window_is_the_shortest_in_which_the_target_is_possible(lowest, target, found):
     if isinstance(found, tuple):
-        assert window_and_target(lowest, target) == found
+        assert window_and_target(lowest, 0.0, target) == found
     else:
         with pytest.raises(InputError, match=found):
-            window_and_target(lowest, target)
+            window_and_target(lowest, 0.0, target)
+
+
+def test_a_text_that_repeats_its_passages_gets_a_target_that_it_reaches_in_time():
+    for ambiguity, target in ((0.0, 0.02), (0.09, 0.02), (0.1, 0.1), (1.2, 0.1)):
+        assert window_and_target({64: 0.0}, ambiguity, None) == (64, target)
+        assert window_and_target({64: 0.0}, ambiguity, 0.03) == (64, 0.03)
 
 
 def test_a_held_out_target_must_be_possible_for_a_text_of_this_size():
