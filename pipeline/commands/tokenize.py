@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_arguments(add: Add) -> None:
     add("--shard", metavar="I", type=int, help="with --of: number of this machine, 0 to N - 1")
     add("--of", metavar="N", type=int, help="with --shard: number of machines that share the text")
-    add_slurm(add, without=("nodes", "gpus"))
+    add_slurm(add, without=("nodes",))
     add(
         "--workers",
         metavar="N",
