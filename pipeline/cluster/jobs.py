@@ -52,7 +52,8 @@ WAITS = {  # reasons of squeue -> what they mean
 CANCELLED = "it was cancelled"
 ENDS = {  # final states of Slurm -> what they mean
     "CANCELLED": CANCELLED,
-    "TIMEOUT": "its time was over before everything was saved: raise --time",
+    "TIMEOUT": "its time was over before everything was saved: set slurm.options to {signal: USR2@300}, which gives it "
+    "300 s to save",
     "OUT_OF_MEMORY": "it was out of memory: raise --mem",
     "NODE_FAIL": "its node died",
     "BOOT_FAIL": "its node did not start",
@@ -115,6 +116,10 @@ class Job:
     @property
     def ended(self) -> bool:
         return all(task.ended for task in self.tasks)
+
+    @property
+    def succeeded(self) -> bool:
+        return all(task.state == "done" for task in self.tasks)
 
     def log(self, number: int) -> Path:
         """The output of a task's command."""
@@ -195,7 +200,7 @@ def submit(
     time_s = 60.0 * slurm.time_min
     executor = _Executor(home, max_num_timeout=10**6)  # `Task` says when to stop
     options = {"requeue": True, "export": "ALL", **_sbatch_options(slurm, nodes)}
-    if after:
+    if after and not after.succeeded:  # Slurm soon forgets a job that has ended
         options |= {"dependency": f"afterok:{after.id}", "kill-on-invalid-dep": "yes"}
     executor.update_parameters(
         job_name=name,
@@ -203,6 +208,7 @@ def submit(
         nodes=nodes,
         ntasks_per_node=1,
         signal_delay_s=program.warning_s(time_s),
+        array_parallelism=len(commands),  # submitit's default is 256
         setup=[f"cd {shlex.quote(str(root))}", f"export PYTHONPATH={shlex.quote(_python_path())}"],
         # srun does not take the number of cores from sbatch; a node that fails ends the others
         srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else [])],

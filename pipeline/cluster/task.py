@@ -25,6 +25,7 @@ from pipeline.system.signals import die_with_parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 SAVED = ("checkpoints/**/step-*", "data/.unfinished-*/*.json")  # what a command finishes: checkpoints and shards
 ATTEMPT = "$ python -m "  # how the first line of an attempt begins, in the log and in submitit's
+PICKLE_TIMEOUT_S = 300
 FIRST_PORT, N_PORTS = 20_000, 10_000  # of the rendezvous of several nodes; below the ports that Linux gives out
 
 
@@ -71,11 +72,12 @@ class Task:
             self._requeue_if_preempted()
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         code = self._child.wait()
-        if self._node and code == 128 + signal.SIGTERM:  # the first node saves, and requeues the job
+        exit_code = code if code >= 0 else 128 - code
+        if self._node and exit_code == 128 + signal.SIGTERM:  # the first node saves, and requeues the job
             signal.pause()
         if not self._stopped:
             self._note(code=code)
-        sys.exit(code if code >= 0 else 128 - code)
+        sys.exit(exit_code)
 
     def checkpoint(self) -> DelayedSubmission | None:
         """Let the command save and end; return what runs after the requeue, or None if the job must not be requeued."""
@@ -89,9 +91,11 @@ class Task:
         return DelayedSubmission(Task(self.command, self.folder, self.number, self.root, self.time_s, saved))
 
     def _stop(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+        """Tell the command to save and end, once: a second signal, such as at the time limit, would abort that."""
+        if not self._stopped and self._child.returncode is None:  # later, its id may be another process's
+            with suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGTERM)
         self._stopped = True
-        with suppress(ProcessLookupError):
-            os.kill(self._child.pid, signal.SIGTERM)
 
     def _wait_for_child(self) -> None:
         """Wait for the end of the command, also within a signal's handler, where Popen.wait could block for ever."""
@@ -160,7 +164,10 @@ def main(folder: str) -> None:
     os.environ["SUBMITIT_FOLDER"] = folder
     environment = SlurmJobEnvironment()
     stored = environment.paths.submitted_pickle
+    deadline = time.monotonic() + PICKLE_TIMEOUT_S
     while not stored.exists():  # it gets its name after sbatch has said the job's id
+        if time.monotonic() > deadline:
+            sys.exit(f"error: {stored} is missing, since the command that submits jobs was killed: run it again")
         time.sleep(0.2)
     submission = DelayedSubmission.load(stored)
     environment._handle_signals(environment.paths, submission)

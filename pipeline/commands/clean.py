@@ -36,13 +36,18 @@ def run(arguments: argparse.Namespace) -> None:
     named = [path for path in folders if name in (path.name, path.stem)]
     if name and not named:
         raise InputError(f"no run or study {name} in {home}: `ls {home}` shows them")
-    if name and (home / "jobs").is_dir():
-        from pipeline.cluster.jobs import find_live
-
-        if job := find_live(f"study-{name}"):
-            raise InputError(f"job {job.id} trains study {name}: `python -m pipeline jobs --cancel {job.id}` ends it")
     only_by_name = {path: reasons for path in folders if (reasons := [*_only_by_name(path)])}
     to_remove = named or [path for path in folders if path not in only_by_name]
+    if (home / "jobs").is_dir():  # a job holds no lock while it waits in the queue
+        from pipeline.cluster.jobs import find_live
+
+        trained_by = dict(
+            (f"study-{path.name}", f"study {path.name}") if STUDY in only_by_name.get(path, []) else ("train", "a run")
+            for path in to_remove
+        )
+        for job_name, what in trained_by.items():
+            if job := find_live(job_name):
+                raise InputError(f"job {job.id} trains {what}: `python -m pipeline jobs --cancel {job.id}` ends it")
     total_files = total_bytes = 0
     with ExitStack() as locks:
         if not arguments.dry_run:  # of all runs, so that nothing is removed while one of them is trained

@@ -76,9 +76,9 @@ def write_tokens(
             with locked(working / f"{shard.name}.lock", wait=True):
                 _encode_shard(corpus, shard, tokenizer, working, workers)
             bar.update(shard.stop - shard.start)
-    write_json(working / "tokens" / TOKENIZER, tokenizer.key)
     if task:
         return working
+    write_json(working / "tokens" / TOKENIZER, tokenizer.key)  # by one process: tasks may write at the same time
     with naming_full_disk(folder.parent):
         put_in_place(working / "tokens", folder)
     for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # also of earlier corpora

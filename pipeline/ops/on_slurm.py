@@ -9,9 +9,13 @@ from pipeline.cluster.jobs import Job, cancel, find_jobs, find_live, require_slu
 from pipeline.config.params import Params
 from pipeline.config.sections import CorpusConfig, SlurmConfig
 from pipeline.data.encode import SHARD_BYTES
+from pipeline.data.token_files import data_sha256
+from pipeline.data.tokenizer import n_vocab_in
 from pipeline.system.errors import InputError
 from pipeline.system.host import run_dvc
 from pipeline.system.signals import StopSignals
+from pipeline.tracking.fingerprint import fingerprint_of
+from pipeline.tracking.run_record import read_run
 from pipeline.training.config import RunConfig
 
 MAX_TASKS = 16  # of an array, unless --workers says another number
@@ -21,7 +25,11 @@ RECORD = "-record"  # ends the name of the job that records in dvc.lock what ano
 def tokenize_on_slurm(params: Params, slurm: SlurmConfig, n_tasks: int | None) -> None:
     """Encode the text in an array of `n_tasks` tasks; a last job joins the shards by `dvc repro tokenize`."""
     require_slurm(slurm)
-    if (job := find_live("tokenize")) is None:
+    commands: list[list[str]] = []
+    job, record = _unrecorded("tokenize")
+    if job and job.succeeded and not record:  # the array finds its shards, unless the text has changed since
+        job = None
+    if job is None:
         config = params.section(CorpusConfig)
         _repro("tokenizer")
         if _is_up_to_date("tokenize"):
@@ -29,8 +37,8 @@ def tokenize_on_slurm(params: Params, slurm: SlurmConfig, n_tasks: int | None) -
         n_shards = math.ceil(Path("data/corpus.txt").stat().st_size * config.fraction / SHARD_BYTES)
         n = n_tasks or max(1, min(MAX_TASKS, n_shards))
         commands = [["pipeline", "tokenize", "--shard", str(shard), "--of", str(n)] for shard in range(n)]
-        job = _submit_both("tokenize", commands, ["dvc", "repro", "tokenize"], slurm, nodes=1)
-    _follow(job)
+    last = ["dvc", "--wait-for-lock", "repro", "tokenize"]
+    _submit_and_follow("tokenize", commands, last, slurm.updated(gpus=None), 1, job, record)
 
 
 def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
@@ -49,43 +57,83 @@ def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
             "change one of them"
         )
     command = ["stages.train", "--params", config.digest, *(["--elastic"] if elastic else [])]
-    if (job := find_live("train")) is None:
+    job, record = _unrecorded("train")
+    if job and job.succeeded and not record and not (job.commands == [command] and _is_trained(params)):
+        job = None
+    if job is None:
         _repro("tokenize")
         if _is_up_to_date("train"):
             return
-        job = _submit_both("train", [command], ["pipeline", "train", "--commit", config.digest], slurm, slurm.nodes)
     elif job.commands != [command]:
-        raise InputError(
-            f"job {job.id} trains with other parameters: wait for it, or `python -m pipeline jobs --cancel {job.id}`"
-        )
-    _follow(job)
+        flag = "trains without --elastic" if elastic else "trains with --elastic"
+        differs = flag if config.digest in job.commands[0] else "trains with other parameters"
+        live = record if record and job.succeeded else job
+        raise InputError(f"job {live.id} {differs}: wait for it, or `python -m pipeline jobs --cancel {live.id}`")
+    last = ["pipeline", "train", "--commit", config.digest]
+    _submit_and_follow("train", [command], last, slurm, slurm.nodes, job, record)
 
 
 def commit_training(params: Params, digest: str) -> None:
-    """Record the finished training in dvc.lock. Raises InputError if params.yaml has changed since its start."""
+    """Record the finished training in dvc.lock.
+
+    Raises InputError if params.yaml has changed since its start, or if models/ has the result of another training.
+    """
     RunConfig.of(params).require_digest(digest)
-    if run_dvc("commit", "--force", "train").returncode:
+    if not _is_trained(params):
+        raise InputError("the tokens or the code have changed since this job was submitted: submit it again")
+    if run_dvc("--wait-for-lock", "commit", "--force", "train").returncode:
         raise InputError("`dvc commit -f train` failed, see the error above: fix it and repeat it")
 
 
-def _submit_both(
-    name: str, commands: Sequence[Sequence[str]], last: Sequence[str], slurm: SlurmConfig, nodes: int
-) -> Job:
-    """Submit a job, and one that runs `last` after it."""
-    job = submit(name, commands, slurm, nodes=nodes)
-    try:
-        submit(f"{name}{RECORD}", [last], slurm.updated(gpus=None), after=job)
-    except InputError:
-        cancel(job.id)
-        raise
-    return job
+def _is_trained(params: Params) -> bool:
+    """Whether models/ has the result of a training with these parameters, the present tokens and the present code."""
+    data, models = Path("data"), Path("models")
+    if not (models / "run.json").is_file():
+        return False
+    config = RunConfig.of(params).sized_for(n_vocab_in(data / "tokenizer")).with_weights(data)
+    return bool(read_run(models)["fingerprint"] == fingerprint_of(data_sha256(data / "tokens"), config.decisive))
 
 
-def _follow(job: Job) -> None:
-    """Wait for a job, and for the one after it."""
+def _unrecorded(name: str) -> tuple[Job | None, Job | None]:
+    """The job of a name whose result is not recorded yet, and the job that records it, unless that one has failed.
+
+    It is the job that has not ended, or the last one if it has succeeded.
+    """
+    job = find_live(name) or next(reversed(find_jobs(name)), None)
+    if job is None or (job.ended and not job.succeeded):
+        return None, None
+    records = [record for record in find_jobs(f"{name}{RECORD}") if record.after == job.id]
+    if any(record.succeeded for record in records):
+        return None, None
+    return job, next((record for record in records if not record.ended), None)
+
+
+def _submit_and_follow(
+    name: str,
+    commands: Sequence[Sequence[str]],
+    last: Sequence[str],
+    slurm: SlurmConfig,
+    nodes: int,
+    job: Job | None,
+    record: Job | None,
+) -> None:
+    """Submit a job, and one that runs `last` after it, except those that `_unrecorded` has found. Wait for both.
+
+    A signal is only recorded until both are submitted: a job without the other would never be recorded.
+    """
     with StopSignals() as stop:
-        for each in (job, *(last for last in find_jobs(f"{job.name}{RECORD}") if last.after == job.id)):
-            wait(each, stop)
+        found = job
+        try:
+            job = job or submit(name, commands, slurm, nodes=nodes)
+            record = record or submit(f"{name}{RECORD}", [last], slurm.updated(gpus=None), after=job)
+        except InputError:
+            if job and not found:
+                cancel(job.id)
+            stop.raise_if_received("before the jobs were submitted")  # Ctrl-C also ends sbatch
+            raise
+        if not (found and found.succeeded):
+            wait(job, stop)
+        wait(record, stop)
 
 
 def _repro(stage: str) -> None:

@@ -24,25 +24,36 @@ def run_on_slurm(
     """Submit the workers, unless a job of the study has not ended, and follow the job to its end.
 
     Return the failure of the job, if one of its tasks failed and trials are left. When `sweep.budget_s` is over, the
-    job is cancelled. Raises Interrupted after a signal, which leaves the job running.
+    job is cancelled. A job that has not ended keeps the settings that it was submitted with: if they leave work, the
+    workers are submitted after it. Raises Interrupted after a signal, which leaves the job running.
     """
     name = f"study-{sweep.study}"
+    deadline = time.monotonic() + (sweep.budget_s or float("inf"))
     _requeue_lost(study, name)
     if job := jobs.find_live(name):
-        print(f"job {job.id} runs the workers of study {sweep.study}: no others are submitted", flush=True)
-    elif not has_work(study, sweep):
-        return None
-    else:
-        write_json(path := home / CONFIGS, [config._asdict() for config in configs])
-        job = jobs.submit(
-            name, [[worker.__name__, str(path.absolute()), str(number)] for number in range(len(configs))], slurm
+        print(
+            f"job {job.id} runs the workers of study {sweep.study}: no others are submitted before its end", flush=True
         )
-    progress, failure = _Progress(study, sweep, job), None
+        failure = _follow(study, sweep, job, stop, deadline)
+        if failure or time.monotonic() > deadline:
+            return failure
+    if not has_work(study, sweep):
+        return None
+    write_json(path := home / CONFIGS, [config._asdict() for config in configs])
+    commands = [[worker.__name__, str(path.absolute()), str(number)] for number in range(len(configs))]
+    return _follow(study, sweep, jobs.submit(name, commands, slurm), stop, deadline)
+
+
+def _follow(
+    study: Study, sweep: SweepConfig, job: jobs.Job, stop: StopSignals, deadline: float
+) -> jobs.JobFailed | None:
+    """Follow a job to its end; return its failure, if trials are left and the time of the sweep is not over."""
+    progress, failure = _Progress(study, sweep.objective, job, deadline), None
     try:
         jobs.wait(job, stop, progress.show)
     except jobs.JobFailed as error:
         failure = error
-    _requeue_lost(study, name)
+    _requeue_lost(study, job.name)
     return failure if has_work(study, sweep) and not progress.is_over else None
 
 
@@ -52,10 +63,9 @@ class _Progress:
     The output of a job's only task, which says the same, is printed by `jobs.wait`.
     """
 
-    def __init__(self, study: Study, sweep: SweepConfig, job: jobs.Job) -> None:
-        self.study, self.objective, self.job = study, sweep.objective, job
+    def __init__(self, study: Study, objective: str, job: jobs.Job, deadline: float) -> None:
+        self.study, self.objective, self.job, self._deadline = study, objective, job, deadline
         self.is_over = False
-        self._deadline = time.monotonic() + (sweep.budget_s or float("inf"))
         self._seen = {trial.number for trial in latest_trials(study) if self._has_ended(trial)}
 
     def show(self) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -182,8 +183,8 @@ def flock(file: IO[Any], operation: int) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, X.lock for X; the system releases it when the process ends.
 
-    Without `wait`, raises RunLocked, with the holder's pid, if another process holds the lock. Raises InputError if the
-    disk does not support locks.
+    Without `wait`, raises RunLocked if another process holds the lock, with the process's pid, and its host unless that
+    is this one. Raises InputError if the disk does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -191,10 +192,10 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
-            held = path.with_suffix("")
-            raise RunLocked(f"{held} is held by process {holder}: wait for it or stop it") from None
+            pid, _, host = file.read().partition(" ")
+            held, place = path.with_suffix(""), f" on {host}" if host not in ("", socket.gethostname()) else ""
+            raise RunLocked(f"{held} is held by process {pid or 'unknown'}{place}: wait for it or stop it") from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {socket.gethostname()}")
         file.flush()
         yield

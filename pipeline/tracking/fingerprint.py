@@ -74,17 +74,29 @@ class Identity(TypedDict):
 
 def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") -> Identity:
     """The identity of a run that trains on these data, with these sections of params.yaml and the present code."""
-    params = {section.section_name: section.model_dump(mode="json", exclude={"processes"}) for section in sections}
-    sources = source_hashes()
-    decisive = {"data": data_sha256, "params": params, "sources": sources}
+    decisive = _decisive(data_sha256, sections)
     return Identity(
-        fingerprint=sha256_json(decisive)[:16],
+        fingerprint=_fingerprint(decisive),
         data_sha256=data_sha256,
-        params=params,
-        sources=sources,
+        params=decisive["params"],
+        sources=decisive["sources"],
         environment=_environment(machine),
         inexact=[],
     )
+
+
+def fingerprint_of(data_sha256: str, sections: Iterable[Section]) -> str:
+    """The fingerprint that `identify` gives, on any machine."""
+    return _fingerprint(_decisive(data_sha256, sections))
+
+
+def _decisive(data_sha256: str, sections: Iterable[Section]) -> dict[str, Any]:
+    params = {section.section_name: section.model_dump(mode="json", exclude={"processes"}) for section in sections}
+    return {"data": data_sha256, "params": params, "sources": source_hashes()}
+
+
+def _fingerprint(decisive: dict[str, Any]) -> str:
+    return sha256_json(decisive)[:16]
 
 
 def source_hashes() -> dict[str, str]:

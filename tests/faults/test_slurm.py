@@ -1,14 +1,20 @@
 """Jobs on a real Slurm cluster of two nodes: requeued, cancelled, refused; results are those of one machine."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from fixtures_slurm import ask
 from fixtures_tokenizer import _project  # noqa: F401 (a fixture)
 from mlflow import MlflowClient
 from waiting import wait_until
 
+from pipeline.__main__ import main
 from pipeline.cluster.jobs import JobFailed, cancel, find_jobs, submit, wait
 from pipeline.config.params import load_params
 from pipeline.config.sections import SlurmConfig
@@ -16,6 +22,7 @@ from pipeline.data.encode import write_tokens
 from pipeline.data.token_files import data_sha256
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
+from pipeline.system.host import run_dvc
 from pipeline.system.signals import StopSignals
 from tests.trainings import ROOT, STEPS, bits, end, output_of, start_world, train
 
@@ -149,6 +156,71 @@ def test_a_training_on_two_nodes_has_the_bits_of_two_processes_of_one_machine(wo
     follow(job)
     assert "resumes from step 5 of 12" in job.log(0).read_text()
     assert bits() == expected
+
+
+# Replaces stages.train in the project's folder: the same program without MLflow.
+UNTRACKED = f"""
+import runpy
+from pipeline.system.entrypoint import run_stage
+from pipeline.training import train as training
+from tests.trainings import Untracked
+
+training.Recorder = Untracked
+run_stage(runpy.run_path({str(ROOT / "stages" / "train.py")!r})["main"])
+"""
+DVC = """
+stages:
+  tokenize:
+    cmd: exit 0
+    deps: [data/tokens]
+  train:
+    cmd: exit 1
+    params: [model, windows, optim, train, target, checkpoint, samples]
+    deps: [data/tokens, data/tokenizer]
+    outs: [models/model, models/run.json, models/steps.jsonl, models/times.jsonl]
+    metrics: [reports/timing.json]
+"""  # DVC itself cannot train
+
+
+@pytest.mark.parametrize("record_is_cancelled", [False, True])
+def test_the_command_train_ends_with_the_result_in_dvc_lock_and_trains_once_though_it_was_interrupted(
+    workspace, record_is_cancelled
+):
+    for path, text in {
+        "stages/__init__.py": "",
+        "stages/train.py": UNTRACKED,
+        "dvc.yaml": DVC,
+        ".dvc/config": "[core]\n    no_scm = true\n    analytics = false\n",
+    }.items():
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(text)
+    arguments = ["train", "--on", "slurm", "--cpus", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as head:
+        assert wait_until(lambda: find_jobs("train-record") or head.poll() is not None, 60)
+        assert head.poll() is None, head.communicate()[0]
+        (record,) = find_jobs("train-record")
+        ask("scontrol", "hold", record.id)
+        (job,) = find_jobs("train")
+        assert wait_until(lambda: job.ended or head.poll() is not None, 120)
+        head.send_signal(signal.SIGINT)
+        said, _ = head.communicate(timeout=60)
+    assert head.returncode == 130, said
+    assert "is still in Slurm: the same command follows it" in said
+    assert job.succeeded, said
+    assert "train" not in yaml.safe_load(Path("dvc.lock").read_text())["stages"]
+    ask(*(["scancel"] if record_is_cancelled else ["scontrol", "release"]), record.id)
+    assert main(arguments) == 0
+    assert find_jobs("train") == [job]
+    assert [each.succeeded for each in find_jobs("train-record")] == ([False, True] if record_is_cancelled else [True])
+    recorded = {out["path"] for out in yaml.safe_load(Path("dvc.lock").read_text())["stages"]["train"]["outs"]}
+    assert {"models/model", "reports/timing.json"} <= recorded
+    assert run_dvc("status", "--json", "train", capture_output=True).stdout.strip() == "{}"
 
 
 SLEEPER = """

@@ -235,3 +235,15 @@ def test_clean_keeps_a_study_that_a_job_on_slurm_trains_and_the_records_of_jobs(
     assert command("clean", "jobs")[0] == 2
     assert command("clean", "aaaa")[0] == 0
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["bbbb", "jobs", "search"]
+
+
+def test_clean_keeps_all_runs_while_a_training_waits_in_slurms_queue(command, checkpoints, monkeypatch):
+    (checkpoints / "jobs").mkdir()
+    monkeypatch.setattr(
+        "pipeline.cluster.jobs.find_live", lambda name: SimpleNamespace(id="7") if name == "train" else None
+    )
+    for arguments in (["clean"], ["clean", "aaaa"]):
+        code, _, said = command(*arguments)
+        assert (code, said) == (2, "error: job 7 trains a run: `python -m pipeline jobs --cancel 7` ends it\n")
+    assert command("clean", "search")[0] == 0
+    assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["aaaa", "aaaa.1", "bbbb", "jobs"]

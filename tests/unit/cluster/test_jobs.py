@@ -50,7 +50,8 @@ def note(job, task=0, code=None, message=""):
         (
             ("TIMEOUT", "TimeLimit", "n1", "1:00"),
             "failed",
-            "its time was over before everything was saved: raise --time",
+            "its time was over before everything was saved: set slurm.options to {signal: USR2@300}, which gives it "
+            "300 s to save",
         ),
         (("COMPLETED", "None", "n1", "0:10"), "done", ""),  # the note of its exit code is still on its way
         (("FAILED", "NonZeroExitCode", "n1", "0:10"), "failed", "failed"),
@@ -224,6 +225,32 @@ def test_what_no_partition_has_is_refused_before_anything_is_submitted(monkeypat
         "--exclusive",
     ]
     assert ran[1] == ("sbatch", "--test-only", "--wrap=true", *flags)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Submits a job of so many tasks; returns the text that sbatch would get."""
+    monkeypatch.setattr(jobs, "require_slurm", lambda slurm, nodes: None)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    said = "Submitted batch job 9"
+    monkeypatch.setattr("submitit.core.utils.CommandFunction", lambda command, **options: lambda: said)
+
+    def submit(n_tasks, after=None):
+        folder = jobs.submit("x", [["m"]] * n_tasks, SLURM, after=after).folder
+        return next(path.read_text() for path in folder.glob("*.sh") if not path.is_symlink())
+
+    return submit
+
+
+def test_all_tasks_of_an_array_may_run_at_once(made, script):
+    assert "#SBATCH --array=0-299%300\n" in script(300)
+
+
+def test_a_job_does_not_wait_for_one_that_has_succeeded_and_that_slurm_may_have_forgotten(made, script):
+    live = made("7", rows=[("7", "RUNNING", "None", "n1", "0:10")])
+    assert "#SBATCH --dependency=afterok:7\n" in script(1, after=live)
+    note(live, code=0)
+    assert "--dependency" not in script(1, after=live)
 
 
 def test_the_state_of_a_task_says_whether_it_has_ended():

@@ -66,6 +66,55 @@ def test_a_signal_that_comes_while_the_command_starts_stops_it(tmp_path, monkeyp
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(task_module.STOP_SIGNALS)
 
 
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """A task that runs; `signals` are those that it has sent to its command."""
+    task = Task(["stages.train"], tmp_path, 1, tmp_path, 60.0, None)
+    task._stopped, task._child, task.signals = False, SimpleNamespace(pid=7, returncode=None), []
+    monkeypatch.setattr(task_module.os, "kill", lambda *arguments: task.signals.append(arguments))
+    return task
+
+
+def test_a_command_that_saves_gets_no_second_signal(task):
+    for _ in range(2):
+        task._stop(signal.SIGTERM)
+    assert task.signals == [(7, signal.SIGTERM)]
+
+
+def test_no_signal_is_sent_to_the_id_of_a_command_that_has_ended(task):
+    task._child.returncode = 143
+    task._stop(signal.SIGTERM)
+    assert task.signals == []
+
+
+@pytest.mark.parametrize(("code", "waits"), [(143, True), (-signal.SIGTERM, True), (1, False)])
+def test_a_node_after_the_first_waits_for_the_requeue_if_sigterm_ended_its_command(tmp_path, monkeypatch, code, waits):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    child = SimpleNamespace(pid=1, wait=lambda: code)
+    monkeypatch.setattr(task_module.subprocess, "Popen", lambda *arguments, **options: child)
+    monkeypatch.setattr(Task, "_wait_for_child", lambda task: None)
+    waited = []
+    monkeypatch.setattr(task_module.signal, "pause", lambda: waited.append(True))
+    before = {number: signal.getsignal(number) for number in task_module.STOP_SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            Task(["stages.train"], tmp_path, 1, tmp_path, 60.0, None)()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert waited == [True] * waits
+    assert ended.value.code == abs(code) if code == 1 else 143
+
+
+def test_a_job_whose_command_was_never_stored_ends_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(task_module, "PICKLE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(task_module.time, "sleep", lambda s: None)
+    for key, value in {"SLURM_JOB_ID": "7", "SUBMITIT_FOLDER": ""}.items():  # the second one is set by `main`
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit, match=r"^error: .*7_submitted.pkl is missing, since the command that submits jobs"):
+        task_module.main(str(tmp_path))
+
+
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_the_last_task_of_an_array_is_requeued_only_if_itself_still_runs(tmp_path, monkeypatch, cancelled):
     for key, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}.items():

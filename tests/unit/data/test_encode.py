@@ -240,6 +240,8 @@ def test_tasks_write_the_shards_and_the_stage_only_joins_them(project, monkeypat
         for shard, n_written in ((1, 1), (0, 2), (2, 2)):  # there are two shards: train and val
             tokenize.run(parse(["tokenize", "--shard", str(shard), "--of", "3"]))
             assert write_shard.call_count == n_written
+    (working,) = Path("data").glob(f"{UNFINISHED}tokens-*")
+    assert names(working / "tokens") == ["train-00000.bin", "val-00000.bin"]  # tasks share only what a lock protects
     with patch.object(module, "write_shard", side_effect=AssertionError("no task wrote this shard")):
         stage.main()
     tokens, text = TokenFolder(Path("data/tokens")), Path("data/corpus.txt").read_text()

@@ -96,6 +96,18 @@ def test_the_failure_of_a_job_is_reported_if_trials_are_left(follow):
     assert follow(study, sweep_config(trials=2), Cluster(finish, failure)) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "failure", "submitted"),
+    [({}, None, ["9"]), ({}, JobFailed("its node died", 1), []), ({"budget_s": 1e-9}, None, [])],
+)
+def test_more_trials_than_a_joined_job_has_are_submitted_after_it(follow, changes, failure, submitted):
+    study, sweep = new_study(sweep_config()), sweep_config(trials=2, **changes)
+    cluster = Cluster(lambda: study.tell(study.ask(), 5.0), failure, jobs=[job(ended=False)])
+    assert follow(study, sweep, cluster) is failure
+    assert [each.id for each in cluster.jobs[1:]] == submitted
+    assert len(study.trials) == 1 + len(submitted)
+
+
 def test_a_trial_of_a_task_that_has_ended_is_queued_again_at_once(follow):
     study, sweep = new_study(sweep_config(trials=4)), sweep_config(trials=4)
     # Job 7 has ended; of job 8, task 1 has ended, and task 0 ends while it is followed; the others are not ours.
@@ -103,9 +115,9 @@ def test_a_trial_of_a_task_that_has_ended_is_queued_again_at_once(follow):
     for worker in (task_name("7", 1), task_name("8", 1), task_name("8", 0), task_name("70", 1), "host:7"):
         ask(study, worker)
     at_start = []
-    cluster = Cluster(lambda: at_start.extend(states(study)), jobs=[job(), live, job("study-other", "70")])
+    cluster = Cluster(lambda: at_start.append(states(study)), jobs=[job(), live, job("study-other", "70")])
     follow(study, sweep, cluster)
-    assert at_start == [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 3 + [TrialState.WAITING] * 2
+    assert at_start[0] == [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 3 + [TrialState.WAITING] * 2
     assert states(study)[2:5] == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
 
 

@@ -95,6 +95,14 @@ def test_a_lock_has_one_holder_whose_process_is_named(tmp_path):
             locked(tmp_path / "run.lock").__enter__()
 
 
+def test_the_holder_of_a_lock_on_a_shared_disk_is_named_with_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "n1")
+    with locked(tmp_path / "run.lock"):
+        monkeypatch.setattr("socket.gethostname", lambda: "n2")
+        with pytest.raises(RunLocked, match=f"run is held by process {os.getpid()} on n1: wait for it"):
+            locked(tmp_path / "run.lock").__enter__()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, code):
     def flock(file, operation):
