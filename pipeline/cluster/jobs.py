@@ -52,8 +52,8 @@ WAITS = {  # reasons of squeue -> what they mean
 CANCELLED = "it was cancelled"
 ENDS = {  # final states of Slurm -> what they mean
     "CANCELLED": CANCELLED,
-    "TIMEOUT": "its time was over before everything was saved: set slurm.options to {signal: USR2@300}, which gives it "
-    "300 s to save",
+    "TIMEOUT": "its time was over before everything was saved: give it 300 s to save with slurm.options "
+    "{signal: USR2@300}, and a --time above 20 min",
     "OUT_OF_MEMORY": "it was out of memory: raise --mem",
     "NODE_FAIL": "its node died",
     "BOOT_FAIL": "its node did not start",
@@ -195,12 +195,13 @@ def submit(
     """
     require_slurm(slurm, nodes)
     root = project_root()
+    waits = after and not after.succeeded  # Slurm soon forgets a job that has ended
     home = next(path for i in count(1) if not (path := root / JOBS / f"{name}-{i}").exists())
     home.mkdir(parents=True)
     time_s = 60.0 * slurm.time_min
     executor = _Executor(home, max_num_timeout=10**6)  # `Task` says when to stop
     options = {"requeue": True, "export": "ALL", **_sbatch_options(slurm, nodes)}
-    if after and not after.succeeded:  # Slurm soon forgets a job that has ended
+    if after and waits:
         options |= {"dependency": f"afterok:{after.id}", "kill-on-invalid-dep": "yes"}
     executor.update_parameters(
         job_name=name,

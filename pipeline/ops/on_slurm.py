@@ -24,7 +24,7 @@ RECORD = "-record"  # ends the name of the job that records in dvc.lock what ano
 
 def tokenize_on_slurm(params: Params, slurm: SlurmConfig, n_tasks: int | None) -> None:
     """Encode the text in an array of `n_tasks` tasks; a last job joins the shards by `dvc repro tokenize`."""
-    require_slurm(slurm)
+    require_slurm(slurm := slurm.updated(gpus=None))
     commands: list[list[str]] = []
     job, record = _unrecorded("tokenize")
     if job and job.succeeded and not record:  # the array finds its shards, unless the text has changed since
@@ -38,7 +38,7 @@ def tokenize_on_slurm(params: Params, slurm: SlurmConfig, n_tasks: int | None) -
         n = n_tasks or max(1, min(MAX_TASKS, n_shards))
         commands = [["pipeline", "tokenize", "--shard", str(shard), "--of", str(n)] for shard in range(n)]
     last = ["dvc", "--wait-for-lock", "repro", "tokenize"]
-    _submit_and_follow("tokenize", commands, last, slurm.updated(gpus=None), 1, job, record)
+    _submit_and_follow("tokenize", commands, last, slurm, 1, job, record)
 
 
 def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
@@ -58,12 +58,12 @@ def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
         )
     command = ["stages.train", "--params", config.digest, *(["--elastic"] if elastic else [])]
     job, record = _unrecorded("train")
-    if job and job.succeeded and not record and not (job.commands == [command] and _is_trained(params)):
-        job = None
-    if job is None:
+    if job is None or (job.succeeded and not record):
         _repro("tokenize")
         if _is_up_to_date("train"):
             return
+        if job and not (job.commands == [command] and _is_trained(params)):
+            job = None
     elif job.commands != [command]:
         flag = "trains without --elastic" if elastic else "trains with --elastic"
         differs = flag if config.digest in job.commands[0] else "trains with other parameters"

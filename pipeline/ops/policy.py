@@ -18,7 +18,7 @@ BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
 LOWEST_REACHED = 0.009  # nats per token from anywhere in a text (RECORDS.md)
 LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
 MARGIN = 1.25  # a target is at least this multiple of the lowest possible loss
-DEFAULT_MARGIN = 2.0  # the same of DEFAULT_TARGET
+DEFAULT_MARGIN = 2.0  # the same of DEFAULT_TARGET; not measured
 FIXED_S = 45.0  # seconds of the other stages: imports, evaluation, figures, registration
 MICRO_BATCH_TOKENS = 8192  # at most
 REPEATED = 1.1  # a text that needs so many times as many epochs as usual is said to repeat its passages
@@ -165,8 +165,8 @@ def epochs_to_generalise(n_tokens: int) -> float:
 def window_and_target(lowest_loss: dict[int, float], ambiguity: float, target: float | None) -> tuple[int, float]:
     """The shortest window, of 64 tokens or more, in which the target is possible, and the target.
 
-    Without a target it is DEFAULT_TARGET, or at least HIGHEST_TARGET if the text repeats itself: a lower one would need
-    several times as many epochs. Raises InputError if the target is not possible.
+    Without a target it is DEFAULT_TARGET, or at least HIGHEST_TARGET if the text repeats itself: the first budget may
+    not suffice for less (benchmarks/LOG.md). Raises InputError if the target is not possible.
     """
     _require_positive(target)
     if not lowest_loss:

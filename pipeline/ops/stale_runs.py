@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.ops.checks import Finding
 from pipeline.system.errors import PipelineError
-from pipeline.system.files import flock, locked, read_json, write_text
+from pipeline.system.files import flock, lock_holder, locked, read_json, write_text
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, StepRecord
 from pipeline.tracking.mlflow_errors import first_line
@@ -89,7 +89,7 @@ def run_holder(folder: Path) -> str | None:
             try:
                 flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return f"process {file.read().strip() or 'unknown'}"
+                return f"process {lock_holder(file)}"
     return None
 
 

@@ -179,6 +179,12 @@ def flock(file: IO[Any], operation: int) -> None:
         raise InputError(f"the disk of {folder} cannot lock files ({why}): move the project to another disk") from None
 
 
+def lock_holder(file: IO[str]) -> str:
+    """The id of the process that has written it into a lock's open file, with its host unless that is this one."""
+    pid, _, host = file.read().partition(" ")
+    return (pid or "unknown") + (f" on {host}" if host not in ("", socket.gethostname()) else "")
+
+
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, X.lock for X; the system releases it when the process ends.
@@ -192,9 +198,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            pid, _, host = file.read().partition(" ")
-            held, place = path.with_suffix(""), f" on {host}" if host not in ("", socket.gethostname()) else ""
-            raise RunLocked(f"{held} is held by process {pid or 'unknown'}{place}: wait for it or stop it") from None
+            raise RunLocked(
+                f"{path.with_suffix('')} is held by process {lock_holder(file)}: wait for it or stop it"
+            ) from None
         file.truncate(0)
         file.write(f"{os.getpid()} {socket.gethostname()}")
         file.flush()

@@ -57,7 +57,9 @@ class Completion:
         self._encoded = [_encoded(prompt, served) for prompt in body.prompts]
         n_scored = body.n * sum(map(len, self._encoded)) if body.echo and body.logprobs is not None else 0
         if n_scored > MAX_SCORED_TOKENS:
-            message = f"logprobs: {n_scored:,} tokens of prompts, times n: {MAX_SCORED_TOKENS:,} at most with echo"
+            message = (
+                f"logprobs with echo: {n_scored:,} tokens of prompts, counted n times: {MAX_SCORED_TOKENS:,} at most"
+            )
             raise ApiError(400, message, "logprobs")
         self._choices: list[Choice] = []
         self._rows: list[Row] = []

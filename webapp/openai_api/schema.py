@@ -70,7 +70,7 @@ class CompletionRequest(BaseModel):
     stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_tuple), WithJsonSchema(STOP_SCHEMA)] = Field(
         (),
         max_length=MAX_STOPS,
-        description="text of up to 1,000 characters, or a list of up to 4: a choice ends before one",
+        description="a text of up to 1,000 characters, or a list of up to 4: a choice ends before the first one",
     )
     stream: Annotated[bool, _default_for_null(False)] = Field(
         False, description="send chunks as server-sent events; the last one is [DONE]"
@@ -80,7 +80,8 @@ class CompletionRequest(BaseModel):
         None, ge=0, le=MAX_TOP, description="report the log-probability of each token, and of this many likeliest ones"
     )
     echo: Annotated[bool, _default_for_null(False)] = Field(
-        False, description="return the prompt as well, with its log-probabilities"
+        False,
+        description=f"return the prompt as well; with logprobs of {MAX_SCORED_TOKENS:,} tokens times n at most",
     )
     top_k: Annotated[int, _default_for_null(0)] = Field(
         0, ge=0, le=65_536, description="not of OpenAI: sample from the k most likely tokens; 0: from all"

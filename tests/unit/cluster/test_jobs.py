@@ -50,8 +50,8 @@ def note(job, task=0, code=None, message=""):
         (
             ("TIMEOUT", "TimeLimit", "n1", "1:00"),
             "failed",
-            "its time was over before everything was saved: set slurm.options to {signal: USR2@300}, which gives it "
-            "300 s to save",
+            "its time was over before everything was saved: give it 300 s to save with slurm.options "
+            "{signal: USR2@300}, and a --time above 20 min",
         ),
         (("COMPLETED", "None", "n1", "0:10"), "done", ""),  # the note of its exit code is still on its way
         (("FAILED", "NonZeroExitCode", "n1", "0:10"), "failed", "failed"),

@@ -103,7 +103,7 @@ def test_a_node_after_the_first_waits_for_the_requeue_if_sigterm_ended_its_comma
         for number, handler in before.items():
             signal.signal(number, handler)
     assert waited == [True] * waits
-    assert ended.value.code == abs(code) if code == 1 else 143
+    assert ended.value.code == (1 if code == 1 else 143)
 
 
 def test_a_job_whose_command_was_never_stored_ends_with_one_line(tmp_path, monkeypatch):

@@ -34,14 +34,16 @@ def job(identity, name, commands=(TRAIN,), after=None, state="running"):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A cluster that only notes what happens: `did`.
+    """A cluster that only notes what happens: `did`, and `asked`, the GPUs and nodes that it was asked for.
 
     `jobs` are those so far; `refused` the name of one that Slurm refuses; `current` the stages that are up to date;
     `trained`: whether models/ has the result of the present parameters.
     """
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    found = SimpleNamespace(did=[], jobs=[], refused=None, current=set(), trained=False, during_submit=lambda: None)
+    found = SimpleNamespace(
+        asked=[], did=[], jobs=[], refused=None, current=set(), trained=False, during_submit=lambda: None
+    )
 
     def submit(name, commands, slurm, *, nodes=1, after=None):
         found.during_submit()
@@ -64,7 +66,7 @@ def cluster(tmp_path, monkeypatch):
     def find_jobs(name):
         return [each for each in found.jobs if each.name == name]
 
-    monkeypatch.setattr(on_slurm, "require_slurm", lambda slurm, nodes=1: None)
+    monkeypatch.setattr(on_slurm, "require_slurm", lambda slurm, nodes=1: found.asked.append((slurm.gpus, nodes)))
     monkeypatch.setattr(on_slurm, "submit", submit)
     monkeypatch.setattr(on_slurm, "wait", wait)
     monkeypatch.setattr(on_slurm, "run_dvc", run_dvc)
@@ -88,6 +90,7 @@ def test_an_array_without_gpus_divides_the_shards_and_a_last_job_joins_them(clus
         cluster.did.clear()
         cluster.jobs.clear()
         on_slurm.tokenize_on_slurm(PARAMS, SLURM.updated(gpus=4), given)
+        assert cluster.asked.pop() == (None, 1)
         assert cluster.did == [
             "--wait-for-lock repro tokenizer",
             "status --json tokenize",
@@ -120,6 +123,7 @@ def test_what_is_up_to_date_is_not_submitted(cluster, capsys):
     assert "the stage train is up to date" in capsys.readouterr().out
 
 
+PREPARED = ["--wait-for-lock repro tokenize", "status --json train"]  # of the present text
 RECORD_ONLY = ("train-record", [RECORD], 1, None, "7")
 
 
@@ -130,8 +134,8 @@ RECORD_ONLY = ("train-record", [RECORD], 1, None, "7")
         ("running", None, False, [RECORD_ONLY, "wait for 7", "wait for new 2"]),
         ("running", "failed", False, [RECORD_ONLY, "wait for 7", "wait for new 2"]),
         ("done", "running", True, ["wait for 8"]),
-        ("done", "failed", True, [RECORD_ONLY, "wait for new 2"]),
-        ("done", None, True, [RECORD_ONLY, "wait for new 2"]),
+        ("done", "failed", True, [*PREPARED, RECORD_ONLY, "wait for new 2"]),
+        ("done", None, True, [*PREPARED, RECORD_ONLY, "wait for new 2"]),
         ("done", "failed", False, "all"),  # models/ has the result of another training
         ("done", "done", True, "all"),  # and the stage is not up to date, as after `dvc repro -f`
         ("failed", "running", False, "all"),  # Slurm will cancel the record
@@ -147,6 +151,13 @@ def test_what_runs_is_followed_and_only_what_is_missing_is_submitted(cluster, tr
         assert [name for name, *_ in cluster.did[2:4]] == ["train", "train-record"]
     else:
         assert [str(each).replace(f"new {2 + bool(record)}", "new 2") for each in cluster.did] == list(map(str, did))
+
+
+def test_a_result_that_was_recorded_by_hand_is_not_recorded_again(cluster):
+    cluster.current = {"train"}
+    cluster.jobs = [job("7", "train", state="done"), job("8", "train-record", [RECORD], "7", "failed")]
+    on_slurm.train_on_slurm(PARAMS, SLURM, elastic=False)
+    assert cluster.did == PREPARED
 
 
 @pytest.mark.parametrize(("record", "did"), [("running", ["wait for 8"]), ("failed", "all")])

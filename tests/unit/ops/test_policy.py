@@ -110,7 +110,7 @@ LOWEST = {32: 0.5, 64: 0.2, 128: 0.05, 256: 0.01}  # window -> lowest possible l
     [
         ({32: 0.0, 64: 0.0, 128: 0.0}, None, (64, 0.02)),
         ({64: 0.01, 128: 0.0}, None, (64, 0.02)),
-        ({64: 0.0101, 128: 0.0}, None, (64, 0.1)),  # less than twice the lowest possible loss would take long
+        ({64: 0.0101, 128: 0.0}, None, (64, 0.1)),  # .02 is less than twice the lowest possible loss
         (LOWEST, None, (128, 0.1)),
         (LOWEST, 0.3, (64, 0.3)),
         (LOWEST, 0.0126, (256, 0.0126)),
