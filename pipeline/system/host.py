@@ -15,18 +15,28 @@ SOURCE_ROOT = Path(__file__).parents[2]  # the folder with pipeline/, stages/ an
 
 
 def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "subprocess.Popen[str]":
-    """Start `python -m module` of this code, and write `line` to its standard input as JSON.
+    """Start `python -m module` of this code, and write `line` to its standard input as JSON."""
+    process = spawn_module(module, *arguments, **options)
+    send_line(process, line)
+    return process
+
+
+def spawn_module(module: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    """As `start_module`; the child waits for its line until `send_line` writes it.
 
     The child has its own process group: Ctrl-C reaches only this process, which then stops the child.
     """
     path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0, text=True, **options)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0, text=True, **options)
+
+
+def send_line(process: "subprocess.Popen[str]", line: Any) -> None:
+    """Write `line` as JSON to the standard input of a process that `spawn_module` has started."""
     assert process.stdin is not None, "stdin=PIPE"
     process.stdin.write(json.dumps(line) + "\n")
     process.stdin.flush()
-    return process
 
 
 def dvc_command(*arguments: str) -> tuple[list[str], dict[str, str]]:

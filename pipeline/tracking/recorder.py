@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self, TextIO
 
 from pipeline.system.errors import Interrupted, PeerLost, Pruned
 from pipeline.system.files import locked, write_text
-from pipeline.system.host import start_module
+from pipeline.system.host import send_line, spawn_module
 from pipeline.tracking.mlflow_errors import explain, first_line
 from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Record, start_of
 from pipeline.tracking.mlflow_store import require_usable
@@ -81,12 +81,11 @@ class Recorder:
         self._start = {"identity": identity, "tags": tags, "started_ms": started_ms}
 
     def __enter__(self) -> Self:
-        self._process = start_module(
-            "pipeline.tracking.recorder", *self._arguments, line=self._start, stdout=subprocess.DEVNULL
-        )
+        self._process = spawn_module("pipeline.tracking.recorder", *self._arguments, stdout=subprocess.DEVNULL)
         if hasattr(os, "setpriority"):  # works only between processes of one session: the recorder must not get its own
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # the lowest, also for its imports
-        write_text(self._run_folder / OWNER_PID, str(self._process.pid))
+        write_text(self._run_folder / OWNER_PID, str(self._process.pid))  # before the process may look for it
+        send_line(self._process, self._start)
         return self
 
     def __exit__(
@@ -121,9 +120,10 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
     Return whether all of them arrived. Also return True if training was started again before this process got the
     lock: then the newer recorder sends everything.
     """
-    start = json.loads(control.readline())
-    if not _owns(run_folder):
+    line = control.readline()
+    if not line or not _owns(run_folder):  # no line: training ended while it started this process
         return True
+    start = json.loads(line)
     with locked(run_folder / RECORDER_LOCK, wait=True):  # the previous recorder may still be sending
         if not _owns(run_folder):
             return True

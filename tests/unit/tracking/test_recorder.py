@@ -14,7 +14,7 @@ from pipeline.system.errors import DivergedError, Interrupted, PeerLost, Pruned
 from pipeline.tracking import recorder
 from pipeline.tracking.journal import STEPS, Journal
 from pipeline.tracking.mlflow_runs import BATCH
-from pipeline.tracking.recorder import KILLED, OWNER_PID, ending, record
+from pipeline.tracking.recorder import KILLED, OWNER_PID, Recorder, ending, record
 from pipeline.training import train
 from tests.waiting import wait_until
 
@@ -125,6 +125,23 @@ def test_the_folder_names_its_recorder_until_all_trackers_have_the_finished_run(
     assert record_after_the_end(folder, end) == (not down)
     assert [fake.ends for fake in fakes] == [[end or KILLED], [] if down else [end or KILLED]]
     assert (folder / OWNER_PID).exists() == owned_after
+
+
+def test_a_recorder_gets_its_first_line_only_when_the_folder_names_it(folder, monkeypatch):
+    (folder / OWNER_PID).unlink()
+    process, named = SimpleNamespace(pid=os.getpid()), []
+    monkeypatch.setattr(recorder, "spawn_module", lambda *_, **__: process)
+    monkeypatch.setattr(recorder, "send_line", lambda _, line: named.append((folder / OWNER_PID).read_text()))
+    monkeypatch.setattr(os, "setpriority", lambda *_: None)
+    Recorder(folder.parent, folder, an_identity(), {}).__enter__()
+    assert named == [str(os.getpid())]
+
+
+def test_a_recorder_without_a_first_line_sends_nothing(folder, fakes):
+    (folder.parent / "control").touch()
+    with (folder.parent / "control").open() as control:
+        assert record(folder.parent, folder, 0.05, control)
+    assert not fakes[0].starts
 
 
 @pytest.mark.parametrize("owner", [None, "1"])  # another recorder has sent the finished run; training started again
