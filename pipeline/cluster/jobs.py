@@ -195,14 +195,14 @@ def submit(
     """
     require_slurm(slurm, nodes)
     root = project_root()
-    waits = after and not after.succeeded  # Slurm soon forgets a job that has ended
+    before = None if after is None or after.succeeded else after  # Slurm soon forgets a job that has ended
     home = next(path for i in count(1) if not (path := root / JOBS / f"{name}-{i}").exists())
     home.mkdir(parents=True)
     time_s = 60.0 * slurm.time_min
     executor = _Executor(home, max_num_timeout=10**6)  # `Task` says when to stop
     options = {"requeue": True, "export": "ALL", **_sbatch_options(slurm, nodes)}
-    if after and waits:
-        options |= {"dependency": f"afterok:{after.id}", "kill-on-invalid-dep": "yes"}
+    if before:
+        options |= {"dependency": f"afterok:{before.id}", "kill-on-invalid-dep": "yes"}
     executor.update_parameters(
         job_name=name,
         time=slurm.time_min,

@@ -10,7 +10,6 @@ from pipeline.config.params import Params
 from pipeline.config.sections import CorpusConfig, SlurmConfig
 from pipeline.data.encode import SHARD_BYTES
 from pipeline.data.token_files import data_sha256
-from pipeline.data.tokenizer import n_vocab_in
 from pipeline.system.errors import InputError
 from pipeline.system.host import run_dvc
 from pipeline.system.signals import StopSignals
@@ -87,11 +86,13 @@ def commit_training(params: Params, digest: str) -> None:
 
 def _is_trained(params: Params) -> bool:
     """Whether models/ has the result of a training with these parameters, the present tokens and the present code."""
+    from pipeline.training.train import read_config  # imports torch
+
     data, models = Path("data"), Path("models")
     if not (models / "run.json").is_file():
         return False
-    config = RunConfig.of(params).sized_for(n_vocab_in(data / "tokenizer")).with_weights(data)
-    return bool(read_run(models)["fingerprint"] == fingerprint_of(data_sha256(data / "tokens"), config.decisive))
+    present = fingerprint_of(data_sha256(data / "tokens"), read_config(params, data).decisive)
+    return bool(read_run(models)["fingerprint"] == present)
 
 
 def _unrecorded(name: str) -> tuple[Job | None, Job | None]:

@@ -81,7 +81,7 @@ class CompletionRequest(BaseModel):
     )
     echo: Annotated[bool, _default_for_null(False)] = Field(
         False,
-        description=f"return the prompt as well; with logprobs of {MAX_SCORED_TOKENS:,} tokens times n at most",
+        description=f"return the prompt as well; with logprobs, {MAX_SCORED_TOKENS:,} tokens at most, counted n times",
     )
     top_k: Annotated[int, _default_for_null(0)] = Field(
         0, ge=0, le=65_536, description="not of OpenAI: sample from the k most likely tokens; 0: from all"

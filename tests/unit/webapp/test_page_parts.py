@@ -24,6 +24,7 @@ from pipeline.system.errors import InputError
 from webapp.api import user_errors
 from webapp.chart import line_chart
 from webapp.completion import Completion, complete
+from webapp.engine import TimedOut
 from webapp.html import alias_words, count, marked_html, place_html, split_text, where_html
 from webapp.model_source import Served
 from webapp.page import TABS, compose, head_html
@@ -163,6 +164,12 @@ def test_errors_of_a_recital_are_marked_on_both_sides(served):
     assert "6 correct before the first error" in html  # half of the window is the prompt
     assert "<del>" in html
     assert "<ins>" in html
+
+
+def test_a_recital_has_the_time_limit_of_other_requests(served, monkeypatch):
+    monkeypatch.setattr(served.engine, "timeout_s", -1.0)
+    with pytest.raises(TimedOut, match="try again later"):
+        recital_html(served, served.ids[: WINDOW + 1].tolist())
 
 
 def test_the_heat_map_shows_the_text_from_a_place_on_with_the_loss_given_the_half_window_before(served):
