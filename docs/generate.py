@@ -154,7 +154,11 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 def command_blocks(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     """Usage, description and table of arguments of a command."""
-    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    actions = [
+        action
+        for action in parser._actions
+        if not isinstance(action, argparse._HelpAction) and action.help != argparse.SUPPRESS
+    ]
     places = [place_of(action) for action in actions if not action.option_strings]
     options = ["[OPTIONS]"] if len(places) < len(actions) else []
     yield f"```\n{' '.join([name, *places, *options])}\n```"

@@ -50,7 +50,8 @@ def add_arguments(add: Add) -> None:
     add(
         "--init",
         metavar="WEIGHTS",
-        help="published weights of a GPT-2 to start from: a folder, or hf://OWNER/NAME; default: random weights",
+        help="published weights of a GPT-2 to start from, not with --size: a folder, or hf://OWNER/NAME; "
+        "default: random weights",
     )
     add(
         "--time",
@@ -63,9 +64,7 @@ def add_arguments(add: Add) -> None:
         help="column of a table that holds the texts; default: `text`, or the only one of texts",
     )
     add("--name", metavar="NAME", help="name of the registered model; default: name of the text")
-    add(
-        "--in-place", action="store_true", help="link to files outside of the project instead of copying them to texts/"
-    )
+    add("--in-place", action="store_true", help="link to files outside of texts/ instead of copying them there")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ def add_arguments(add: Add) -> None:
         action="store_true",
         help="with --on slurm: resume although the kind of node has changed; the run is then marked inexact",
     )
-    add("--commit", metavar="DIGEST", help="used by the job itself: record the finished training in dvc.lock")
+    add("--commit", metavar="DIGEST", help=argparse.SUPPRESS)  # of the job itself: record the training in dvc.lock
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,6 @@ PUBLISHED = {path.stem: pd.read_csv(path, dtype={"lr": str}) for path in (ROOT /
 
 # Tokens of the training text that a recipe is for, and the steps of its budget there.
 STEPS = {
-    "laptop": (34_219, 569),
     "laptop-swept": (34_219, 223),
     "laptop-full": (338_025, 991),
     "smoke": (1568, 300),
