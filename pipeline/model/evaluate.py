@@ -1,7 +1,8 @@
 """Evaluate a model on a text.
 
-All metrics are measured in eval mode. Logits and softmax are in fp32, the layers below in the run's precision. So
-training and the stage `evaluate` give the same numbers.
+All metrics are measured in eval mode, with the layers in the run's precision. The logits and the softmax of a loss are
+in fp32. Accuracy and recall rank the logits in the run's precision, as greedy decoding does. So training and the stage
+`evaluate` give the same numbers.
 """
 
 import math

@@ -58,8 +58,9 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     else:
         vocabulary = Vocabulary.full(config.n_ids)
     weights["wte.weight"] = vocabulary.fold_rows(weights["wte.weight"])
-    model = GPT(config, vocabulary)
-    model.load_state_dict(weights)
+    with torch.device("meta"):
+        model = GPT(config, vocabulary)
+    model.to_empty(device="cpu").load_state_dict(weights)
     model.trained_length = trained_length
     return model.eval()
 

@@ -144,7 +144,7 @@ class Worker:
                 if (path := run.folder / RUN_ID).is_file():
                     trial.set_user_attr("mlflow_run_id", path.read_text(encoding="utf-8").strip())
                 if self.stop.received is None:
-                    keep_newest(run.folder, 0)
+                    keep_newest(run.folder, run.state.step, 0)
         announce(trial, f"reached the target after {reporter.spent:,.6g} {self.sweep.objective}")
         return reporter.spent
 

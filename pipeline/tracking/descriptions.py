@@ -37,7 +37,7 @@ def source_tag(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def result_of(records: Sequence[Mapping[str, float]], target: Mapping[str, Any]) -> Result | None:
-    """What a finished run reached by its target rule; with `validation` at the step of the kept model.
+    """What a finished run reached by its target rule, at the step of the model that is kept.
 
     `records`: all records of its journal; `target`: the section of its parameters. None if the loss was not measured.
     """
@@ -45,7 +45,7 @@ def result_of(records: Sequence[Mapping[str, float]], target: Mapping[str, Any])
     key = RULE_LOSSES.get(rule, "loss")
     if not (measured := [record for record in records if record.get(key) is not None]):
         return None
-    at = min(measured, key=lambda record: record[key]) if rule == "validation" else measured[-1]
+    at = min(measured, key=lambda record: record[key]) if rule in RULE_LOSSES else measured[-1]
     loss, is_whole = float(at[key]), True
     if rule == "average":
         last = [record["loss"] for record in measured[-target["average_steps"] :]]

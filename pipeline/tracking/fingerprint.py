@@ -37,7 +37,9 @@ DECISIVE = (
     "pipeline/model/published.py:load_published",
     "pipeline/model/evaluate.py:BATCH_TOKENS",  # losses that decide the target, the patience and the kept model
     "pipeline/model/evaluate.py:MIN_BATCHES",
+    "pipeline/model/evaluate.py:LOSSES",
     "pipeline/model/evaluate.py:text_loss",
+    "pipeline/model/evaluate.py:_is_clearly_above",
     "pipeline/model/evaluate.py:_batches",
     "pipeline/system/device.py:Machine.autocast",
     "pipeline/system/device.py:autocast_in",
@@ -127,7 +129,8 @@ def _names_of(node: ast.AST) -> set[str]:
     """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return {node.name}
-    return {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _content(value: Any) -> Any:

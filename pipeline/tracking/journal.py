@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -66,13 +67,14 @@ def _file_of(f: "Field[Any]") -> str:
 
 
 class Journal:
-    """The two files of a run, open for appending; opening removes an incomplete last line, as a kill leaves it."""
+    """The two files of a run, and their records so far.
+
+    The first write, or `sync`, removes incomplete lines, as a kill leaves them, and all that follows such a line.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        pairs = zip(_complete_lines(folder / STEPS), _complete_lines(folder / TIMES), strict=False)
-        self.records = [StepRecord.of(times | exact) for exact, times in pairs]
-        self._open()
+        self.records = read_records(folder)
 
     def append(self, record: StepRecord) -> None:
         """Add a step's record.
@@ -91,9 +93,10 @@ class Journal:
             vars(record).update(before.line(TIMES))
             return
         assert record.step == len(self.records) + 1, "records come in order"
-        self.records.append(record)
         with naming_full_disk(self.folder):
-            for name, file in self._files.items():
+            files = self._files  # opened behind the records so far
+            self.records.append(record)
+            for name, file in files.items():
                 file.write(json.dumps(record.line(name), allow_nan=False) + "\n")
                 file.flush()
 
@@ -101,7 +104,7 @@ class Journal:
         """Remove the records after `step`."""
         self.close()
         del self.records[step:]
-        self._open()
+        self.sync()
 
     def sync(self) -> None:
         """Flush all records to the disk, so that the journal is never behind a checkpoint or MLflow."""
@@ -109,12 +112,19 @@ class Journal:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        for file in self._files.values():
+        for file in vars(self).pop("_files", {}).values():
             with suppress(OSError):  # a line did not fit on the disk; `append` reported it
                 file.close()
 
-    def _open(self) -> None:
-        self._files = {name: _open_cut(self.folder / name, len(self.records)) for name in (STEPS, TIMES)}
+    @cached_property
+    def _files(self) -> dict[str, TextIO]:
+        return {name: _open_cut(self.folder / name, len(self.records)) for name in (STEPS, TIMES)}
+
+
+def read_records(folder: Path) -> list[StepRecord]:
+    """The records of a run's journal up to the first incomplete or invalid line; the files are not changed."""
+    pairs = zip(_complete_lines(folder / STEPS), _complete_lines(folder / TIMES), strict=False)
+    return [StepRecord.of(times | exact) for exact, times in pairs]
 
 
 def read_steps(path: Path) -> "pd.DataFrame":

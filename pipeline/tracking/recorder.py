@@ -99,7 +99,7 @@ class Recorder:
         else:
             if self._process.returncode:
                 print(
-                    "warning: MLflow lacks a part of the run: `dvc repro -f -s register` sends it",
+                    "warning: MLflow lacks a part of the run: `python -m pipeline doctor --fix` sends it",
                     file=sys.stderr,
                 )
 

@@ -72,10 +72,15 @@ def newest_valid(run_folder: Path, best: int | None = None) -> Saved | None:
     return None
 
 
-def keep_newest(run_folder: Path, keep: int, also: Collection[int | None] = ()) -> None:
-    """Remove all checkpoints except the newest `keep` and those of `also`. Each is renamed before it is deleted."""
-    for step in checkpoint_steps(run_folder)[keep:]:
-        if step not in also:
+def keep_newest(run_folder: Path, step: int, keep: int, also: Collection[int | None] = ()) -> None:
+    """Remove all checkpoints except the newest `keep` up to `step`, the present one, and those of `also`.
+
+    Later ones could not be resumed from, since the run has not resumed from them. Each is renamed before it is deleted.
+    """
+    steps = checkpoint_steps(run_folder)
+    kept = {*[each for each in steps if each <= step][:keep], *also}
+    for step in steps:
+        if step not in kept:
             to_remove = run_folder / f"{UNFINISHED}removed-{step}"
             checkpoint_folder(run_folder, step).rename(to_remove)
             shutil.rmtree(to_remove)

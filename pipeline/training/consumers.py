@@ -1,5 +1,6 @@
 """The consumers of a step's record: evaluation, samples and checkpoints."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ from pipeline.data.openings import openings
 from pipeline.model.evaluate import LOSSES, text_loss
 from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
+from pipeline.system.errors import DivergedError
 from pipeline.system.files import write_text
 from pipeline.system.signals import StopSignals, interrupted
 from pipeline.tracking.journal import StepRecord
@@ -36,6 +38,11 @@ def evaluate(run: Run, record: StepRecord) -> None:
             found = text_loss(
                 run.state.model, text, windows(text.size, length), length, run.machine.autocast(), run.world, limit
             )
+            if not math.isfinite(found.loss):
+                raise DivergedError(
+                    f"{name} is {found.loss} after step {record.step}, lr {record.lr:.3g}: the last checkpoint is "
+                    "kept; try a smaller optim.lr or a longer optim.warmup"
+                )
             setattr(record, name if found.complete else "loss_estimate", found.loss)
 
     if evaluation_is_due(run.records, run.steps_per_epoch, held_out is not None, target):
@@ -66,8 +73,8 @@ def sample(run: Run, record: StepRecord) -> None:
 class Checkpoints:
     """Save a checkpoint at fixed intervals of steps or seconds, at the best step, after a signal and at the end.
 
-    A run with a larger budget may start from the last step, or from the last one before the decay of its schedule. So
-    that before the decay is kept, and also the best of those before the newest.
+    A run with a larger budget may start from the last step, or from the last one before the decay of its schedule. It
+    needs that checkpoint and the best one up to there. So these are kept, and also the best of those before the newest.
 
     The interval in seconds is measured by rank 0. A signal received by one process stops all processes.
     """
@@ -80,19 +87,23 @@ class Checkpoints:
     def save(self, record: StepRecord) -> None:
         """Save if a checkpoint is due. Raises Interrupted after a signal, unless the run is finished."""
         run, config = self.run, self.run.config.checkpoint
-        best = best_step(run.records, run.config.target)
         is_due = record.step == self._plateau_end or (
             config.interval_steps and record.step % config.interval_steps == 0
         )
         is_late = run.world.is_main and time.perf_counter() - self._saved >= config.interval_s
         signal, any_late = run.world.largest(self.stop.received or 0, is_late)
-        if is_due or any_late or signal or run.finished or best == record.step:
+        if is_due or any_late or signal or run.finished or self._is_best(record):
             tensors = run.state.tensors()
             if run.journal:
                 run.journal.sync()
                 save_checkpoint(run.folder, record.step, tensors, run.state.scalars())
-                best_before = best_step(run.records[:-1], run.config.target)
-                keep_newest(run.folder, 2, also={best_before, self._plateau_end})
+                best = {best_step(run.records[:n], run.config.target) for n in (-1, self._plateau_end)}
+                keep_newest(run.folder, record.step, 2, also={self._plateau_end, *best})
             self._saved = time.perf_counter()
         if signal and not run.finished:
             raise interrupted(signal, f"at step {record.step} of {run.max_steps}, all saved in {run.folder}")
+
+    def _is_best(self, record: StepRecord) -> bool:
+        target = self.run.config.target
+        is_evaluated = getattr(record, RULES[target.rule].loss) is not None
+        return is_evaluated and best_step(self.run.records, target) == record.step

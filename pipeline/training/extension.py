@@ -1,6 +1,6 @@
 """Start a run from the checkpoint of an earlier run that took the same steps, such as one with a smaller budget."""
 
-from contextlib import closing, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from shutil import copyfile, copytree
 from typing import Any
@@ -10,7 +10,8 @@ from pipeline.data.batches import TrainingData, steps_per_epoch
 from pipeline.system.errors import IntegrityError, PipelineError, RunLocked
 from pipeline.system.files import atomic_folder, locked, read_json, verify_manifest, write_json
 from pipeline.tracking.fingerprint import IDENTITY, Identity, flatten
-from pipeline.tracking.journal import STEPS, TIMES, Journal, write_lines
+from pipeline.tracking.journal import STEPS, TIMES, read_records, write_lines
+from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.checkpoint import HINT, checkpoint_folder, checkpoint_steps
 from pipeline.training.config import RunConfig
 from pipeline.training.optim import SCHEDULES, lr_factor
@@ -23,39 +24,55 @@ BY_EFFECT = (
 )
 
 
-def extend(folder: Path, identity: Identity, config: RunConfig, text: TrainingData, elastic: bool) -> None:
+def set_aside(folder: Path) -> Path:
+    """Rename a run's folder to FOLDER.1, FOLDER.2, ..., whichever is free; return its new path."""
+    kept = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
+    with locked(folder / RECORDER_LOCK, wait=True):  # a recorder may still read the folder
+        return folder.rename(kept)
+
+
+def extend(folder: Path, identity: Identity, config: RunConfig, text: TrainingData, elastic: bool) -> bool:
     """Create the run's `folder` with the steps and the checkpoint that it shares with another run in its parent.
 
     The other run has the same data, code, environment (unless `elastic`) and parameters, except those of BY_EFFECT, and
-    the same learning rates up to the checkpoint. Of several runs, the one with the latest such checkpoint is used.
-    Nothing is created if there is none. The other run is not changed.
+    the same learning rates up to the checkpoint. Of several runs, the one with the latest such checkpoint is used. The
+    other run is not changed. Return whether there was one. The process holds the lock of `folder`.
+
+    If `folder` is there already, only folders that were set aside for it count, and only if the run is `elastic` and
+    their checkpoint is later: then `folder` is set aside.
     """
-    n_tokens = text.train.size
+    exists, own = (folder / IDENTITY).is_file(), max(checkpoint_steps(folder), default=0)
+    if exists and not elastic:
+        return False
+    n_tokens, own_lock = text.train.size, folder.with_suffix(".lock")
     found: list[tuple[int, Path, Identity]] = []
     reasons: list[tuple[int, str]] = []
-    for path in sorted(folder.parent.glob(f"[!.]*/{IDENTITY}")):
+    for path in sorted(set(folder.parent.glob(f"[!.]*/{IDENTITY}")) - {folder / IDENTITY}):
+        if exists and path.parent.with_suffix(".lock") != own_lock:
+            continue
         with suppress(PipelineError):  # another run's damaged files are no reason to stop
             other: Identity = read_json(path)
             if _comparable(other, elastic) != _comparable(identity, elastic):
                 continue
             optim = OptimConfig.model_validate(other["params"]["optim"])
             steps = _shared_checkpoints(path.parent, optim, config.optim, config.windows, n_tokens)
-            found += [(step, path.parent, other) for step in steps]
+            found += [(step, path.parent, other) for step in steps if step > own]
             if not steps:
                 n_same = same_steps(optim, config.optim, config.windows, n_tokens)
                 reasons.append((n_same, _reason(path.parent, n_same, optim, config, n_tokens)))
     for step, source, other in sorted(found, key=lambda each: each[0], reverse=True):
-        place = {"environment": other["environment"], "inexact": other["inexact"]}
+        place, lock = {"environment": other["environment"], "inexact": other["inexact"]}, source.with_suffix(".lock")
         try:
-            with locked(source.with_suffix(".lock")):
+            with nullcontext() if lock == own_lock else locked(lock):
                 _copy(source, step, folder, {**identity, **place}, config, text)  # type: ignore[typeddict-item]
         except (IntegrityError, RunLocked) as error:  # an earlier checkpoint, or another run's, may do
             reasons.append((step, str(error)))
         else:
             print(f"the run {source.name} took the same {step} steps: its checkpoint is copied")
-            return
-    if reasons:
+            return True
+    if reasons and not own:
         print(f"starting from step 0: {max(reasons)[1]}")
+    return False
 
 
 def same_steps(optim: OptimConfig, other: OptimConfig, windows: WindowsConfig, n_tokens: int) -> int:
@@ -113,8 +130,7 @@ def _comparable(identity: Identity, elastic: bool) -> dict[str, Any]:
 
 def _copy(source: Path, step: int, folder: Path, identity: Identity, config: RunConfig, text: TrainingData) -> None:
     """Copy what belongs to the first `step` steps. Raises IntegrityError if a part is missing or damaged."""
-    with closing(Journal(source)) as journal:
-        records = journal.records[:step]
+    records = read_records(source)[:step]
     if len(records) < step:
         raise IntegrityError(f"{source / STEPS} has {len(records)} records: {HINT}")
     n_tokens, windows = text.train.size, config.windows
@@ -133,3 +149,5 @@ def _copy(source: Path, step: int, folder: Path, identity: Identity, config: Run
         for name in (STEPS, TIMES):
             write_lines(unfinished / name, [record.line(name) for record in records])
         write_json(unfinished / IDENTITY, identity)
+        if folder.exists():
+            set_aside(folder)

@@ -114,8 +114,9 @@ class TrainState:
         weights = {name: full_tensor(x, keep=self.world.is_main) for name, x in self.model.state_dict().items()}
         if not self.world.is_main:
             return None
-        model = GPT(self.model.config, self.model.vocabulary)
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # random weights would take numbers from the RNG of dropout
+            model = GPT(self.model.config, self.model.vocabulary)
+        model.to_empty(device="cpu").load_state_dict(weights)
         model.trained_length = self.model.trained_length
         return model
 

@@ -96,8 +96,8 @@ def check_disk(config: RunConfig, vocabulary: Vocabulary, machine: Machine, chec
 
 
 def n_checkpoints(optim: OptimConfig) -> int:
-    """Checkpoints at once: the newest two, those of the best step and before the decay, and the one being written."""
-    return 4 + SCHEDULES[optim.schedule].has_plateau
+    """Checkpoints at once: the newest two, the best, the one being written; before a decay the last and the best."""
+    return 4 + 2 * SCHEDULES[optim.schedule].has_plateau
 
 
 def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -> tuple[int, int]:

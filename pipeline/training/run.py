@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from pipeline.data.batches import TrainingData, steps_of, steps_per_epoch
 from pipeline.model.published import origin_of
 from pipeline.system.device import Machine
-from pipeline.system.errors import IntegrityError
+from pipeline.system.errors import IntegrityError, PipelineError
 from pipeline.system.files import locked, read_json, write_json
 from pipeline.tracking.fingerprint import IDENTITY, Identity, differences, identify
 from pipeline.tracking.journal import STEPS, Journal, StepRecord
@@ -20,7 +20,7 @@ from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.checkpoint import Saved, load_checkpoint, newest_valid
 from pipeline.training.config import RunConfig
-from pipeline.training.extension import extend
+from pipeline.training.extension import extend, set_aside
 from pipeline.training.loop import TrainState, fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits
 from pipeline.training.target import best_step, is_finished
@@ -44,9 +44,15 @@ def open_run(
 
         def claim() -> tuple[Identity, list[str]]:
             stack.enter_context(locked(folder.with_suffix(".lock")))
-            if not (folder / IDENTITY).is_file():
-                extend(folder, identity, config, text, elastic)
-            return claim_folder(folder, identity, elastic)
+            changed, kept = environment_changes(folder, identity), None
+            if changed and not elastic:
+                kept = set_aside(folder)
+            if not extend(folder, identity, config, text, elastic) and kept:
+                print(
+                    f"environment changed ({', '.join(changed)}): starting from step 0. Old checkpoints are in {kept}; "
+                    "--elastic resumes anyway"
+                )
+            return claim_folder(folder, identity)
 
         run = Run(config, machine, text, folder, *machine.world.on_main(claim))
         stack.callback(run.close)
@@ -55,31 +61,26 @@ def open_run(
         yield run
 
 
-def claim_folder(folder: Path, identity: Identity, elastic: bool = False) -> tuple[Identity, list[str]]:
+def environment_changes(folder: Path, identity: Identity) -> list[str]:
+    """The changes of the environment since the last attempt of the run in `folder`, if there was one."""
+    if not (folder / IDENTITY).is_file():
+        return []
+    before: Identity = read_json(folder / IDENTITY)
+    return differences(before["environment"], identity["environment"])
+
+
+def claim_folder(folder: Path, identity: Identity) -> tuple[Identity, list[str]]:
     """Create the run's folder or take it over; return the run's identity and the changes of its environment.
 
-    The folder of another environment is renamed and kept, unless the run is `elastic`: then it resumes there.
+    If there are changes, the folder keeps the identity that it has, until the run has resumed.
     """
-    changed: list[str] = []
     if (folder / IDENTITY).is_file():
         before: Identity = read_json(folder / IDENTITY)
-        changed = differences(before["environment"], identity["environment"])
-        if not changed:
-            return before, changed
-        if elastic:
-            identity = {**identity, "inexact": before["inexact"]}
-        else:
-            kept = next(path for i in range(1, 1000) if not (path := folder.with_suffix(f".{i}")).exists())
-            with locked(folder / RECORDER_LOCK, wait=True):  # a recorder may still read the folder
-                folder.rename(kept)
-            print(
-                f"environment changed ({', '.join(changed)}): starting from step 0. "
-                f"Old checkpoints are in {kept}; --elastic resumes anyway"
-            )
-            changed = []
+        changed = environment_changes(folder, identity)
+        return {**identity, "inexact": before["inexact"]} if changed else before, changed
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY, identity)
-    return identity, changed
+    return identity, []
 
 
 class Run:
@@ -158,10 +159,11 @@ class Run:
 
     def print_changes(self) -> None:
         """Print how this run differs from the newest other run."""
-        others = set(self.folder.parent.glob(f"*/{IDENTITY}")) - {self.folder / IDENTITY}
+        others = set(self.folder.parent.glob(f"[!.]*/{IDENTITY}")) - {self.folder / IDENTITY}
         if last := max(others, key=lambda path: path.stat().st_mtime, default=None):
-            changed = ", ".join(differences(read_json(last), self.identity))
-            print(f"a new run, which differs from the last one ({last.parent.name}): {changed}")
+            with suppress(PipelineError):  # another run's damaged files are no reason to stop
+                changed = ", ".join(differences(read_json(last), self.identity))
+                print(f"a new run, which differs from the last one ({last.parent.name}): {changed}")
 
     def _fresh_state(self) -> TrainState:
         config = self.config
@@ -188,6 +190,7 @@ class Run:
                 )
             if changed:
                 self._change_environment(self.journal, step, changed)
+            self.journal.sync()
             return records[:step]
 
         self.records = self.world.on_main(find)
@@ -201,9 +204,10 @@ class Run:
         begins.
         """
         if journal.records[step:]:
-            journal.cut(step)
-            (self.folder / RUN_ID).unlink(missing_ok=True)
+            with locked(self.folder / RECORDER_LOCK, wait=True):  # the last attempt's recorder may still read them
+                journal.cut(step)
+                (self.folder / RUN_ID).unlink(missing_ok=True)
         if step:
             self.identity["inexact"].append(f"{', '.join(changed)} after step {step}")
-            write_json(self.folder / IDENTITY, self.identity)
             print(f"not exact from here on: {self.identity['inexact'][-1]}")
+        write_json(self.folder / IDENTITY, self.identity)

@@ -1,8 +1,9 @@
 """The target rules: from a run's records, decide when to evaluate, when to stop and which model to keep."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -153,13 +154,13 @@ def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig
     fall as between the last two evaluations. The next one is due after two thirds of the steps to the target, at the
     earliest after a quarter of an epoch, and at the latest after two epochs, or after one if the loss does not fall.
     """
-    known = evaluations(records, config)
+    known = list(islice(evaluations(reversed(records), config), 2))[::-1]
     if not known:
         span = min(config.average_steps, steps_per_epoch)
         return len(records) >= span and _mean_loss(records[-span:]) < max(3 * config.loss, records[0].loss / 8)
     steps = steps_per_epoch / 2
     if len(known) > 1:
-        (step_before, loss_before), (step, loss) = known[-2:]
+        (step_before, loss_before), (step, loss) = known
         falls = math.log(loss_before / loss) / (step - step_before) if loss > 0 else 0.0  # per step
         steps = steps_per_epoch
         if falls > 0:
@@ -168,11 +169,11 @@ def evaluation_pays(records: Records, steps_per_epoch: int, config: TargetConfig
     return records[-1].step - known[-1][0] >= steps
 
 
-def evaluations(records: Records, config: TargetConfig) -> list[tuple[int, float]]:
-    """Step and loss of each evaluation so far, of the rule's kind, estimates included."""
+def evaluations(records: Iterable[StepRecord], config: TargetConfig) -> Iterator[tuple[int, float]]:
+    """Step and loss of each evaluation among `records`, of the rule's kind, estimates included."""
     name = RULES[config.rule].loss
     losses = ((r.step, r.loss_estimate if (loss := getattr(r, name)) is None else loss) for r in records)
-    return [(step, loss) for step, loss in losses if loss is not None]
+    return ((step, loss) for step, loss in losses if loss is not None)
 
 
 def _mean_loss(records: Records) -> float:

@@ -112,7 +112,7 @@ def test_death_at_any_call_of_a_removal_leaves_whole_checkpoints(tmp_path):  # A
         shutil.rmtree(folder := tmp_path / "run", ignore_errors=True)
         for step in (1, 2, 3, 4):
             save(folder, step)
-        code = exit_code_of_fork(lambda: keep_newest(folder, 2), i, REMOVE_CALLS)
+        code = exit_code_of_fork(lambda: keep_newest(folder, 4, keep=2), i, REMOVE_CALLS)
         left = checkpoint_steps(folder)
         assert left[:2] == [4, 3]
         assert all(is_intact(folder / f"step-{step:08d}") for step in left), "a half removed one has another name"

@@ -151,7 +151,7 @@ def test_a_store_that_is_down_causes_a_warning_in_the_run_and_one_at_its_end(fol
         assert wait_until(has_warned, DEADLINE_S)
     has_warned()
     assert [line.split("(")[0] for line in printed[:-1]] == ["warning: MLflow fails "]
-    assert printed[-1] == "warning: MLflow lacks a part of the run: `dvc repro -f -s register` sends it"
+    assert printed[-1] == "warning: MLflow lacks a part of the run: `python -m pipeline doctor --fix` sends it"
 
 
 def test_a_run_that_the_store_lacks_is_created_once_from_its_journal_and_reports(store, tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 from itertools import count, pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from pipeline.model.evaluate import TextLoss
 from pipeline.model.weights import load_model
 from pipeline.system.entrypoint import exit_code_of, run_stage  # noqa: F401 (for processes)
 from pipeline.system.errors import IntegrityError
-from pipeline.system.files import locked, write_manifest
+from pipeline.system.files import locked, read_json, write_manifest
 from pipeline.system.signals import StopSignals
+from pipeline.tracking import fingerprint
+from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import Journal, read_steps
 from pipeline.tracking.mlflow_store import open_store
 from pipeline.tracking.recorder import ending
@@ -31,9 +34,11 @@ from pipeline.training import train as training
 from pipeline.training.checkpoint import checkpoint_steps, load_checkpoint
 from pipeline.training.loop import TrainState
 from pipeline.training.optim import OPTIMIZERS, Optimiser
+from pipeline.training.run import Run
 from tests.trainings import (
     ROOT,
     STEPS,
+    Killed,
     Untracked,
     at_step,
     bits,
@@ -204,6 +209,62 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(works
     assert ends == ["FAILED"]
 
 
+def test_a_loss_over_the_text_that_is_not_finite_stops_the_run_too(workspace, monkeypatch, capsys):  # A12
+    change(workspace, **{"target.eval_interval": 4})
+    losses = iter([7.0, float("nan")])
+    monkeypatch.setattr(consumers, "text_loss", lambda *_: TextLoss(next(losses), complete=True))
+    assert exit_code_of(train) == 4
+    assert re.fullmatch(r"error: sliding_loss is nan after step 8, lr 0\.00\d+.*\n", capsys.readouterr().err)
+    assert len(read_steps(run_folder() / "steps.jsonl")) == 7
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Makes the machine look like another one, or like itself again; the computed bits are the same."""
+    environment = fingerprint._environment
+
+    def move(threads=7):
+        monkeypatch.setattr(fingerprint, "_environment", lambda machine: environment(machine) | {"threads": threads})
+
+    return move
+
+
+def test_a_run_returns_to_the_checkpoint_of_its_environment(interrupted, straight, elsewhere, capsys):
+    elsewhere()
+    train_until_killed(4)
+    said = capsys.readouterr().out
+    assert "environment changed (threads 1 -> 7): starting from step 0. Old checkpoints are in" in said
+    assert f"{run_folder().name}.1; --elastic resumes anyway" in said
+    elsewhere(threads=1)
+    train()
+    said = capsys.readouterr().out
+    assert f"the run {run_folder().name}.1 took the same 6 steps: its checkpoint is copied" in said
+    assert "starting from step 0" not in said
+    assert bits() == bits(straight)
+
+
+def test_elastic_resumes_the_older_checkpoint_also_after_a_start_from_step_0(interrupted, elsewhere, capsys):
+    elsewhere()
+    train_until_killed(4)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # before it has resumed
+        patch.setattr(Run, "_change_environment", Mock(side_effect=Killed))
+        train(elastic=True)
+    assert checkpoint_steps(run_folder()) == [6]
+    assert checkpoint_steps(run_folder().with_suffix(".2")) == [3]
+    capsys.readouterr()
+    train(elastic=True)
+    said = capsys.readouterr().out
+    assert "resumes from step 6 of 12" in said
+    assert read_json(Path("models/run.json"))["inexact"] == ["threads 1 -> 7 after step 6"]
+
+
+def test_a_damaged_file_of_another_run_is_no_reason_to_stop(interrupted, capsys):
+    (run_folder() / IDENTITY).write_text("{")
+    change(interrupted, **{"optim.lr": 0.001})
+    train_until_killed(1)
+    assert "starts from step 0 of 12" in capsys.readouterr().out
+
+
 def test_a_change_of_parameters_or_data_begins_another_run_and_is_named(
     interrupted, capsys, tokenizer, shakespeare
 ):  # A13
@@ -238,6 +299,8 @@ LINEAR = {"optim.schedule": "linear"}
     # the best step so far is 6, though the end of the short run was better
     (CONSTANT | {"target.eval_interval": 3, "checkpoint.interval_steps": 1}, WSD, 8, "step 8\n", "the same 8 steps"),
     (WSD, {}, 7, "resumes from step 7\n", "took the same 7 steps"),  # step 8 had a lower rate
+    # steps 6 and 8, in the decay, were better than step 4, the best before it
+    (WSD | {"optim.decay": 0.5, "target.eval_interval": 2}, {}, 5, "resumes from step 5\n", "took the same 5 steps"),
     (WSD, LINEAR, 0, "resumes from step 7\n", "up to 3, and has no checkpoint of them: optim.schedule linear"),
     (SHARE, {}, 0, "from step 8 if optim.warmup is 2,", "set optim.warmup to its 2 "),
     (SHARE, CONSTANT, 8, "from step 8 if", "took the same 8 steps"),

@@ -81,6 +81,12 @@ def test_the_result_is_the_loss_of_the_target_rule(target, result):
     assert (found and (pytest.approx(found.loss), found.step, found.is_met)) == result
 
 
+def test_the_result_of_a_missed_target_is_that_of_the_kept_model():
+    losses = [0.5, 0.4, 0.6]  # the model of the second step is kept
+    records = [{"step": i, "tokens": i, "loss": 1.0, "sliding_loss": loss} for i, loss in enumerate(losses, 1)]
+    assert result_of(records, {"rule": "sliding", "loss": 0.1})[:2] == (0.4, 2)
+
+
 def test_descriptions_say_what_from_which_text_what_it_reached_and_how_to_use_it():
     run, missed = run_note(TAGS, IDENTITY, RESULT), run_note(TAGS, IDENTITY, RESULT._replace(is_met=False))
     version = version_note("bard", TAGS, IDENTITY, RESULT, {"verbatim_recall_anywhere": 0.94, "recall_tokens": 32})

@@ -44,7 +44,9 @@ def test_records_are_appended_with_all_their_bits_and_read_as_a_data_frame(folde
 def test_a_line_without_its_line_break_is_removed_from_both_files(folder, name):
     path = folder / name
     path.write_bytes(path.read_bytes()[:-1])
+    before = [(folder / each).read_bytes() for each in (STEPS, TIMES)]
     assert len(Journal(folder).records) == 2
+    assert [(folder / each).read_bytes() for each in (STEPS, TIMES)] == before  # reading changes nothing
     append(folder, record(3))
     assert [r.step for r in Journal(folder).records] == [1, 2, 3]
 

@@ -114,9 +114,11 @@ def test_the_newest_and_the_best_are_kept_and_other_folders_are_not_touched(thre
     shutil.copytree(three / "step-00000001", three / "step-00000009.mine")
     save(three, 4)
     assert checkpoint_steps(three) == [4, 3, 2, 1]
-    keep_newest(three, 2, also={1, None})
+    keep_newest(three, 4, keep=2, also={1, None})
     assert checkpoint_steps(three) == [4, 3, 1]
     assert (three / "step-00000009.mine").is_dir()
+    keep_newest(three, 3, keep=2)  # the run has resumed from step 1, since 4 and another one were damaged
+    assert checkpoint_steps(three) == [3, 1]
 
 
 def test_a_full_disk_names_the_bytes_and_leaves_the_last_checkpoint(tmp_path):  # A6

@@ -109,3 +109,12 @@ def test_an_fp16_overflow_halves_the_scale_and_takes_the_step_again_and_no_scale
     for one, other in zip(plain, scaled, strict=True):
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     assert scales == [2.0**16, 2.0**15, *[2.0**14] * 3]
+
+
+def test_a_copy_of_a_sharded_model_takes_no_random_numbers():
+    state = Loop().state
+    state.sharded, before = True, torch.get_rng_state()
+    copy = state.whole_model()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert copy is not state.model
+    assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), state.model.parameters(), strict=True))

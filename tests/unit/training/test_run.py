@@ -11,6 +11,7 @@ from pipeline.system.distributed import World
 from pipeline.system.errors import InputError
 from pipeline.tracking.fingerprint import IDENTITY, Identity
 from pipeline.training import train as training
+from pipeline.training.extension import set_aside
 from pipeline.training.run import claim_folder
 from stages.train import main
 from tests.trainings import ROOT, change
@@ -22,24 +23,25 @@ def identity(processes):
     )
 
 
-def test_another_environment_takes_over_a_folder_only_if_the_run_is_elastic(tmp_path, capsys):
+def test_a_folder_keeps_its_environment_until_the_run_has_resumed_or_the_folder_is_set_aside(tmp_path):
     two, one = (identity(processes) for processes in (2, 1))
     folder = tmp_path / "f"
     assert claim_folder(folder, two) == (two, [])
-    assert claim_folder(folder, one, elastic=True) == (one, ["processes 2 -> 1"])
+    assert claim_folder(folder, one) == (one, ["processes 2 -> 1"])
+    assert claim_folder(folder, two) == (two, [])  # killed before it had resumed: nothing has changed
     (folder / "step-00000003").mkdir()
-    assert claim_folder(folder, two) == (two, [])
-    said = capsys.readouterr().out
-    assert "environment changed (processes 1 -> 2): starting from step 0. Old checkpoints are in" in said
+    assert set_aside(folder) == tmp_path / "f.1"
     assert (tmp_path / "f.1" / "step-00000003").is_dir()
+    assert claim_folder(folder, one) == (one, [])
     assert [path.name for path in folder.iterdir()] == [IDENTITY]
+    assert set_aside(folder) == tmp_path / "f.2"
 
 
 def test_a_run_that_is_inexact_once_stays_inexact(tmp_path):
     changed = {**identity(1), "inexact": ["processes 2 -> 1 after step 7"]}
     claim_folder(tmp_path / "f", changed)
     assert claim_folder(tmp_path / "f", identity(1)) == (changed, [])
-    again, what = claim_folder(tmp_path / "f", identity(2), elastic=True)
+    again, what = claim_folder(tmp_path / "f", identity(2))
     assert (again["inexact"], what) == (changed["inexact"], ["processes 1 -> 2"])
 
 
