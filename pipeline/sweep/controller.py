@@ -33,6 +33,7 @@ from pipeline.sweep.study import (
     VALUES,
     WORKER,
     enqueue,
+    failure_of,
     find_study,
     has_work,
     join_study,
@@ -44,7 +45,7 @@ from pipeline.sweep.study import (
     unfinished_trials,
 )
 from pipeline.sweep.worker import WorkerConfig, worker_name
-from pipeline.system.errors import InputError, TargetNotReached
+from pipeline.system.errors import InputError, PipelineError, TargetNotReached, WorkersDied
 from pipeline.system.files import locked
 from pipeline.system.host import project_root, start_module
 from pipeline.system.signals import StopSignals
@@ -95,7 +96,7 @@ def run_study(
 
     `queue` adds the trials that are known at the start. `outcome` writes the figures into a folder, and returns what is
     printed and logged. Raises RunLocked if another process runs the study in this checkout, Interrupted after a signal
-    (workers on Slurm then run on), JobFailed if workers on Slurm failed and trials are left.
+    (workers on Slurm then run on), WorkersDied or, on Slurm, JobFailed if workers failed and trials are left.
     """
     root = project_root()
     home = root / "checkpoints" / sweep.study
@@ -115,13 +116,13 @@ def run_study(
         ]
         if sweep.is_list:
             configs = configs[: len(unfinished_trials(study))]
-        failure = None
+        failure: PipelineError | None = None
         if configs:
             print(f"study {sweep.study}: {placement._replace(devices=placement.devices[: len(configs)])}", flush=True)
             if placement.slurm:
                 failure = run_on_slurm(study, sweep, configs, placement.slurm, home, stop)
             else:
-                _supervise(study, sweep, configs, stop)
+                failure = _supervise(study, sweep, configs, stop)
         found = outcome(study, home / "figures")
         with naming_dead_store(root, "then repeat the command"):
             status = "FAILED" if failure else "FINISHED" if stop.received is None else "KILLED"
@@ -199,10 +200,11 @@ def _prepare_tokens() -> None:
         raise InputError("sweep: `dvc repro tokenize` failed, see the error above: fix it first")
 
 
-def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> None:
+def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> WorkersDied | None:
     """Run the workers until there is no work left, the time limit is reached, or a signal arrives. Then stop them.
 
-    When a worker dies, its trial is re-queued at once and the worker is replaced.
+    When a worker dies, its trial is re-queued at once and the worker is replaced. Return WorkersDied if so many died
+    that they were not replaced, and trials are left.
     """
     deadline = time.monotonic() + (sweep.budget_s or float("inf"))
     workers = {config.number: start_module(worker.__name__, line=config._asdict()) for config in configs}
@@ -227,6 +229,9 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
                 _wait_for_others(study, sweep, stop, deadline)
             if not stopping and deaths <= MAX_RETRIES * len(configs) and has_work(study, sweep):
                 workers[number] = start_module(worker.__name__, line=configs[number]._asdict())
+    if stopping or not has_work(study, sweep):
+        return None
+    return WorkersDied(f"{deaths} workers died, see above, and trials are left: fix the cause, repeat the command")
 
 
 def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadline: float) -> None:
@@ -241,7 +246,7 @@ def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadli
 
 def require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
-        failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
+        failed = {why for trial in latest_trials(study) if (why := failure_of(trial))}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
         is_list = not study.user_attrs[SHARED]["space"]
         hint = "raise optim.max_epochs" if is_list else "raise optim.max_epochs, widen the space, or allow more trials"
@@ -287,7 +292,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         "spent": f"{_last_step(trial):,}",
         "last loss": trial.intermediate_values.get(_last_step(trial)),
         **trial.user_attrs.get(VALUES, {}),
-        "why": trial.user_attrs.get("reason", ""),
+        "why": failure_of(trial) or "",
     }
 
 

@@ -28,7 +28,7 @@ from pipeline.tracking.mlflow_errors import first_line
 from pipeline.training.config import RunConfig
 
 # States of a trial. COMPLETE: it reached the target, and its value is what it spent. PRUNED: it was stopped, or used up
-# its budget. FAIL: it has a `reason`, or a later trial retries it.
+# its budget. FAIL: it has a `reason`, or a later trial retries it, or its worker died too often.
 SHARED = "question"  # user attribute of a study: the settings that all of its trials share
 VALUES = "values"  # user attribute of a trial: the value of each key that differs between trials, by dotted key
 SURPLUS = "surplus"  # user attribute of a trial: its worker found that the last trial of the list was taken
@@ -219,6 +219,11 @@ def has_ended(trial: FrozenTrial) -> bool:
     """Whether to train a trial again would give the same result: it reached the target, missed it, or diverged."""
     diverged = str(trial.user_attrs.get("reason")).startswith(DivergedError.__name__)
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (trial.state is TrialState.FAIL and diverged)
+
+
+def failure_of(trial: FrozenTrial) -> str | None:
+    """Why one of `latest_trials` has failed; None if it has not."""
+    return str(trial.user_attrs.get("reason", "its worker died")) if trial.state is TrialState.FAIL else None
 
 
 def requeue(study: Study, trial: FrozenTrial, died: bool = False) -> None:
