@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline import __version__
 from pipeline.__main__ import main
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import IDENTITY
+from pipeline.tracking.recorder import RECORDER_LOCK
 from tests.commands import check
 
 ROOT = Path(__file__).parents[2]
@@ -222,6 +224,22 @@ def test_clean_keeps_a_run_that_another_process_trains(command, checkpoints):
     assert code == 6
     assert "aaaa" in said
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == RUNS
+
+
+def test_clean_keeps_a_study_of_which_a_trial_is_trained_and_waits_for_its_recorders(command, checkpoints):
+    trial = checkpoints / "search" / "cccc"
+    (trial / RECORDER_LOCK).touch()
+    with locked(trial / RECORDER_LOCK), locked(trial.with_suffix(".lock")):  # as a worker that saves after a signal
+        code, _, said = command("clean", "search")
+    assert (code, "search/cccc is held by process" in said) == (6, True)
+    assert (trial / IDENTITY).exists()
+    with ThreadPoolExecutor() as pool:
+        with locked(trial / RECORDER_LOCK):  # as a recorder that goes on after Ctrl-C
+            cleaning = pool.submit(command, "clean", "search")
+            assert not wait([cleaning], timeout=1).done
+            assert (trial / IDENTITY).exists()
+        assert cleaning.result(60)[0] == 0
+    assert not (checkpoints / "search").exists()
 
 
 def test_clean_keeps_a_study_that_a_job_on_slurm_trains_and_the_records_of_jobs(command, checkpoints, monkeypatch):
