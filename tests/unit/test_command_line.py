@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
-from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline import __version__
-from pipeline.__main__ import main
+from pipeline.__main__ import main, parse
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.recorder import RECORDER_LOCK
@@ -105,6 +105,15 @@ def test_a_command_has_its_exit_code_and_an_error_is_one_line(command, arguments
     assert found == code
     assert words in out + err
     assert err.count("\n") == (1 if code else 0)
+
+
+def test_names_may_look_like_numbers_and_dates(folder):
+    given = parse(
+        ["sweep", "--study", "2026-11-29", "--storage", "journal:///2024", "--partition", "12", "--seed", "3"]
+    )
+    values = (given.study, given.storage, given.slurm_partition, given.seed)
+    assert values == ("2026-11-29", "journal:///2024", "12", 3)
+    assert parse(["sweep", "--partition", "null"]).slurm_partition is None
 
 
 def test_help_shows_each_command_in_80_columns(command):
