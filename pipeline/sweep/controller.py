@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,9 +44,9 @@ from pipeline.sweep.study import (
     unfinished_trials,
 )
 from pipeline.sweep.worker import WorkerConfig, worker_name
-from pipeline.system.errors import InputError, PipelineError, TargetNotReached, WorkersDied
+from pipeline.system.errors import PipelineError, TargetNotReached, WorkersDied
 from pipeline.system.files import locked
-from pipeline.system.host import project_root, start_module
+from pipeline.system.host import project_root, repro_stage, start_module
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import naming_dead_store, open_store
 from pipeline.training.config import RunConfig
@@ -77,10 +76,13 @@ def run_sweep(params: Params, sweep: SweepConfig, slurm: SlurmConfig | None = No
 
 
 def prepared_tokens(lock_name: str) -> Path:
-    """The folder of the tokens, updated by DVC. Raises RunLocked if another process holds the lock of this name."""
+    """The folder of the tokens, updated by DVC, so that no trial trains on stale ones.
+
+    Raises RunLocked if another process holds the lock of this name.
+    """
     root = project_root()
     with locked(root / "checkpoints" / f"{lock_name}.lock"):  # without locks, DVC would wait for its own without end
-        _prepare_tokens()
+        repro_stage("tokenize")
     return root / "data" / "tokens"
 
 
@@ -186,18 +188,19 @@ def open_dashboard(sweep: SweepConfig) -> None:
     from optuna_dashboard import run_server
 
     find_study(sweep, root := project_root())
-    print(f"study {sweep.study}: http://127.0.0.1:{DASHBOARD_PORT}/dashboard (Ctrl-C ends it)", flush=True)
+    print(f"study {sweep.study}: http://127.0.0.1:{(port := _free_port())}/dashboard (Ctrl-C ends it)", flush=True)
     storage = open_storage(sweep.storage, root, sweep.heartbeat_timeout_s)
-    run_server(storage, host="127.0.0.1", port=DASHBOARD_PORT)
+    run_server(storage, host="127.0.0.1", port=port)
 
 
-def _prepare_tokens() -> None:
-    """Update data/tokens with DVC, so that no trial trains on stale tokens."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    # The wait for another DVC command's lock is short: its `tokenize` takes seconds.
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]
-    if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode:
-        raise InputError("sweep: `dvc repro tokenize` failed, see the error above: fix it first")
+def _free_port() -> int:
+    """DASHBOARD_PORT, or another port if a program uses it."""
+    try:
+        server = socket.create_server(("127.0.0.1", DASHBOARD_PORT))
+    except OSError:
+        server = socket.create_server(("127.0.0.1", 0))
+    with server:
+        return int(server.getsockname()[1])
 
 
 def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> WorkersDied | None:
