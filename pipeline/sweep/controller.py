@@ -105,11 +105,11 @@ def run_study(
     with locked(home.with_suffix(".lock")), StopSignals() as stop:
         study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
         queue(study)
+        study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
         with naming_dead_store(root, "then repeat the command"):
             store = open_store(root)
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep, params.values)
         study.set_user_attr("mlflow_run_id", run_id)
-        study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
         settings = sweep.updated(workers=len(placement.devices)).model_dump(mode="json")
         given = str(root.absolute()), settings, params.values, shared
         configs = [

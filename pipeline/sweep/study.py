@@ -127,13 +127,16 @@ def _sampler(sweep: SweepConfig, seed: int) -> BaseSampler:
 
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:
-    """Open the study. Raises InputError if it does not exist."""
+    """Open the study. Raises InputError if it does not exist, or if no sweep has started it."""
     scheme, _, path = absolute_url(sweep.storage, root).partition(":///")
     try:
         if scheme in FILES and Path(path).parent.is_dir() and not Path(path).exists():
             raise KeyError(path)  # opening it would create it
         storage = open_storage(sweep.storage, root, sweep.heartbeat_timeout_s)
-        return optuna.load_study(study_name=sweep.study, storage=storage)
+        study = optuna.load_study(study_name=sweep.study, storage=storage)
+        if SHARED not in study.user_attrs:
+            raise KeyError(SHARED)
+        return study
     except KeyError:
         raise InputError(f"no study {sweep.study} in {sweep.storage}: `python -m pipeline sweep` starts it") from None
 
