@@ -46,7 +46,7 @@ app: $(INSTALLED)
 
 sweep: $(INSTALLED)
 	@$(NO_SCM)
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pipeline sweep
+	$(BIN)/python -m pipeline sweep
 
 # For maintainers, after `make repro` with the committed params.yaml: README shows these reports.
 showcase:

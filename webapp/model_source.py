@@ -105,7 +105,7 @@ class Folder:
         for part in (folder, folder / "model", folder / "tokens", folder / "facts.json"):
             if not part.exists():
                 raise ModelMissing(f"{part} not found: `python -m pipeline export space DIR` makes DIR/version")
-        self._served = Served(load_generator(folder, precision), read_json(folder / "facts.json"))
+        self._served = Served(load_generator(folder, precision), read_json(folder / "facts.json", "export it again"))
 
     def current(self) -> Served:
         return self._served

@@ -130,7 +130,7 @@ class Job:
         path = self.folder / f"task-{number}.json"
         if not path.is_file():
             return None
-        found = read_json(path)
+        found = read_json(path, "remove it")
         code = found["code"]
         if not code:
             return TaskState(number, "running" if code is None else "done", found["host"], code=code)
@@ -274,7 +274,8 @@ def _submitting() -> Iterator[None]:
 
 def find_jobs(name: str | None = None) -> list[Job]:
     """The jobs of this project, or those of one name, oldest first."""
-    found = [Job(**read_json(path), folder=path.parent) for path in (project_root() / JOBS).glob(f"*/{JOB}")]
+    hint = "cancel the job if `squeue` shows it, and remove this folder"
+    found = [Job(**read_json(path, hint), folder=path.parent) for path in (project_root() / JOBS).glob(f"*/{JOB}")]
     return sorted((job for job in found if name in (None, job.name)), key=lambda job: int(job.id))
 
 

@@ -114,7 +114,7 @@ class Task:
 
     def _state(self) -> dict[str, Any]:
         path = self.folder / f"task-{self.number}.json"
-        return dict(read_json(path)) if path.is_file() else {}
+        return dict(read_json(path, "remove it")) if path.is_file() else {}
 
     def _note(self, **values: Any) -> None:
         if self._node == 0:

@@ -24,7 +24,7 @@ def add_slurm(add: Add, without: Sequence[str] = ()) -> None:
     add("--on", choices=("slurm",), help="run as jobs on this Slurm cluster; default: on this machine")
     for name, field in SlurmConfig.model_fields.items():
         if name not in ("options", *without):
-            of = _minutes if name == "time_min" else _yaml
+            of = {"time_min": _minutes, "partition": _text}.get(name, _yaml)
             text = f"{field.description}; default: slurm.{name} in params.yaml"
             add(
                 _flag(name),
@@ -89,7 +89,13 @@ def add_sweep(add: Add, without: Sequence[str]) -> None:
     for name, field in SweepConfig.model_fields.items():
         if name not in without:
             flag, text = f"--{name.replace('_', '-')}", f"{field.description}; default: sweep.{name} in params.yaml"
-            add(flag, metavar="VALUE", type=_yaml, default=argparse.SUPPRESS, help=text)
+            of = _text if field.annotation is str else _yaml
+            add(flag, metavar="VALUE", type=of, default=argparse.SUPPRESS, help=text)
+
+
+def _text(text: str) -> str | None:
+    """Text, or null; YAML would read the name 2024 as a number."""
+    return None if text == "null" else text
 
 
 def _yaml(text: str) -> Any:

@@ -54,12 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
             locked_too = named or [path for path in folders if STUDY not in only_by_name.get(path, [])]
             for lock in sorted({folder.with_suffix(".lock") for folder in locked_too}):
                 locks.enter_context(locked(lock))
+            inner = (
+                lock for folder in to_remove for lock in folder.rglob("*.lock")
+            )  # of a study's trials, of recorders
+            for lock in sorted(inner, key=lambda lock: lock.name == RECORDER_LOCK):
+                with locked(lock, wait=lock.name == RECORDER_LOCK):  # not held: a study may have a thousand
+                    pass
         for folder in to_remove:
             n_files, n_bytes = _print_content(folder, only_by_name.get(folder, []))
             total_files, total_bytes = total_files + n_files, total_bytes + n_bytes
         for folder in [] if arguments.dry_run else to_remove:
-            with locked(folder / RECORDER_LOCK, wait=True):
-                shutil.rmtree(folder)
+            shutil.rmtree(folder)
             folder.with_suffix(".lock").unlink(missing_ok=True)  # an earlier run of this fingerprint may share it
     print(f"{'would remove' if arguments.dry_run else 'removed'} {total_files:,} files, {total_bytes:,} bytes")
     for folder in [] if name else only_by_name:

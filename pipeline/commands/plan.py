@@ -25,6 +25,8 @@ TYPED = {
 
 
 def add_arguments(add: Add) -> None:
+    from pipeline.ops.policy import GOALS, MEMORISE
+
     add(
         "source",
         metavar="SOURCE",
@@ -38,7 +40,7 @@ def add_arguments(add: Add) -> None:
         type=float,
         help="loss at which the training stops, in nats per token; default: chosen from the text",
     )
-    add("--goal", choices=("memorise", "generalise"), default="memorise",
+    add("--goal", choices=GOALS, default=MEMORISE,
         help="memorise: recite the text; generalise: predict a held-out tenth of it; default: memorise")  # fmt: skip
     add("--tokenizer", metavar="NAME", help="gpt2, bytes, chars or bpe:N; default: chosen from the text")
     add(

@@ -331,7 +331,8 @@ def _check_study(name: str) -> str:
 
 
 def _check_storage(url: str) -> str:
-    if not re.match("journal:///.|sqlite|postgresql", url) and not has_password(url):  # SweepConfig refuses a password
+    is_known = re.match("(journal|sqlite):///.|postgresql", url)
+    if not is_known and not has_password(url):  # SweepConfig refuses a password
         raise ValueError("should be journal:///FILE, sqlite:///FILE or postgresql://USER@HOST/DATABASE")
     return url
 

@@ -10,7 +10,11 @@ from pipeline.system.errors import InputError
 
 
 def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
-    """Print the prompt and its continuation as it is generated; notices and the speed go to stderr."""
+    """Print the prompt and its continuation as it is generated; notices and the speed go to stderr.
+
+    Bytes of the prompt that are not UTF-8 become U+FFFD.
+    """
+    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     started, n_tokens, shown = time.perf_counter(), 0, prompt
     for piece in generator.stream([prompt], sampling):
         print(shown + printable(piece.text, also="\n\t"), end="", flush=True)
@@ -25,6 +29,7 @@ def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
 def converse(generator: Generator, sampling: Sampling) -> None:
     """Read prompts until Ctrl-D, and print a continuation of each; Ctrl-C ends a continuation."""
     print("Type a prompt and press Enter; \\n is a line break, Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # as in arguments
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "").replace("\\n", "\n")

@@ -24,7 +24,7 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
     On a terminal, ask before anything is written, unless `assume_yes`. Raises as `reproduce`
     and `show_outcome` do.
     """
-    if not assume_yes and sys.stdin.isatty() and input("Train it? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+    if not assume_yes and sys.stdin.isatty() and not _is_confirmed():
         print("nothing was changed")
         return
     require_keys(_values_of(plan))  # before anything is written
@@ -39,6 +39,14 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         print(f"\nThe target was not reached: now {plan.lines['training']}", flush=True)
         _train(plan, copies)
     show_outcome(_more_training(plan))
+
+
+def _is_confirmed() -> bool:
+    try:
+        return input("Train it? [Y/n] ").strip().lower() in ("", "y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def _train(plan: Plan, copies: dict[str, str]) -> None:

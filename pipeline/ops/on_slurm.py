@@ -11,7 +11,7 @@ from pipeline.config.sections import CorpusConfig, SlurmConfig
 from pipeline.data.encode import SHARD_BYTES
 from pipeline.data.token_files import data_sha256
 from pipeline.system.errors import InputError
-from pipeline.system.host import run_dvc
+from pipeline.system.host import repro_stage, run_dvc
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import fingerprint_of
 from pipeline.tracking.run_record import read_run
@@ -30,7 +30,7 @@ def tokenize_on_slurm(params: Params, slurm: SlurmConfig, n_tasks: int | None) -
         job = None
     if job is None:
         config = params.section(CorpusConfig)
-        _repro("tokenizer")
+        repro_stage("tokenizer")
         if _is_up_to_date("tokenize"):
             return
         n_shards = math.ceil(Path("data/corpus.txt").stat().st_size * config.fraction / SHARD_BYTES)
@@ -58,7 +58,7 @@ def train_on_slurm(params: Params, slurm: SlurmConfig, elastic: bool) -> None:
     command = ["stages.train", "--params", config.digest, *(["--elastic"] if elastic else [])]
     job, record = _unrecorded("train")
     if job is None or (job.succeeded and not record):
-        _repro("tokenize")
+        repro_stage("tokenize")
         if _is_up_to_date("train"):
             return
         if job and not (job.commands == [command] and _is_trained(params)):
@@ -135,12 +135,6 @@ def _submit_and_follow(
         if not (found and found.succeeded):
             wait(job, stop)
         wait(record, stop)
-
-
-def _repro(stage: str) -> None:
-    # The wait for another DVC command's lock is short: the stages up to `tokenize` take seconds.
-    if run_dvc("--wait-for-lock", "repro", stage).returncode:
-        raise InputError(f"`dvc repro {stage}` failed, see the error above: fix it first")
 
 
 def _is_up_to_date(stage: str) -> bool:

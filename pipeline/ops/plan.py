@@ -126,7 +126,7 @@ def make_plan(source: Source, options: Options, folder: Path, weights: Weights |
 
 def stored_plan(name: str) -> dict[str, Any]:
     """The stored plan of a model; empty if there is none."""
-    return dict(read_json(path)) if (path := PLANS / f"{name}.json").is_file() else {}
+    return dict(read_json(path, "remove it")) if (path := PLANS / f"{name}.json").is_file() else {}
 
 
 def _require_own_name(source: Source, params: Params) -> None:

@@ -38,6 +38,8 @@ def find_source(given: str, name: str | None) -> Source:
     """
     if name is not None and not NAME.fullmatch(name):
         raise InputError(f"--name {name!r}: use letters, digits, `.`, `_` and `-` only")
+    if not given.strip():
+        raise InputError(f"SOURCE is empty: give {KINDS}")
     if REMOTE.match(given):
         return Source(given, name or name_of(given), given)
     path = Path(os.path.abspath(Path(given).expanduser()))  # not resolved: a link to a text keeps its own name
@@ -46,6 +48,8 @@ def find_source(given: str, name: str | None) -> Source:
         return Source(source, name or name_of(source), source, {str(file): file for file in find_files(source)})
     if path.exists():
         whole = path.resolve()
+        if Path.cwd().is_relative_to(whole):  # each call would bring the copies of the last one into texts/
+            raise InputError(f"{given} contains this project: give {KINDS} of a text")
         inside, files = whole, find_files(whole.name, whole.parent)
     elif WILDCARDS & set(given):
         fixed = next(folder for folder in path.parents if not WILDCARDS & set(str(folder)))

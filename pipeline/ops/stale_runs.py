@@ -42,7 +42,7 @@ def examine_running(store: Store, root: Path) -> Iterator[Finding]:
         name, folder = f"run {run.info.run_name} ({run.info.run_id})", _folder_of(run, root)
         if folder is None or run.data.tags.get("host", socket.gethostname()) != socket.gethostname():
             yield Finding("note", "runs", f"{name} is RUNNING, perhaps on another machine")
-        elif holder := run_holder(folder):
+        elif holder := run_holder(folder) or _job_of(run):
             yield Finding("ok", "runs", f"{name} is RUNNING in {holder}")
         else:
             hint = f"{FIX} closes it as KILLED"
@@ -112,6 +112,15 @@ def _folder_of(run: "Run", root: Path) -> Path | None:
     if "run_folder" in tags:
         return Path(tags["run_folder"])
     return root / "checkpoints" / tags["study"] if "study" in tags and own_database(root) else None
+
+
+def _job_of(run: "Run") -> str | None:
+    """The job on Slurm that runs the workers of a study; it goes on without the process that has submitted it."""
+    from pipeline.cluster.jobs import find_live
+
+    tags = run.data.tags
+    job = find_live(f"study-{tags['study']}") if "study" in tags and "run_folder" not in tags else None
+    return f"job {job.id}" if job else None
 
 
 def _close(store: Store, run: "Run", folder: Path) -> str:

@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +32,7 @@ from pipeline.sweep.study import (
     VALUES,
     WORKER,
     enqueue,
+    failure_of,
     find_study,
     has_work,
     join_study,
@@ -44,9 +44,9 @@ from pipeline.sweep.study import (
     unfinished_trials,
 )
 from pipeline.sweep.worker import WorkerConfig, worker_name
-from pipeline.system.errors import InputError, TargetNotReached
+from pipeline.system.errors import PipelineError, TargetNotReached, WorkersDied
 from pipeline.system.files import locked
-from pipeline.system.host import project_root, start_module
+from pipeline.system.host import project_root, repro_stage, start_module
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import naming_dead_store, open_store
 from pipeline.training.config import RunConfig
@@ -76,10 +76,13 @@ def run_sweep(params: Params, sweep: SweepConfig, slurm: SlurmConfig | None = No
 
 
 def prepared_tokens(lock_name: str) -> Path:
-    """The folder of the tokens, updated by DVC. Raises RunLocked if another process holds the lock of this name."""
+    """The folder of the tokens, updated by DVC, so that no trial trains on stale ones.
+
+    Raises RunLocked if another process holds the lock of this name.
+    """
     root = project_root()
     with locked(root / "checkpoints" / f"{lock_name}.lock"):  # without locks, DVC would wait for its own without end
-        _prepare_tokens()
+        repro_stage("tokenize")
     return root / "data" / "tokens"
 
 
@@ -95,18 +98,18 @@ def run_study(
 
     `queue` adds the trials that are known at the start. `outcome` writes the figures into a folder, and returns what is
     printed and logged. Raises RunLocked if another process runs the study in this checkout, Interrupted after a signal
-    (workers on Slurm then run on), JobFailed if workers on Slurm failed and trials are left.
+    (workers on Slurm then run on), WorkersDied or, on Slurm, JobFailed if workers failed and trials are left.
     """
     root = project_root()
     home = root / "checkpoints" / sweep.study
     with locked(home.with_suffix(".lock")), StopSignals() as stop:
         study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
         queue(study)
+        study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
         with naming_dead_store(root, "then repeat the command"):
             store = open_store(root)
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep, params.values)
         study.set_user_attr("mlflow_run_id", run_id)
-        study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
         settings = sweep.updated(workers=len(placement.devices)).model_dump(mode="json")
         given = str(root.absolute()), settings, params.values, shared
         configs = [
@@ -115,13 +118,13 @@ def run_study(
         ]
         if sweep.is_list:
             configs = configs[: len(unfinished_trials(study))]
-        failure = None
+        failure: PipelineError | None = None
         if configs:
             print(f"study {sweep.study}: {placement._replace(devices=placement.devices[: len(configs)])}", flush=True)
             if placement.slurm:
                 failure = run_on_slurm(study, sweep, configs, placement.slurm, home, stop)
             else:
-                _supervise(study, sweep, configs, stop)
+                failure = _supervise(study, sweep, configs, stop)
         found = outcome(study, home / "figures")
         with naming_dead_store(root, "then repeat the command"):
             status = "FAILED" if failure else "FINISHED" if stop.received is None else "KILLED"
@@ -185,24 +188,26 @@ def open_dashboard(sweep: SweepConfig) -> None:
     from optuna_dashboard import run_server
 
     find_study(sweep, root := project_root())
-    print(f"study {sweep.study}: http://127.0.0.1:{DASHBOARD_PORT}/dashboard (Ctrl-C ends it)", flush=True)
+    print(f"study {sweep.study}: http://127.0.0.1:{(port := _free_port())}/dashboard (Ctrl-C ends it)", flush=True)
     storage = open_storage(sweep.storage, root, sweep.heartbeat_timeout_s)
-    run_server(storage, host="127.0.0.1", port=DASHBOARD_PORT)
+    run_server(storage, host="127.0.0.1", port=port)
 
 
-def _prepare_tokens() -> None:
-    """Update data/tokens with DVC, so that no trial trains on stale tokens."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    # The wait for another DVC command's lock is short: its `tokenize` takes seconds.
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "tokenize"]
-    if subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode:
-        raise InputError("sweep: `dvc repro tokenize` failed, see the error above: fix it first")
+def _free_port() -> int:
+    """DASHBOARD_PORT, or another port if a program uses it."""
+    try:
+        server = socket.create_server(("127.0.0.1", DASHBOARD_PORT))
+    except OSError:
+        server = socket.create_server(("127.0.0.1", 0))
+    with server:
+        return int(server.getsockname()[1])
 
 
-def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> None:
+def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], stop: StopSignals) -> WorkersDied | None:
     """Run the workers until there is no work left, the time limit is reached, or a signal arrives. Then stop them.
 
-    When a worker dies, its trial is re-queued at once and the worker is replaced.
+    When a worker dies, its trial is re-queued at once and the worker is replaced. Return WorkersDied if so many died
+    that they were not replaced, and trials are left.
     """
     deadline = time.monotonic() + (sweep.budget_s or float("inf"))
     workers = {config.number: start_module(worker.__name__, line=config._asdict()) for config in configs}
@@ -227,6 +232,9 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
                 _wait_for_others(study, sweep, stop, deadline)
             if not stopping and deaths <= MAX_RETRIES * len(configs) and has_work(study, sweep):
                 workers[number] = start_module(worker.__name__, line=configs[number]._asdict())
+    if stopping or not has_work(study, sweep):
+        return None
+    return WorkersDied(f"{deaths} workers died, see above, and trials are left: fix the cause, repeat the command")
 
 
 def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadline: float) -> None:
@@ -241,7 +249,7 @@ def _wait_for_others(study: Study, sweep: SweepConfig, stop: StopSignals, deadli
 
 def require_best(study: Study) -> FrozenTrial:
     if (best := best_trial(study)) is None:
-        failed = {str(trial.user_attrs["reason"]) for trial in study.trials if "reason" in trial.user_attrs}
+        failed = {why for trial in latest_trials(study) if (why := failure_of(trial))}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
         is_list = not study.user_attrs[SHARED]["space"]
         hint = "raise optim.max_epochs" if is_list else "raise optim.max_epochs, widen the space, or allow more trials"
@@ -287,7 +295,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         "spent": f"{_last_step(trial):,}",
         "last loss": trial.intermediate_values.get(_last_step(trial)),
         **trial.user_attrs.get(VALUES, {}),
-        "why": trial.user_attrs.get("reason", ""),
+        "why": failure_of(trial) or "",
     }
 
 

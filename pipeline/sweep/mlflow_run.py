@@ -42,7 +42,9 @@ def open_study_run(store: Store, run_id: str | None, sweep: SweepConfig, params:
         try:
             store.client.update_run(run_id, status="RUNNING")
             return run_id
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # missing, or deleted
+                raise
             print(f"MLflow's store {store.uri} has no run {run_id} of this study: a new one is created")
     name = study_name(_base_name(sweep), params)
     tags = git_info() | {"study": sweep.study, "mlflow.source.name": "pipeline/sweep/controller.py"}

@@ -23,6 +23,7 @@ from pipeline.sweep.study import (
     SHARED,
     VALUES,
     enqueue_list,
+    failure_of,
     find_study,
     has_ended,
     latest_trials,
@@ -225,7 +226,7 @@ def _confirm_outcome(study: Study, candidates: list[Candidate], n_seeds: int, fi
     head = f"study {study.study_name}: {n_ended} of {n_runs} runs have ended; {unit} to the target, by candidate:"
     table = pd.DataFrame(rows).to_string(index=False, na_rep="")
     if n_ended < n_runs:
-        failed = {str(trial.user_attrs["reason"]) for trial in latest_trials(study) if "reason" in trial.user_attrs}
+        failed = {why for trial in latest_trials(study) if (why := failure_of(trial))}
         why = f" ({'; '.join(sorted(failed)[:3])})" if failed else ""
         return Outcome(f"{head}\n{table}\nno winner yet{why}: the same command trains the rest", metrics)
     if not ranked[0].costs(objective):
@@ -236,7 +237,7 @@ def _confirm_outcome(study: Study, candidates: list[Candidate], n_seeds: int, fi
 
 def _row(seed: int, trial: FrozenTrial) -> dict[str, Any]:
     """A seed's run: its state, what it spent, and why it did not reach the target."""
-    reason = trial.user_attrs.get("reason")
+    reason = failure_of(trial)
     state = STATES.get(trial.state, "missed" if has_ended(trial) else trial.state.name.lower())
     return {
         "seed": seed,

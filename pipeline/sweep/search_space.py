@@ -56,7 +56,7 @@ def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int)
     """Copy `params`, with other values for the dotted keys of `values`.
 
     STEP_TOKENS is split into as few micro-batches of at most `micro_batch_tokens` tokens as possible. Raises InputError
-    if it is not a multiple of the window length.
+    if it is not an integer, or not a multiple of the window length.
     """
     changed = {section: dict(own) if isinstance(own, dict) else own for section, own in params.values.items()}
     for key, value in values.items():
@@ -65,8 +65,10 @@ def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int)
             changed[section][name] = value
     if STEP_TOKENS in values:
         windows = changed["windows"]
+        if type(step_tokens := values[STEP_TOKENS]) is not int:
+            raise InputError(f"{STEP_TOKENS}: input should be a valid integer, got {step_tokens!r}")
         windows["micro_batch_size"], windows["gradient_accumulation_steps"] = _micro_batches(
-            int(values[STEP_TOKENS]), int(windows["seq_len"]), micro_batch_tokens
+            step_tokens, int(windows["seq_len"]), micro_batch_tokens
         )
     return Params(changed, params.path)
 

@@ -72,10 +72,13 @@ def verdict(ranked: Sequence[Candidate], default: Candidate, objective: str, uni
     The winner was chosen among several trials by the same runs, so its p-value is multiplied by their number
     (Bonferroni).
     """
-    winner, n_trials = ranked[0], len(ranked) - 1
+    winner, n_trials, base = ranked[0], len(ranked) - 1, default.costs(objective)
     if winner is default:
-        return "winner: default (the values of params.yaml); no trial has a lower mean"
-    costs, base = winner.costs(objective), default.costs(objective)
+        cheaper = [each for each in ranked[1:] if (own := each.costs(objective)) and fmean(own) < fmean(base)]
+        missed = [f"{each.name}, {each.n_missed} of {len(each.trials)} seeds missed the target" for each in cheaper]
+        lower = f"; lower means, but with missed seeds: {'; '.join(missed)}" if missed else ""
+        return f"winner: default (the values of params.yaml); no trial ranks above it{lower}"
+    costs = winner.costs(objective)
     text = f"winner: {winner.name}, {fmean(costs):,.6g} {unit} on average"
     if winner.n_missed:
         text += f" ({winner.n_missed} of {len(winner.trials)} seeds missed the target)"

@@ -28,7 +28,7 @@ from pipeline.tracking.mlflow_errors import first_line
 from pipeline.training.config import RunConfig
 
 # States of a trial. COMPLETE: it reached the target, and its value is what it spent. PRUNED: it was stopped, or used up
-# its budget. FAIL: it has a `reason`, or a later trial retries it.
+# its budget. FAIL: it has a `reason`, or a later trial retries it, or its worker died too often.
 SHARED = "question"  # user attribute of a study: the settings that all of its trials share
 VALUES = "values"  # user attribute of a trial: the value of each key that differs between trials, by dotted key
 SURPLUS = "surplus"  # user attribute of a trial: its worker found that the last trial of the list was taken
@@ -127,13 +127,16 @@ def _sampler(sweep: SweepConfig, seed: int) -> BaseSampler:
 
 
 def find_study(sweep: SweepConfig, root: Path) -> Study:
-    """Open the study. Raises InputError if it does not exist."""
+    """Open the study. Raises InputError if it does not exist, or if no sweep has started it."""
     scheme, _, path = absolute_url(sweep.storage, root).partition(":///")
     try:
         if scheme in FILES and Path(path).parent.is_dir() and not Path(path).exists():
             raise KeyError(path)  # opening it would create it
         storage = open_storage(sweep.storage, root, sweep.heartbeat_timeout_s)
-        return optuna.load_study(study_name=sweep.study, storage=storage)
+        study = optuna.load_study(study_name=sweep.study, storage=storage)
+        if SHARED not in study.user_attrs:
+            raise KeyError(SHARED)
+        return study
     except KeyError:
         raise InputError(f"no study {sweep.study} in {sweep.storage}: `python -m pipeline sweep` starts it") from None
 
@@ -219,6 +222,11 @@ def has_ended(trial: FrozenTrial) -> bool:
     """Whether to train a trial again would give the same result: it reached the target, missed it, or diverged."""
     diverged = str(trial.user_attrs.get("reason")).startswith(DivergedError.__name__)
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (trial.state is TrialState.FAIL and diverged)
+
+
+def failure_of(trial: FrozenTrial) -> str | None:
+    """Why one of `latest_trials` has failed; None if it has not."""
+    return str(trial.user_attrs.get("reason", "its worker died")) if trial.state is TrialState.FAIL else None
 
 
 def requeue(study: Study, trial: FrozenTrial, died: bool = False) -> None:

@@ -5,6 +5,8 @@ import math
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from pipeline.sweep.study import (
 )
 from pipeline.system.device import give_back_memory, prepare_machine, use_gpu
 from pipeline.system.entrypoint import is_out_of_memory, run_stage
-from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned
+from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned, RunLocked
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals, die_with_parent
 from pipeline.tracking.descriptions import source_tag
@@ -125,7 +127,8 @@ class Worker:
         config = read_config(with_values(self.params, values, self.sweep.micro_batch_tokens), self.root / "data")
         machine = prepare_machine(config.train, config.flops(count_tokens(self.root / "data" / "tokens")))
         data = read_data(config, machine, self.root / "data")
-        with open_run(config, machine, data, self.root / "checkpoints" / self.sweep.study) as run:
+        home = self.root / "checkpoints" / self.sweep.study
+        with pruned_if_running(trial), open_run(config, machine, data, home) as run:
             trial.set_user_attr("fingerprint", run.identity["fingerprint"])
             reporter = TrialReporter(trial, run, self.sweep)
             tags = self.tags | run.origin_tags | {"trial": str(trial.number)}
@@ -236,7 +239,21 @@ def report_step(spent: float, objective: str) -> int:
 def ended_with(values: dict[str, Any], study: Study) -> FrozenTrial | None:
     """The trial that has ended with the same values, which are not trained again; None if there is none."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return next((trial for trial in ended if trial.user_attrs.get(VALUES) == values), None)
+    same = [trial for trial in ended if trial.user_attrs.get(VALUES) == values]
+    return min(same, key=lambda trial: trial.state is TrialState.PRUNED, default=None)  # perhaps it was not trained
+
+
+@contextmanager
+def pruned_if_running(trial: Trial) -> Iterator[None]:
+    """Raise Pruned instead of RunLocked if another worker trains the same values, which discrete choices allow."""
+    try:
+        yield
+    except RunLocked:
+        values = trial.user_attrs[VALUES]
+        for other in trial.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if other.number != trial.number and other.user_attrs.get(VALUES) == values:
+                raise Pruned(f"same values as trial {other.number}, which is running") from None
+        raise
 
 
 def requeue_interrupted(study: Study, trial: FrozenTrial) -> None:

@@ -57,6 +57,10 @@ class PeerLost(PipelineError):  # noqa: N818
     """Another process of the same training has died."""
 
 
+class WorkersDied(PipelineError):  # noqa: N818
+    """So many workers of a sweep have died that no more are started."""
+
+
 class Pruned(PipelineError):  # noqa: N818
     """A trial was pruned, or used its budget, before it reached the target."""
 

@@ -126,14 +126,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, hint: str = "run `dvc repro`, which makes it") -> Any:
     """Read a JSON file. Raises InputError if it is missing, IntegrityError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} not found: run `dvc repro`, which makes it") from None
+        raise InputError(f"{path} not found: {hint}") from None
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is not JSON ({error}): `dvc repro` makes it again") from None
+        raise IntegrityError(f"{path} is not JSON ({error}): {hint}") from None
 
 
 def write_manifest(folder: Path) -> None:

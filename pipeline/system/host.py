@@ -9,6 +9,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from pipeline.system.errors import InputError
+
 ADD_PIP = "`python -m ensurepip` adds it, or `uv pip install pip` in an environment made by uv"
 REINSTALL = "`make clean-venv install` makes it again"
 SOURCE_ROOT = Path(__file__).parents[2]  # the folder with pipeline/, stages/ and webapp/
@@ -49,6 +51,15 @@ def run_dvc(*arguments: str, capture_output: bool = False) -> "subprocess.Comple
     """Run DVC in the working directory; it prints its own errors."""
     command, environment = dvc_command(*arguments)
     return subprocess.run(command, env=environment, capture_output=capture_output, text=True, check=False)
+
+
+def repro_stage(name: str) -> None:
+    """Run `dvc repro` up to a stage before `train`. Raises InputError if it fails.
+
+    These stages take seconds, and so does the wait for the lock of another DVC command.
+    """
+    if run_dvc("--wait-for-lock", "repro", name).returncode:
+        raise InputError(f"`dvc repro {name}` failed, see the error above: fix it first")
 
 
 def project_root() -> Path:

@@ -28,7 +28,7 @@ COMMAND = """if True:
     import sys
     from pipeline.__main__ import main
     from pipeline.sweep import controller
-    controller._prepare_tokens = lambda: None  # runs in tests/faults/test_repro.py
+    controller.repro_stage = lambda _: None  # runs in tests/faults/test_repro.py
     sys.exit(main())
     """
 

@@ -75,6 +75,7 @@ def test_each_target_installs_what_it_needs_once(tmp_path):
     assert made(*learn) == ["requirements/install.py .venv base project --torch auto", last]
     assert made(*learn) == [last]
     assert made("install") == []
+    assert made("sweep", f"VENV={folder}/.venv") == ["dvc -m pipeline sweep"]
     assert made("install", "EXTRAS=s3") == ["requirements/install.py .venv s3"]
     assert made("docs", "EXTRAS=s3") == ["requirements/install.py .venv docs", "dvc build --strict"]
     assert made("test")[0] == "requirements/install.py .venv dev"

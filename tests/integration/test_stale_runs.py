@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 from functools import partial
+from types import SimpleNamespace as Namespace
 from uuid import uuid4
 
 import pytest
@@ -81,6 +82,11 @@ def test_runs_left_running_are_closed_unless_a_process_may_still_have_them(store
                     before[run_id].fix()  # found before the process had the lock
                 assert store.client.get_run(run_id).info.status == "RUNNING"
     assert running(store, root)[study].mark == "note"  # this project has another store
+    with monkeypatch.context() as patch:  # the sweep was interrupted, its job on Slurm goes on
+        patch.setattr("pipeline.cluster.jobs.find_live", {f"study-{name}": Namespace(id="7")}.get)
+        found = running(store, root_of(store))
+        assert [finding.mark for finding in found.values() if "is RUNNING in job 7" in finding.what] == ["ok"]
+        assert found[study].mark == "ok"
     for run_id in (elsewhere, unplaced):
         assert (found[run_id].mark, found[run_id].fix) == ("note", None)
         store.client.set_terminated(run_id)

@@ -24,7 +24,7 @@ from pipeline.training.config import RunConfig
 from tests.studies import list_folder, study_here, sweep_project
 from tests.trainings import Untracked, change
 
-PREPARE_TOKENS = controller._prepare_tokens
+REPRO_STAGE = controller.repro_stage
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def workspace(prepared, store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     monkeypatch.setattr(controller, "StopSignals", new_stop_signals)
     monkeypatch.setattr(controller, "start_module", work_here)
-    monkeypatch.setattr(controller, "_prepare_tokens", lambda: None)  # runs in tests/faults/test_repro.py
+    monkeypatch.setattr(controller, "repro_stage", lambda _: None)  # runs in tests/faults/test_repro.py
     return tmp_path
 
 
@@ -232,11 +232,11 @@ def test_a_worker_whose_trial_was_requeued_without_it_continues_with_the_next(wo
 
 
 def test_a_second_sweep_names_the_first_and_a_sweep_without_tokens_does_not_start(workspace, sweep, monkeypatch):  # D3
-    monkeypatch.setattr(controller, "_prepare_tokens", PREPARE_TOKENS)  # fails: this is not a DVC repository
+    monkeypatch.setattr(controller, "repro_stage", REPRO_STAGE)  # fails: this is not a DVC repository
     with locked(Path("checkpoints/tiny.lock")):
         code, _, err = sweep()
     assert (code, f"is held by process {os.getpid()}" in err) == (6, True)
-    assert sweep()[::2] == (2, "error: sweep: `dvc repro tokenize` failed, see the error above: fix it first")
+    assert sweep()[::2] == (2, "error: `dvc repro tokenize` failed, see the error above: fix it first")
     assert not Path("optuna.journal").exists()
 
 

@@ -3,15 +3,17 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline import __version__
-from pipeline.__main__ import main
+from pipeline.__main__ import main, parse
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import IDENTITY
+from pipeline.tracking.recorder import RECORDER_LOCK
 from tests.commands import check
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +105,15 @@ def test_a_command_has_its_exit_code_and_an_error_is_one_line(command, arguments
     assert found == code
     assert words in out + err
     assert err.count("\n") == (1 if code else 0)
+
+
+def test_names_may_look_like_numbers_and_dates(folder):
+    given = parse(
+        ["sweep", "--study", "2026-11-29", "--storage", "journal:///2024", "--partition", "12", "--seed", "3"]
+    )
+    values = (given.study, given.storage, given.slurm_partition, given.seed)
+    assert values == ("2026-11-29", "journal:///2024", "12", 3)
+    assert parse(["sweep", "--partition", "null"]).slurm_partition is None
 
 
 def test_help_shows_each_command_in_80_columns(command):
@@ -222,6 +233,22 @@ def test_clean_keeps_a_run_that_another_process_trains(command, checkpoints):
     assert code == 6
     assert "aaaa" in said
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == RUNS
+
+
+def test_clean_keeps_a_study_of_which_a_trial_is_trained_and_waits_for_its_recorders(command, checkpoints):
+    trial = checkpoints / "search" / "cccc"
+    (trial / RECORDER_LOCK).touch()
+    with locked(trial / RECORDER_LOCK), locked(trial.with_suffix(".lock")):  # as a worker that saves after a signal
+        code, _, said = command("clean", "search")
+    assert (code, "search/cccc is held by process" in said) == (6, True)
+    assert (trial / IDENTITY).exists()
+    with ThreadPoolExecutor() as pool:
+        with locked(trial / RECORDER_LOCK):  # as a recorder that goes on after Ctrl-C
+            cleaning = pool.submit(command, "clean", "search")
+            assert not wait([cleaning], timeout=1).done
+            assert (trial / IDENTITY).exists()
+        assert cleaning.result(60)[0] == 0
+    assert not (checkpoints / "search").exists()
 
 
 def test_clean_keeps_a_study_that_a_job_on_slurm_trains_and_the_records_of_jobs(command, checkpoints, monkeypatch):

@@ -69,6 +69,7 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
             {"sweep.storage": "nonsense"},
             "sweep.storage: should be journal:///FILE, sqlite:///FILE or postgresql://USER",
         ),
+        ({"sweep.storage": "sqlite://"}, "sweep.storage: should be journal:///FILE"),  # SQLite's database in memory
         ({"sweep.study": "a b"}, "sweep.study: should be a name of letters, digits and _-, got 'a b'"),
         ({"corpus.sha256": "0a"}, "corpus.sha256: should be 64 hexadecimal digits, got '0a'"),
         ({"registry.model": "a/b"}, "registry.model: should be a name of letters, digits and ._-, got 'a/b'"),

@@ -1,5 +1,7 @@
 """The chat in the terminal: it prints the text, and no control characters of the model."""
 
+import io
+
 from pipeline.model.generator import Piece
 from pipeline.model.sampling import Sampling
 from pipeline.ops import chat
@@ -27,19 +29,14 @@ def test_text_goes_to_stdout_without_control_characters_and_notices_to_stderr(ca
     assert "the window slides" in shown.err
     chat.show(Scripted("\x1b[2J\x07", "a\tb\n\u202ec"), "x", Sampling())
     assert capsys.readouterr().out == "x�[2J�a\tb\n�c\n"
+    chat.show(Scripted("!"), "caf\udce9", Sampling())  # an argument that is not UTF-8
+    assert capsys.readouterr().out == "caf�!\n"
 
 
 def test_prompts_are_read_until_the_end_of_input(capsys, monkeypatch):
-    prompts = iter([r"one\ntwo", "stop", "bad", "last"])
-
-    def next_prompt(_):
-        try:
-            return next(prompts)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", next_prompt)
+    prompts = io.BytesIO(b"one\\ntwo\nstop\nbad\ncaf\xe9\nlast\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(prompts, encoding="utf-8"))
     chat.converse(Scripted("!"), Sampling())
     shown = capsys.readouterr()
-    assert shown.out == "one\ntwo!\nstop!\nlast!\n\n"
+    assert shown.out == "one\ntwo!\nstop!\ncaf�!\nlast!\n\n"
     assert "error: a bad prompt" in shown.err

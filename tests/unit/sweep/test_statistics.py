@@ -81,8 +81,10 @@ DEFAULT = candidate("default", 100, 102, 104)
         # t = 5 / sqrt(4/3 + 1/3) = 3.87 with 2.9 degrees: p = .031 alone, .063 for the best of two
         ([candidate("trial 7", 96, 97, 98), candidate("trial 8", 97, 98, 99)],
          "of 2: not better than the default at p < 0.05"),
-        ([candidate("trial 7", 103, 105, 107)], "winner: default (the values of params.yaml); no trial has a lower"),
-        ([candidate("trial 7", 90, 92, None)], "winner: default"),
+        ([candidate("trial 7", 103, 105, 107)], "no trial ranks above it"),
+        ([candidate("trial 7", 90, 92, None)],
+         "winner: default (the values of params.yaml); no trial ranks above it; lower means, but with missed seeds: "
+         "trial 7, 1 of 3 seeds missed the target"),
         ([candidate("trial 7", 90)], "no p-value: it needs two seeds of each"),
     ],
 )  # fmt: skip
@@ -90,6 +92,7 @@ def test_the_verdict_names_the_winner_and_whether_it_is_better_than_the_default(
     text = verdict(rank([DEFAULT, *others], "tokens"), DEFAULT, "tokens", "tokens")
     assert said in text
     assert "\n" not in text
+    assert ("missed" in text) == ("missed" in said)
 
 
 def test_the_verdict_states_missed_seeds_of_winner_and_default():

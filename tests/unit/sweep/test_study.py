@@ -8,7 +8,7 @@ from pipeline.sweep import controller
 from pipeline.sweep.pruner import best_trial
 from pipeline.sweep.study import MAX_RETRIES, WORKER, enqueue, has_work, join_study, latest_trials, requeue, suggest
 from pipeline.sweep.worker import WorkerConfig, worker_name
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, TargetNotReached
 from pipeline.system.signals import StopSignals
 from tests.studies import add, new_study, shared_by, sweep_config
 
@@ -157,9 +157,25 @@ def test_the_trial_of_a_dead_worker_is_requeued_at_once_and_the_worker_is_replac
         return FakeWorker(returncode)
 
     monkeypatch.setattr(controller, "start_module", start)
-    controller._supervise(study, sweep, [CONFIG], StopSignals())
+    assert controller._supervise(study, sweep, [CONFIG], StopSignals()) is None
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert not returncodes
+
+
+@pytest.mark.parametrize(("trials", "reason"), [(1, None), (9, "4 workers died, see above, and trials are left")])
+def test_a_sweep_whose_workers_die_ends_with_the_reason(monkeypatch, trials, reason):
+    study = new_study(sweep := sweep_config(trials=trials))
+
+    def start(*_, line):
+        study.ask().set_user_attr(WORKER, worker_name(FakeWorker.pid))
+        return FakeWorker(-9)
+
+    monkeypatch.setattr(controller, "start_module", start)
+    failure = controller._supervise(study, sweep, [CONFIG], StopSignals())
+    assert str(failure).partition(":")[0] == str(reason)
+    assert len(study.trials) == 1 + MAX_RETRIES
+    with pytest.raises(TargetNotReached, match=r"has reached the target \(its worker died\): correct the space"):
+        controller.require_best(study)
 
 
 @pytest.mark.parametrize(("budget_s", "signal"), [(0.1, None), (None, 15)])
@@ -167,5 +183,5 @@ def test_workers_are_stopped_when_the_time_is_over_or_a_signal_arrives(monkeypat
     workers, stop = [FakeWorker()], StopSignals()
     stop.received = signal
     monkeypatch.setattr(controller, "start_module", lambda *_, line: workers.pop())  # fails at a second start
-    controller._supervise(study, sweep_config(budget_s=budget_s), [CONFIG], stop)
+    assert controller._supervise(study, sweep_config(budget_s=budget_s), [CONFIG], stop) is None
     assert not workers

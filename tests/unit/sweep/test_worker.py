@@ -4,19 +4,23 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace as Namespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from optuna import TrialPruned
 from optuna.trial import TrialState
 
 from pipeline.config.sections import TargetConfig
 from pipeline.sweep import worker
 from pipeline.sweep.pruner import curve_of
+from pipeline.sweep.study import VALUES, suggest
 from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig, ended_with, requeue_interrupted
 from pipeline.system.device import gpu_ids, use_gpu
-from pipeline.system.errors import Pruned
+from pipeline.system.errors import Pruned, RunLocked
 from pipeline.tracking.journal import StepRecord
 from tests.studies import add, new_study, sweep_config
 
@@ -177,6 +181,24 @@ def test_settings_that_were_tried_are_found(study):
     add(study, TrialState.PRUNED, values={"optim.lr": 0.2})
     add(study, TrialState.FAIL, values={"optim.lr": 0.3})
     assert [ended_with({"optim.lr": lr}, study) for lr in (0.1, 0.2, 0.3)] == [*study.trials[:2], None]
+    add(study, value=900.0, values={"optim.lr": 0.2})
+    assert ended_with({"optim.lr": 0.2}, study).value == 900  # the pruned one had the values of this one
+
+
+def test_a_trial_with_the_values_of_a_running_one_is_pruned_and_no_failure(monkeypatch):
+    study = new_study(sweep := sweep_config(space={"optim": {"lr": [0.1]}}))
+    for name in ("read_config", "with_values", "prepare_machine", "count_tokens", "read_data"):
+        monkeypatch.setattr(worker, name, MagicMock())
+    monkeypatch.setattr(worker, "open_run", MagicMock(side_effect=RunLocked("it is held by process 7")))
+    second = object.__new__(Worker)
+    second.study, second.sweep, second.root, second.params, second.task = study, sweep, Path(), None, None
+    with pytest.raises(RunLocked):  # by a process that is no worker of this study
+        second._value(study.ask())
+    study.tell(0, state=TrialState.FAIL)
+    (running := study.ask()).set_user_attr(VALUES, suggest(running, sweep))
+    with pytest.raises(TrialPruned, match="same values as trial 1, which is running"):
+        second._value(study.ask())
+    assert ["reason" in trial.user_attrs for trial in study.trials] == [True, False, False]
 
 
 def test_an_interrupted_trial_is_requeued_and_a_failed_one_is_not(study):

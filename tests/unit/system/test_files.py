@@ -112,3 +112,12 @@ def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, code):
     for wait in (False, True):
         with pytest.raises(InputError, match=f"the disk of {tmp_path} cannot lock files \\(.+\\): move the project"):
             locked(tmp_path / "run.lock", wait).__enter__()
+
+
+def test_json_that_is_missing_or_damaged_has_the_hint_of_its_reader(tmp_path):
+    path = tmp_path / "plan.json"
+    with pytest.raises(InputError, match=r"plan\.json not found: run `dvc repro`, which makes it$"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(IntegrityError, match=r"plan\.json is not JSON \(.*\): remove it$"):
+        read_json(path, "remove it")
