@@ -54,9 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
             locked_too = named or [path for path in folders if STUDY not in only_by_name.get(path, [])]
             for lock in sorted({folder.with_suffix(".lock") for folder in locked_too}):
                 locks.enter_context(locked(lock))
-            inner = (
-                lock for folder in to_remove for lock in folder.rglob("*.lock")
-            )  # of a study's trials, of recorders
+            # Those of a study's trials, and of recorders.
+            inner = [lock for folder in to_remove for lock in folder.rglob("*.lock")]
             for lock in sorted(inner, key=lambda lock: lock.name == RECORDER_LOCK):
                 with locked(lock, wait=lock.name == RECORDER_LOCK):  # not held: a study may have a thousand
                     pass
