@@ -31,7 +31,15 @@ for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the `make check` that ru
     os.environ.pop(name, None)
 
 
-LONG_FILES = ("test_repro.py", "test_sweep_faults.py", "test_soak.py")
+LONG_FILES = (
+    "test_repro.py",
+    "test_sweep_faults.py",
+    "test_slurm.py",
+    "test_soak.py",
+    "test_experiments.py",
+    "test_sweep_slurm.py",
+    "test_learn.py",
+)
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-randomly
