@@ -120,8 +120,9 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
 
     Raises as `fetch` and `read_documents` do.
     """
-    sweep_unfinished(path.parent)
-    with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
+    sweep_unfinished(path.parent, path.stem)  # the folder also has the finished shards of `write_tokens`
+    prefix = f"{UNFINISHED}{path.stem}-"
+    with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
         if is_local(source := config.source):
             _require_copied(source)
             files = {str(file): file for file in find_files(source)}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pipeline.data.token_files import FORMAT, TOKENIZER, Ids, shard_name, write_shard
 from pipeline.data.tokenizer import CUT, Tokenizer
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, RunLocked
 from pipeline.system.files import (
     UNFINISHED,
     atomic_file,
@@ -64,12 +64,13 @@ def write_tokens(
     Without a `task`, the missing shards are written and the working folder becomes `folder`. Raises InputError if
     `train` would be empty.
     """
-    key = [sha256_file(corpus), tokenizer.key, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
+    planned = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)
+    key = [sha256_file(corpus), tokenizer.key, planned, BLOCK_BYTES, FORMAT]
     working = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
     (working / "tokens").mkdir(parents=True, exist_ok=True)
     workers = workers or cores()
     first, of = task or Task()
-    shards = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
+    shards = planned[first::of]
     size_bytes = sum(shard.stop - shard.start for shard in shards)
     with Bar(total=size_bytes, desc=str(folder), unit="B", unit_scale=True) as bar:
         for shard in shards:
@@ -82,8 +83,20 @@ def write_tokens(
     with naming_full_disk(folder.parent):
         put_in_place(working / "tokens", folder)
     for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # also of earlier corpora
-        shutil.rmtree(leftover)
+        if not _in_use(leftover):
+            shutil.rmtree(leftover)
     return folder
+
+
+def _in_use(working: Path) -> bool:
+    """Whether a task is writing a shard there."""
+    try:
+        for lock in working.glob("*.lock"):
+            with locked(lock):
+                pass
+    except RunLocked:
+        return True
+    return False
 
 
 @contextmanager

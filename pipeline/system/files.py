@@ -94,9 +94,9 @@ def put_in_place(finished: Path, folder: Path, manifest: bool = True) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def sweep_unfinished(folder: Path) -> None:
-    """Remove the unfinished files of a killed writer from `folder`."""
-    for leftover in folder.glob(f"{UNFINISHED}*"):
+def sweep_unfinished(folder: Path, name: str = "") -> None:
+    """Remove the unfinished files of a killed writer from `folder`: those whose names begin with `name`."""
+    for leftover in folder.glob(f"{UNFINISHED}{name}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

@@ -42,6 +42,15 @@ def test_the_hash_in_params_is_of_the_stored_files_and_the_recorded_one_of_the_c
     assert sorted(path.name for path in Path("data").iterdir()) == ["corpus.sha256", "corpus.txt"]
 
 
+def test_only_what_a_killed_download_left_is_removed():
+    left = [Path(f"data/.unfinished-{name}/x") for name in ("tokens-1234", "corpus-1234", "corpus.txt")]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    fetch_corpus(corpus_config("texts/mine.txt"), CORPUS)
+    assert [file.exists() for file in left] == [True, False, False]  # finished shards of `write_tokens` are kept
+
+
 @pytest.mark.parametrize(
     ("source", "in_the_copy", "command"),
     [

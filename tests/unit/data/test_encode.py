@@ -209,6 +209,14 @@ def test_shards_of_other_inputs_are_not_used(corpus, tokenizer, tmp_path, change
     assert names(tmp_path) == ["corpus.txt", "tokens"]  # the other working folder is removed
 
 
+def test_the_shards_of_a_task_that_runs_for_other_inputs_are_kept(corpus, tokenizer, tmp_path):
+    working = write_tokens(corpus, tokenizer, tmp_path / "tokens", task=Task())
+    with locked(working / "val-00000.bin.lock"):
+        write_tokens(corpus, tokenizer, tmp_path / "tokens", 0.9)
+    assert names(tmp_path) == [working.name, "corpus.txt", "tokens"]
+    assert names(working / "tokens") == ["train-00000.bin", "val-00000.bin"]
+
+
 def test_a_shard_is_locked_while_it_is_written_and_not_written_twice(corpus, tokenizer, tmp_path):
     arguments = (corpus, tokenizer, tmp_path / "tokens", 1.0, 0.0, Task())
     original, written = module.write_shard, []
