@@ -30,8 +30,8 @@ from urllib.parse import quote, urlsplit
 
 from pipeline.config.sections import STORE, TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import HTML, find_files, read_documents
-from pipeline.data.remote import DISK_FULL, fetch_hub, fetch_store
-from pipeline.system.errors import InputError, IntegrityError
+from pipeline.data.remote import fetch_hub, fetch_store
+from pipeline.system.errors import DISK_FULL, InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
 from pipeline.system.progress import Bar
