@@ -179,13 +179,13 @@ def fetch(sources: Sequence[str], path: Path, sha256: str | None, hint: str = HI
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
-        received, failures = _Received(), 0
+        received, furthest, failures = _Received(), 0, 0
         while failures < ATTEMPTS:
-            before = received.n_bytes
             try:
                 return source, _copy(source, path, sha256, received)
             except (InputError, IntegrityError) as fault:
-                failures = 0 if received.n_bytes > before > 0 else failures + 1
+                failures = 0 if received.n_bytes > furthest > 0 else failures + 1
+                furthest = max(furthest, received.n_bytes)
                 wait_s = fault.wait_s if isinstance(fault, _BusyError) else PAUSE_S
                 may_succeed = isinstance(fault, _BusyError | _IncompleteDownloadError) and wait_s <= MAX_PAUSE_S
                 if failures == ATTEMPTS or not may_succeed:
@@ -284,6 +284,7 @@ def _download(source: str, out: BinaryIO, received: _Received) -> None:
                 raise ConnectionError("the file has changed")
             else:
                 out.truncate(0)
+                received.n_bytes, received.validator = 0, None
             if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
                 target = "" if response.url == url else f" ({response.url.split('?')[0]})"  # such as a login page
                 raise IntegrityError(f"{source} is an HTML page{target}")

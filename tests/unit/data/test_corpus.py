@@ -175,6 +175,20 @@ def test_b6_an_altered_or_missing_corpus_is_refused_with_a_hint():  # DVC checks
             verify_corpus(CORPUS)
 
 
+def test_a_download_that_begins_again_each_time_is_given_up(monkeypatch):
+    reached = iter([10, 5] * 20)
+
+    def copy(source, path, sha256, received):
+        received.n_bytes = next(reached)
+        raise corpus._IncompleteDownloadError("ended")
+
+    monkeypatch.setattr(corpus, "_copy", copy)
+    monkeypatch.setattr(corpus, "PAUSE_S", 0.0)
+    with pytest.raises(IntegrityError, match="ended"):
+        fetch(["https://host/a"], Path("text"), None)
+    assert len([*reached]) == 40 - corpus.ATTEMPTS
+
+
 def test_a_missing_pip_is_named_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pip", None)  # as in an environment made by uv
     with pytest.raises(InputError, match=r"a==1/b: .* has no pip: `python -m ensurepip` adds it, or `uv pip install"):
