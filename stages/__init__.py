@@ -2,9 +2,4 @@
 
 # A stage imports what it needs inside of `main`, so that `run_stage` also handles errors and Ctrl-C during the imports.
 
-import sys
-
-from pipeline import end_quietly
-
-if sys.argv[:1] == ["-m"]:  # `python -m` imports this package first
-    end_quietly()
+import pipeline  # noqa: F401 (before the stage's own imports: Ctrl-C then leaves no traceback)

@@ -30,8 +30,8 @@ from urllib.parse import quote, urlsplit
 
 from pipeline.config.sections import STORE, TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import HTML, find_files, read_documents
-from pipeline.data.remote import DISK_FULL, fetch_hub, fetch_store
-from pipeline.system.errors import InputError, IntegrityError
+from pipeline.data.remote import fetch_hub, fetch_store
+from pipeline.system.errors import DISK_FULL, InputError, IntegrityError
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
 from pipeline.system.progress import Bar
@@ -120,8 +120,9 @@ def fetch_corpus(config: CorpusConfig, path: Path) -> None:
 
     Raises as `fetch` and `read_documents` do.
     """
-    sweep_unfinished(path.parent)
-    with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
+    sweep_unfinished(path.parent, path.stem)  # the folder also has the finished shards of `write_tokens`
+    prefix = f"{UNFINISHED}{path.stem}-"
+    with atomic_file(path) as unfinished, tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
         if is_local(source := config.source):
             _require_copied(source)
             files = {str(file): file for file in find_files(source)}
@@ -178,13 +179,13 @@ def fetch(sources: Sequence[str], path: Path, sha256: str | None, hint: str = HI
     """
     faults: list[InputError | IntegrityError] = []
     for source in sources:
-        received, failures = _Received(), 0
+        received, furthest, failures = _Received(), 0, 0
         while failures < ATTEMPTS:
-            before = received.n_bytes
             try:
                 return source, _copy(source, path, sha256, received)
             except (InputError, IntegrityError) as fault:
-                failures = 0 if received.n_bytes > before > 0 else failures + 1
+                failures = 0 if received.n_bytes > furthest > 0 else failures + 1
+                furthest = max(furthest, received.n_bytes)
                 wait_s = fault.wait_s if isinstance(fault, _BusyError) else PAUSE_S
                 may_succeed = isinstance(fault, _BusyError | _IncompleteDownloadError) and wait_s <= MAX_PAUSE_S
                 if failures == ATTEMPTS or not may_succeed:
@@ -283,6 +284,7 @@ def _download(source: str, out: BinaryIO, received: _Received) -> None:
                 raise ConnectionError("the file has changed")
             else:
                 out.truncate(0)
+                received.n_bytes, received.validator = 0, None
             if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
                 target = "" if response.url == url else f" ({response.url.split('?')[0]})"  # such as a login page
                 raise IntegrityError(f"{source} is an HTML page{target}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pipeline.data.token_files import FORMAT, TOKENIZER, Ids, shard_name, write_shard
 from pipeline.data.tokenizer import CUT, Tokenizer
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, RunLocked
 from pipeline.system.files import (
     UNFINISHED,
     atomic_file,
@@ -59,17 +59,19 @@ def write_tokens(
 ) -> Path:
     """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
 
-    Both parts end with a whole line or document. Shards are written into a working folder beside `folder`, whose name
-    is a hash of all inputs that determine their bytes. A `task` writes its shards there and returns the working folder.
-    Without a `task`, the missing shards are written and the working folder becomes `folder`. Raises InputError if
-    `train` would be empty.
+    Both parts end with a whole line or document, or with a word where a line is long. Shards are written into a working
+    folder beside `folder`, whose name is a hash of all inputs that determine their bytes. A `task` writes its shards
+    there and returns the working folder. Without a `task`, the missing shards are written and the working folder
+    becomes `folder`; other working folders are removed, unless a task is writing there. Raises InputError if `train`
+    would be empty.
     """
-    key = [sha256_file(corpus), tokenizer.key, fraction, val_fraction, shard_bytes, BLOCK_BYTES, FORMAT]
+    planned = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)
+    key = [sha256_file(corpus), tokenizer.key, planned, BLOCK_BYTES, FORMAT]
     working = folder.parent / f"{UNFINISHED}{folder.name}-{sha256_json(key)[:16]}"
     (working / "tokens").mkdir(parents=True, exist_ok=True)
     workers = workers or cores()
     first, of = task or Task()
-    shards = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)[first::of]
+    shards = planned[first::of]
     size_bytes = sum(shard.stop - shard.start for shard in shards)
     with Bar(total=size_bytes, desc=str(folder), unit="B", unit_scale=True) as bar:
         for shard in shards:
@@ -82,8 +84,20 @@ def write_tokens(
     with naming_full_disk(folder.parent):
         put_in_place(working / "tokens", folder)
     for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # also of earlier corpora
-        shutil.rmtree(leftover)
+        if not _in_use(leftover):
+            shutil.rmtree(leftover)
     return folder
+
+
+def _in_use(working: Path) -> bool:
+    """Whether a task is writing a shard there."""
+    try:
+        for lock in working.glob("*.lock"):
+            with locked(lock):
+                pass
+    except RunLocked:
+        return True
+    return False
 
 
 @contextmanager
@@ -121,20 +135,24 @@ def training_blocks(text: mmap.mmap | bytes, stop: int) -> Iterator[bytes]:
 
 def _parts(corpus: Path, text: mmap.mmap, fraction: float, val_fraction: float) -> tuple[int, int]:
     """The ends of the parts `train` and `val` in the corpus. Raises InputError if `train` would be empty."""
-    stop = _line_end(text, len(text), fraction)
-    split = _line_end(text, stop, 1 - val_fraction)
+    stop = _part_end(text, len(text), fraction)
+    split = _part_end(text, stop, 1 - val_fraction)
     if split == 0:
         raise InputError(f"{corpus} has no whole line for training: raise corpus.fraction or lower corpus.val_fraction")
     return split, stop
 
 
-def _line_end(text: mmap.mmap, stop: int, share: float) -> int:
-    """Last end of a line or document within the first `share` of `stop` bytes; `stop` if the share is 1."""
+def _part_end(text: mmap.mmap, stop: int, share: float) -> int:
+    """Last end of a line or document within the first `share` of `stop` bytes; `stop` if the share is 1.
+
+    If a long line would make that less than nine tenths of the share, the last space is taken instead.
+    """
     if share == 1:
         return stop
     limit = int(stop * share)
     line_end = text.rfind(b"\n", 0, limit) + 1
-    return max(line_end, text.rfind(b"\0", line_end, limit) + 1)
+    end = max(line_end, text.rfind(b"\0", line_end, limit) + 1)
+    return end if end >= 0.9 * limit else max(end, text.rfind(b" ", end, limit))
 
 
 def spans(text: mmap.mmap | bytes, start: int, stop: int, size: int, cut: Pattern[bytes]) -> Iterator[tuple[int, int]]:

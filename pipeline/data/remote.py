@@ -1,6 +1,5 @@
 """Download the files of data sets on the Hugging Face Hub, and those of object stores."""
 
-import errno
 import glob
 import logging
 import re
@@ -13,13 +12,12 @@ from urllib.parse import unquote
 
 from pipeline.config.sections import HUB, STORES
 from pipeline.data.documents import OPENERS, TABLES
-from pipeline.system.errors import InputError, OutOfSpaceError
+from pipeline.system.errors import DISK_FULL, InputError, OutOfSpaceError
 from pipeline.system.progress import Bar
 
 AGENT = "gpt2-to-target"
 TRAIN = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)  # in the paths of a training split
 HIDDEN = re.compile(r"(^|/)\.")
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_TEXTS = {"dataset_infos.json", "dataset_dict.json"}  # they describe a data set
 
 

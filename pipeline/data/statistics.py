@@ -68,6 +68,7 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
     """
     counts = train.counts()
     n_ends, used = int(counts[tokenizer.eot]), np.flatnonzero(counts)
+    ends_inside = train.read(len(train) - 1, len(train))[0] != tokenizer.eot  # a document, which has no end of text
     pieces = [tokenizer.decode_bytes([token]) if token != tokenizer.eot else b"" for token in used.tolist()]
     n_bytes, characters, line_ends = (
         int(counts[used] @ np.array([measure(piece) for piece in pieces], np.int64))
@@ -79,7 +80,7 @@ def describe_corpus(train: Tokens, val: Tokens, tokenizer: Tokenizer) -> dict[st
         "bytes": n_bytes,
         "characters": characters,
         "lines": line_ends,
-        "documents": n_ends + 1,
+        "documents": n_ends + int(ends_inside),
         "tokens": len(train),
         "validation_tokens": len(val),
         "distinct_ids": len(used),

@@ -406,7 +406,7 @@ def parse_tokenizer(name: str) -> tuple[type[Tokenizer], int | None]:
         if colon:
             raise InputError(f"corpus.tokenizer: {kind} takes no number, got {name!r}: write {kind}")
         return TOKENIZERS[kind], TOKENIZERS[kind].known_size
-    if not re.fullmatch("[0-9]{1,9}", number) or not MIN_SIZE <= int(number) <= MAX_VOCAB:
+    if not re.fullmatch("[1-9][0-9]{0,8}", number) or not MIN_SIZE <= int(number) <= MAX_VOCAB:
         raise InputError(
             f"corpus.tokenizer: {name!r} is not {kind}:N, in which N, the number of ids, is {MIN_SIZE} to {MAX_VOCAB}"
         )

@@ -1,6 +1,5 @@
 """Run a stage or a command; report each error that a user can cause as one line on stderr and an exit code."""
 
-import errno
 import os
 import re
 import signal
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.system.errors import InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
+from pipeline.system.errors import DISK_FULL, InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
 from pipeline.system.signals import die_with_dvc
 
 RANK_0_REPORTS_WITHIN_S = 30
@@ -56,10 +55,14 @@ def exit_code_of(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's code for SIGPIPE
     except OSError as error:
+        if error.errno in DISK_FULL:
+            where = "" if error.filename is None else f" in {error.filename}"
+            print(f"error: disk full{where}: make room and run the same command again", file=sys.stderr)
+            return 5
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {(error.strerror or str(error)).lower()}: fix it and repeat", file=sys.stderr)
-        return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+        return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise

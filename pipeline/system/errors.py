@@ -4,6 +4,10 @@
 # parameters, 3 data or model altered, 4 loss or gradient not finite, 5 out of disk or memory, 6 the run is locked
 # by another process, 7 model or registry missing, 8 target not reached, 130 SIGINT, 143 SIGTERM.
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # of an OSError: no room on the disk, or in a limit or a quota
+
 
 class PipelineError(Exception):
     """Ends the command with one line and `exit_code`; raise one of its subclasses."""

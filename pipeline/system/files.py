@@ -1,6 +1,5 @@
 """Write files and folders atomically, with SHA-256 manifests and locks."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.system.errors import InputError, IntegrityError, OutOfSpaceError, RunLocked
+from pipeline.system.errors import DISK_FULL, InputError, IntegrityError, OutOfSpaceError, RunLocked
 
 MANIFEST = "manifest.json"
 HINT = "run `chmod -R u+w .dvc/cache`, so that DVC verifies its copy, then `dvc repro -f` with the stage that makes it"
@@ -94,9 +93,9 @@ def put_in_place(finished: Path, folder: Path, manifest: bool = True) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def sweep_unfinished(folder: Path) -> None:
-    """Remove the unfinished files of a killed writer from `folder`."""
-    for leftover in folder.glob(f"{UNFINISHED}*"):
+def sweep_unfinished(folder: Path, name: str = "") -> None:
+    """Remove the unfinished files of a killed writer from `folder`: those whose names begin with `name`."""
+    for leftover in folder.glob(f"{UNFINISHED}{name}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
@@ -106,7 +105,7 @@ def naming_full_disk(folder: Path, needed_bytes: int | None = None) -> Iterator[
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         free = shutil.disk_usage(folder).free
         needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes needed, "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config.params import Params
 from pipeline.data.batches import TrainingData
-from pipeline.data.token_files import count_tokens
+from pipeline.data.token_files import count_tokens, open_part
 from pipeline.data.tokenizer import n_vocab_in
 from pipeline.model.published import INIT_FOLDER
 from pipeline.system.device import Machine, prepare_machine
@@ -72,7 +72,10 @@ def read_data(config: RunConfig, machine: Machine, data: Path) -> TrainingData:
     )
     config.require_length(text.train.size)
     if text.validation is None and (need := config.needs_held_out):
-        raise InputError(f"{need}, but nothing is held out: set corpus.val_fraction above 0")
+        raise InputError(
+            f"{need}, but the held-out text has {len(open_part(data / 'tokens', 'val'))} tokens, needs 2: "
+            "raise corpus.val_fraction"
+        )
     return replace(text, init=data / INIT_FOLDER if model.init else None)
 
 

@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             body = b"1000\r\n" + TEXT[:100]
         self.end_headers()
         if name.startswith("resumed") and self.server.seen[name] < 5:
-            body = body[:3000]
+            body = body[: 0 if name == "resumed-emptied" and self.server.seen[name] == 3 else 3000]
         half = name in ("cut", "cut-gzip", "stalled") or (name == "cut-once" and self.server.seen[name] == 1)
         self.wfile.write(body[: len(body) // 2] if half else body)
         if name == "stalled":
@@ -162,7 +162,7 @@ def test_a_download_resumes_where_the_connection_ended(server, tmp_path):
     assert server.ranges == [None, *(f"bytes={n}-" for n in (3000, 6000, 9000, 12000))]
 
 
-@pytest.mark.parametrize("name", ["resumed-changed", "resumed-blindly"])
+@pytest.mark.parametrize("name", ["resumed-changed", "resumed-emptied", "resumed-blindly"])
 def test_a_download_of_a_file_that_has_changed_begins_again(server, tmp_path, name):
     server.ranges.clear()
     assert fetch([server.url + name], tmp_path / "text", SHA256)

@@ -166,7 +166,7 @@ def no_held_out_text(workspace):
         (too_short_a_text, 2, r"data/tokens/train has 18 tokens, needs 65: .+"),  # B3
         (too_short_a_budget, 2, r"optim\.max_epochs 0\.1 of 1,568 tokens is less than one step of 256 tokens"),
         (too_many_ids, 2, r".* has 60000 ids, the model 50257: run `dvc repro -f tokenize`"),  # B4
-        (no_held_out_text, 2, r"target\.rule is validation, but nothing is held out: set corpus\.val_fraction.*"),
+        (no_held_out_text, 2, r"target\.rule is validation, but the held-out text has 0 tokens, needs 2: .+"),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_work_is_refused_in_one_line_before_anything_is_made(

@@ -63,6 +63,7 @@ def test_all_errors_of_the_whole_file_are_reported_at_once():
         ({"corpus.tokenizer": "bert\n"}, "unknown tokenizer 'bert\\n' (known: gpt2, bytes, chars, bpe:N)"),
         ({"corpus.tokenizer": "bpe:10"}, "'bpe:10' is not bpe:N, in which N, the number of ids, is 258 to 65536"),
         ({"corpus.tokenizer": "bpe:10000000"}, "'bpe:10000000' is not bpe:N, in which N"),
+        ({"corpus.tokenizer": "bpe:0512"}, "'bpe:0512' is not bpe:N, in which N"),
         ({"corpus.tokenizer": "chars:9"}, "chars takes no number, got 'chars:9': write chars"),
         ({"model.vocab_size": 50256}, "model.vocab_size 50256 is below the tokenizer's 50257 ids: set it to null"),
         (

@@ -42,6 +42,15 @@ def test_the_hash_in_params_is_of_the_stored_files_and_the_recorded_one_of_the_c
     assert sorted(path.name for path in Path("data").iterdir()) == ["corpus.sha256", "corpus.txt"]
 
 
+def test_only_what_a_killed_download_left_is_removed():
+    left = [Path(f"data/.unfinished-{name}/x") for name in ("tokens-1234", "corpus-1234", "corpus.txt")]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    fetch_corpus(corpus_config("texts/mine.txt"), CORPUS)
+    assert [file.exists() for file in left] == [True, False, False]  # finished shards of `write_tokens` are kept
+
+
 @pytest.mark.parametrize(
     ("source", "in_the_copy", "command"),
     [
@@ -164,6 +173,20 @@ def test_b6_an_altered_or_missing_corpus_is_refused_with_a_hint():  # DVC checks
         Path("data", name).unlink()
         with pytest.raises(InputError, match=f"{name} not found: run `dvc repro download`"):
             verify_corpus(CORPUS)
+
+
+def test_a_download_that_begins_again_each_time_is_given_up(monkeypatch):
+    reached = iter([10, 5] * 20)
+
+    def copy(source, path, sha256, received):
+        received.n_bytes = next(reached)
+        raise corpus._IncompleteDownloadError("ended")
+
+    monkeypatch.setattr(corpus, "_copy", copy)
+    monkeypatch.setattr(corpus, "PAUSE_S", 0.0)
+    with pytest.raises(IntegrityError, match="ended"):
+        fetch(["https://host/a"], Path("text"), None)
+    assert len([*reached]) == 40 - corpus.ATTEMPTS
 
 
 def test_a_missing_pip_is_named_with_the_way_to_get_it(monkeypatch):

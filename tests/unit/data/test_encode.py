@@ -69,14 +69,17 @@ def test_the_whole_corpus_has_its_known_tokens(shakespeare, tokenizer, tmp_path)
 
 
 @given(fraction=st.floats(0.05, 1), val_fraction=st.floats(0, 0.8), block_bytes=st.integers(1, 5000))
-def test_both_parts_are_whole_lines(tmp_path_factory, tokenizer, fraction, val_fraction, block_bytes):
-    longest_line = 45
+def test_both_parts_are_whole_lines_or_words_where_a_line_is_long_for_them(
+    tmp_path_factory, tokenizer, fraction, val_fraction, block_bytes
+):
+    longest_line, longest_word = 45, 8
     assume(len(LINES) * fraction * (1 - val_fraction) > 2 * longest_line)  # less may have no whole line
     with patch.object(module, "BLOCK_BYTES", block_bytes):
         tokens = encode(tmp_path_factory.getbasetemp() / "shares", tokenizer, LINES, fraction, val_fraction)
     train, val = (tokenizer.decode(ids_of(part)) for part in (tokens.train, tokens.val))
     assert LINES.startswith(train + val)
-    assert train.endswith("\n")
+    assert train.endswith("\n") or (len(train) < 10 * longest_line and LINES[len(train)] == " ")
+    assert len(train) > 0.9 * int(len(train + val) * (1 - val_fraction)) - longest_word
     assert int(len(LINES) * fraction) - longest_line < len(train + val) <= len(LINES) * fraction
     assert len(val) == 0 if val_fraction == 0 else len(val) >= len(train + val) * val_fraction - 1e-6
 
@@ -85,10 +88,13 @@ def test_a_text_without_line_ends_is_divided_between_documents_or_not_at_all(tmp
     for text, fraction, val_fraction, expected in (
         ("one\ntwo", 1.0, 0.0, ("one\ntwo", "")),
         ("one\0two\0three\0four", 0.7, 0.5, ("one<|endoftext|>", "two<|endoftext|>")),
+        ("short\n" + "word " * 100, 1.0, 0.1, ("short\n" + "word " * 88 + "word", " word" * 11 + " ")),
+        ("short\n" + "word " * 100, 0.1, 0.0, ("short\n" + "word " * 7 + "word", "")),
+        ("short\n" + "x" * 100, 1.0, 0.1, ("short\n", "x" * 100)),
     ):
         tokens = encode(tmp_path, tokenizer, text, fraction, val_fraction)
         assert tuple(tokenizer.decode(ids_of(part)) for part in (tokens.train, tokens.val)) == expected
-    for text, fraction, val_fraction in (("one line", 0.5, 0), ("a\nb", 1, 0.9)):  # B3
+    for text, fraction, val_fraction in (("onelongword", 0.5, 0), ("a\nb", 1, 0.9)):  # B3
         with pytest.raises(InputError, match=r"/corpus.txt has no whole line for training: raise corpus.fraction"):
             encode(tmp_path / "short", tokenizer, text, fraction, val_fraction)
         assert not (tmp_path / "short" / "tokens").exists()
@@ -207,6 +213,14 @@ def test_shards_of_other_inputs_are_not_used(corpus, tokenizer, tmp_path, change
         write_tokens(**arguments | changes)
     assert write_shard.call_count == len(names(tmp_path / "tokens")) - 2  # without the manifest and the tokenizer's key
     assert names(tmp_path) == ["corpus.txt", "tokens"]  # the other working folder is removed
+
+
+def test_the_shards_of_a_task_that_runs_for_other_inputs_are_kept(corpus, tokenizer, tmp_path):
+    working = write_tokens(corpus, tokenizer, tmp_path / "tokens", task=Task())
+    with locked(working / "val-00000.bin.lock"):
+        write_tokens(corpus, tokenizer, tmp_path / "tokens", 0.9)
+    assert names(tmp_path) == [working.name, "corpus.txt", "tokens"]
+    assert names(working / "tokens") == ["train-00000.bin", "val-00000.bin"]
 
 
 def test_a_shard_is_locked_while_it_is_written_and_not_written_twice(corpus, tokenizer, tmp_path):

@@ -79,6 +79,7 @@ def test_all_documents_are_counted_and_entropies_are_those_of_the_beginning_of_a
     monkeypatch.setattr(statistics, "STATISTICS_TOKENS", 20)
     figures = describe_corpus(train, val := tokens_of(tokenizer, "some text"), tokenizer)
     assert (figures["documents"], figures["lines"]) == (3, 30)
+    assert describe_corpus(tokens_of(tokenizer, "one\0two\0"), val, tokenizer)["documents"] == 2  # the next is held out
     assert (figures["characters"], figures["bytes"]) == (7 * 30 + 3 + 14 + 1, 10 * 30 + 3 + 16 + 1)
     assert {"id": tokenizer.eot, "text": "<|endoftext|>", "count": 2} in figures["frequent_tokens"]
     assert r"'\\xa2'" in str(figures["frequent_tokens"])  # the last of three bytes

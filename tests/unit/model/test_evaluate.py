@@ -16,6 +16,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
 from pipeline.model.evaluate import (
+    WindowFigures,
     corpus_loss,
     evaluate_model,
     recall_places,
@@ -202,3 +203,6 @@ def test_a_saved_model_is_evaluated_in_eval_mode_on_its_device_and_hashes_each_f
     assert (hashed["train-00000.bin"], hashed["val-00000.bin"]) == (1, 1)
     TrainingData.read(tokens, bpe, T, 32, True, torch.device("cpu"))
     assert (hashed["train-00000.bin"], hashed["val-00000.bin"]) == (2, 2)
+    monkeypatch.setattr(evaluate, "Bar", Bar)
+    monkeypatch.setattr(evaluate, "window_figures", lambda *_: WindowFigures(710.0, [], 0.0))  # e^710 has no double
+    assert evaluate_model(tmp_path / "model", tokens, run, config)[0]["corpus_perplexity"] is None

@@ -1,5 +1,6 @@
 """Each error ends a command with one line and its exit code; a signal stops it after the current step."""
 
+import errno
 import os
 import signal
 
@@ -37,7 +38,9 @@ def raising(error):
         (RuntimeError("Invalid buffer size: 20.48 GiB"), 5),  # of MPS
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), 5),
         (IsADirectoryError(21, "Is a directory", "there"), 2),
-        (OSError(28, "No space left on device", "there"), 5),
+        (OSError(errno.ENOSPC, "No space left on device", "there"), 5),
+        (OSError(errno.EFBIG, "File too large"), 5),  # of write and fsync, which name no file
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 5),
     ],
 )
 def test_each_error_has_its_exit_code_and_one_line(error, code, capsys):
@@ -45,8 +48,11 @@ def test_each_error_has_its_exit_code_and_one_line(error, code, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
-    if isinstance(error, OSError):
-        assert printed == f"error: there: {error.strerror.lower()}: fix it and repeat\n"
+    if isinstance(error, OSError) and code == 5:
+        where = " in there" if error.filename else ""
+        assert printed == f"error: disk full{where}: make room and run the same command again\n"
+    elif isinstance(error, OSError):
+        assert printed == "error: there: is a directory: fix it and repeat\n"
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("x"), ModuleNotFoundError(name="pipeline.x")])

@@ -2,15 +2,20 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.config.params import Params, load_params
+from pipeline.data.encode import write_tokens
+from pipeline.data.tokenizer import make_tokenizer
 from pipeline.system import distributed
 from pipeline.system.distributed import World
 from pipeline.system.errors import InputError
 from pipeline.tracking.fingerprint import IDENTITY, Identity
 from pipeline.training import train as training
+from pipeline.training.config import RunConfig
 from pipeline.training.extension import set_aside
 from pipeline.training.run import claim_folder
 from stages.train import main
@@ -55,6 +60,17 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(monkeyp
     params = Params({**params.values, "train": {**params.values["train"], "processes": 2}}, params.path)
     with pytest.raises(InputError, match=r"windows.micro_batch_size 5 is not divisible by train.processes 2$"):
         training.run_tracked(params, Path("data"), Path("models"), Path("timing.json"))
+
+
+def test_a_held_out_text_of_one_token_is_refused_with_its_length(tmp_path):
+    (tmp_path / "corpus.txt").write_text("Speak, speak.\n" * 99 + "\n")
+    tokenizer = make_tokenizer("bytes", tmp_path / "tokenizer", [])
+    write_tokens(tmp_path / "corpus.txt", tokenizer, tmp_path / "tokens", val_fraction=1e-6)
+    params = load_params(ROOT / "params.yaml")
+    params.values["target"]["rule"] = "validation"
+    config, machine = RunConfig.of(params).sized_for(tokenizer.n_vocab), SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(InputError, match=r"the held-out text has 1 tokens, needs 2: raise corpus\.val_fraction$"):
+        training.read_data(config, machine, tmp_path)
 
 
 def test_the_stage_launches_its_processes_and_exits_with_their_code(tmp_path, monkeypatch):
