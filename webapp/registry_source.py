@@ -1,5 +1,6 @@
 """Serve a version of the MLflow registry, and follow its alias when it moves."""
 
+import tempfile
 import threading
 import time
 import weakref
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.model.generator import load_generator
-from pipeline.registry.artifacts import open_version
+from pipeline.registry.artifacts import TEMPORARY, open_version
 from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry
 from pipeline.system.errors import InputError
 from webapp.model_source import Listed, Served
@@ -81,8 +82,10 @@ class Registry:
 
     def _load_version(self, number: str) -> Served:
         version = find_version(self._store, self._name, number)
-        folder = open_version(self._store, version)
-        return Served(load_generator(folder, self._precision), describe_version(self._store, version))
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as copies:  # of the files, if the store is not local
+            files = open_version(self._store, version, Path(copies))
+            info = describe_version(self._store, version, files)
+            return Served(load_generator(files, self._precision), info)
 
 
 def _keep_following(registry: weakref.ref[Registry]) -> None:

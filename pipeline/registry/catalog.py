@@ -130,10 +130,11 @@ def verify(store: Store, version: "ModelVersion") -> str:
     return f"{label_of(version)}: ok, model {version.tags['model_sha256']}{unchecked}"
 
 
-def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
+def describe_version(store: Store, version: "ModelVersion", files: Path) -> dict[str, Any]:
     """Return the version info: all data on a version and its run, as JSON values; a curve has at most MAX_POINTS.
 
-    Raises ModelMissing if its run or its files are missing, IntegrityError if its tags or its params.yaml are invalid.
+    `files`: what `open_version` returned. Raises ModelMissing if its run is missing, IntegrityError if its tags or its
+    params.yaml are invalid.
     """
     label = label_of(version)
     if not version.run_id:
@@ -142,8 +143,8 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
     with translate_store_errors(store, label):
         run = store.client.get_run(version.run_id)
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
-        path, samples = fetch_version(store, version, "artifacts/params.yaml"), _samples(store, version.run_id)
-    params = _read_params(path, label)
+        samples = _samples(store, version.run_id)
+    params = _read_params(files / "params.yaml", label)
     tags = run.data.tags
     prefix = "environment."
     return {
