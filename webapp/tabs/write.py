@@ -231,7 +231,7 @@ def samples_html(completion: Completion, prompt: str) -> str:
 
 
 def sample_html(completion: Completion, i: int, title: str = "") -> str:
-    text = marked_html(completion.served, completion.ids(i), len(completion.prompt_ids))
+    text = marked_html(completion.served, completion.ids(i), len(completion.prompt_ids), completion.passages[i])
     title = title or (f"Sample {i + 1}" if len(completion.samples) > 1 else "Text")
     body = f'<p class="verse{"" if completion.finished else " writing"}">{text}</p>'
     return sheet(title, body, f"seed {completion.seed + i}", f"{completion.novelty(i):.0%} new")
