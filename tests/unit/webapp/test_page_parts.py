@@ -134,6 +134,9 @@ def test_the_page_says_where_only_a_part_of_a_long_text_is_searched(served):
         for html in (samples_html(completion, "All:"), next_token_html(version, "All:")):
             assert (warning in html) == (version is long)
     assert f"after 8% of it, from token {n - 24:,} on" in place_html(long, n - 24, 24)
+    for html in (head_html(long), about_html(long)):
+        assert f"{10 * n:,} tokens" in html
+        assert f"{n:,} tokens" not in html
 
 
 def test_next_tokens_have_the_models_probability_and_their_count_in_the_text(served):
