@@ -63,10 +63,16 @@ def open_registry(root: Path) -> Store:
         return open_store(root)
 
 
+def aliases_of(store: Store, name: str) -> dict[str, str]:
+    """Return the number of the version of each alias. Raises ModelMissing if there is no such model."""
+    with translate_store_errors(store, name):
+        return {alias: str(number) for alias, number in registered_model(store, name).aliases.items()}
+
+
 def find_version(store: Store, name: str, which: str) -> "ModelVersion":
     """Find a version by `which`, a number or an alias such as champion. Raises ModelMissing if there is none."""
+    aliases = aliases_of(store, name)
     with translate_store_errors(store, name):
-        aliases = {alias: str(number) for alias, number in registered_model(store, name).aliases.items()}
         numbers = _numbers(store, name)
         number = which if which.isdecimal() else aliases.get(which)
         if number in numbers:

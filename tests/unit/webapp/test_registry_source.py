@@ -33,6 +33,9 @@ class Catalog:
         aliases = ["champion"] if number == self.champion else []
         return SimpleNamespace(version=number, name=name, aliases=aliases, creation_timestamp=0)
 
+    def aliases_of(self, store: Any, name: str) -> dict[str, str]:
+        return {"champion": self.champion}
+
     def open(self, store: Any, version: Any, copies: Path) -> Path:
         self.opened.append(version.version)
         self.copies.append(Path(shutil.copytree(self.folder, copies / "artifacts")))  # as of a remote store
@@ -42,7 +45,7 @@ class Catalog:
         return self.copies[-1]
 
     def describe(self, store: Any, version: Any, files: Path) -> dict[str, Any]:
-        return INFO | {"version": version.version}
+        return INFO | {"version": version.version, "aliases": version.aliases}
 
 
 @pytest.fixture
@@ -50,6 +53,7 @@ def catalog(version: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     fake = Catalog(version)
     monkeypatch.setattr(registry_source, "open_registry", lambda root: None)
     monkeypatch.setattr(registry_source, "find_version", fake.find)
+    monkeypatch.setattr(registry_source, "aliases_of", fake.aliases_of)
     monkeypatch.setattr(registry_source, "open_version", fake.open)
     monkeypatch.setattr(registry_source, "describe_version", fake.describe)
     monkeypatch.setattr(registry_source, "list_versions", lambda *_: [fake.find(None, "x", n) for n in "4321"])
@@ -102,6 +106,15 @@ def test_the_first_request_after_a_promotion_gets_the_new_version(catalog, monke
     catalog.champion = "2"
     assert wait_until(lambda: catalog.opened == ["1", "2"], 20)  # while nobody asks
     assert wait_until(lambda: registry.current().label == "parrot version 2", 20)
+
+
+def test_an_alias_that_moves_between_versions_that_are_not_served_is_followed(catalog):
+    registry = Registry(Path(), "parrot", "3")
+    for champion in ("1", "2"):
+        catalog.champion = champion
+        assert registry.open(champion).label == f"parrot version {champion}"
+        registry.follow()
+        assert {n for n in ("1", champion, "3") if registry.open(n).info["aliases"] == ["champion"]} == {champion}
 
 
 def test_only_a_few_versions_stay_in_memory(catalog, registry):
