@@ -123,11 +123,6 @@ def where_html(place: int, n_text: int) -> str:
     return f"near its {'beginning' if share < 0.5 else 'end'}, from token {place:,} of {n_text:,} on"
 
 
-def count(n: int, noun: str) -> str:
-    """`n` and the noun in its number: 1 token, 2 tokens."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
 def alias_words(aliases: Sequence[str]) -> str:
     """What the aliases of a version say, as a sentence; "" if it has none."""
     known = {"champion": "the champion, which is served by default", "candidate": "the newest one that was registered"}

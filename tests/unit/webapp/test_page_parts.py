@@ -21,11 +21,12 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import Generator
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
+from pipeline.system.words import counted
 from webapp.api import user_errors
 from webapp.chart import line_chart
 from webapp.completion import Completion, complete
 from webapp.engine import TimedOut
-from webapp.html import alias_words, count, marked_html, place_html, split_text, where_html
+from webapp.html import alias_words, marked_html, place_html, split_text, where_html
 from webapp.model_source import Served
 from webapp.page import TABS, compose, head_html
 from webapp.page_version import PageVersion
@@ -406,7 +407,7 @@ def test_all_tabs_of_an_open_page_change_their_version_at_once_and_say_so(source
 
 
 def test_words_for_counts_places_and_aliases():
-    assert [count(n, "token") for n in (0, 1, 1200)] == ["0 tokens", "1 token", "1,200 tokens"]
+    assert [counted(n, "token") for n in (0, 1, 1200)] == ["0 tokens", "1 token", "1,200 tokens"]
     assert [times_in_words(n) for n in (1, 2, 1200)] == ["once", "twice", "1,200 times"]
     places = {0: "at its beginning", 1: "near its beginning, from token 1 of 1,000 on",
               250: "after 25% of it, from token 250 on", 999: "near its end, from token 999 of 1,000 on"}  # fmt: skip
