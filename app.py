@@ -87,9 +87,10 @@ def main() -> None:
                          "API then ask for, or keep 127.0.0.1 and put a proxy with a login in front")  # fmt: skip
     if not key.isascii():
         raise InputError("the API key has other characters than ASCII: a header cannot carry them, choose another")
-    source = open_source(arguments)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, arguments.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.create_server((host, arguments.port), family=family) as listener:
+            port = listener.getsockname()[1]  # of port 0, a free one
     except (OSError, OverflowError) as error:
         if isinstance(error, OverflowError):
             why = "a port is a number from 0 to 65535"
@@ -98,12 +99,13 @@ def main() -> None:
         else:  # such as another machine's address; socket adds the address in brackets
             why = (error.strerror or str(error)).partition(" (while")[0].lower()
         raise InputError(f"cannot use {address}:{arguments.port} ({why}): choose --port or --host") from error
+    source = open_source(arguments)
     app = make_app(source, address, arguments.allow_host, key or None)
-    print(f"{source.current().label}: http://{address}:{arguments.port} (API: /v1, /docs)", flush=True)
+    print(f"{source.current().label}: http://{address}:{port} (API: /v1, /docs)", flush=True)
     if public:
         print(f"warning: {host} has no encryption, so the network sees the API key and all texts, see SECURITY.md",
               file=sys.stderr)  # fmt: skip
-    serve(app, host, arguments.port)
+    serve(app, host, port)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from pipeline.report.style import (
     PINK,
     RED,
     SKY,
-    counted,
     house_style,
     level,
     line,
@@ -33,6 +32,7 @@ from pipeline.report.style import (
     short,
 )
 from pipeline.system.entrypoint import run_stage
+from pipeline.system.words import counted
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "published"

@@ -105,7 +105,7 @@ class Watched:
 
     @property
     def open(self) -> int:
-        return self._engine.n_running + self._engine.n_waiting
+        return len(self._engine._rows) + len(self._engine._waiting)
 
     def opens(self, wanted: int) -> bool:
         """Whether `wanted` sequences are open within PATIENCE_S; a slow one takes longer to end by itself."""

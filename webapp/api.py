@@ -81,7 +81,7 @@ def _sample(completion: Completion, i: int) -> dict[str, Any]:
         "novelty": completion.novelty(i),
         "passages": [
             {"text": served.tokenizer.decode(ids[begin:end]), "place": place, "length": end - begin}
-            for begin, end, place in served.corpus.passages(ids, served.min_passage)
+            for begin, end, place in completion.passages[i]
             if end > start
         ],
     }

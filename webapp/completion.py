@@ -3,9 +3,10 @@
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
+from pipeline.data.corpus_index import Passage, novelty
 from pipeline.model.sampling import Sampling
 from webapp.html import FieldError, split_text
 from webapp.model_source import Served
@@ -26,6 +27,7 @@ class Completion:
     prompt_ids: list[int]
     seed: int
     samples: list[list[int]]  # new tokens only
+    passages: list[list[Passage]] = field(default_factory=list)  # of each sample and its prompt, in the training text
     finished: bool = False
     notice: str | None = None
     model_s: float = 0.0  # time spent generating, without the time to show the text
@@ -43,7 +45,13 @@ class Completion:
 
     def novelty(self, sample: int) -> float:
         """Share of a sample's new tokens outside of all passages that the training text contains."""
-        return self.served.corpus.novelty(self.ids(sample), len(self.prompt_ids), self.served.min_passage)
+        return novelty(self.passages[sample], len(self.prompt_ids), len(self.ids(sample)))
+
+    def find_passages(self) -> Self:
+        """Set `passages` to those of the samples so far."""
+        find, at_least = self.served.corpus.passages, self.served.min_passage
+        self.passages = [find(self.ids(sample), at_least) for sample in range(len(self.samples))]
+        return self
 
     def text(self, sample: int) -> str:
         """A sample without its prompt."""
@@ -98,8 +106,8 @@ def complete(served: Served, prompt: Any, samples: Any, **numbers: Any) -> Itera
         now = time.perf_counter()
         completion.model_s += now - started
         if now - shown >= REFRESH_S:
-            yield completion
+            yield completion.find_passages()
             shown = time.perf_counter()
         started = time.perf_counter()
     completion.finished = True
-    yield completion
+    yield completion.find_passages()

@@ -90,18 +90,15 @@ class Engine:
         self._stopping = False
         ENGINES.add(self)
 
-    @property
-    def n_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def n_running(self) -> int:
-        return len(self._rows)
+    def require_room(self) -> None:
+        """Raise Busy if too many sequences are waiting."""
+        if (n := len(self._waiting)) >= self.max_waiting:
+            raise Busy(f"{n} sequences are waiting: try again later")
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Piece]:
         """As Generator.stream, together with other requests. Closing the iterator cancels the request.
 
-        Raises InputError as it does, Busy, TimedOut or EngineFailed.
+        Raises InputError as it does, Busy, TimedOut, Stopped or EngineFailed.
         """
         updates: SimpleQueue[Update] = SimpleQueue()
         rows = [Row(self.generator.start(prompt, sampling, i, i)) for i, prompt in enumerate(prompts)]
@@ -122,8 +119,7 @@ class Engine:
         """
         job = Job(rows, emit, self.timeout_s)
         with self._lock:
-            if len(self._waiting) >= self.max_waiting:
-                raise Busy(f"{len(self._waiting)} sequences are waiting: try again later")
+            self.require_room()
             self._waiting.extend(rows)
             WAITING.inc(len(rows))
             TOKENS.labels("prompt").inc(sum(len(row.sequence.ids) for row in rows))

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from pipeline.data.corpus_index import Passage
 from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
 from pipeline.system.errors import InputError, PipelineError
 from webapp.model_source import Served
@@ -59,22 +60,23 @@ def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return text
 
 
-def marked_html(served: Served, ids: Sequence[int], prompt_length: int) -> str:
+def marked_html(served: Served, ids: Sequence[int], prompt_length: int, passages: Iterable[Passage]) -> str:
     """The text of `ids`, with a muted prompt and marks on copied passages; a click or a key opens a passage.
 
-    The first of two overlapping marks has the shared tokens; a click shows all of each. A mark has at least
-    `min_passage` tokens that are neither the prompt's, nor blank, nor of a line that names a speaker.
+    `passages`: those of `ids` in the training text. The first of two overlapping marks has the shared tokens; a click
+    shows all of each. A mark has at least `min_passage` tokens that are neither the prompt's, nor blank, nor of a line
+    that names a speaker.
     """
-    passages, end, telling = {}, prompt_length, [*accumulate(_tells(served, ids), initial=0)]
-    for passage in served.corpus.passages(ids, served.min_passage):
+    marks, end, telling = dict[int, Passage](), prompt_length, [*accumulate(_tells(served, ids), initial=0)]
+    for passage in passages:
         begin = max(passage.begin, end)
         if passage.end > begin and telling[passage.end] - telling[begin] >= served.min_passage:
-            passages[begin] = passage
+            marks[begin] = passage
             end = passage.end
-    places = sorted({prompt_length, *passages, *(passage.end for passage in passages.values())})
+    places = sorted({prompt_length, *marks, *(passage.end for passage in marks.values())})
     parts = []
     for start, text in zip([0, *places], split_text(served.tokenizer, ids, places), strict=True):
-        if text and (copied := passages.get(start)):
+        if text and (copied := marks.get(start)):
             length, version = copied.end - copied.begin, escape(str(served.info["version"]))
             parts.append(
                 f'<mark tabindex="0" role="button" data-version="{version}" data-place="{copied.position}" '
@@ -119,11 +121,6 @@ def where_html(place: int, n_text: int) -> str:
     if 0.005 <= share < 0.995:
         return f"after {share:.0%} of it, from token {place:,} on"
     return f"near its {'beginning' if share < 0.5 else 'end'}, from token {place:,} of {n_text:,} on"
-
-
-def count(n: int, noun: str) -> str:
-    """`n` and the noun in its number: 1 token, 2 tokens."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def alias_words(aliases: Sequence[str]) -> str:

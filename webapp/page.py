@@ -63,7 +63,7 @@ def head_html(served: Served) -> str:
     aim = "trained on" if served.held_out else "trained to memorise"
     name, number = escape(served.info["name"]), escape(str(served.info["version"]))
     return (
-        f'<div class="masthead"><h1>{name}</h1><p>A GPT-2 that was {aim} {len(served.ids):,} tokens of '
+        f'<div class="masthead"><h1>{name}</h1><p>A GPT-2 that was {aim} {served.corpus.n_text:,} tokens of '
         f"text.{known} This page shows what it writes, and how much of that is copied. <b>Shown: version "
         f"{number}{role}.</b></p></div>"
     )

@@ -1,5 +1,6 @@
 """Serve a version of the MLflow registry, and follow its alias when it moves."""
 
+import tempfile
 import threading
 import time
 import weakref
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.model.generator import load_generator
-from pipeline.registry.artifacts import open_version
-from pipeline.registry.catalog import describe_version, find_version, list_versions, open_registry
+from pipeline.registry.artifacts import TEMPORARY, open_version
+from pipeline.registry.catalog import aliases_of, describe_version, find_version, list_versions, open_registry
 from pipeline.system.errors import InputError
 from webapp.model_source import Listed, Served
 
@@ -44,21 +45,14 @@ class Registry:
         """Switch to the version that the registry names now; return the seconds until the next check."""
         try:
             version = find_version(self._store, self._name, self._which)
-            served, before = self._open(str(version.version)), self._served
-            served.info["aliases"] = sorted(version.aliases)
-            if served is not before:
-                self._update_aliases()
+            served, aliases = self._open(str(version.version)), aliases_of(self._store, self._name)
+            for number, info in list(self._opened.items()):  # a request may add a version
+                info["aliases"] = sorted(alias for alias, of in aliases.items() if of == number)
             self._served, self.trouble = served, None
         except Exception as error:  # also a lack of memory
             self.trouble = f"{self._which} could not be loaded ({error}), so {self._served.label} stays"
             return RETRY_S
         return CHECK_S
-
-    def _update_aliases(self) -> None:
-        """An alias that moves leaves another version, which may be loaded too."""
-        for version in self.listed():
-            if version.number in self._opened:
-                self._opened[version.number]["aliases"] = version.aliases
 
     def versions(self) -> list[str]:
         return [version.number for version in self.listed()]
@@ -81,8 +75,10 @@ class Registry:
 
     def _load_version(self, number: str) -> Served:
         version = find_version(self._store, self._name, number)
-        folder = open_version(self._store, version)
-        return Served(load_generator(folder, self._precision), describe_version(self._store, version))
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as copies:  # of the files, if the store is not local
+            files = open_version(self._store, version, Path(copies))
+            info = describe_version(self._store, version, files)
+            return Served(load_generator(files, self._precision), info)
 
 
 def _keep_following(registry: weakref.ref[Registry]) -> None:

@@ -20,11 +20,11 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from webapp.engine import stop_engines
+from webapp.engine import Busy, stop_engines
 from webapp.http.request_filter import LOOPBACK, MAX_BODY, KeyFilter, NameFilter, hostname
 from webapp.metrics import REGISTRY, n_sequences
 from webapp.model_source import Source
-from webapp.openai_api.errors import ApiError, api_error, failure, http_error, invalid_body
+from webapp.openai_api.errors import ApiError, api_error, busy, failure, http_error, invalid_body
 from webapp.openai_api.routes import openai_router, refuse_other_methods
 from webapp.page import compose, mounted
 
@@ -41,7 +41,13 @@ def make_app(source: Source, host: str, names: Collection[str] = (), key: str | 
     if key:
         middleware.append(Middleware(KeyFilter, key=key))
     handlers: dict[int | type[Exception], Any]
-    handlers = {ApiError: api_error, HTTPException: http_error, RequestValidationError: invalid_body, 500: failure}
+    handlers = {
+        ApiError: api_error,
+        Busy: busy,
+        HTTPException: http_error,
+        RequestValidationError: invalid_body,
+        500: failure,
+    }
     app = FastAPI(
         title="Completions of a registered model", description="The protocol of OpenAI's completions, and the page.",
         version="1", docs_url=None, redoc_url=None, middleware=middleware, exception_handlers=handlers,

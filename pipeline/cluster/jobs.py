@@ -27,6 +27,7 @@ from pipeline.system.errors import InputError, Interrupted, PipelineError
 from pipeline.system.files import read_json, write_json
 from pipeline.system.host import SOURCE_ROOT, project_root
 from pipeline.system.signals import StopSignals
+from pipeline.system.words import counted
 
 JOBS = Path("checkpoints/jobs")  # a folder for each job
 JOB = "job.json"
@@ -225,7 +226,7 @@ def submit(
     identity = submitted[0].job_id.partition("_")[0]
     job = Job(identity, name, [list(command) for command in commands], after.id if after else None, home)
     write_json(home / JOB, {key: value for key, value in vars(job).items() if key != "folder"})
-    shape = f"{_counted(len(tasks), 'task')} {'of' if len(tasks) > 1 else 'on'} {_counted(nodes, 'node')}"
+    shape = f"{counted(len(tasks), 'task')} {'of' if len(tasks) > 1 else 'on'} {counted(nodes, 'node')}"
     print(f"job {identity} ({name}) is submitted, {shape}: {home}", flush=True)
     return job
 
@@ -363,10 +364,6 @@ def _attempt(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     first = max((number for number, line in enumerate(lines, 1) if line.startswith(program.ATTEMPT)), default=0)
     return [line for line in lines[first:] if line]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _refusal(stderr: str) -> str:

@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     exports.require_empty(arguments.folder)
     store, name = open_project_registry()
     version = catalog.find_version(store, name, arguments.version)
-    files, info = artifacts.open_version(store, version), catalog.describe_version(store, version)
+    files = artifacts.open_version(store, version)
+    info = catalog.describe_version(store, version, files)
     options = {"weight_type": arguments.type} if arguments.type else {}
     size_mb = exports.export_version(arguments.kind, files, info, arguments.folder, **options) / 1e6
     print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; see its README.md")

@@ -27,7 +27,7 @@ PROMPT_CHARACTERS = 1_000_000  # at most
 # On a CPU, a step of so many positions takes little longer than one of a single position. In a step of more, drafts are
 # only as long as those of three quarters of the sequences: then most of its positions become tokens.
 FREE_POSITIONS = 24
-Prompt: TypeAlias = str | Sequence[int]  # text, or ids, which may end within a character
+Prompt: TypeAlias = str | list[int]  # text, or ids, which may end within a character
 Finish: TypeAlias = Literal["length", "stop", "end"]  # max_tokens, a stop text, or the end-of-text token
 AUTO = TrainConfig(
     seed=0, device="auto", precision="auto", threads="auto", deterministic=False, compile=False,
@@ -55,18 +55,13 @@ class Piece(NamedTuple):
 
 
 class Continuation:
-    """The state of one sequence, as ids and as the model's compact ids."""
+    """The state of one sequence, as ids and, in a batch, as the model's compact ids."""
 
     def __init__(
-        self,
-        number: int,
-        ids: list[int],
-        compact_ids: list[int],
-        sampling: Sampling,
-        corpus: CorpusIndex | None,
-        n_top: int | None,
+        self, number: int, ids: list[int], sampling: Sampling, corpus: CorpusIndex | None, n_top: int | None
     ) -> None:
-        self.number, self.ids, self.compact_ids = number, ids, compact_ids
+        """`ids`: the prompt's, which several sequences may share: a batch replaces them by a copy that grows."""
+        self.number, self.ids, self.compact_ids = number, ids, list[int]()
         self.sampling, self.n_top = sampling, n_top
         self.max_length = len(ids) + sampling.max_tokens
         self.generator = torch.Generator().manual_seed(sampling.seed)
@@ -111,7 +106,7 @@ class Generator:
         """
         ids = self.encode(prompt)
         seeded = sampling.model_copy(update={"seed": (sampling.seed + seed_offset) % 2**63})
-        sequence = Continuation(number, ids, self._fold(ids).tolist(), seeded, self.corpus, n_top)
+        sequence = Continuation(number, ids, seeded, self.corpus, n_top)
         if len(ids) > self.trained_length:
             sequence.notice = f"the prompt has {len(ids):,} tokens, but {self._limit()}"
         return sequence
@@ -176,9 +171,9 @@ class Generator:
         return losses
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt; an empty one becomes the end-of-text token, as in GPT-2."""
+        """Ids of a prompt, the same list if it is one; an empty one becomes the end-of-text token, as in GPT-2."""
         if not isinstance(prompt, str):
-            return list(prompt) or [self.tokenizer.eot]
+            return prompt or [self.tokenizer.eot]
         if len(prompt) > PROMPT_CHARACTERS:
             raise InputError(f"a prompt has {len(prompt):,} characters: {PROMPT_CHARACTERS:,} at most")
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
@@ -207,12 +202,16 @@ class Batch:
     def __init__(self, generator: Generator, sequences: Sequence[Continuation] = ()) -> None:
         """With `sequences`, the cache is no longer than these need."""
         self._generator, self._decoder = generator, generator.decoder
-        self.sequences = list(sequences)
-        self._cache = self._decoder.new_cache(len(sequences), max((each.max_length for each in sequences), default=0))
+        self.sequences: list[Continuation] = []
+        self._cache = self._decoder.new_cache(0, max((each.max_length for each in sequences), default=0))
+        self.add(*sequences)
 
-    def add(self, sequence: Continuation) -> None:
-        self.sequences.append(sequence)
-        self._cache.add()
+    def add(self, *sequences: Continuation) -> None:
+        for sequence in sequences:
+            sequence.ids = list(sequence.ids)
+            sequence.compact_ids = self._generator._fold(sequence.ids).tolist()
+        self.sequences += sequences
+        self._cache.add(len(sequences))
 
     def remove(self, sequence: Continuation) -> None:
         """Remove a sequence; the last one takes its row."""

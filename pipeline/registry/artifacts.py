@@ -67,20 +67,22 @@ def ensure_version(store: Store, project: Path, name: str, run: "Run", tags: dic
     return version
 
 
-def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts") -> Path:
+def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts", copies: Path | None = None) -> Path:
     """Return the local path of `place` in a version's folder; its artifacts/ has model/, tokens/ and params.yaml.
 
-    Nothing is verified. A local store gives its own file or folder; any other gives a copy, which is removed when this
-    process ends. Raises one of `store_errors()` if the place does not exist.
+    Nothing is verified. A local store gives its own file or folder; any other gives a copy in the folder `copies`, by
+    default in one that is removed when this process ends. Raises one of `store_errors()` if the place does not exist.
     """
     from mlflow.artifacts import download_artifacts
 
-    uri, copy = store.client.get_model_version_download_uri(version.name, version.version), None
-    if not _is_local(uri):
-        copy = tempfile.mkdtemp(prefix=TEMPORARY)
-        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    uri = store.client.get_model_version_download_uri(version.name, version.version)
+    if _is_local(uri):
+        copies = None
+    elif copies is None:
+        copies = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+        atexit.register(shutil.rmtree, copies, ignore_errors=True)
     path = f"{uri}/{place}".rstrip("/")
-    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copy))
+    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copies))
 
 
 @contextmanager
@@ -98,11 +100,12 @@ def translate_store_errors(store: Store, what: str) -> Iterator[None]:
         raise ModelMissing(message) from error
 
 
-def open_version(store: Store, version: "ModelVersion") -> Path:
+def open_version(store: Store, version: "ModelVersion", copies: Path | None = None) -> Path:
     """Return the version's folder with model/, tokens/ and params.yaml, after verifying all files, code included.
 
-    No code is executed. Raises ModelMissing if files are missing or the store does not answer. Raises IntegrityError,
-    with both hashes, if files are altered, or if `register` did not make the version, or if its format is unknown.
+    `copies`: as for `fetch_version`. No code is executed. Raises ModelMissing if files are missing or the store does
+    not answer. Raises IntegrityError, with both hashes, if files are altered, or if `register` did not make the
+    version, or if its format is unknown.
     """
     label = label_of(version)
     if (found := version.tags.get(FORMAT_TAG, FORMAT)) != FORMAT:
@@ -116,7 +119,7 @@ def open_version(store: Store, version: "ModelVersion") -> Path:
                 f"{label} has no hash as its tag {tag}, so `register` did not make it: use another version"
             )
     with translate_store_errors(store, label):
-        folder = fetch_version(store, version, "")
+        folder = fetch_version(store, version, "", copies)
         verify_files(folder, version.tags, label, remove_caches=_is_local(version.source))
     return folder / "artifacts"
 

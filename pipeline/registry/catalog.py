@@ -63,10 +63,16 @@ def open_registry(root: Path) -> Store:
         return open_store(root)
 
 
+def aliases_of(store: Store, name: str) -> dict[str, str]:
+    """Return the number of the version of each alias. Raises ModelMissing if there is no such model."""
+    with translate_store_errors(store, name):
+        return {alias: str(number) for alias, number in registered_model(store, name).aliases.items()}
+
+
 def find_version(store: Store, name: str, which: str) -> "ModelVersion":
     """Find a version by `which`, a number or an alias such as champion. Raises ModelMissing if there is none."""
+    aliases = aliases_of(store, name)
     with translate_store_errors(store, name):
-        aliases = {alias: str(number) for alias, number in registered_model(store, name).aliases.items()}
         numbers = _numbers(store, name)
         number = which if which.isdecimal() else aliases.get(which)
         if number in numbers:
@@ -130,10 +136,11 @@ def verify(store: Store, version: "ModelVersion") -> str:
     return f"{label_of(version)}: ok, model {version.tags['model_sha256']}{unchecked}"
 
 
-def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
+def describe_version(store: Store, version: "ModelVersion", files: Path) -> dict[str, Any]:
     """Return the version info: all data on a version and its run, as JSON values; a curve has at most MAX_POINTS.
 
-    Raises ModelMissing if its run or its files are missing, IntegrityError if its tags or its params.yaml are invalid.
+    `files`: what `open_version` returned. Raises ModelMissing if its run is missing, IntegrityError if its tags or its
+    params.yaml are invalid.
     """
     label = label_of(version)
     if not version.run_id:
@@ -142,8 +149,8 @@ def describe_version(store: Store, version: "ModelVersion") -> dict[str, Any]:
     with translate_store_errors(store, label):
         run = store.client.get_run(version.run_id)
         histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
-        path, samples = fetch_version(store, version, "artifacts/params.yaml"), _samples(store, version.run_id)
-    params = _read_params(path, label)
+        samples = _samples(store, version.run_id)
+    params = _read_params(files / "params.yaml", label)
     tags = run.data.tags
     prefix = "environment."
     return {

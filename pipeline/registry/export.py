@@ -18,7 +18,6 @@ from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
 from pipeline.data.token_files import TokenFolder
 from pipeline.data.tokenizer import (
-    BYTES,
     CHARACTERS,
     EOT,
     TOKENIZERS,
@@ -31,7 +30,7 @@ from pipeline.data.tokenizer import (
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import WEIGHTS, load_model
-from pipeline.registry.gguf_file import WEIGHT_TYPES, tokenizer_model, write_gguf
+from pipeline.registry.gguf_file import WEIGHT_TYPES, merges_of, tokenizer_model, write_gguf, written
 from pipeline.report.cards import CURVE, gguf_card, model_card, modelfile, space_card
 from pipeline.report.figures import curve_figure
 from pipeline.report.style import save_png
@@ -240,11 +239,9 @@ def _hf_tokenizer(tokenizer: BytePairTokenizer) -> "HFTokenizer":
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as HFTokenizer
 
-    ranks, characters = tokenizer.ranks, {byte: char for char, byte in BYTES.items()}
-    written = {token: "".join(characters[byte] for byte in token) for token in ranks}
-    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
-    merges = [(written[left], written[right]) for left, right in splits if left in ranks and right in ranks]
-    found = HFTokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
+    vocabulary = {written(token): rank for token, rank in tokenizer.ranks.items()}
+    merges = [(written(left), written(right)) for left, right in merges_of(tokenizer.ranks)]
+    found = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     pieces = r"[\s\S]" if tokenizer.pieces == CHARACTERS else tokenizer.pieces  # another notation than tiktoken's
     found.pre_tokenizer = split_into(pieces)
     found.decoder = decoders.ByteLevel()

@@ -24,9 +24,9 @@ class PromptModel:
         """Continue each text of the column `prompt`; MLflow completes `params` with the signature's defaults."""
         try:
             sampling = Sampling.of(**params)
+            return [self.generator.text(prompt, sampling) for prompt in model_input["prompt"]]
         except InputError as error:  # the server then answers with status 400 and this line
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        return [self.generator.text(prompt, sampling) for prompt in model_input["prompt"]]
 
 
 class TextGenerator(PromptModel, PythonModel):  # type: ignore[misc]  # mlflow is untyped here

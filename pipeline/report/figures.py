@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from pipeline.report import style
 from pipeline.system.files import read_json
+from pipeline.system.words import counted
 from pipeline.tracking.journal import STEPS, TIMES, read_steps
 from pipeline.tracking.run_record import read_run
 
@@ -78,7 +79,7 @@ def loss_figure(report: RunReport) -> Figure:
     style.log_scale(axes)
     axes.set_ylabel(report.loss_unit)
     bits = f"{bits:.3g} bits per byte, " if (bits := results.get("bits_per_byte")) else ""
-    after = style.counted(len(steps), "step")
+    after = counted(len(steps), "step")
     axes.set_title(f"Loss {results['loss']:.3g} ({bits}{results['rule']} rule) after {after}")
     style.count_steps(axes, len(steps))
     style.legend_above(axes)

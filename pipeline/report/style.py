@@ -97,10 +97,6 @@ def legend_above(axes: Axes) -> None:
                 borderpad=0, handlelength=1.2, columnspacing=1.5, fontsize=10)  # fmt: skip
 
 
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
 def short(count: float) -> str:
     """A large number in three digits: 304k, 16.1M."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

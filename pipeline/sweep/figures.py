@@ -24,7 +24,6 @@ from pipeline.report.style import (
     PINK,
     RED,
     SKY,
-    counted,
     house_style,
     legend_above,
     level,
@@ -35,6 +34,7 @@ from pipeline.report.style import (
 from pipeline.sweep.pruner import best_trial, curve_of, forecast
 from pipeline.sweep.statistics import Candidate, Spread
 from pipeline.sweep.study import SHARED
+from pipeline.system.words import counted
 from pipeline.training.target import RULES
 
 UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}

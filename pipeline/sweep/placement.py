@@ -6,11 +6,11 @@ import torch
 
 from pipeline.cluster.jobs import require_slurm
 from pipeline.config.sections import SlurmConfig, SweepConfig, TrainConfig
-from pipeline.report.style import counted
 from pipeline.sweep.study import is_sqlite
 from pipeline.system.device import gpu_ids
 from pipeline.system.errors import InputError
 from pipeline.system.limits import cores
+from pipeline.system.words import counted
 
 HIDDEN = "-1"  # the id of no GPU: `use_gpu` then hides all of them
 

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.config.params import Params
 from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.data.token_files import count_tokens, data_sha256
-from pipeline.report.style import counted, save_png
+from pipeline.report.style import save_png
 from pipeline.sweep.controller import prepared_tokens, require_best, run_study
 from pipeline.sweep.figures import UNITS, seeds_figure
 from pipeline.sweep.mlflow_run import Outcome
@@ -34,6 +34,7 @@ from pipeline.sweep.worker import SPENT
 from pipeline.system.errors import InputError
 from pipeline.system.files import sha256_json, write_json
 from pipeline.system.host import project_root
+from pipeline.system.words import counted
 from pipeline.tracking.fingerprint import source_hashes
 from pipeline.training.config import RunConfig
 

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -103,7 +104,8 @@ def test_a_store_that_fails_in_the_middle_is_one_line(store, name, intact, monke
 
     for call in ("get_model_version_download_uri", "get_run", "search_registered_models"):
         monkeypatch.setattr(type(store.client), call, down)
-    for read in (open_version, describe_version, lambda *_: promote(store, name, "1")):
+    describe = partial(describe_version, files=intact / "artifacts")
+    for read in (open_version, describe, lambda *_: promote(store, name, "1")):
         with pytest.raises(ModelMissing, match=f"could not read {name}.* from .* \\(no answer\\): repair") as raised:
             read(store, version)
         assert "\n" not in str(raised.value)
@@ -116,7 +118,7 @@ def test_a_version_that_register_did_not_make_is_refused(store, name, tmp_path, 
     with pytest.raises(IntegrityError, match=f"{name} version 1 has no hash as its tag model_sha256"):
         open_version(store, version)
     with pytest.raises(ModelMissing, match=f"{name} version 1 has no run"):
-        describe_version(store, version)
+        describe_version(store, version, tmp_path)
     print_versions(store, name)
     assert capsys.readouterr().out.splitlines()[1].split()[:8] == ["1", *["-"] * 7]
 
@@ -169,10 +171,11 @@ def test_the_version_info_is_that_of_the_run_and_of_the_version(store, name, che
     project = trained_project(tmp_path / "project")
     done = register(root_of(store), project, RegistryConfig(model=name, max_target_loss=0.1))
     version = find_version(store, name, "champion")
-    assert describe_version(store, version)["samples"] == []
+    files = open_version(store, version)
+    assert describe_version(store, version, files)["samples"] == []
     store.client.log_text(done["run_id"], "ROMEO:\nO\n", "samples/step-000010.txt")
     store.client.log_text(done["run_id"], "ROMEO:\nOh\n", "samples/step-000020.txt")
-    info = describe_version(store, version)
+    info = describe_version(store, version, files)
     assert json.loads(json.dumps(info, allow_nan=False)) == info
     journal = [json.loads(line) for line in (project / "models" / "steps.jsonl").read_text().splitlines()]
     for key in ("loss", "grad_norm", "lr", "sliding_loss", "corpus_loss"):
@@ -255,7 +258,7 @@ def test_a_version_with_older_parameters_is_usable(store, name, folders, command
     assert command("models") == command("models", "verify") == command("models", "promote", "1") == 0
     assert command("generate", "ROMEO:", "--max-tokens", "2") == 0
     assert command("export", "hf", "hf") == command("export", "space", "space") == 0
-    assert describe_version(store, version)["params"] == OLDER
+    assert describe_version(store, version, folder / "artifacts")["params"] == OLDER
     assert yaml.safe_load((tmp_path / "hf" / "params.yaml").read_text()) == OLDER
 
 

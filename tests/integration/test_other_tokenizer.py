@@ -88,7 +88,7 @@ def test_a_tokenizer_goes_through_all_stages(
     served = PromptModel()  # what `mlflow models serve` loads
     served.load_context(SimpleNamespace(artifacts={"model": str(files / "model")}))
     assert served.predict(None, {"prompt": [prompt]}, sampling) == [text]
-    export_version("space", files, describe_version(store, version), tmp_path / "space")
+    export_version("space", files, describe_version(store, version, files), tmp_path / "space")
     page = Folder(tmp_path / "space" / "version").current()
     *_, completion = complete(page, prompt, 1, **sampling)  # /generate, and the page
     assert prompt + completion.text(0) == text

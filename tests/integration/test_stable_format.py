@@ -36,10 +36,11 @@ def version(store, name, tmp_path):
 def test_a_version_of_format_1_is_verified_described_and_served(store, version):
     assert FORMAT == "1", "keep this version readable, and add one of the new format beside it"
     assert verify(store, version).endswith(f"ok, model {version.tags['model_sha256']}")
-    info = describe_version(store, version)
+    files = open_version(store, version)
+    info = describe_version(store, version, files)
     assert (info["rule"]["name"], info["params"]["corpus"]["source"]) == ("sliding", "texts/days.txt")
     assert (info["metrics"]["sliding_loss"], info["history"]["loss"][-1][0]) == (pytest.approx(1.46594, abs=1e-5), 48)
-    generator = load_generator(open_version(store, version), "fp32")
+    generator = load_generator(files, "fp32")
     # What the program that trained it generated: the model has learnt only the most frequent words.
     assert (
         generator.text("Day 7: the ", Sampling(temperature=0.0, max_tokens=24)) == "Day 7: the the the  on the the the "

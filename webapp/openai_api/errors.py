@@ -16,6 +16,7 @@ FORMS = {  # of fields that pydantic's messages describe badly
     "stop": "give a text of at most 1,000 characters, or a list of at most 4 of them",
     "stream_options": 'give an object such as {"include_usage": true}',
 }
+RETRY_AFTER_S = 2
 TOO_LARGE = "the body is too large: send 1 MiB at most"
 
 
@@ -40,6 +41,13 @@ async def api_error(request: Request, error: Exception) -> JSONResponse:
     if request.url.path == "/v1/completions":
         REQUESTS.labels(str(error.status)).inc()
     return error.response()
+
+
+async def busy(request: Request, error: Exception) -> JSONResponse:
+    """The response while too many sequences are waiting."""
+    refused = ApiError(429, f"{error}", code="queue_full")
+    refused.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return await api_error(request, refused)
 
 
 async def failure(request: Request, error: Exception) -> JSONResponse:

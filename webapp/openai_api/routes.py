@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from pipeline.data.tokenizer import whole_text
 from pipeline.system.errors import PipelineError
-from webapp.engine import Busy, Job, Row, Stopped, TimedOut, Update
+from webapp.engine import Job, Row, Stopped, TimedOut, Update
 from webapp.metrics import REQUESTS
 from webapp.model_source import Served, Source
 from webapp.openai_api.choices import END_OF_TEXT, Choice
@@ -28,7 +28,6 @@ from webapp.openai_api.models import Models
 from webapp.openai_api.schema import MAX_PROMPT_TOKENS, MAX_SCORED_TOKENS, CompletionRequest
 
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-RETRY_AFTER_S = 2
 T = TypeVar("T")
 CHUNK_S = 0.1  # between two chunks of a stream: more of them would take the cores from the model
 
@@ -51,8 +50,9 @@ class Completion:
     """A request in the engine, and its choices."""
 
     def __init__(self, body: CompletionRequest, served: Served) -> None:
-        """Encode the prompts. Raises ApiError for a prompt that the model cannot read."""
+        """Encode the prompts. Raises Busy, before any work, or ApiError for a prompt that the model cannot read."""
         self._body, self._engine = body, served.engine
+        self._engine.require_room()
         sampling, generator, tokenizer = body.sampling(), served.generator, served.tokenizer
         self._encoded = [_encoded(prompt, served) for prompt in body.prompts]
         n_scored = body.n * sum(map(len, self._encoded)) if body.echo and body.logprobs is not None else 0
@@ -84,7 +84,7 @@ class Completion:
         self._job: Job | None = None
 
     def submit(self) -> None:
-        """Hand the request to the engine. Raises ApiError if its queue is full."""
+        """Hand the request to the engine. Raises Busy."""
         loop = asyncio.get_running_loop()
 
         def emit(update: Update) -> None:
@@ -97,12 +97,7 @@ class Completion:
                 self._woken = True
                 loop.call_soon_threadsafe(self._wake.set)
 
-        try:
-            self._job = self._engine.submit(self._rows, emit)
-        except Busy as busy:
-            refused = ApiError(429, f"{busy}", code="queue_full")
-            refused.headers["Retry-After"] = str(RETRY_AFTER_S)
-            raise refused from None
+        self._job = self._engine.submit(self._rows, emit)
 
     def cancel(self) -> None:
         if self._job:
@@ -271,7 +266,7 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def _checked_ids(ids: Sequence[int], served: Served, param: str) -> Sequence[int]:
+def _checked_ids(ids: list[int], served: Served, param: str) -> list[int]:
     n_vocab = served.tokenizer.n_vocab
     if wrong := next((i for i in ids if not 0 <= i < n_vocab), None):
         raise ApiError(400, f"{param}: {wrong} is not a token id: the tokenizer has 0 to {n_vocab - 1}", param)

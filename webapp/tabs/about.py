@@ -89,8 +89,8 @@ def _purpose(served: Served, config: ModelConfig | None) -> str:
         )
     return (
         f"{heading(served.label)}<p>A small language model, a GPT-2{size}. It was trained {start} {aim} "
-        f"{len(served.ids):,} tokens{origin}{part}. {escape(aliases)}</p><p>{use} The tab Write shows which passages "
-        "it copied from the text, and Recall how well it knows any place of it.</p>"
+        f"{served.corpus.n_text:,} tokens{origin}{part}. {escape(aliases)}</p><p>{use} The tab Write shows which "
+        "passages it copied from the text, and Recall how well it knows any place of it.</p>"
         f"<p>It reads and writes {escape(served.tokenizer.description)}.{layers} It was trained on windows of "
         f"{served.window} tokens, and never sees more than that.</p>"
     )

@@ -9,8 +9,9 @@ import gradio as gr
 import torch
 
 from pipeline.system.errors import InputError, PipelineError
+from pipeline.system.words import counted
 from webapp.completion import MAX_PROMPT, checked_int, checked_prompt
-from webapp.html import count, event_options, fault_slot, faults, html, note, status_html, visible
+from webapp.html import event_options, fault_slot, faults, html, note, status_html, visible
 from webapp.model_source import Served
 from webapp.page_version import PageVersion
 
@@ -141,7 +142,7 @@ def _context(served: Served, ids: list[int], found: dict[str, Any]) -> str:
     whole = "all of your text" if n == len(ids) else "no longer context occurs there"
     limits = f" {served.corpus.limits}." if served.corpus.limits else ""
     return note(
-        f"Context: “{'… ' if n > 12 else ''}{words}”, {count(n, 'token')} ({whole}). The training text contains it "
+        f"Context: “{'… ' if n > 12 else ''}{words}”, {counted(n, 'token')} ({whole}). The training text contains it "
         f"{times_in_words(found['context_times'])}.{limits}"
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from pipeline.system.errors import PipelineError
+from pipeline.system.words import counted
 from webapp.completion import (
     MAX_PROMPT,
     MAX_SAMPLES,
@@ -21,7 +22,6 @@ from webapp.completion import (
 )
 from webapp.html import (
     FieldError,
-    count,
     event_options,
     fault_html,
     fault_slot,
@@ -216,7 +216,7 @@ def status_line(completion: Completion, version: PageVersion) -> str:
     written_by = f"written by {completion.served.label}"
     if completion.served.info["version"] != number:
         written_by += f", which was served when it began; version {number} is served now"
-    parts = [escape(written_by), f"<b>{count(n, 'token')}</b>", f"<b>{completion.tokens_per_s:,.0f} tokens/s</b>"]
+    parts = [escape(written_by), f"<b>{counted(n, 'token')}</b>", f"<b>{completion.tokens_per_s:,.0f} tokens/s</b>"]
     if n:
         novelty = sum(completion.novelty(i) * len(ids) for i, ids in enumerate(completion.samples)) / n
         parts.append(f"<b>{novelty:.0%}</b> new")
@@ -231,7 +231,7 @@ def samples_html(completion: Completion, prompt: str) -> str:
 
 
 def sample_html(completion: Completion, i: int, title: str = "") -> str:
-    text = marked_html(completion.served, completion.ids(i), len(completion.prompt_ids))
+    text = marked_html(completion.served, completion.ids(i), len(completion.prompt_ids), completion.passages[i])
     title = title or (f"Sample {i + 1}" if len(completion.samples) > 1 else "Text")
     body = f'<p class="verse{"" if completion.finished else " writing"}">{text}</p>'
     return sheet(title, body, f"seed {completion.seed + i}", f"{completion.novelty(i):.0%} new")

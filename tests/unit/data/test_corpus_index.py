@@ -1,14 +1,13 @@
 """The corpus index, compared with a plain search of the text."""
 
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.data import corpus_index
-from pipeline.data.corpus_index import CorpusIndex, Passage, suffix_array
+from pipeline.data.corpus_index import CorpusIndex, Passage, novelty, suffix_array
 from pipeline.data.token_files import Tokens
 
 ids = st.lists(st.integers(0, 3) | st.sampled_from([256, 65535]), max_size=40)  # few ids, so that sequences repeat
@@ -26,15 +25,23 @@ def test_the_suffix_array_sorts_the_suffixes(text):
 
 @given(ids, ids)
 @example([0, 1, 2, 256, 1, 2, 3], [0, 1, 2, 3])  # two passages of the same length that overlap
-def test_passages_are_all_sequences_that_occur_in_the_text(text, written):
-    passages = CorpusIndex(text).passages(written, at_least=2)
-    for begin, end, position in passages:
-        assert written[begin:end] == text[position : position + end - begin]
-    assert all(one.begin < other.begin and one.end < other.end for one, other in pairwise(passages))
-    assert all(end - begin >= 2 for begin, end, _ in passages)
-    marked = {i for begin, end, _ in passages for i in range(begin, end)}
-    pairs = [i for i in range(len(written) - 1) if occurrences(text, written[i : i + 2])]
-    assert marked == {i for pair in pairs for i in (pair, pair + 1)}
+def test_passages_are_the_maximal_sequences_that_occur_in_the_text(text, written):
+    spans = [(begin, end) for begin in range(len(written)) for end in range(begin + 1, len(written) + 1)]
+    found = {span: places for span in spans if (places := occurrences(text, written[slice(*span)]))}
+    maximal = [
+        (begin, end, min(places, key=lambda start: text[start:]))
+        for (begin, end), places in found.items()
+        if end - begin >= 2 and (begin - 1, end) not in found and (begin, end + 1) not in found
+    ]
+    assert CorpusIndex(text).passages(written, at_least=2) == maximal
+
+
+def test_the_search_for_passages_encodes_each_token_of_a_copied_text_a_few_times_at_most(monkeypatch):
+    text, n_encoded, encode = np.random.default_rng(1).integers(0, 50, 5000).tolist(), [], corpus_index._as_bytes
+    index, written = CorpusIndex(text), [*text[100:2100], 50, *text[3000:4500], *text[2000:2500]]
+    monkeypatch.setattr(corpus_index, "_as_bytes", lambda ids: n_encoded.append(len(ids)) or encode(ids))
+    assert [passage.end - passage.begin for passage in index.passages(written)] == [2000, 1500, 500]
+    assert sum(n_encoded) <= 2 * len(written)
 
 
 def test_a_passage_is_maximal_and_has_its_position():
@@ -43,11 +50,11 @@ def test_a_passage_is_maximal_and_has_its_position():
     assert passages == [Passage(0, 20, 20), Passage(28, 36, 60)]
 
 
-def test_novelty_counts_the_tokens_after_the_prompt():
-    index = CorpusIndex(range(100))
-    assert index.novelty([*range(10), 500, 500], prompt_length=4) == 2 / 8
-    assert index.novelty([500] * 4, prompt_length=0) == 1
-    assert index.novelty([500] * 4, prompt_length=4) == 0  # no tokens after the prompt
+def test_novelty_is_the_share_of_the_tokens_that_are_in_no_passage():
+    assert novelty([Passage(0, 10, 0)], 4, 12) == 2 / 8
+    assert novelty([Passage(2, 9, 0), Passage(6, 10, 3)], 0, 12) == 4 / 12  # they overlap
+    assert novelty([], 0, 4) == 1
+    assert novelty([], 4, 4) == 0  # no tokens
 
 
 @given(ids, ids)

@@ -246,6 +246,17 @@ def test_log_probabilities_are_of_all_ids_and_the_same_when_a_text_is_written_an
     assert within[1] == pytest.approx(float(logits.log_softmax(0)[vocabulary.fold(torch.tensor(ids[1]))]), abs=1e-4)
 
 
+def test_sequences_of_one_prompt_share_its_ids_until_they_join_a_batch(generator, tokenizer):
+    prompt = tokenizer.encode("ROMEO: O")
+    before, sequences = list(prompt), [generator.start(prompt, Sampling(max_tokens=3), n, n) for n in range(3)]
+    assert all(sequence.ids is prompt and not sequence.compact_ids for sequence in sequences)
+    batch = Batch(generator, sequences[:2])
+    batch.add(sequences[2])
+    batch.step()
+    assert prompt == before
+    assert all(sequence.ids[: len(prompt)] == prompt != sequence.ids for sequence in sequences)
+
+
 def test_sequences_join_and_leave_a_batch_in_any_order(generator, chance):
     plans = [(n, Sampling(max_tokens=chance.randint(1, 30), temperature=1, seed=n)) for n in range(12)]
     expected = {n: write(generator, [PROMPTS[n % 4]], sampling)[0].ids for n, sampling in plans}

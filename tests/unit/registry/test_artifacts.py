@@ -1,6 +1,7 @@
 """The files of a version: altered, missing and surplus ones are refused, and a forged model is not loaded."""
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -12,7 +13,7 @@ from fixtures_registry import Canary, _keep_threads, alter, hash_tags, write_ver
 from safetensors.torch import save_file
 
 from pipeline.model.generator import load_generator
-from pipeline.registry.artifacts import LISTING, _write_listing, open_version, verify_files
+from pipeline.registry.artifacts import LISTING, TEMPORARY, _write_listing, fetch_version, open_version, verify_files
 from pipeline.system.errors import IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import write_manifest
 
@@ -169,3 +170,26 @@ def test_a_version_of_a_later_format_is_refused_before_the_store_is_asked(intact
     version = SimpleNamespace(name="x", version="1", tags=intact[1] | {"format": "2"})
     with pytest.raises(IntegrityError, match=r"^x version 1 has the format 2, but this program reads format 1: "):
         open_version(None, version)
+
+
+@pytest.mark.parametrize(
+    ("uri", "own", "copied_to"),
+    [
+        ("/store/1", True, r"None"),
+        ("file:///store/1", False, r"None"),
+        ("mlflow-artifacts:/1", True, r".*/own"),
+        ("s3://bucket/1", False, rf".*/{TEMPORARY}[^/]+"),
+    ],
+)
+def test_only_a_remote_version_is_copied_to_the_folder_of_the_caller_if_there_is_one(
+    uri, own, copied_to, tmp_path, monkeypatch
+):
+    def download(artifact_uri, tracking_uri, dst_path):
+        assert (artifact_uri, tracking_uri) == (f"{uri}/artifacts", "http://store")
+        return f"{dst_path}"
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
+    client = SimpleNamespace(get_model_version_download_uri=lambda name, version: uri)
+    store, version = SimpleNamespace(uri="http://store", client=client), SimpleNamespace(name="x", version="1")
+    copy = fetch_version(store, version, copies=tmp_path / "own" if own else None)
+    assert re.fullmatch(copied_to, str(copy))

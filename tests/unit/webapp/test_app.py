@@ -4,6 +4,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fixtures_app import _version  # noqa: F401 (fixture)
@@ -11,7 +12,7 @@ from fixtures_registry import alter
 
 import app
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
-from webapp import registry_source
+from webapp import registry_source, server
 from webapp.model_source import Folder
 
 ROOT = Path(__file__).parents[3]
@@ -31,11 +32,12 @@ def project(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "run `make repro`"),
-        (["--folder", "nowhere"], "nowhere not found"),
-        (["--folder", "empty"], "export space"),
+        (["--port", "0"], "run `make repro`"),
+        (["--port", "0", "--folder", "nowhere"], "nowhere not found"),
+        (["--port", "0", "--folder", "empty"], "export space"),
         (["--share"], "unrecognized arguments: --share"),
         (["--port", "many"], "invalid int value: 'many'"),
+        (["--port", "TAKEN"], "(another program uses this port):"),  # before a model is loaded
         (["--folder", "VERSION", "--port", "99999"], "127.0.0.1:99999 (a port is a number from 0 to 65535):"),
         (["--folder", "VERSION", "--port", "TAKEN"], "(another program uses this port):"),
         (["--folder", "VERSION", "--host", "192.0.2.1", "--api-key", "k"], "(cannot assign requested address):"),
@@ -50,6 +52,19 @@ def test_without_a_model_or_with_wrong_arguments_it_says_what_to_do(
         with pytest.raises((ModelMissing, InputError, SystemExit)) as end:
             app.main()
     assert error in str(end.value) + capsys.readouterr().err
+
+
+def test_port_0_is_a_free_port_which_it_says_and_serves(project, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(
+        app, "open_source", lambda arguments: SimpleNamespace(current=lambda: SimpleNamespace(label="parrot version 7"))
+    )
+    monkeypatch.setattr(server, "make_app", lambda *_: None)
+    monkeypatch.setattr(server, "serve", lambda app, host, port: served.append(f"http://{host}:{port} "))
+    monkeypatch.setattr(sys, "argv", ["app.py", "--port", "0"])
+    app.main()
+    assert served[0] in capsys.readouterr().out
+    assert served != ["http://127.0.0.1:0 "]
 
 
 def test_the_default_model_is_that_of_params_yaml(project, monkeypatch):

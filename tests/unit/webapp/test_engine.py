@@ -2,6 +2,7 @@
 
 import threading
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from pipeline.model.sampling import Sampling, sample
 from tests.waiting import wait_until
 from webapp.engine import Busy, Engine, EngineFailed, Row, Stopped, TimedOut, stop_engines
 from webapp.metrics import n_sequences
+from webapp.openai_api.routes import Completion
+from webapp.openai_api.schema import CompletionRequest
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
 PROMPTS = ["ROMEO:", "", "Before we proceed any further, hear me speak, and then some more of it", "O", "To be", "x y"]
@@ -77,12 +80,12 @@ def test_requests_that_join_while_others_run_get_the_text_that_they_get_alone(ge
         sent.append(submit(engine, prompt, **each))
         held.release(3)
         assert wait_until(lambda: not held.steps._value, 20)
-    assert engine.n_running <= 3
+    assert len(engine._rows) <= 3
     held.release()
     for (updates, _), prompt, each in zip(sent, PROMPTS, values, strict=True):
         assert ids_of(updates) == alone(generator, prompt, **each)
     assert wait_until(lambda: engine._thread is None, 20)
-    assert (engine.n_running, engine.n_waiting) == (0, 0)
+    assert (len(engine._rows), len(engine._waiting)) == (0, 0)
 
 
 def test_a_cancelled_request_leaves_and_the_next_one_takes_its_row(generator, held):
@@ -90,7 +93,7 @@ def test_a_cancelled_request_leaves_and_the_next_one_takes_its_row(generator, he
     (first, job), (second, _) = submit(engine, "O"), submit(engine, "To be", max_tokens=3)
     other = submit(Engine(generator), "O", max_tokens=3)[0]  # of another version
     held.release(2)
-    assert wait_until(lambda: (engine.n_running, engine.n_waiting, held.steps._value) == (1, 1, 0), 20)
+    assert wait_until(lambda: (len(engine._rows), len(engine._waiting), held.steps._value) == (1, 1, 0), 20)
     assert n_sequences() == {"running": 2, "waiting": 1}
     job.cancel()
     held.release()
@@ -102,11 +105,15 @@ def test_a_cancelled_request_leaves_and_the_next_one_takes_its_row(generator, he
 def test_a_full_queue_refuses_and_a_late_request_is_told(generator, held):
     engine = Engine(generator, max_rows=1, max_waiting=1)
     kept = submit(engine, "O")[0]
-    assert wait_until(lambda: engine.n_running == 1, 20)
+    assert wait_until(lambda: len(engine._rows) == 1, 20)
     engine.timeout_s = 0.0
     late = submit(engine, "To be")[0]
     with pytest.raises(Busy, match="1 sequences are waiting"):
         submit(engine, "To be")
+    with pytest.raises(Busy):  # the API does not encode a prompt that is refused
+        Completion(
+            CompletionRequest(prompt="To be", n=128), SimpleNamespace(engine=engine, generator=None, tokenizer=None)
+        )
     held.release()
     error = late.get(timeout=20)
     assert isinstance(error, TimedOut)
@@ -130,16 +137,16 @@ def test_a_request_whose_sampling_fails_ends_alone(generator, held, monkeypatch,
     monkeypatch.setattr("pipeline.model.generator.sample", failing)
     engine = Engine(generator, max_rows=3)
     sent = [submit(engine, "O", seed=1)[0]]
-    assert wait_until(lambda: engine.n_running == 1, 20)  # its first step waits, so that the others join together
+    assert wait_until(lambda: len(engine._rows) == 1, 20)  # its first step waits, so that the others join together
     sent += [submit(engine, "O", seed=seed)[0] for seed in (0, 2)]
     held.release(1)
-    assert wait_until(lambda: engine.n_running == 3, 20)
+    assert wait_until(lambda: len(engine._rows) == 3, 20)
     held.release()
     assert isinstance(sent[1].get(timeout=20), EngineFailed)
     for seed, updates in ((1, sent[0]), (2, sent[2])):
         assert ids_of(updates) == alone(generator, "O", max_tokens=20, temperature=1, seed=seed)
     assert wait_until(lambda: engine._thread is None, 20)
-    assert (engine.n_running, "ZeroDivisionError" in capsys.readouterr().err) == (0, True)
+    assert (len(engine._rows), "ZeroDivisionError" in capsys.readouterr().err) == (0, True)
     with pytest.raises(ZeroDivisionError):
         alone(generator, "O")
 
@@ -147,7 +154,7 @@ def test_a_request_whose_sampling_fails_ends_alone(generator, held, monkeypatch,
 def test_when_the_server_stops_all_requests_are_told_and_the_threads_end(generator, held, monkeypatch):
     monkeypatch.setattr(webapp.engine, "ENGINES", engines := {Engine(generator, max_rows=1), Engine(generator)})
     sent = [submit(engine, "O")[0] for engine in engines for _ in range(2)]
-    assert wait_until(lambda: all(engine.n_running for engine in engines), 20)
+    assert wait_until(lambda: all(len(engine._rows) for engine in engines), 20)
     held.release()
     stop_engines()
     assert [engine._thread for engine in engines] == [None, None]

@@ -21,11 +21,12 @@ from pipeline.data.vocab import Vocabulary
 from pipeline.model.generator import Generator
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
+from pipeline.system.words import counted
 from webapp.api import user_errors
 from webapp.chart import line_chart
 from webapp.completion import Completion, complete
 from webapp.engine import TimedOut
-from webapp.html import alias_words, count, marked_html, place_html, split_text, where_html
+from webapp.html import alias_words, marked_html, place_html, split_text, where_html
 from webapp.model_source import Served
 from webapp.page import TABS, compose, head_html
 from webapp.page_version import PageVersion
@@ -45,6 +46,10 @@ def page(source: Stub) -> gr.Blocks:
 
 def completed(served: Any, prompt: str, samples: Any = 1, **numbers: Any) -> Completion:
     return list(complete(served, prompt, samples, **numbers))[-1]
+
+
+def marked(served: Any, ids: Any, n_prompt: int) -> str:
+    return marked_html(served, ids, n_prompt, served.corpus.passages(ids, served.min_passage))
 
 
 @given(st.text("ab \n<é☂🙂👩\u200d", max_size=40), st.lists(st.integers(0, 60), max_size=5))
@@ -73,7 +78,7 @@ def test_no_text_has_a_replacement_character_for_a_part_of_a_character(served):
 def test_copied_passages_are_marked_and_the_prompt_is_not(served):
     prompt = PROMPT.removesuffix(" we")  # enough of the new tokens are then no speaker’s name
     completion = completed(served, prompt, max_tokens=12, temperature=0)
-    html = marked_html(served, completion.ids(0), len(completion.prompt_ids))
+    html = marked(served, completion.ids(0), len(completion.prompt_ids))
     assert html.startswith(f'<span class="prompt">{prompt}</span><mark tabindex="0" role="button" ')
     assert 'data-place="0"' in html
     assert completion.novelty(0) == 0
@@ -84,10 +89,22 @@ def test_copied_passages_are_marked_and_the_prompt_is_not(served):
     assert "hear me speak" in place
 
 
+def test_passages_are_searched_once_for_each_sample_and_refresh(page, source, monkeypatch):
+    searched, search = [], CorpusIndex.passages
+    monkeypatch.setattr(CorpusIndex, "passages", lambda *given: searched.append(given) or search(*given))
+    answers = written(source, samples=2, max_tokens=9)
+    assert len(searched) == 2 * len(answers)
+    answers += page.fns[event(page, "generate")].fn(PROMPT, samples=2, max_tokens=9, temperature=0)
+    assert len(searched) == 2 * len(answers)
+    ((passage,), novelty) = (answers[-1]["samples"][1][key] for key in ("passages", "novelty"))
+    assert passage["text"] in LINES
+    assert novelty == 0
+
+
 def test_each_of_two_overlapping_passages_opens_whole(tokenizer):
     text = [*range(300, 312), 0, *range(306, 320)]
     served = SimpleNamespace(corpus=CorpusIndex(text), tokenizer=tokenizer, info={"version": "1"}, min_passage=8)
-    html = marked_html(served, range(300, 320), 0)
+    html = marked(served, range(300, 320), 0)
     assert re.findall(r'data-place="(\d+)" data-length="(\d+)"', html) == [("0", "12"), ("13", "14")]
     assert re.sub("<[^>]*>", "", html) == escape(tokenizer.decode(range(300, 320)))
 
@@ -103,7 +120,7 @@ def test_every_text_is_escaped(served):
     for n_before_end, length in ((24, 24), (4, 4), (40, 4)):  # <b> is in the passage, before it and after it
         shown += place_html(served, len(served.ids) - n_before_end, length)
     for ids in (served.ids[-24:].tolist(), served.tokenizer.encode("<img src=x onerror=alert(1)>&'\"")):
-        shown += marked_html(served, ids, 0) + marked_html(served, ids, 2)
+        shown += marked(served, ids, 0) + marked(served, ids, 2)
         shown += heat_html(served, len(served.ids) - 24, "<b>")  # here, each token is a span
     assert re.findall("<img|<b>First|<b>Resolved|<<", shown) == []
     assert "&lt;b&gt;First" in shown
@@ -118,6 +135,9 @@ def test_the_page_says_where_only_a_part_of_a_long_text_is_searched(served):
         for html in (samples_html(completion, "All:"), next_token_html(version, "All:")):
             assert (warning in html) == (version is long)
     assert f"after 8% of it, from token {n - 24:,} on" in place_html(long, n - 24, 24)
+    for html in (head_html(long), about_html(long)):
+        assert f"{10 * n:,} tokens" in html
+        assert f"{n:,} tokens" not in html
 
 
 def test_next_tokens_have_the_models_probability_and_their_count_in_the_text(served):
@@ -230,8 +250,7 @@ def test_the_page_shows_a_model_of_each_tokenizer(made, name, shortest):
     completion = completed(served, "Wer 漢", max_tokens=9, seed=1)
     assert tokenizer.decode(completion.prompt_ids) == "Wer 漢"
     assert len(completion.samples[0]) <= 9
-    marked = marked_html(served, [*tokenizer.encode("Wer"), *ids[:40]], 3)
-    assert marked.count("<mark ") == 1
+    assert marked(served, [*tokenizer.encode("Wer"), *ids[:40]], 3).count("<mark ") == 1
 
 
 def test_any_curve_can_be_drawn():
@@ -388,7 +407,7 @@ def test_all_tabs_of_an_open_page_change_their_version_at_once_and_say_so(source
 
 
 def test_words_for_counts_places_and_aliases():
-    assert [count(n, "token") for n in (0, 1, 1200)] == ["0 tokens", "1 token", "1,200 tokens"]
+    assert [counted(n, "token") for n in (0, 1, 1200)] == ["0 tokens", "1 token", "1,200 tokens"]
     assert [times_in_words(n) for n in (1, 2, 1200)] == ["once", "twice", "1,200 times"]
     places = {0: "at its beginning", 1: "near its beginning, from token 1 of 1,000 on",
               250: "after 25% of it, from token 250 on", 999: "near its end, from token 999 of 1,000 on"}  # fmt: skip
@@ -429,14 +448,14 @@ def test_about_leads_with_what_the_model_is_and_is_for_and_ends_with_its_paramet
     ],
 )
 def test_only_passages_of_enough_tokens_that_say_something_are_marked(served, text, marks):
-    assert marked_html(served, served.tokenizer.encode(text), 0).count("<mark ") == marks
+    assert marked(served, served.tokenizer.encode(text), 0).count("<mark ") == marks
 
 
 def test_the_remainder_of_a_passage_behind_the_prompt_or_another_mark_needs_enough_tokens(tokenizer):
     ids = [*tokenizer.encode("one two three four five six seven eight nine ten"), *range(300, 306)]
     served = SimpleNamespace(corpus=CorpusIndex(ids), tokenizer=tokenizer, info={"version": "1"}, min_passage=8)
     for n_prompt in range(len(ids)):
-        assert marked_html(served, ids, n_prompt).count("<mark ") == (len(ids) - n_prompt >= 8)
+        assert marked(served, ids, n_prompt).count("<mark ") == (len(ids) - n_prompt >= 8)
 
 
 def test_no_event_fails_with_anything_but_a_refusal(page):

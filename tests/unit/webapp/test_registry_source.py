@@ -1,5 +1,6 @@
 """The champion moves while it is served, with a fake catalog; integration/test_app.py has a real registry."""
 
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ class Catalog:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.champion, self.altered, self.n_checks, self.opened = folder, "1", set[str](), 0, []
+        self.copies = list[Path]()
         self.ready = threading.Event()  # versions load once it is set
         self.ready.set()
 
@@ -31,15 +33,19 @@ class Catalog:
         aliases = ["champion"] if number == self.champion else []
         return SimpleNamespace(version=number, name=name, aliases=aliases, creation_timestamp=0)
 
-    def open(self, store: Any, version: Any) -> Path:
+    def aliases_of(self, store: Any, name: str) -> dict[str, str]:
+        return {"champion": self.champion}
+
+    def open(self, store: Any, version: Any, copies: Path) -> Path:
         self.opened.append(version.version)
+        self.copies.append(Path(shutil.copytree(self.folder, copies / "artifacts")))  # as of a remote store
         assert self.ready.wait(60)
         if version.version in self.altered:
             raise IntegrityError(f"version {version.version} is altered (SHA-256 ab, expected cd)")
-        return self.folder
+        return self.copies[-1]
 
-    def describe(self, store: Any, version: Any) -> dict[str, Any]:
-        return INFO | {"version": version.version}
+    def describe(self, store: Any, version: Any, files: Path) -> dict[str, Any]:
+        return INFO | {"version": version.version, "aliases": version.aliases}
 
 
 @pytest.fixture
@@ -47,6 +53,7 @@ def catalog(version: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     fake = Catalog(version)
     monkeypatch.setattr(registry_source, "open_registry", lambda root: None)
     monkeypatch.setattr(registry_source, "find_version", fake.find)
+    monkeypatch.setattr(registry_source, "aliases_of", fake.aliases_of)
     monkeypatch.setattr(registry_source, "open_version", fake.open)
     monkeypatch.setattr(registry_source, "describe_version", fake.describe)
     monkeypatch.setattr(registry_source, "list_versions", lambda *_: [fake.find(None, "x", n) for n in "4321"])
@@ -101,9 +108,28 @@ def test_the_first_request_after_a_promotion_gets_the_new_version(catalog, monke
     assert wait_until(lambda: registry.current().label == "parrot version 2", 20)
 
 
+def test_an_alias_that_moves_between_versions_that_are_not_served_is_followed(catalog):
+    registry = Registry(Path(), "parrot", "3")
+    for champion in ("1", "2"):
+        catalog.champion = champion
+        assert registry.open(champion).label == f"parrot version {champion}"
+        registry.follow()
+        assert {n for n in ("1", champion, "3") if registry.open(n).info["aliases"] == ["champion"]} == {champion}
+
+
 def test_only_a_few_versions_stay_in_memory(catalog, registry):
     for number in ("2", "3", "4", "2"):
         assert registry.open(number).info["version"] == number
     assert registry._load.cache_info().currsize == registry_source.KEPT == 3
     with pytest.raises(InputError, match="not in the registry"):
         registry.open("../1")
+
+
+def test_the_copy_of_a_remote_version_is_removed_once_it_is_loaded_or_refused(catalog, registry):
+    catalog.altered = {"2"}
+    with pytest.raises(IntegrityError):
+        registry.open("2")
+    assert [copy.parent.exists() for copy in catalog.copies] == [False, False]
+    maps = Path("/proc/self/maps")  # a removed file would stay on the disk while it is mapped
+    assert not maps.exists() or str(catalog.copies[0]) not in maps.read_text()
+    assert list(complete(registry.current(), "All:", 1, max_tokens=3))[-1].n_tokens == 3
