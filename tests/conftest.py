@@ -45,7 +45,8 @@ LONG_FILES = (
 @pytest.hookimpl(trylast=True)  # after pytest-randomly
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first: with several processes, one would wait for the others at the end."""
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    last = len(LONG_FILES)
+    items.sort(key=lambda item: LONG_FILES.index(name) if (name := item.path.name) in LONG_FILES else last)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -71,13 +71,13 @@ def test_a_stream_gives_the_same_text_in_pieces_and_its_usage_at_the_end(client,
 def test_choices_have_the_seeds_after_the_first_and_a_list_of_prompts_the_texts_of_each_alone(client, served):
     def ask(prompt: Any, n: int = 1) -> list[str]:
         answer = client.completions.create(
-            model="parrot", prompt=prompt, n=n, seed=5, max_tokens=20, temperature=1.5, extra_body={"top_k": 40}
+            model="parrot", prompt=prompt, n=n, seed=5, max_tokens=20, temperature=2.0, extra_body={"top_k": 40}
         )
         assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
         return [choice.text for choice in answer.choices]
 
     def alone(prompt: str, seed: int) -> str:
-        sampling = Sampling(max_tokens=20, temperature=1.5, top_k=40, seed=seed)
+        sampling = Sampling(max_tokens=20, temperature=2.0, top_k=40, seed=seed)
         return served.generator.text(prompt, sampling).removeprefix(prompt)
 
     expected = [alone(prompt, seed) for prompt in ("All:", "the") for seed in (5, 6)]
