@@ -115,7 +115,7 @@ def _folder_of(run: "Run", root: Path) -> Path | None:
 
 
 def _job_of(run: "Run") -> str | None:
-    """The job on Slurm that runs the workers of a study; it goes on without the process that has submitted it."""
+    """The job on Slurm that runs the workers of a study, also after the process that submitted it has ended."""
     from pipeline.cluster.jobs import find_live
 
     tags = run.data.tags

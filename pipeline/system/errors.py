@@ -28,7 +28,7 @@ class IntegrityError(PipelineError):
 
 
 class DivergedError(PipelineError):
-    """Loss or gradient is not finite; raised before the update, so that the weights are unchanged."""
+    """A loss or the gradient is not finite; the checkpoints before are kept."""
 
     exit_code = 4
 

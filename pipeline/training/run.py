@@ -44,7 +44,8 @@ def open_run(
 
         def claim() -> tuple[Identity, list[str]]:
             stack.enter_context(locked(folder.with_suffix(".lock")))
-            changed, kept = environment_changes(folder, identity), None
+            before, kept = last_identity(folder), None
+            changed = differences(before["environment"], identity["environment"]) if before else []
             if changed and not elastic:
                 kept = set_aside(folder)
             if not extend(folder, identity, config, text, elastic) and kept:
@@ -61,12 +62,10 @@ def open_run(
         yield run
 
 
-def environment_changes(folder: Path, identity: Identity) -> list[str]:
-    """The changes of the environment since the last attempt of the run in `folder`, if there was one."""
-    if not (folder / IDENTITY).is_file():
-        return []
-    before: Identity = read_json(folder / IDENTITY)
-    return differences(before["environment"], identity["environment"])
+def last_identity(folder: Path) -> Identity | None:
+    """The identity of the last attempt of the run in `folder`, if there was one."""
+    path = folder / IDENTITY
+    return read_json(path, f"`python -m pipeline clean {folder.name}`") if path.is_file() else None
 
 
 def claim_folder(folder: Path, identity: Identity) -> tuple[Identity, list[str]]:
@@ -74,9 +73,8 @@ def claim_folder(folder: Path, identity: Identity) -> tuple[Identity, list[str]]
 
     If there are changes, the folder keeps the identity that it has, until the run has resumed.
     """
-    if (folder / IDENTITY).is_file():
-        before: Identity = read_json(folder / IDENTITY)
-        changed = environment_changes(folder, identity)
+    if before := last_identity(folder):
+        changed = differences(before["environment"], identity["environment"])
         return {**identity, "inexact": before["inexact"]} if changed else before, changed
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY, identity)

@@ -82,7 +82,7 @@ def test_runs_left_running_are_closed_unless_a_process_may_still_have_them(store
                     before[run_id].fix()  # found before the process had the lock
                 assert store.client.get_run(run_id).info.status == "RUNNING"
     assert running(store, root)[study].mark == "note"  # this project has another store
-    with monkeypatch.context() as patch:  # the sweep was interrupted, its job on Slurm goes on
+    with monkeypatch.context() as patch:  # the sweep was interrupted, its job on Slurm still runs
         patch.setattr("pipeline.cluster.jobs.find_live", {f"study-{name}": Namespace(id="7")}.get)
         found = running(store, root_of(store))
         assert [finding.mark for finding in found.values() if "is RUNNING in job 7" in finding.what] == ["ok"]

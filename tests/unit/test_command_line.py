@@ -243,7 +243,7 @@ def test_clean_keeps_a_study_of_which_a_trial_is_trained_and_waits_for_its_recor
     assert (code, "search/cccc is held by process" in said) == (6, True)
     assert (trial / IDENTITY).exists()
     with ThreadPoolExecutor() as pool:
-        with locked(trial / RECORDER_LOCK):  # as a recorder that goes on after Ctrl-C
+        with locked(trial / RECORDER_LOCK):  # as a recorder that still sends after Ctrl-C
             cleaning = pool.submit(command, "clean", "search")
             assert not wait([cleaning], timeout=1).done
             assert (trial / IDENTITY).exists()

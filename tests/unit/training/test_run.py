@@ -12,7 +12,7 @@ from pipeline.data.encode import write_tokens
 from pipeline.data.tokenizer import make_tokenizer
 from pipeline.system import distributed
 from pipeline.system.distributed import World
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, IntegrityError
 from pipeline.tracking.fingerprint import IDENTITY, Identity
 from pipeline.training import train as training
 from pipeline.training.config import RunConfig
@@ -48,6 +48,13 @@ def test_a_run_that_is_inexact_once_stays_inexact(tmp_path):
     assert claim_folder(tmp_path / "f", identity(1)) == (changed, [])
     again, what = claim_folder(tmp_path / "f", identity(2))
     assert (again["inexact"], what) == (changed["inexact"], ["processes 1 -> 2"])
+
+
+def test_a_damaged_identity_of_the_run_itself_is_refused_with_the_command_that_removes_the_run(tmp_path):
+    claim_folder(folder := tmp_path / "f", identity(1))
+    (folder / IDENTITY).write_text("{")
+    with pytest.raises(IntegrityError, match=r"identity.json is not JSON .*: `python -m pipeline clean f`$"):
+        claim_folder(folder, identity(1))
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(monkeypatch):
