@@ -138,6 +138,14 @@ def _same_mps_dropout() -> tuple[AbstractContextManager[None], AbstractContextMa
     return nullcontext(), repeating()
 
 
+class Embedding(nn.Embedding):
+    """Makes no initial values on the device `meta`, for which torch would import its compiler, in a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class GPT(nn.Module):
     """GPT-2 with learned positions and a head tied to the embedding, on compact ids of `vocabulary`.
 
@@ -152,8 +160,8 @@ class GPT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self._through = torch.compile(through, dynamic=False) if compiled else through
         self.trained_length = config.block_size  # later positions have not been trained
-        self.wte = nn.Embedding(vocabulary.n_rows, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(vocabulary.n_rows, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 

@@ -287,8 +287,9 @@ def _tensors(published: Published) -> dict[str, tuple[Path, str]]:
     from pipeline.data.vocab import Vocabulary
     from pipeline.model.gpt import GPT
 
+    vocabulary = Vocabulary.full(published.shape["vocab_size"])
     with torch.device("meta"):
-        model = GPT(published.config, Vocabulary.full(published.shape["vocab_size"]))
+        model = GPT(published.config, vocabulary)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, tuple[Path, str]] = {}
     for path in _parts(published):

@@ -48,19 +48,19 @@ def load_model(folder: Path, counts: np.ndarray | None = None) -> GPT:
     verify_manifest(folder)
     config, trained_length = _read_shape(folder / SHAPE)
     weights = load_tensors(folder / WEIGHTS, HINT)
+    vocabulary = Vocabulary.full(config.n_ids)
     with torch.device("meta"):
-        unfolded = GPT(config, Vocabulary.full(config.n_ids)).state_dict()
+        unfolded = GPT(config, vocabulary).state_dict()
     check_tensors(folder / WEIGHTS, weights, {name: tensor.shape for name, tensor in unfolded.items()}, HINT)
     if counts is not None and counts[config.n_ids :].any():
         raise IntegrityError(f"{folder} has {config.n_ids} ids, the text has ids beyond them: {HINT}")
     if config.fold_vocab and counts is not None:
         vocabulary = Vocabulary.of(counts, config.n_ids)
-    else:
-        vocabulary = Vocabulary.full(config.n_ids)
     weights["wte.weight"] = vocabulary.fold_rows(weights["wte.weight"])
     with torch.device("meta"):
         model = GPT(config, vocabulary)
-    model.to_empty(device="cpu").load_state_dict(weights)
+    # Copies are aligned, which the tensors of a file are not; to_empty() would import sympy.
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
     model.trained_length = trained_length
     return model.eval()
 

@@ -1,6 +1,7 @@
 """Serve a registered version through `mlflow models serve` and `mlflow.pyfunc.load_model`.
 
-MLflow stores a copy of this file in the version and runs it to load the version, so that no pickle is needed.
+MLflow stores a copy of this file in the version and runs it to load the version, so that no pickle is needed. It also
+runs the file when it saves the version: torch, whose import takes seconds, is imported only to load a model.
 """
 
 from pathlib import Path
@@ -9,7 +10,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import InputError
 
@@ -18,6 +18,8 @@ class PromptModel:
     """Load a version, and predict. The methods have no type hints, since with them MLflow silently drops `params`."""
 
     def load_context(self, context):  # type: ignore[no-untyped-def]
+        from pipeline.model.generator import load_generator
+
         self.generator = load_generator(Path(context.artifacts["model"]).parent)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -25,6 +26,16 @@ from pipeline.registry.register import register
 from pipeline.system.host import SOURCE_ROOT
 
 PROMPTS = ["ROMEO:", "Thou – art é"]
+IMPORTS = """if True:
+    import sys
+    from pathlib import Path
+    from pipeline.model.sampling import Sampling
+    from pipeline.registry import pyfunc
+    print("torch" in sys.modules)
+    from pipeline.model.generator import load_generator
+    load_generator(Path(sys.argv[1])).text("ROMEO:", Sampling(max_tokens=5))
+    print({"torch", "torch._dynamo", "sympy"} & sys.modules.keys())
+    """
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +90,12 @@ def test_mlflow_loads_the_registered_files_which_hold_no_pickle(store, champion,
     assert served.metadata.get_input_schema().input_names() == ["prompt"]
     text = TokenFolder(files / "artifacts" / "tokens").train
     assert list(served.input_example["prompt"]) == openings(text, generator.tokenizer, 1)
+
+
+def test_saving_a_version_does_not_import_torch_nor_loading_one_its_compiler(store, champion):
+    folder = open_version(store, find_version(store, champion, "champion"))
+    done = subprocess.run([sys.executable, "-c", IMPORTS, folder], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["False", "{'torch'}"], done.stderr
 
 
 def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(server, champion, store):
