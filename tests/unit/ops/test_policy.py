@@ -121,7 +121,7 @@ LOWEST = {32: 0.5, 64: 0.2, 128: 0.05, 256: 0.01}  # window -> lowest possible l
             0.012,
             "--target 0.012 is not possible: .* in windows of 256 tokens no model gets below 0.010: .*0.02",
         ),
-        ({}, None, "fewer tokens than the shortest window, 32"),
+        ({}, None, "no more tokens than the shortest window, 32"),
         (LOWEST, -1.0, "--target -1: give a loss above 0"),
         (LOWEST, math.nan, "--target nan: give a loss above 0"),
     ],
