@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.system.errors import InputError
@@ -38,7 +37,6 @@ def add_slurm(add: Add, without: Sequence[str] = ()) -> None:
 
 def slurm_of(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | None":
     """The section `slurm` with the flags of the command line; None without `--on slurm`. Raises InputError."""
-    from pipeline.config.params import Params
     from pipeline.config.sections import SlurmConfig
 
     flags = {key.removeprefix("slurm_"): value for key, value in vars(arguments).items() if key.startswith("slurm_")}
@@ -46,9 +44,7 @@ def slurm_of(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | N
         if flags:
             raise InputError(f"{', '.join(map(_flag, flags))}: only with --on slurm")
         return None
-    own = given.values.get(SlurmConfig.section_name) or {}
-    values = given.values | ({SlurmConfig.section_name: own | flags} if isinstance(own, dict) else {})
-    return Params(values, Path(f"{given.path} with the command line") if flags else given.path).section(SlurmConfig)
+    return given.overridden(SlurmConfig, flags).section(SlurmConfig)
 
 
 def _flag(key: str) -> str:
