@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
@@ -100,7 +100,7 @@ def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {one_line(error)}") from None
 
 
 def open_project_registry() -> tuple[Any, str]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, one_line
 
 PARAMS = Path("params.yaml")
 
@@ -111,7 +111,7 @@ def load_params(path: Path = PARAMS) -> Params:
         raise InputError(f"{path} not found: run from the project folder") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML raises the last four for a date such as 2001-99-99, a tag such as !!bool, or thousands of brackets
-        fault = " ".join(str(error).replace(' in "<unicode string>",', "").split())
+        fault = one_line(error).replace(' in "<unicode string>",', "")
         raise InputError(f"{path} is not YAML: {fault}; `git checkout {path}` restores the committed one") from None
     if not isinstance(values, dict):
         found = "it is empty" if values is None else f"expected a mapping, got {type(values).__name__}"

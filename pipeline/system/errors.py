@@ -9,6 +9,16 @@ BROKEN_PIPE = 141  # the shell's code for SIGPIPE
 # A message has the form `<what> <where>: <what to do>`. docs/reference/exit-codes.md lists the exit codes.
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, or its class's name if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class's name if it has no message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class PipelineError(Exception):
     """Ends the command with one line and `exit_code`; raise one of its subclasses."""
 
