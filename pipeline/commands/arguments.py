@@ -54,7 +54,7 @@ def _flag(key: str) -> str:
 
 def become_dvc(*arguments: str) -> None:
     """Replace this process by DVC."""
-    from pipeline.system.host import dvc_command
+    from pipeline.system.processes import dvc_command
 
     command, environment = dvc_command(*arguments)
     sys.stdout.flush()

@@ -17,7 +17,7 @@ from pipeline.ops.plan import in_lines
 from pipeline.ops.policy import FIXED_S, duration
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.files import read_json
-from pipeline.system.host import run_dvc
+from pipeline.system.processes import run_dvc
 from pipeline.tracking.fingerprint import IDENTITY, identify
 from pipeline.training.checkpoint import checkpoint_steps
 from pipeline.training.config import RunConfig
