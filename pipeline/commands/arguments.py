@@ -70,7 +70,7 @@ def count(text: str) -> int:
 
 def _minutes(text: str) -> int:
     """Minutes, rounded up, of 90m, 24h or 7d; a plain number could be minutes or seconds."""
-    from pipeline.ops.policy import parse_duration
+    from pipeline.system.words import parse_duration
 
     try:
         return math.ceil(parse_duration(text if text[-1:].isalpha() else "?") / 60)

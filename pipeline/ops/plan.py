@@ -16,7 +16,7 @@ from pipeline.data.corpus import Fetched
 from pipeline.model.published import require_tokenizer
 from pipeline.ops import policy
 from pipeline.ops.params_check import check_params
-from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training, duration, in_words
+from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training
 from pipeline.ops.sources import Source, Weights, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
@@ -24,6 +24,7 @@ from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import read_json
 from pipeline.system.host import project_root
+from pipeline.system.words import duration, in_words
 from pipeline.tracking.fingerprint import flatten
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast, step_flops, vocabulary_of

@@ -14,10 +14,11 @@ from pipeline.data.tokenizer import n_vocab_in, parse_tokenizer
 from pipeline.ops.outcome import StageFailed, reproduce, show_outcome
 from pipeline.ops.params_check import check_params
 from pipeline.ops.plan import in_lines
-from pipeline.ops.policy import FIXED_S, duration
+from pipeline.ops.policy import FIXED_S
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.files import read_json
 from pipeline.system.processes import run_dvc
+from pipeline.system.words import duration
 from pipeline.tracking.fingerprint import IDENTITY, identify
 from pipeline.training.checkpoint import checkpoint_steps
 from pipeline.training.config import RunConfig
