@@ -17,7 +17,7 @@ from pipeline.model.prompt_lookup import PromptLookup
 from pipeline.model.sampling import Sampling, sample
 from pipeline.model.weights import load_model
 from pipeline.system.device import prepare_machine
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, ModelMissing
 
 # The context is at most as long as the windows of training. When it is full, its first half is dropped. A text ends at
 # max_tokens, before a stop text, or when the model samples the end-of-text token. This token separated the documents
@@ -321,6 +321,9 @@ def load_generator(folder: Path, precision: Literal["auto", "fp32", "bf16"] = "a
 
     Raises ModelMissing if it is missing, IntegrityError if a file is altered.
     """
+    for part in (folder / "model", folder / "tokens"):
+        if not part.is_dir():
+            raise ModelMissing(f"{part} not found: give the folder of a registered version")
     tokens = TokenFolder(folder / "tokens").train
     model, tokenizer = load_model(folder / "model", tokens.counts()), load_tokenizer(folder / "model")
     machine = prepare_machine(AUTO.model_copy(update={"precision": precision}))

@@ -30,7 +30,7 @@ from pipeline.data.tokenizer import (
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import WEIGHTS, load_model
-from pipeline.registry.gguf_file import WEIGHT_TYPES, merges_of, tokenizer_model, write_gguf, written
+from pipeline.registry.gguf_file import merges_of, tokenizer_model, write_gguf, written
 from pipeline.report.cards import CURVE, gguf_card, model_card, modelfile, space_card
 from pipeline.report.figures import curve_figure
 from pipeline.report.style import save_png
@@ -83,10 +83,8 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
 def export_gguf(artifacts: Path, info: dict[str, Any], folder: Path, weight_type: str = "f16") -> None:
     """Write a GGUF file and a Modelfile into an empty folder; `weight_type`: one of WEIGHT_TYPES.
 
-    Raises InputError if the type is unknown, or if the package gguf is missing.
+    Raises InputError if the package gguf is missing.
     """
-    if weight_type not in WEIGHT_TYPES:
-        raise InputError(f"export gguf --type {weight_type}: unknown, choose one of {', '.join(WEIGHT_TYPES)}")
     model, tokenizer = _load("gguf", artifacts)
     weights = torch_weights(model, tokenizer.n_vocab)
     name = f"{info['name']}-v{info['version']}-{weight_type}.gguf"

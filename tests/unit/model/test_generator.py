@@ -12,10 +12,10 @@ from small_models import random_model
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.generator import Batch, Generator, TextStream, context_start
+from pipeline.model.generator import Batch, Generator, TextStream, context_start, load_generator
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, sample
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, ModelMissing
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
 PROMPTS = ["ROMEO:", "", "First Citizen:\nBefore we proceed any further, hear me speak, and then some more", "O"]
@@ -272,3 +272,10 @@ def test_sequences_join_and_leave_a_batch_in_any_order(generator, chance):
             found[piece.sequence] += piece.ids
     for n, ids in found.items():
         assert ids == (expected[n][: len(ids)] if n in left else expected[n])
+
+
+def test_a_version_without_a_model_or_without_tokens_is_missing(tmp_path):
+    for part in ("model", "tokens"):
+        with pytest.raises(ModelMissing, match=f"{part} not found: give the folder of a registered version"):
+            load_generator(tmp_path)
+        (tmp_path / part).mkdir()
