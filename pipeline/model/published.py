@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.config.sections import INIT, WEIGHTS_FOLDER, ModelConfig
 from pipeline.data.remote import AGENT, hub_as_one_line
-from pipeline.data.tokenizer import BYTES, EOT, BytePairTokenizer, GPT2Tokenizer, Tokenizer
+from pipeline.data.tokenizer import EOT, BytePairTokenizer, GPT2Tokenizer, Tokenizer, as_characters
 from pipeline.system.errors import InputError
 from pipeline.system.files import MANIFEST, atomic_folder, read_json, verify_manifest, write_json
 from pipeline.system.progress import Bar
@@ -210,9 +210,8 @@ def require_tokenizer(published: Published, ours: Tokenizer, text: str) -> None:
     theirs = _tokens_of(values, path.name == TOKENIZER)
     if not isinstance(ours, BytePairTokenizer) or not theirs:
         raise InputError(f"{name} has a tokenizer that cannot be compared with {ours.name}: {hint}")
-    characters = {byte: character for character, byte in BYTES.items()}
     for token, number in [*ours.ranks.items(), (EOT.encode(), ours.eot)]:
-        written = EOT if number == ours.eot else "".join(characters[byte] for byte in token)
+        written = EOT if number == ours.eot else as_characters(token)
         if (found := theirs.get(written)) != number and not (found is None and number == ours.eot):
             other = "is no token" if found is None else f"has the id {found}"
             raise InputError(

@@ -24,13 +24,15 @@ from pipeline.data.tokenizer import (
     BytePairTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    as_characters,
     load_tokenizer,
     split_into,
 )
 from pipeline.model.gpt import GPT
+from pipeline.model.published import CONFIG, CONV1D, WEIGHTS
 from pipeline.model.sampling import Sampling
-from pipeline.model.weights import WEIGHTS, load_model
-from pipeline.registry.gguf_file import merges_of, tokenizer_model, write_gguf, written
+from pipeline.model.weights import load_model
+from pipeline.registry.gguf_file import merges_of, tokenizer_model, write_gguf
 from pipeline.report.cards import CURVE, gguf_card, model_card, modelfile, space_card
 from pipeline.report.figures import curve_figure
 from pipeline.report.style import save_png
@@ -46,7 +48,6 @@ APP_REQUIREMENTS = (  # in a Space
     "gradio jinja2 numpy prometheus_client psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()
 )
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
-CONV1D = ("c_attn", "c_proj", "c_fc")  # the original GPT-2 stores these weights transposed, as (in, out)
 LOCAL_STUDIES = "journal:///optuna.journal"
 PROMPT_TOKENS = 16  # at most, from the beginning of the text, for the example in the model card
 
@@ -69,7 +70,7 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     weights = hf_weights(model, tokenizer.n_vocab)
     config = hf_config(model, tokenizer, len(weights["transformer.wpe.weight"]))
     (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
-    write_json(folder / "config.json", config)
+    write_json(folder / CONFIG, config)
     generation = {**_special_ids(tokenizer), "max_length": config["n_positions"]}
     write_json(folder / "generation_config.json", generation)
     _write_tokenizer(artifacts / "model", tokenizer, config["n_positions"], folder)
@@ -186,8 +187,7 @@ def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
     """The same with GPT-2's layout: most matrices as (in, out)."""
     weights = torch_weights(model, n_vocab)
     for name, tensor in weights.items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and layer.endswith(CONV1D):
+        if name.endswith(CONV1D):
             weights[name] = tensor.T.contiguous()
     return weights
 
@@ -237,8 +237,8 @@ def _hf_tokenizer(tokenizer: BytePairTokenizer) -> "HFTokenizer":
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as HFTokenizer
 
-    vocabulary = {written(token): rank for token, rank in tokenizer.ranks.items()}
-    merges = [(written(left), written(right)) for left, right in merges_of(tokenizer.ranks)]
+    vocabulary = {as_characters(token): rank for token, rank in tokenizer.ranks.items()}
+    merges = [(as_characters(left), as_characters(right)) for left, right in merges_of(tokenizer.ranks)]
     found = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     pieces = r"[\s\S]" if tokenizer.pieces == CHARACTERS else tokenizer.pieces  # another notation than tiktoken's
     found.pre_tokenizer = split_into(pieces)
