@@ -99,7 +99,7 @@ class Generator:
     def start(
         self, prompt: Prompt, sampling: Sampling, number: int = 0, seed_offset: int = 0, n_top: int | None = None
     ) -> Continuation:
-        """A sequence for a Batch, with the seed `sampling.seed` + `seed_offset`; its pieces have its `number`.
+        """A sequence for a RunningBatch, with the seed `sampling.seed` + `seed_offset`; its pieces have its `number`.
 
         `n_top`: report the log-probability of each token and of the `n_top` most likely ones; None: report none.
         Raises InputError for a prompt of more than PROMPT_CHARACTERS.
@@ -118,7 +118,7 @@ class Generator:
         """
         sequences = [self.start(prompt, sampling, number, number) for number, prompt in enumerate(prompts)]
         yield from (Piece(each.number, [], "", "length", None) for each in sequences if each.finished)
-        batch = Batch(self, [each for each in sequences if not each.finished])
+        batch = RunningBatch(self, [each for each in sequences if not each.finished])
         while batch.sequences:
             for _, piece in batch.step():
                 if isinstance(piece, Exception):
@@ -196,7 +196,7 @@ class Generator:
         return f"the model reads only the last {half} to {self.trained_length} tokens, as in training"
 
 
-class Batch:
+class RunningBatch:
     """Sequences that a Generator continues together. They join between two steps, and leave when they are finished."""
 
     def __init__(self, generator: Generator, sequences: Sequence[Continuation] = ()) -> None:

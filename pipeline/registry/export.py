@@ -153,7 +153,7 @@ def export_space(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     for path in (app, SOURCE_ROOT / "LICENSE"):
         shutil.copyfile(path, folder / path.name)
     params = _write_params(artifacts, folder / "version")
-    write_json(folder / "version" / "facts.json", {**info, "params": params})
+    write_json(folder / "version" / "version.json", {**info, "params": params})
     pins = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in APP_REQUIREMENTS]
     write_text(folder / ".gitignore", "__pycache__/\n")
     write_text(folder / "requirements.txt", "\n".join([CPU_INDEX, *pins, ""]))
