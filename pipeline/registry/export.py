@@ -29,7 +29,7 @@ from pipeline.data.tokenizer import (
     split_into,
 )
 from pipeline.model.gpt import GPT
-from pipeline.model.published import CONFIG, CONV1D, WEIGHTS
+from pipeline.model.published_files import CONFIG, CONV1D, WEIGHTS
 from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.registry.gguf_file import merges_of, tokenizer_model, write_gguf
