@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.config.sections import INIT, TEXTS, WEIGHTS_FOLDER
 from pipeline.config.text_name import SUFFIX, text_name
 from pipeline.data.documents import find_files
-from pipeline.model.published import Published, files_in, files_of, find_published, read_published
+from pipeline.model.published_files import Published, files_in, files_of, find_published, read_published
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_file, sha256_file
 

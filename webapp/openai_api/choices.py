@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.data.tokenizer import Tokenizer, whole_length
+from pipeline.data.tokenizer import EOT, Tokenizer, whole_length
 from pipeline.model.generator import Finish, Piece, TokenLogprob
 from webapp.engine import Scores
 
 REASONS: dict[Finish, str] = {"length": "length", "stop": "stop", "end": "stop"}
-END_OF_TEXT = "<|endoftext|>"
 
 
 class Choice:
@@ -75,7 +74,7 @@ class Choice:
     def _name(self, token: int) -> str:
         """A token as text; a part of a character as bytes:\\x.., so that no two tokens have the same name."""
         if token == self._tokenizer.eot:
-            return END_OF_TEXT
+            return EOT
         data = self._tokenizer.decode_bytes([token])
         try:
             return data.decode("utf-8")
