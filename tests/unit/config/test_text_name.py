@@ -26,7 +26,7 @@ from pipeline.data.documents import OPENERS, TABLES
         ("hf://datasets/OWNER/NAME/data/train.parquet", "NAME"),
         ("hf://datasets/roneneldan/TinyStories/TinyStories-valid.txt", "TinyStories-valid"),
         ("s3://bucket/plays/hamlet.txt.gz", "hamlet"),
-        ("s3://data/train.txt", "data"),
+        ("s3://data/train.txt", "train"),
         ("*.txt", ""),
         *[(f"mail{suffix}{compression}", "mail") for suffix in (".txt", *TABLES) for compression in ("", *OPENERS)],
     ],
