@@ -33,6 +33,7 @@ class Machine(NamedTuple):
     threads: int
     compiled: bool = False
     world: World = ALONE
+    exact: bool = True  # whether a repeated step gives the same bits
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which matrix products are done in the run's precision."""
@@ -78,7 +79,8 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     compiled = not config.shard and _compiled(config.compile, name, run_flops)
-    return Machine(device, _precision(config.precision, name), threads, compiled, world)
+    exact = name == "cpu" or (name == "cuda" and config.deterministic)  # kernels of MPS add in no fixed order
+    return Machine(device, _precision(config.precision, name), threads, compiled, world, exact)
 
 
 def _cuda_problem(world: World) -> str | None:
