@@ -97,6 +97,8 @@ class Run:
         """Resume the run; `changed` lists the changes of its environment since the last attempt."""
         self.config, self.machine, self.text, self.folder, self.identity = config, machine, text, folder, identity
         self.world = machine.world
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
         self.state = self._fresh_state()
         self.journal = Journal(folder) if self.world.is_main else None
         self.records: list[StepRecord] = []
