@@ -138,10 +138,7 @@ def is_stuck(before: frozenset[str] | None, now: frozenset[str], spent_s: float,
 
 def job_environment(given: Mapping[str, str]) -> dict[str, str]:
     """What the command needs beside the environment of the job: programs, threads, and torchrun's PET_... on nodes."""
-    found = {
-        "PATH": search_path(Path(sys.executable).parent, "PATH", given),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "86400",  # seconds in which processes save: Slurm ends the job before
-    }
+    found = {"PATH": search_path(Path(sys.executable).parent, "PATH", given)}
     if (nodes := int(given.get("SLURM_JOB_NUM_NODES", "1"))) > 1:
         job, restarts = given["SLURM_JOB_ID"], given.get("SLURM_RESTART_COUNT", "0")
         # srun, which started this task, runs on the first node

@@ -81,7 +81,7 @@ def _only_by_name(folder: Path) -> Iterator[str]:
         yield STUDY
         return
     if changes := _identity(folder).get("inexact"):
-        yield f"a run that changed its environment ({'; '.join(changes)}) and cannot be repeated exactly"
+        yield f"a run that was resumed inexactly ({'; '.join(changes)}) and cannot be repeated exactly"
     if (folder / STEPS).is_file() and not (folder / RUN_ID).is_file():
         yield "a run whose steps and times are not in MLflow"
 

@@ -11,16 +11,19 @@ if TYPE_CHECKING:
 # A sharded tensor is a DTensor: its rows are divided equally, in the order of ranks; the last parts may be shorter.
 
 
-def shard(model: nn.Module, blocks: nn.ModuleList, methods: tuple[str, ...]) -> None:
-    """Shard the parameters of `model`; its gradients become their mean over the processes.
+def shard(model: nn.Module, blocks: nn.ModuleList, device: str, processes: int, methods: tuple[str, ...]) -> None:
+    """Shard the parameters of `model` over `processes`; its gradients become their mean over these.
 
+    `device`: its type; torch would choose the machine's GPU, also for a training on the CPU.
     A block's parameters are unsharded while the block runs, all others while one of `methods` runs.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    mesh = init_device_mesh(device, (processes,))
     for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     for method in methods:
         register_fsdp_forward_method(model, method)
 

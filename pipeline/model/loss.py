@@ -14,7 +14,8 @@ from pipeline.data.batches import IGNORED
 
 CHUNK_LOGITS = 2**25  # in a matrix product: 64 MiB of bf16
 CACHED_LOGITS = 2**20  # in a softmax on a CPU: 4 MiB of fp32
-FP16_SCALE = 2.0**4  # keeps small probabilities above zero in fp16, and the sums over a chunk's tokens finite
+FP16_SCALE = 2.0**4  # keeps small probabilities above zero in fp16
+FP16_TOKENS = 2048  # in a chunk in fp16, at most: keeps the sums over its tokens finite
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, last_bias: float, targets: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=exact, device=hidden.device)
             d_hidden = torch.empty_like(hidden)
             d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the weight is not trained
-            for chunk in _spans(len(x), CHUNK_LOGITS // len(w)):
+            longest = CHUNK_LOGITS // len(w)
+            for chunk in _spans(len(x), longest if ctx.scale == 1 else min(longest, FP16_TOKENS)):
                 logits = x[chunk] @ w.T  # (n, V)
                 for part in _spans(len(logits), CACHED_LOGITS // len(w) if device == "cpu" else len(logits)):
                     log_p = _to_gradient(logits[part], last_bias, labels[chunk][part], exact, ctx.scale)

@@ -16,6 +16,7 @@ from pipeline.ops.params_check import check_params
 from pipeline.ops.plan import in_lines
 from pipeline.ops.policy import FIXED_S
 from pipeline.system.device import Machine, prepare_machine
+from pipeline.system.distributed import World
 from pipeline.system.files import read_json
 from pipeline.system.processes import run_dvc
 from pipeline.system.words import duration
@@ -23,9 +24,11 @@ from pipeline.tracking.fingerprint import IDENTITY, identify
 from pipeline.training.checkpoint import checkpoint_steps
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import forecast, vocabulary_of
+from pipeline.training.preflight import check_fits
 
 SHOWCASE = Path("docs/showcase")  # params.yaml and the reports of the default run
 STATISTICS = "corpus.json"  # of the stage `tokenize`, in reports/
+SHARDED = "not known: the steps of a sharded model (train.shard) are not timed"
 AFTER_TOKENIZE = "not known yet: it follows when the text is tokenized"
 
 
@@ -149,9 +152,13 @@ def time_of(params: Params, due: list[str], size: Size | None) -> str:
     if size is None:
         return AFTER_TOKENIZE
     config = RunConfig.of(params).sized_for(size.n_vocab)
-    machine = prepare_machine(config.train, config.flops(size.train))
+    processes = config.train.processes
+    machine = prepare_machine(config.train, config.flops(size.train), World(size=processes, local_size=processes))
     n_ids = config.model.n_ids
     vocabulary = vocabulary_of(n_ids, size.n_used if config.model.fold_vocab else n_ids)
+    if config.train.shard and processes > 1:
+        check_fits(config, vocabulary, machine)
+        return SHARDED
     cost = forecast(config, machine, vocabulary, size.train, size.held_out, min_s=0)
     others = f"about {duration(FIXED_S + cost.evaluate_s)}"
     if "train" not in due:

@@ -53,7 +53,7 @@ def retrain(store: Store, version: "ModelVersion", repository: Path) -> str:
     expected = sha256_file(files / "model" / WEIGHTS)
     recorded = identity_of(store, version)
     if changes := recorded.get("inexact"):
-        raise InputError(f"{label} was trained with --elastic ({'; '.join(changes)}): it cannot be repeated exactly")
+        raise InputError(f"{label} was resumed inexactly ({'; '.join(changes)}): it cannot be repeated exactly")
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, StopSignals() as stop:
         project = _set_up(files, Path(folder) / "project", version.tags.get("init"), repository)
         with _checkout(version, files, repository, Path(folder) / "code") as code:

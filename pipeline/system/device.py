@@ -1,6 +1,7 @@
 """Choose the device, precision, threads and compilation for this machine, and configure torch."""
 
 import ctypes
+import gc
 import math
 import os
 import shutil
@@ -33,6 +34,7 @@ class Machine(NamedTuple):
     threads: int
     compiled: bool = False
     world: World = ALONE
+    exact: bool = True  # whether a repeated step gives the same bits
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which matrix products are done in the run's precision."""
@@ -74,21 +76,26 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     threads = max(1, cores() // world.local_size) if config.threads == "auto" else config.threads
     torch.set_num_threads(threads)
     _keep_freed_memory()
-    if config.deterministic and name == "cuda":
+    if deterministic := config.deterministic and name == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     compiled = not config.shard and _compiled(config.compile, name, run_flops)
-    return Machine(device, _precision(config.precision, name), threads, compiled, world)
+    if compiled and name == "cuda":
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = deterministic  # choose kernels without timing them, which may choose others next time
+    exact = deterministic or name == "cpu"  # kernels of MPS add in no fixed order
+    return Machine(device, _precision(config.precision, name), threads, compiled, world, exact)
 
 
 def _cuda_problem(world: World) -> str | None:
     """Why the processes of `world` cannot use CUDA, or None if they can."""
     if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi") is None:
+        if shutil.which("nvidia-smi") is None or os.environ.get(_gpu_variable()) in ("", "-1"):  # all are hidden
             return NO_GPU
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
-        return f"the driver may be too old for CUDA {torch.version.cuda}, with which torch is built"
+        return f"the driver shows no GPU, or is too old for CUDA {torch.version.cuda}, with which torch is built"
     try:
         for index in range(min(torch.cuda.device_count(), world.local_size)):
             major, minor = torch.cuda.get_device_capability(index)
@@ -131,7 +138,16 @@ def _gpu_variable() -> str:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system, between two runs in the same process (glibc)."""
+    """Return freed memory to the system (glibc) and the GPU, between two runs in the same process.
+
+    Compiled code goes too: torch keeps eight variants of a function, and does not compile the next one.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()  # a trial's exception, as Optuna keeps it, refers to itself and to the trial's model
+    torch.cuda.empty_cache()  # does nothing where CUDA is not used
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     if hasattr(libc := _libc(), "malloc_trim"):
         libc.malloc_trim(0)
 

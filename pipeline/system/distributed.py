@@ -24,6 +24,7 @@ from pipeline.system.errors import DivergedError, Interrupted, PeerLost, Pipelin
 
 POLL_S = 0.25  # between two checks that the other processes are alive
 MEET_S = 600  # time in which all machines of a training must have started
+SAVE_S = 86_400  # time in which the processes may save after a signal, before they are killed; Slurm ends a job before
 GRACE_S = 2.0  # time in which the process may end by itself after another one has died
 
 T = TypeVar("T")
@@ -200,6 +201,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         # the others reach this address, which is not always so for the host's own name
         local_addr=endpoint.rpartition(":")[0] if first and nodes > 1 else None,
         max_restarts=0,
+        shutdown_timeout=SAVE_S,
     )
     logging.disable(logging.ERROR)  # the processes report their errors themselves
     try:

@@ -71,7 +71,7 @@ class Identity(TypedDict):
     params: dict[str, dict[str, Any]]  # section -> values
     sources: dict[str, str]  # entry of DECISIVE -> its source_hash
     environment: dict[str, str | int]
-    inexact: list[str]  # changes of the environment during the run; if there are any, it cannot be repeated exactly
+    inexact: list[str]  # resumes that were not exact, and why; if there are any, the run cannot be repeated exactly
 
 
 def identify(data_sha256: str, sections: Iterable[Section], machine: "Machine") -> Identity:

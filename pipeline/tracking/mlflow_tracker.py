@@ -61,9 +61,10 @@ class MlflowTracker:
         return *store_errors(), InputError  # a database that `connect` refuses
 
     def log_records(self, records: list[Record]) -> None:
-        """Send the records that the store lacks, and the present system metrics."""
-        log_records(self.store, self.run_id, [record for record in records if record["step"] > self._logged])
-        self._log_system_metrics(int(records[-1]["step"]))
+        """Send the records that the store lacks and, if there are any, the present system metrics."""
+        if new := [record for record in records if record["step"] > self._logged]:
+            log_records(self.store, self.run_id, new)
+            self._log_system_metrics(int(new[-1]["step"]))
 
     def log_sample(self, path: Path) -> None:
         self.client.log_artifact(self.run_id, str(path), "samples")

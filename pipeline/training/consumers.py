@@ -64,7 +64,8 @@ def sample(run: Run, record: StepRecord) -> None:
         return
     tokenizer, tokens = run.text.tokenizer, run.text.train.tokens
     prompts = openings(tokens, tokenizer, N_PROMPTS) if config.prompts is None else config.prompts
-    generator = Generator(model, tokenizer, precision=run.machine.precision)
+    is_copy = model.wte.weight.device.type != run.machine.device.type  # a sharded model's, on the CPU
+    generator = Generator(model, tokenizer, precision="fp32" if is_copy else run.machine.precision)
     greedy = Sampling(max_tokens=config.max_tokens, temperature=0)
     texts = [generator.text(prompt, greedy) for prompt in prompts]
     write_text(run.folder / "samples" / f"step-{record.step:06d}.txt", "\n\n---\n\n".join(texts) + "\n")

@@ -21,7 +21,8 @@ from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.evaluate import BATCH_TOKENS, LOSSES, MIN_BATCHES
 from pipeline.model.gpt import GPT
-from pipeline.system.device import Machine
+from pipeline.system.device import Machine, give_back_memory
+from pipeline.system.distributed import ALONE
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
 from pipeline.training.preflight import check_fits, n_checkpoints, saved_bytes, step_bytes
@@ -88,29 +89,40 @@ def forecast(
 ) -> Forecast:
     """Forecast the run on a training text of `n_tokens` tokens, with `n_held_out` tokens for validation.
 
-    A step that would take long is timed with fewer layers or windows, in proportion to its FLOPs. Several processes are
-    forecast as one, and a compiled model as one that is not, which is slower. Takes 5 to 40 seconds, and less with a
-    lower `min_s`, the least seconds of timed steps. Raises OutOfSpaceError if the timed step does not fit into memory.
+    A step that would take long is timed with fewer layers or windows, in proportion to its FLOPs. Of several processes,
+    those of the machine's world, one is timed with its share of the batch, without their communication. A compiled
+    model is forecast as one that is not, which is slower. Takes 5 to 40 seconds, and less with a lower `min_s`, the
+    least seconds of timed steps. Raises OutOfSpaceError if the timed step does not fit into memory. A model that is
+    sharded cannot be timed: no process holds all of it.
     """
-    machine = machine._replace(compiled=False)
-    timed = _timed_part(config, vocabulary.n_rows, TIMED_FLOPS.get(machine.device.type, math.inf))
-    check_fits(timed, vocabulary, machine)
-    step_s, token_s = _time(timed, machine, vocabulary, n_tokens, min_s)
-    step_s *= step_flops(config, vocabulary.n_rows) / step_flops(timed, vocabulary.n_rows)
+    n = machine.world.size
+    share = _with_batch(config, config.windows.micro_batch_size // n)
+    timed = _timed_part(share, vocabulary.n_rows, TIMED_FLOPS.get(machine.device.type, math.inf))
+    check_fits(_with_batch(timed, timed.windows.micro_batch_size * n), vocabulary, machine)
+    try:
+        alone = machine._replace(compiled=False, world=ALONE)
+        step_s, token_s = _time(timed, alone, vocabulary, n_tokens, min_s)
+    finally:
+        give_back_memory()  # the training begins while this process waits for it
+    step_s *= step_flops(share, vocabulary.n_rows) / step_flops(timed, vocabulary.n_rows)
     token_s *= token_flops(config, vocabulary.n_rows) / token_flops(timed, vocabulary.n_rows)
     n_steps = config.optim.max_steps(config.windows, n_tokens)
     reads = _read_tokens(config.windows.seq_len, n_tokens, n_held_out)
     n_evaluated = _evaluated_tokens(config.target, n_steps, steps_per_epoch(n_tokens, config.windows), reads)
-    checkpoint, model = saved_bytes(config, vocabulary)
+    checkpoint, model = saved_bytes(config, vocabulary, n)
     return Forecast(
         step_s=step_s,
         train_s=n_steps * step_s,
-        evaluation_s=n_evaluated * token_s,
+        evaluation_s=n_evaluated * token_s / n,
         evaluate_s=(SHIFTED * n_tokens + sum(reads.values())) * token_s,
         memory_bytes=step_bytes(config, vocabulary, machine, math.ceil(max(reads.values()) / MIN_BATCHES))
         + PROCESS_BYTES * (machine.device.type == "cpu"),
         disk_bytes=n_checkpoints(config.optim) * checkpoint + MODEL_COPIES * model,
     )
+
+
+def _with_batch(config: RunConfig, windows: int) -> RunConfig:
+    return replace(config, windows=config.windows.updated(micro_batch_size=windows))
 
 
 def step_flops(config: RunConfig, n_rows: int) -> int:

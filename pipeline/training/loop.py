@@ -56,6 +56,7 @@ class TrainState:
     loss: nn.Module
     world: World = ALONE
     sharded: bool = False
+    scaled: bool = False  # whether the scale may grow: in fp16
     good_steps: int = 0  # since the scale last changed
     step: int = 0
     tokens: int = 0
@@ -137,7 +138,7 @@ class TrainState:
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.loss_scale /= 2
-        elif self.good_steps == 2000 and self.loss_scale > 1:
+        elif self.good_steps == 2000 and self.scaled:
             self.loss_scale, self.good_steps = self.loss_scale * 2, 0
 
 
@@ -160,7 +161,7 @@ def fresh_state(
     with torch.device("meta" if sharded else machine.device):  # the full model may not fit on one device
         model = GPT(shape, vocabulary, train.gradient_checkpointing, machine.compiled)
     if sharded:
-        shard(model, model.h, methods=("loss", "token_losses"))
+        shard(model, model.h, machine.device.type, world.size, methods=("loss", "token_losses"))
         model.to_empty(device=machine.device)
     if init is None:
         model.initialise(train.seed)
@@ -172,7 +173,8 @@ def fresh_state(
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
     precision = torch.bfloat16 if machine.precision == "bf16" else torch.float32
     optimizers = build_optimizers(model, optim, precision)
-    return TrainState(model, optimizers, 2.0**16 if machine.precision == "fp16" else 1.0, loss, world, sharded)
+    scaled = machine.precision == "fp16"
+    return TrainState(model, optimizers, 2.0**16 if scaled else 1.0, loss, world, sharded, scaled)
 
 
 def train_steps(
@@ -251,11 +253,12 @@ def finish_gradients(model: GPT, clip: float | None, loss_scale: float = 1.0, wo
 
 
 def _exchange(state: TrainState, last: bool) -> AbstractContextManager[None]:
-    """Average the gradients over the processes only in the last backward pass of a step."""
+    """Average the gradients over the processes only in the last backward pass of a step.
+
+    FSDP does it in each one: otherwise every process would hold the gradients of the whole model in between.
+    """
     if isinstance(state.loss, DistributedDataParallel) and not last:
         return state.loss.no_sync()
-    if state.sharded:
-        state.model.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDPModule's
     return nullcontext()
 
 

@@ -1,5 +1,6 @@
 """The results of a finished run: the cost of each target rule, throughput, utilisation, and the files of the stage."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,18 @@ def summary(results: dict[str, Any], records: Sequence[StepRecord], target: Targ
     return words
 
 
-# Peak FLOP/s of dense matrix products, from NVIDIA's data sheets, by a substring of the device's name.
+# Peak FLOP/s of dense matrix products, from NVIDIA's data sheets, by words of the device's name.
 PEAK_FLOPS = {
-    "bf16": {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10G": 70e12},
+    "bf16": {
+        "H200 NVL": 835e12,
+        "H200": 989e12,
+        "H100 NVL": 835e12,
+        "H100 PCIe": 756e12,
+        "H100": 989e12,
+        "A100": 312e12,
+        "L4": 121e12,
+        "A10G": 70e12,
+    },
     "fp16": {"V100": 125e12, "T4": 65e12},
 }
 
@@ -101,10 +111,13 @@ def flops_per_token(config: ModelConfig, n_rows: int, length: int) -> int:
 
 
 def utilisation(tokens_per_s: float, flops: int, machine: Machine, device_name: str) -> float | str:
-    """Model FLOPs utilisation: the achieved share of the device's peak, or "unknown" if the peak is unknown."""
+    """Model FLOPs utilisation: the achieved share of the devices' peak, or "unknown" if the peak is unknown.
+
+    Each process of the machine's world has a device of this name.
+    """
     peaks = PEAK_FLOPS.get(machine.precision, {})
-    peak = next((value for name, value in peaks.items() if name in device_name), None)
-    return "unknown" if peak is None else round(tokens_per_s * flops / peak, 4)
+    peak = next((value for name, value in peaks.items() if re.search(rf"\b{name}\b", device_name)), None)
+    return "unknown" if peak is None else round(tokens_per_s * flops / (peak * machine.world.size), 4)
 
 
 def time_report(

@@ -27,6 +27,7 @@ from pipeline.training.preflight import check_disk, check_fits
 from pipeline.training.target import best_step, is_finished, result_of
 
 RESUMES = "resumes"  # one line for each resume: its step
+REPEATED = "steps repeated with kernels that are not deterministic"  # in `inexact` of the identity
 
 
 @contextmanager
@@ -97,6 +98,8 @@ class Run:
         """Resume the run; `changed` lists the changes of its environment since the last attempt."""
         self.config, self.machine, self.text, self.folder, self.identity = config, machine, text, folder, identity
         self.world = machine.world
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
         self.state = self._fresh_state()
         self.journal = Journal(folder) if self.world.is_main else None
         self.records: list[StepRecord] = []
@@ -192,8 +195,8 @@ class Run:
                     f"{self.folder / STEPS} has {len(records)} records, the checkpoint is of step {step}: "
                     f"`python -m pipeline clean {self.folder.name}`"
                 )
-            if changed:
-                self._change_environment(self.journal, step, changed)
+            if changed or (records[step:] and not self.machine.exact):
+                self._resume_inexactly(self.journal, step, changed or [REPEATED])
             self.journal.sync()
             return records[:step]
 
@@ -201,10 +204,10 @@ class Run:
         if self.records:
             self.state.restore(*(loaded or load_checkpoint(self.folder, len(self.records))))
 
-    def _change_environment(self, journal: Journal, step: int, changed: list[str]) -> None:
-        """Record that the run is resumed after `step` in another environment.
+    def _resume_inexactly(self, journal: Journal, step: int, reasons: list[str]) -> None:
+        """Record that the run is resumed after `step` in another environment, or on a machine that is not exact.
 
-        Later steps of the old environment are not repeated exactly. They stay in their MLflow run, and a new MLflow run
+        Later steps of the last attempt are not repeated exactly. They stay in their MLflow run, and a new MLflow run
         begins.
         """
         if journal.records[step:]:
@@ -212,6 +215,6 @@ class Run:
                 journal.cut(step)
                 (self.folder / RUN_ID).unlink(missing_ok=True)
         if step:
-            self.identity["inexact"].append(f"{', '.join(changed)} after step {step}")
+            self.identity["inexact"].append(f"{', '.join(reasons)} after step {step}")
             print(f"not exact from here on: {self.identity['inexact'][-1]}")
         write_json(self.folder / IDENTITY, self.identity)

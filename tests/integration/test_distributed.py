@@ -15,9 +15,11 @@ from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
 from pipeline.model import evaluate
 from pipeline.model.evaluate import text_loss
+from pipeline.model.fsdp import is_shard
 from pipeline.system.distributed import ALONE, joined, launch, world_here
 from pipeline.system.entrypoint import RANK_0_REPORTS_WITHIN_S, exit_code_of
 from pipeline.system.errors import InputError, PeerLost
+from pipeline.training import loop as loop_module
 from tests.trainings import ROOT, end, output_of, start_world
 from tests.unit.training.test_loop import MODEL, Loop
 
@@ -30,7 +32,8 @@ KINDS = {"muon": {"name": "muon"}, "adamw": {}, "sharded": {"shard": True}}
 def a_loop(world, name="adamw", shard=False, dropout=0.0):
     shape = SHAPE.updated(dropout=dropout)
     optim = {"name": name, "max_grad_norm": 0.5, "weight_decay": 0.1}
-    return Loop(9, 4, 2, TEXT, world, shape, where={"shard": shard}, **optim)
+    with patch.object(torch._C, "_get_accelerator", lambda *_: torch.device("mps")):  # the machine has a GPU
+        return Loop(9, 4, 2, TEXT, world, shape, where={"shard": shard}, **optim)
 
 
 def numbers(loop):
@@ -55,6 +58,7 @@ def in_a_world(folder):
             if whole := loop.state.whole_model():
                 torch.save({k: v.clone() for k, v in whole.state_dict().items()}, folder / f"{name}-{world.rank}")
             found[name]["same_after_restore"] = restored_equals(world, {**options, "dropout": 0.2})
+        found["shards"] = gradients_are_shards(a_loop(world, **KINDS["sharded"]).state)
         found["random"] = torch.rand(1).item()
         found["share"] = world.share(list(range(6)))
         found["largest"] = world.largest(world.rank, 5 - world.rank)
@@ -65,6 +69,14 @@ def in_a_world(folder):
             found["failure"] = str(error)
         print("printed by rank 0 only")
     (folder / f"found-{world.rank}.json").write_text(json.dumps(found))
+
+
+def gradients_are_shards(state):
+    """Whether a process has only its share of the gradients before the last batch of a step."""
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    with loop_module._exchange(state, last=False):
+        state.loss(ids, ids, 16).backward()
+    return all(is_shard(parameter.grad) for parameter in state.model.parameters())
 
 
 def fail():
@@ -115,6 +127,7 @@ def test_a_world_shares_agrees_and_fails_together(two):
     assert (first["share"], second["share"]) == ([0, 1, 2], [3, 4, 5])
     assert first["largest"] == second["largest"] == [1, 5]
     assert first["from_main"] == second["from_main"] == ["only rank", 0]
+    assert first["shards"]
     assert first["failure"] == second["failure"] == "the error of rank 0"
     assert ["printed by rank 0 only" in output for output in outputs] == [True, False]
 

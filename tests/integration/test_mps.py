@@ -12,21 +12,25 @@ from pipeline.model.generator import load_generator
 from pipeline.model.sampling import Sampling
 from pipeline.registry.promotion import model_loss
 from pipeline.system.files import read_json
+from pipeline.training.run import REPEATED
 from tests.mps import mps  # noqa: F401 (a fixture)
 from tests.trainings import bits, change, run_folder, train, train_until_killed
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_mps_trains_resumes_with_the_same_bits_evaluates_and_generates(workspace, mps, name, capsys):  # noqa: F811
+def test_mps_trains_resumes_inexactly_evaluates_and_generates(workspace, mps, name, capsys):  # noqa: F811
     samples = {"samples.interval_steps": 5, "samples.prompts": ["ROMEO:"]}
     change(workspace, **samples, **{"train.compile": True, "optim.name": name})
     train()
     assert "train.compile: not on mps" in capsys.readouterr().out
-    straight = bits()
+    straight, result = bits(), read_json(Path("models/run.json"))
     shutil.rmtree("checkpoints")
     train_until_killed(8)
     train()
-    assert bits() == straight  # with dropout, whose random numbers are those of MPS
+    again, repeated = bits(), [f"{REPEATED} after step 6"]
+    assert read_json(Path("models/run.json")) == result | {"inexact": repeated}
+    del straight["models/run.json"], again["models/run.json"]
+    assert again == straight  # with dropout, whose random numbers are those of MPS; only its real kernels differ
 
     run, tokens = read_json(Path("models/run.json")), Path("data/tokens")
     assert run["environment"]["device"].startswith("mps ")

@@ -116,7 +116,7 @@ def test_only_the_same_weights_are_accepted(store, version, repository, temporar
     monkeypatch.setattr(reproduce, "_train", None)
     changes = ["processes 2 -> 1 after step 7"]
     store.client.log_dict(version.run_id, {**identity_of(store, version), "inexact": changes}, "identity.json")
-    with pytest.raises(InputError, match=r"trained with --elastic \(processes 2 -> 1 after step 7\)"):
+    with pytest.raises(InputError, match=r"resumed inexactly \(processes 2 -> 1 after step 7\)"):
         retrain(store, version, repository)
     alter(folder / "params.yaml")
     with pytest.raises(IntegrityError, match=r"params\.yaml is altered"):

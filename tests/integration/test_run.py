@@ -29,12 +29,12 @@ from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import Journal, read_steps
 from pipeline.tracking.mlflow_store import open_store
 from pipeline.tracking.recorder import ending
-from pipeline.training import checkpoint, consumers
+from pipeline.training import checkpoint, consumers, loop
 from pipeline.training import train as training
 from pipeline.training.checkpoint import checkpoint_steps, load_checkpoint
 from pipeline.training.loop import TrainState
 from pipeline.training.optim import OPTIMIZERS, Optimiser
-from pipeline.training.run import Run
+from pipeline.training.run import REPEATED, Run
 from tests.trainings import (
     ROOT,
     STEPS,
@@ -92,6 +92,24 @@ def test_an_incomplete_restore_is_detected(interrupted, monkeypatch, mutant):  #
     monkeypatch.setattr(TrainState, "restore", lambda state, *saved: restore(state, *mutant(*saved)))
     with pytest.raises(IntegrityError, match="after the resume"):  # steps 7 and 8 are repeated and differ
         train()
+
+
+@pytest.mark.parametrize(("killed_after", "inexact"), [(2, []), (8, [f"{REPEATED} after step 6"])])
+def test_steps_that_were_lost_are_trained_again_without_a_comparison_where_no_repetition_is_exact(
+    workspace, monkeypatch, killed_after, inexact
+):
+    prepare, gradients, calls = training.prepare_machine, loop._gradients, count()
+    monkeypatch.setattr(training, "prepare_machine", lambda *arguments: prepare(*arguments)._replace(exact=False))
+    monkeypatch.setattr(loop, "_gradients", lambda *a: tuple(x * (1 + 1e-7 * next(calls)) for x in gradients(*a)))
+    train_until_killed(killed_after)
+    lost = read_steps(run_folder() / "steps.jsonl")
+    (run_folder() / "mlflow_run_id").write_text("1")  # the run with the lost steps
+    train()
+    steps = read_steps(Path("models/steps.jsonl"))
+    assert steps.index.tolist() == list(range(1, STEPS + 1))
+    assert steps.loss[killed_after] != lost.loss[killed_after]
+    assert read_json(Path("models/run.json"))["inexact"] == inexact
+    assert not (run_folder() / "mlflow_run_id").exists()
 
 
 def test_a_journal_with_fewer_records_than_the_checkpoint_has_steps_is_refused(interrupted):
@@ -247,7 +265,7 @@ def test_elastic_resumes_the_older_checkpoint_also_after_a_start_from_step_0(int
     elsewhere()
     train_until_killed(4)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # before it has resumed
-        patch.setattr(Run, "_change_environment", Mock(side_effect=Killed))
+        patch.setattr(Run, "_resume_inexactly", Mock(side_effect=Killed))
         train(elastic=True)
     assert checkpoint_steps(run_folder()) == [6]
     assert checkpoint_steps(run_folder().with_suffix(".2")) == [3]

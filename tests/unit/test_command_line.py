@@ -202,7 +202,7 @@ def test_clean_prints_the_files_and_bytes_of_each_kind(command, checkpoints):
 @pytest.mark.parametrize(
     ("identity", "run_id", "why"),
     [
-        ({"inexact": ["threads 2 -> 1 after step 9"]}, "1", "a run that changed its environment (threads 2 -> 1 after"),
+        ({"inexact": ["threads 2 -> 1 after step 9"]}, "1", "a run that was resumed inexactly (threads 2 -> 1 after"),
         ({"inexact": []}, None, "a run whose steps and times are not in MLflow"),
     ],
 )

@@ -136,7 +136,7 @@ def test_the_last_task_of_an_array_is_requeued_only_if_itself_still_runs(tmp_pat
 
 def test_nodes_find_each_other_by_the_variables_of_torchrun():
     one = {"PATH": "/bin", "SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1"}
-    assert job_environment(one).keys() == {"PATH", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    assert job_environment(one).keys() == {"PATH"}
     assert job_environment(one)["PATH"].endswith(":/bin")
     several = {**one, "SLURM_JOB_NUM_NODES": "3", "SLURM_PROCID": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.5"}
     found = job_environment({**several, "SLURM_JOB_ID": "1012345", "SLURM_RESTART_COUNT": "4"})

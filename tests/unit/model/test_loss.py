@@ -67,6 +67,15 @@ def test_small_probabilities_remain_above_zero_in_fp16():
     assert gradient.item() == pytest.approx(-18 * math.exp(-18), rel=0.2)
 
 
+def test_the_gradient_of_a_small_vocabulary_stays_finite_in_fp16():
+    n = 2**14  # tokens; their sum is -n / 2, times FP16_SCALE twice the largest number of fp16
+    hidden, weight = torch.ones(n, 2), torch.zeros(2, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        loss = cross_entropy_sum(hidden, weight, 0.0, torch.zeros(n, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.tolist() == [[-n / 2] * 2, [n / 2] * 2]
+
+
 def test_it_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * V)
     sizes = []

@@ -13,6 +13,7 @@ from pipeline.config.params import load_params
 from pipeline.config.recipes import write_values
 from pipeline.config.sections import CorpusConfig
 from pipeline.ops import outcome, repro
+from pipeline.system.distributed import World
 from pipeline.system.files import write_json
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.training.config import RunConfig
@@ -121,6 +122,21 @@ def test_a_training_that_resumes_takes_the_rest_of_its_time(project, monkeypatch
             words = f"at most 5.7 min of training on this machine, {words}"
         assert main(["repro", "--dry-run"]) == 0
         assert words in capsys.readouterr().out
+
+
+def test_the_steps_of_a_sharded_model_are_not_timed_but_its_processes_must_have_the_memory(
+    project, monkeypatch, capsys
+):
+    shards = {"train.shard": True, "train.processes": 2, "train.device": "cpu", "optim.name": "adamw"}
+    write_values(OWN | shards | {"windows.micro_batch_size": 4})
+    monkeypatch.setattr(repro, "size_of_text", lambda *_: repro.Size(5000, 0, 256, 257, False))
+    monkeypatch.setattr(repro, "forecast", lambda *_, **__: pytest.fail("timed"))
+    sizes = []
+    monkeypatch.setattr(repro, "check_fits", lambda config, vocabulary, machine: sizes.append(machine.world))
+    assert main(["repro", "--dry-run"]) == 0
+    said = "time        not known: the steps of a sharded model (train.shard) are not timed\n"
+    assert capsys.readouterr().out.endswith(said)
+    assert sizes == [World(0, 2, 0, 2)]
 
 
 def test_nothing_is_run_if_nothing_is_due_unless_it_is_forced(project, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import sys
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from pipeline.config.params import load_params
 from pipeline.config.sections import TrainConfig
 from pipeline.system import device
-from pipeline.system.device import prepare_machine
+from pipeline.system.device import give_back_memory, prepare_machine
 from pipeline.system.distributed import World
 from pipeline.system.errors import InputError
 
@@ -33,7 +35,9 @@ def test_what_the_machine_lacks_is_refused(changes, config):
     [
         ({"is_available": False}, "no NVIDIA GPU was found"),
         ({"is_available": False, "smi": True, "build": None}, r"torch .+ is built without CUDA"),
-        ({"is_available": False, "smi": True}, "the driver may be too old for CUDA 13.0"),
+        ({"is_available": False, "smi": True}, "the driver shows no GPU, or is too old for CUDA 13.0"),
+        ({"is_available": False, "smi": True, "visible": "-1"}, "no NVIDIA GPU was found"),
+        ({"is_available": False, "smi": True, "visible": ""}, "no NVIDIA GPU was found"),
         ({"get_device_capability": (6, 0)}, "GPU 0 has compute capability 6.0, torch is built for sm_75, sm_80"),
         (
             {"get_device_capability": (12, 0), "get_arch_list": ["sm_80", "sm_90"]},
@@ -53,15 +57,7 @@ def test_what_the_machine_lacks_is_refused(changes, config):
     ],
 )
 def test_a_gpu_that_torch_cannot_use_is_refused_and_auto_takes_the_cpu(cuda, reason, config, monkeypatch, capsys):
-    """Replaces what torch reports of CUDA."""
-    found = {"is_available": True, "device_count": 1, "get_device_capability": (8, 0), "mem_get_info": (10**10, 10**10)}
-    found |= {"get_arch_list": ["sm_75", "sm_80", "sm_90a", "compute_90"], "set_device": None}
-    for name, value in (found | {"is_bf16_supported": True} | cuda).items():
-        if hasattr(torch.cuda, name):
-            monkeypatch.setattr(torch.cuda, name, lambda *index, value=value, **__: answer(value, *index))
-    monkeypatch.setattr(torch.version, "cuda", cuda.get("build", "13.0"))
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(shutil, "which", lambda name: "smi" if cuda.get("smi") and name == "nvidia-smi" else None)
+    imitate(cuda, monkeypatch)
     config = config.updated(compile=False, deterministic=False)
     assert prepare_machine(config).device.type == ("cpu" if reason else "cuda")
     if reason:
@@ -71,15 +67,63 @@ def test_a_gpu_that_torch_cannot_use_is_refused_and_auto_takes_the_cpu(cuda, rea
             prepare_machine(config.updated(device="cuda"))
 
 
+def imitate(cuda, monkeypatch):
+    """Replace what torch reports of CUDA."""
+    found = {"is_available": True, "device_count": 1, "get_device_capability": (8, 0), "mem_get_info": (10**10, 10**10)}
+    found |= {"get_arch_list": ["sm_75", "sm_80", "sm_90a", "compute_90"], "set_device": None}
+    for name, value in (found | {"is_bf16_supported": True} | cuda).items():
+        if hasattr(torch.cuda, name):
+            monkeypatch.setattr(torch.cuda, name, lambda *index, value=value, **__: answer(value, *index))
+    monkeypatch.setattr(torch.version, "cuda", cuda.get("build", "13.0"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(shutil, "which", lambda name: "smi" if cuda.get("smi") and name == "nvidia-smi" else None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", cuda.get("visible", "0"))
+
+
 def answer(value, *index):
     if isinstance(value, Exception):
         raise value
     return value[index[0]] if isinstance(value, dict) else value
 
 
+def test_a_run_selects_deterministic_kernels_for_itself_and_tells_whether_it_is_exact(config, monkeypatch):
+    from torch._inductor import config as inductor
+
+    imitate({}, monkeypatch)
+    monkeypatch.setattr(device, "has_triton", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for deterministic in (True, False):
+        machine = prepare_machine(config.updated(device="cuda", deterministic=deterministic, compile=True))
+        found = machine.exact, torch.are_deterministic_algorithms_enabled(), inductor.deterministic
+        assert (machine.compiled, *found) == (True, *[deterministic] * 3)
+    machine = prepare_machine(config.updated(device="cpu", deterministic=True, compile=False))
+    assert (machine.exact, torch.are_deterministic_algorithms_enabled()) == (True, False)
+
+
+def test_between_two_runs_caches_compiled_code_and_what_a_cycle_refers_to_are_freed(monkeypatch):
+    class Model:
+        pass
+
+    calls = []
+    for module, name in ((torch.cuda, "empty_cache"), (torch.mps, "empty_cache"), (torch.compiler, "reset")):
+        monkeypatch.setattr(module, name, lambda place=module.__name__: calls.append(place))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    model = Model()
+    model.error, freed = model, weakref.ref(model)
+    del model
+    give_back_memory()
+    assert (freed(), calls) == (None, ["torch.compiler", "torch.cuda", "torch.mps"])
+    calls.clear()
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    give_back_memory()
+    assert calls == ["torch.cuda"]  # without MPS, torch.mps.empty_cache raises
+
+
 def test_processes_cannot_share_mps(config, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert prepare_machine(config).device.type == "mps"
+    assert (prepare_machine(config).device.type, prepare_machine(config).exact) == ("mps", False)
     assert prepare_machine(config, world=World(0, 2, 0, 2)).device.type == "cpu"
     assert capsys.readouterr().out == "train.device: using the CPU: 2 processes cannot share mps\n"
     with pytest.raises(InputError, match="2 processes cannot share mps: choose auto or cpu"):

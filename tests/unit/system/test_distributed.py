@@ -1,8 +1,9 @@
-"""What tells that another machine of a training is gone, without starting one."""
+"""The start of processes, and what tells that another machine of a training is gone, without starting one."""
 
 import pytest
+from torch.distributed.launcher import api
 
-from pipeline.system.distributed import is_lost_connection
+from pipeline.system.distributed import SAVE_S, is_lost_connection, launch
 
 
 @pytest.mark.parametrize(
@@ -16,3 +17,10 @@ from pipeline.system.distributed import is_lost_connection
 )
 def test_a_broken_connection_is_told_from_other_errors(message, lost):
     assert is_lost_connection(RuntimeError(message)) == lost
+
+
+def test_processes_that_save_after_a_signal_are_not_killed_within_a_day(monkeypatch):
+    configs = []
+    monkeypatch.setattr(api, "elastic_launch", lambda config, program: configs.append(config) or (lambda *_: None))
+    assert launch(2, "m", []) == 0
+    assert configs[0].shutdown_timeout == SAVE_S == 24 * 3600

@@ -1,6 +1,5 @@
 """Names and descriptions of runs and versions."""
 
-
 from pipeline.tracking.descriptions import (
     SOURCE_TAG,
     Result,

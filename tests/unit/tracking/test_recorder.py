@@ -11,10 +11,11 @@ from fixtures_mlflow import an_identity, append_steps, recording
 
 from pipeline.config.params import load_params
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, Pruned
-from pipeline.tracking import recorder
+from pipeline.tracking import mlflow_tracker, recorder
 from pipeline.tracking.descriptions import Result
 from pipeline.tracking.journal import STEPS, Journal
 from pipeline.tracking.mlflow_runs import BATCH
+from pipeline.tracking.mlflow_tracker import MlflowTracker
 from pipeline.tracking.recorder import KILLED, OWNER_PID, Recorder, ending, record
 from pipeline.training import train
 from tests.waiting import wait_until
@@ -187,3 +188,13 @@ def test_a_start_of_a_finished_run_opens_the_recorder_only_if_the_end_was_not_se
         monkeypatch.setattr(train, name, lambda *_: None)
     train.run_tracked(load_params(), folder, folder, folder)
     assert len(opened) == owned
+
+
+def test_system_metrics_are_sent_with_new_records_only(monkeypatch):
+    tracker = MlflowTracker.__new__(MlflowTracker)
+    tracker.store, tracker.run_id, tracker._logged, sent = None, "r", 2, []
+    monkeypatch.setattr(mlflow_tracker, "log_records", lambda store, run_id, records: sent.append(records))
+    monkeypatch.setattr(tracker, "_log_system_metrics", sent.append)
+    for steps in ((1, 2), (2, 3)):  # sent by the last attempt, and partly by this one
+        tracker.log_records([{"step": step} for step in steps])
+    assert sent == [[{"step": 3}], 3]

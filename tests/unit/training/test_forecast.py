@@ -2,10 +2,11 @@
 
 import json
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Namespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from pipeline.data.batches import sliding_windows
 from pipeline.data.vocab import Vocabulary
 from pipeline.model.evaluate import MIN_BATCHES
 from pipeline.system.device import Machine
+from pipeline.system.distributed import World
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.training import forecast as module
+from pipeline.training import preflight
 from pipeline.training import train as training
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import MODEL_COPIES, PROCESS_BYTES, Forecast, forecast, step_flops, token_flops
@@ -124,6 +127,34 @@ def test_real_steps_of_the_run_are_timed(monkeypatch, n_tokens):
     assert step_s == pytest.approx((records[2].step_s + records[3].step_s) / 2)
     assert 0 < token_s < 1
     assert records[-1].lr < 1e-3 * config.optim.lr  # at a higher rate, the loss on random ids may diverge
+
+
+def test_of_several_processes_one_is_timed_with_its_share_of_the_batch(monkeypatch):
+    config, four, timed = config_of(micro_batch_size=8), MACHINE._replace(world=World(0, 4, 0, 4), compiled=True), []
+    monkeypatch.setattr(module, "_time", lambda *arguments: timed.append(arguments[:2]) or (0.5, 0.001))
+    cost = forecast(config, four, VOCABULARY, 1000)
+    assert timed == [(config_of(micro_batch_size=2), MACHINE)]
+    assert cost.step_s == pytest.approx(0.5)
+    assert cost.train_s == pytest.approx(79 * 0.5)  # 10 epochs of 1000 tokens in steps of 8 windows
+    n_evaluated = module._evaluated_tokens(config.target, 79, 7, 1000, 0)
+    assert cost.evaluation_s == pytest.approx(n_evaluated * 0.001 / 4)
+    assert cost.memory_bytes == step_bytes(config, VOCABULARY, four, 143) + PROCESS_BYTES
+    assert (
+        cost.disk_bytes - forecast(config, MACHINE, VOCABULARY, 1000).disk_bytes > 3 * 5000
+    )  # states of random numbers
+    monkeypatch.setattr(preflight, "free_bytes", lambda machine: 4 * step_bytes(config, VOCABULARY, four) - 1)
+    with pytest.raises(OutOfSpaceError, match=r"^windows\.micro_batch_size 8 of"):
+        forecast(config, four, VOCABULARY, 1000)
+
+
+@pytest.mark.parametrize("outcome", [(0.5, 0.001), KeyboardInterrupt()])
+def test_the_memory_of_the_timed_steps_is_given_back(monkeypatch, outcome):
+    calls = []
+    monkeypatch.setattr(module, "_time", Mock(side_effect=[outcome]))
+    monkeypatch.setattr(module, "give_back_memory", lambda: calls.append("given back"))
+    with suppress(KeyboardInterrupt):
+        forecast(config_of(), MACHINE, VOCABULARY, 1000)
+    assert calls == ["given back"]
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_is_timed(monkeypatch):

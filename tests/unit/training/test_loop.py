@@ -42,9 +42,9 @@ class Loop:
         )
         self.optim = params.section(OptimConfig).updated(**{"lr": 0.01, "warmup": 0, **optim})
         plain = {"seed": 1, "precision": "fp32", "device": "cpu", "threads": 1, "compile": False}
-        train = params.section(TrainConfig).updated(**{**plain, **(where or {})})
-        self.machine, self.steps, self.text = prepare_machine(train, world=world), steps, text
-        self.state = fresh_state(shape, text.vocabulary, self.optim, train, self.machine)
+        self.train = params.section(TrainConfig).updated(**{**plain, **(where or {})})
+        self.machine, self.steps, self.text = prepare_machine(self.train, world=world), steps, text
+        self.state = fresh_state(shape, text.vocabulary, self.optim, self.train, self.machine)
 
     def __iter__(self):
         batches = steps_of(self.state.step + 1, self.text, self.windows, 1, self.machine.world)
@@ -109,6 +109,16 @@ def test_an_fp16_overflow_halves_the_scale_and_takes_the_step_again_and_no_scale
     for one, other in zip(plain, scaled, strict=True):
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     assert scales == [2.0**16, 2.0**15, *[2.0**14] * 3]
+
+
+@pytest.mark.parametrize(("precision", "scale"), [("fp16", 2.0), ("fp32", 1.0)])
+def test_the_loss_scale_of_fp16_grows_again_after_it_has_fallen_to_1(precision, scale):
+    run = Loop()
+    state = fresh_state(MODEL, TEXT.vocabulary, run.optim, run.train, run.machine._replace(precision=precision))
+    state.loss_scale = 1.0
+    for _ in range(2000):
+        state.scale_after(finite=True)
+    assert state.loss_scale == scale
 
 
 def test_a_copy_of_a_sharded_model_takes_no_random_numbers():

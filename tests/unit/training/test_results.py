@@ -4,6 +4,7 @@ import torch
 
 from pipeline.config.sections import ModelConfig
 from pipeline.system.device import Machine
+from pipeline.system.distributed import World
 from pipeline.tracking.journal import StepRecord
 from pipeline.training.results import flops_per_token, time_report, utilisation
 
@@ -18,7 +19,11 @@ def test_flops_per_token_equal_the_formula_for_gpt2():
 
 def test_utilisation_is_the_share_of_the_devices_peak_or_unknown():
     assert utilisation(1e6, 10**8, BF16, "cuda NVIDIA H200") == round(1e14 / 989e12, 4)
-    assert utilisation(1e6, 10**8, BF16, "cpu AVX512") == "unknown"
+    assert utilisation(1e6, 10**8, BF16, "cuda NVIDIA A100-SXM4-80GB") == round(1e14 / 312e12, 4)
+    for name in ("cpu AVX512", "cuda NVIDIA L40S", "cuda NVIDIA GH200 480GB"):
+        assert utilisation(1e6, 10**8, BF16, name) == "unknown"
+    four = BF16._replace(world=World(size=4))  # each has a device
+    assert utilisation(1e6, 10**8, four, "cuda NVIDIA H200") == round(1e14 / (4 * 989e12), 4)
 
 
 def test_a_report_has_the_seconds_to_each_rule():

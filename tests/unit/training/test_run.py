@@ -11,13 +11,15 @@ from pipeline.config.params import Params, load_params
 from pipeline.data.encode import write_tokens
 from pipeline.data.tokenizer import make_tokenizer
 from pipeline.system import distributed
-from pipeline.system.distributed import World
+from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import InputError, IntegrityError
 from pipeline.tracking.fingerprint import IDENTITY, Identity
+from pipeline.tracking.journal import StepRecord
+from pipeline.training import consumers
 from pipeline.training import train as training
 from pipeline.training.config import RunConfig
 from pipeline.training.extension import set_aside
-from pipeline.training.run import claim_folder
+from pipeline.training.run import Run, claim_folder
 from stages.train import main
 from tests.trainings import ROOT, change
 
@@ -55,6 +57,34 @@ def test_a_damaged_identity_of_the_run_itself_is_refused_with_the_command_that_r
     (folder / IDENTITY).write_text("{")
     with pytest.raises(IntegrityError, match=r"identity.json is not JSON .*: `python -m pipeline clean f`$"):
         claim_folder(folder, identity(1))
+
+
+def test_a_run_counts_its_own_gpu_memory(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    for name in ("_fresh_state", "_resume"):
+        monkeypatch.setattr(Run, name, lambda *_: None)
+    for device in ("cpu", "cuda"):
+        Run(None, SimpleNamespace(world=ALONE, device=torch.device(device)), None, tmp_path, identity(1), [])
+    assert calls == ["reset"]
+
+
+def test_a_sample_of_a_sharded_model_is_made_on_the_cpu_in_fp32(tmp_path, monkeypatch):
+    model = torch.nn.Module()
+    model.wte = torch.nn.Embedding(1, 1)
+    samples = SimpleNamespace(interval_steps=1, prompts=["p"], max_tokens=1)
+    text = SimpleNamespace(tokenizer=None, train=SimpleNamespace(tokens=None))
+    run = SimpleNamespace(
+        world=ALONE, config=SimpleNamespace(samples=samples), text=text, folder=tmp_path, finished=False
+    )
+    run.state, precisions = SimpleNamespace(whole_model=lambda: model), []
+    made = SimpleNamespace(text=lambda prompt, how: prompt)
+    monkeypatch.setattr(consumers, "Generator", lambda *_, precision: precisions.append(precision) or made)
+    (tmp_path / "samples").mkdir()
+    for device in ("cuda", "cpu"):
+        run.machine = SimpleNamespace(device=torch.device(device), precision="bf16")
+        consumers.sample(run, StepRecord(1, 1, 1.0, 1.0, 1.0))
+    assert precisions == ["fp32", "bf16"]
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(monkeypatch):
