@@ -136,9 +136,11 @@ def test_of_several_processes_one_is_timed_with_its_share_of_the_batch(monkeypat
     assert timed == [(config_of(micro_batch_size=2), MACHINE)]
     assert cost.step_s == pytest.approx(0.5)
     assert cost.train_s == pytest.approx(79 * 0.5)  # 10 epochs of 1000 tokens in steps of 8 windows
-    n_evaluated = module._evaluated_tokens(config.target, 79, 7, 1000, 0)
+    reads = module._read_tokens(config.windows.seq_len, 1000, 0)
+    n_evaluated = module._evaluated_tokens(config.target, 79, 7, reads)
     assert cost.evaluation_s == pytest.approx(n_evaluated * 0.001 / 4)
-    assert cost.memory_bytes == step_bytes(config, VOCABULARY, four, 143) + PROCESS_BYTES
+    n_batch = -(-max(reads.values()) // MIN_BATCHES)
+    assert cost.memory_bytes == step_bytes(config, VOCABULARY, four, n_batch) + PROCESS_BYTES
     assert (
         cost.disk_bytes - forecast(config, MACHINE, VOCABULARY, 1000).disk_bytes > 3 * 5000
     )  # states of random numbers
