@@ -10,7 +10,15 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.system.errors import DISK_FULL, InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
+from pipeline.system.errors import (
+    BROKEN_PIPE,
+    DISK_FULL,
+    InputError,
+    Interrupted,
+    OutOfSpaceError,
+    PeerLost,
+    PipelineError,
+)
 from pipeline.system.signals import die_with_dvc
 
 RANK_0_REPORTS_WITHIN_S = 30
@@ -81,7 +89,7 @@ def _report(main: Callable[[], None]) -> int:
         print(f"error: {sys.executable} has no {error.name}: activate .venv, which `make repro` makes", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as head, has ended
-        return 141  # the shell's code for SIGPIPE
+        return BROKEN_PIPE
     except OSError as error:
         if error.errno in DISK_FULL:
             where = "" if error.filename is None else f" in {error.filename}"

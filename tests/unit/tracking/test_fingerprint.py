@@ -25,6 +25,7 @@ UNDECISIVE = {
     "ends a run, which resumes with the same bits": "system/errors system/signals",
     "saves and loads files, whose bytes are checked": "system/files model/weights training/checkpoint",
     "the host and its threads, which are in `environment`": "system/host system/limits",
+    "starts other programs": "system/processes",
     "shows the progress": "system/progress training/progress",
     "stores what training computed": "tracking/fingerprint tracking/journal "
     "tracking/mlflow_errors tracking/mlflow_store tracking/mlflow_runs tracking/mlflow_tracker tracking/recorder "
