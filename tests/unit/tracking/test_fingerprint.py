@@ -20,6 +20,7 @@ UNDECISIVE = {
     "reads the text, whose tokens are in the fingerprint": "data/corpus data/corpus_index data/documents data/tables "
     "data/remote",
     "converts a loss to another unit": "data/statistics",
+    "names runs": "config/text_name",
     "makes samples": "data/openings data/tokenizer model/generator model/prompt_lookup model/decoder model/sampling",
     "reads or refuses parameters, which are in the fingerprint": "config/params training/config training/preflight",
     "ends a run, which resumes with the same bits": "system/errors system/signals",
