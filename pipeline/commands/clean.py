@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     home, name = project_root() / "checkpoints", arguments.name
     folders = [path for path in sorted(home.glob("*")) if path.is_dir() and path.name != "jobs"]
     named = [path for path in folders if name in (path.name, path.stem)]
-    if name and not named:
-        raise InputError(f"no run or study {name} in {home}: `ls {home}` shows them")
+    if name is not None and not named:
+        raise InputError(f"no run or study {name!r} in {home}: `ls {home}` shows them")
     only_by_name = {path: reasons for path in folders if (reasons := [*_only_by_name(path)])}
     to_remove = named or [path for path in folders if path not in only_by_name]
     if (home / "jobs").is_dir():  # a job holds no lock while it waits in the queue

@@ -15,7 +15,7 @@ def add_arguments(add: Add) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from pipeline.cluster.jobs import cancel, print_jobs
 
-    if arguments.cancel:
-        cancel(arguments.cancel)
-    else:
+    if arguments.cancel is None:
         print_jobs()
+    else:
+        cancel(arguments.cancel)

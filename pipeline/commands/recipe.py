@@ -15,12 +15,17 @@ def add_arguments(add: Add) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from pipeline.config.recipes import apply_recipe, as_set, list_recipes
+    from pipeline.config.recipes import apply_recipe, as_set, list_recipes, text_and_model
 
     if arguments.name is None:
+        if arguments.as_set:
+            raise InputError("recipe --as-set: name a recipe")
         if not (recipes := list_recipes()):
             raise InputError("no recipes/ here: run from the project's folder")
         for name, comment in recipes.items():
             print(f"{name:12} {comment}")
+    elif arguments.as_set:
+        print(as_set(arguments.name))
     else:
-        print((as_set if arguments.as_set else apply_recipe)(arguments.name))
+        print(apply_recipe(arguments.name))
+        print(f"text and model: {text_and_model()}")

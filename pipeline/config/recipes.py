@@ -18,6 +18,7 @@ from pipeline.system.files import write_text
 # and dumping would change comments, layout and the notation of numbers.
 
 RECIPES = Path("recipes")
+SPACE = "sweep.space."  # begins the keys of the search space
 BASE = "laptop"  # has every key that any recipe sets, with its value in the committed params.yaml
 
 
@@ -56,13 +57,19 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
     """
     path = find_recipe(name, folder)
     present = _read_leaves(params_path)
-    leaves = _without_absent_defaults(_recipe_values(path, folder), present)
+    leaves = _without_absent(_recipe_values(path, folder), present)
     for key, leaf in leaves.items():
         if key not in present:
             raise InputError(f"{path}: {key}: no such key in {params_path}{did_you_mean(key, list(present))}")
         if "\n" in leaf.text or leaf.is_block_list:
             raise InputError(f"{path}: {key}: write the value on one line, a list as [a, b]")
     return _rewrite(params_path, present, leaves) or f"{params_path} already has the values of recipe {path.stem}"
+
+
+def text_and_model(params_path: Path = PARAMS) -> str:
+    """The text and the name of the model in params.yaml, which no recipe of RECIPES sets."""
+    present = _read_leaves(params_path)
+    return ", ".join(f"{key} {present[key]}" for key in ("corpus.source", "registry.model") if key in present)
 
 
 def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
@@ -81,15 +88,19 @@ def _writable(values: dict[str, Any], present: dict[str, Leaf], params_path: Pat
     """The values to write. Raises InputError if `present` lacks a key of them."""
     texts = {key: yaml.safe_dump(value, default_flow_style=True, width=10**6) for key, value in values.items()}
     leaves = {key: Leaf(value, texts[key].removesuffix("...\n").strip()) for key, value in values.items()}
-    leaves = _without_absent_defaults(leaves, present)
+    leaves = _without_absent(leaves, present)
     if missing := next((key for key in leaves if key not in present), None):
         section, _, name = missing.partition(".")
         raise InputError(f"{params_path} has no {missing}: add `{name}: {leaves[missing]}` to its section {section}")
     return leaves
 
 
-def _without_absent_defaults(leaves: dict[str, Leaf], present: dict[str, Leaf]) -> dict[str, Leaf]:
-    """Leave out the keys that `present` lacks and whose value is the default: an older params.yaml has not all keys."""
+def _without_absent(leaves: dict[str, Leaf], present: dict[str, Leaf]) -> dict[str, Leaf]:
+    """Leave out keys that `present` lacks and may lack.
+
+    They are those of the search space, which is the user's own, and those whose value is the default, since an older
+    params.yaml has not all keys.
+    """
     defaults = {
         f"{section.section_name}.{name}": field.default
         for section in SECTIONS
@@ -99,7 +110,8 @@ def _without_absent_defaults(leaves: dict[str, Leaf], present: dict[str, Leaf]) 
     return {
         key: leaf
         for key, leaf in leaves.items()
-        if key in present or key not in defaults or repr(defaults[key]) != repr(leaf.value)
+        if key in present
+        or not (key.startswith(SPACE) or (key in defaults and repr(defaults[key]) == repr(leaf.value)))
     }
 
 

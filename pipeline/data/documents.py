@@ -61,25 +61,36 @@ def zstd() -> Any:
 
 
 def find_files(source: str, base: Path = Path()) -> list[Path]:
-    """List the files of a path in `base`, of a folder and its subfolders, or of a glob, sorted by path.
+    """List the files of a project's text, sorted by path; `source`: the value of corpus.source, `base`: the project.
 
-    Ignored are hidden files, the README.md of the top folder, and a .dvc file if its text is in the same folder. Raises
-    InputError if no file is found, or if a folder is a symbolic link.
+    Ignored is the README.md of the top folder, texts/. Raises InputError as `files_below` does, or if a folder is a
+    symbolic link.
     """
-    path, (root, *parts) = base / source, PurePosixPath(source).parts
-    for n in range(len(parts)):
-        _refuse_link(base.joinpath(root, *parts[: n + 1]))
-    if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
+    root, *parts = PurePosixPath(source).parts
+    for n in range(len(parts) + 1):
+        _refuse_link(base.joinpath(root, *parts[:n]))
+    return files_below(base / root, "/".join(parts), source, ignored=base / root / "README.md")
+
+
+def files_below(folder: Path, pattern: str, name: str, ignored: Path | None = None) -> list[Path]:
+    """List the files of a path in `folder`, of a folder and its subfolders, or of a glob, sorted by path.
+
+    `pattern` is relative to `folder`, and empty for `folder` itself; messages have `name` instead of both. Ignored are
+    hidden files, the file `ignored`, and a .dvc file if its text is in the same folder. Raises InputError if no file is
+    found, or if a folder below is a symbolic link.
+    """
+    path, parts = folder / pattern, PurePosixPath(pattern).parts
+    if not path.is_dir() and (path.exists() or not set(pattern) & set("*?[")):
         if path.exists() and not path.is_file():
-            raise InputError(f"{source} is a pipe or a device, which can be read only once: save the text in a file")
+            raise InputError(f"{name} is a pipe or a device, which can be read only once: save the text in a file")
         return [path]
     if any("**" in part and part != "**" for part in parts):
-        raise InputError(f"{source}: ** must be a whole part, as in {root}/**/*.txt: fix corpus.source")
-    found = _matching(path, ["**"]) if path.is_dir() else _matching(base / root, parts)
-    files = sorted({file for file in found if file != base / root / "README.md" and not _is_tracked(file)})
+        raise InputError(f"{name}: ** must be a whole part, as in texts/**/*.txt: fix corpus.source")
+    found = _matching(path, ["**"]) if path.is_dir() else _matching(folder, parts)
+    files = sorted({file for file in found if file != ignored and not _is_tracked(file)})
     if not files:
         what = "contains no texts" if path.is_dir() else "matches no file"
-        raise InputError(f"{source} {what}: add texts or set another corpus.source")
+        raise InputError(f"{name} {what}: add texts or set another corpus.source")
     return files
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config.sections import INIT, TEXTS, WEIGHTS_FOLDER
 from pipeline.config.text_name import SUFFIX, text_name
-from pipeline.data.documents import find_files
+from pipeline.data.documents import files_below, find_files
 from pipeline.model.published_files import Published, files_in, files_of, find_published, read_published
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_file, sha256_file
@@ -41,23 +41,23 @@ def find_source(given: str, name: str | None) -> Source:
         raise InputError(f"--name {name!r}: use letters, digits, `.`, `_` and `-` only")
     if not given.strip():
         raise InputError(f"SOURCE is empty: give {KINDS}")
-    if REMOTE.match(given):
+    typed = Path(os.path.normpath(os.path.expanduser(given)))
+    if REMOTE.match(given) and not os.path.exists(typed):  # a file's name may have a colon
         return Source(given, name or name_of(given), given)
-    path = Path(os.path.abspath(Path(given).expanduser()))  # not resolved: a link to a text keeps its own name
+    path = Path(os.path.abspath(typed))  # not resolved: a link to a text keeps its own name
     if path.is_relative_to(texts := Path(TEXTS).absolute()):
         source = (TEXTS / path.relative_to(texts)).as_posix()
         return Source(source, name or name_of(source), source, {str(file): file for file in find_files(source)})
     if path.exists():
-        whole = path.resolve()
-        if Path.cwd().is_relative_to(whole):  # each call would bring the copies of the last one into texts/
+        inside, pattern = path.resolve(), ""
+        if Path.cwd().is_relative_to(inside):  # each call would bring the copies of the last one into texts/
             raise InputError(f"{given} contains this project: give {KINDS} of a text")
-        inside, files = whole, find_files(whole.name, whole.parent)
-    elif WILDCARDS & set(given):
-        fixed = next(folder for folder in path.parents if not WILDCARDS & set(str(folder)))
-        inside = fixed.resolve()
-        files = find_files((inside.name / path.relative_to(fixed)).as_posix(), inside.parent)
+    elif WILDCARDS & set(str(typed)):  # not those in the working directory's path
+        fixed = next(folder for folder in typed.parents if not WILDCARDS & set(str(folder)))
+        inside, pattern = fixed.resolve(), typed.relative_to(fixed).as_posix()
     else:
         raise InputError(f"{given} not found: give {KINDS}")
+    files = files_below(inside, pattern, given)
     name = name or name_of(given)
     if path.is_file():
         target = f"{TEXTS}/{name}{path.name.removeprefix(SUFFIX.sub('', path.name))}"
@@ -141,8 +141,8 @@ def find_weights(given: str) -> Weights:
     """
     if (hub := INIT.fullmatch(given)) and hub["repo"]:
         return Weights(given, find_published(given))
-    path = Path(os.path.abspath(Path(given).expanduser()))
-    if REMOTE.match(given) or not given.strip() or not path.is_dir():
+    path = Path(os.path.abspath(os.path.expanduser(given)))
+    if not given.strip() or not path.is_dir():
         why = "is a file" if given.strip() and path.is_file() else "not found"
         raise InputError(f"--init {given} {why}: give the folder of a GPT-2, or hf://OWNER/NAME such as hf://gpt2")
     if path.is_relative_to(folder := Path(WEIGHTS_FOLDER).absolute()) and path != folder:

@@ -4,6 +4,7 @@ An export is a function with an entry in EXPORTS. It takes the folder that `open
 `describe_version` returns, and an empty folder to fill; `export gguf` also takes the type of the weights.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -170,9 +171,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def require_empty(folder: Path) -> None:
-    """Raise InputError if `folder` exists and is not empty: a user's files are never overwritten."""
+    """Raise InputError if `folder` is not empty, since a user's files are never overwritten, or cannot be replaced."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already: name a new or an empty folder")
+    if folder.exists() and (os.path.ismount(folder) or not os.access(folder.resolve().parent, os.W_OK)):
+        raise InputError(f"{folder} is a mount point, or in a read-only folder: name a new folder in it")
 
 
 def torch_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:

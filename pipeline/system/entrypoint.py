@@ -1,5 +1,6 @@
 """Run a stage or a command; report each error that a user can cause as one line on stderr and an exit code."""
 
+import io
 import os
 import re
 import signal
@@ -27,14 +28,41 @@ STAGES = Path(__file__).parents[2] / "stages"
 def run_stage(main: Callable[[], None]) -> None:
     """Run `main` and exit with its code. `main` contains its imports, so that their errors are reported too."""
     die_with_dvc()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # also in a log, which shows the progress
-    code = exit_code_of(main)
+
+    def stage() -> None:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in a log, which shows the progress
+        main()
+
+    code = exit_code_of(stage)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C arrives while Python exits
     sys.exit(code)
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return 0; on an error, print it as one line and return its exit code."""
+    _prepare_streams()
+    try:
+        return _report(main)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # reported already, or less than another error; Python would try again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _prepare_streams() -> None:
+    """Replace the standard streams that are closed, and write what the encoding of stdout lacks as escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # as by `>&-`
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (it has the descriptor of the closed one)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python itself does for stderr
+
+
+def _report(main: Callable[[], None]) -> int:
+    """Run `main` and write what it has printed, and return 0; on an error, print one line and return its exit code."""
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # torch reads it when it is imported, and says what lacks
     try:
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by `end_quietly`, for the imports up to here
@@ -46,6 +74,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
                 "this is the folder stages/: run `python -m stages.NAME` from its parent, the project's folder"
             )
         main()
+        sys.stdout.flush()
     except PipelineError as error:
         line = f"error: {error}"
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfSpaceError | PeerLost):
@@ -60,7 +89,6 @@ def exit_code_of(main: Callable[[], None]) -> int:
         print(f"error: {sys.executable} has no {error.name}: activate .venv, which `make repro` makes", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
         if error.errno in DISK_FULL:

@@ -47,8 +47,8 @@ class Store(NamedTuple):
 def store_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, or by default the mlflow.db that `mlflow ui` opens; SQLite paths are relative to `root`.
 
-    Raises InputError if it is not the URI of a server or a database, or if it contains a password, since messages,
-    tags and the page show the URI.
+    Raises InputError if it is not the URI of a server or a database, if MLflow would read a SQLite path as another one,
+    or if it contains a password, since messages, tags and the page show the URI.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{SQLITE}mlflow.db"
     if not _is_supported(uri):
@@ -61,7 +61,11 @@ def store_uri(root: Path) -> str:
             "MLFLOW_TRACKING_URI contains a password: leave it out, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD for a server, or write it to ~/.pgpass for PostgreSQL"
         )
-    return f"{SQLITE}{root / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
+    if not uri.startswith(SQLITE):
+        return uri
+    if {"%", "?"} & set(str(path := root / uri.removeprefix(SQLITE))):  # in a URL they mean something else
+        raise InputError(f"MLflow cannot open {path}, a path with `%` or `?`: rename it, or set MLFLOW_TRACKING_URI")
+    return f"{SQLITE}{path}"
 
 
 def _is_supported(uri: str) -> bool:

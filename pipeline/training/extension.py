@@ -107,6 +107,8 @@ def _reason(source: Path, n_same: int, optim: OptimConfig, config: RunConfig, n_
         hint = f": set optim.warmup to its {warmup} steps"
     elif n_same < plateau_end(config.optim, config.windows, n_tokens):
         hint = f": {_depends(config.optim)}"
+    if n_same == 0:
+        return f"the run {source.name} has other learning rates from the first step on{hint}"
     return f"the run {source.name} took the same steps up to {n_same}, and has no checkpoint of them{hint}"
 
 

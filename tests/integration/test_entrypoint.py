@@ -65,6 +65,51 @@ def test_ctrl_c_during_the_first_imports_leaves_no_traceback(program, tmp_path, 
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+# A program that prints a character, and then ends as its second argument says.
+PRINTING = """if True:
+    import sys
+    from pipeline.system.entrypoint import exit_code_of, run_stage
+    from pipeline.system.errors import ModelMissing
+    def main():
+        print("\u7ea2")
+        if sys.argv[2] != "ok":
+            raise SystemExit if sys.argv[2] == "help" else ModelMissing("none")
+    run_stage(main) if sys.argv[1] == "stage" else sys.exit(exit_code_of(main))
+    """
+
+
+@pytest.mark.parametrize(
+    ("redirection", "end", "code", "message"),
+    [
+        (">&-", "ok", 0, ""),
+        (">&- 2>&- <&-", "error", 7, ""),
+        (">&-", "error", 7, "error: none\n"),
+        (">&$2", "ok", 141, ""),
+        (">&$2", "error", 7, "error: none\n"),
+        (">&$2", "help", 0, ""),
+        pytest.param(
+            *(">/dev/full", "ok", 5, "error: disk full: make room and run the same command again\n"),
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="there is no /dev/full"),
+        ),
+    ],
+)
+def test_output_that_nobody_can_read_gives_no_traceback(redirection, end, code, message, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else it fails when it is printed, and not at the end
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    reader, writer = os.pipe()
+    os.close(reader)
+    shell = ["bash", "-c", f'"$0" -c "$1" command {end} {redirection}', sys.executable, PRINTING, str(writer)]
+    done = subprocess.run(shell, capture_output=True, text=True, pass_fds=[writer])
+    os.close(writer)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", message)
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    for kind in ("stage", "command"):
+        assert run("-c", PRINTING, kind, "ok").stdout == "\\u7ea2\n"
+
+
 WINDOWS = """if True:
     import runpy, signal, sys
     sys.platform = "win32"

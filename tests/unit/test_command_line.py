@@ -74,6 +74,8 @@ def test_the_flags_of_slurm_apply_to_a_file_without_its_section(command, folder)
         (["replicate", "--seeds", "0"], 2, "error: --seeds 0: a number of seeds from 1 to 1000"),
         (["replicate", "--seed", "3"], 2, "unrecognized arguments: --seed"),
         (["recipe", "lapto"], 2, "error: "),
+        (["recipe", "--as-set"], 2, "error: recipe --as-set: name a recipe"),
+        (["recipe", "smoke"], 0, "tinyshakespeare/input.txt, registry.model shakespeare-gpt2\n"),
         (["train", "--nodes", "2", "--time", "24h"], 2, "error: --nodes, --time: only with --on slurm"),
         (["train", "--on", "slurm", "--time", "90"], 2, "error: --time: 90: give a time above 0, such as 90m"),
         (["train", "--on", "slurm", "--time", "0m"], 2, "error: --time: 0m: give a time above 0"),
@@ -97,6 +99,7 @@ def test_the_flags_of_slurm_apply_to_a_file_without_its_section(command, folder)
         (["tokenize", "--workers", "3"], 2, "error: --workers: only with --on slurm"),
         (["jobs"], 0, "no jobs in"),
         (["jobs", "--cancel", "7"], 2, "error: no job 7 in"),
+        (["jobs", "--cancel", ""], 2, "error: no job  in"),
         (["run"], 2, "error: "),
     ],
 )
@@ -177,7 +180,7 @@ def checkpoints(folder):
         (["aaaa", "--dry-run"], 0, "would remove 2 files, 2 bytes\n", RUNS),
         ([], 0, "removed 3 files, 3 bytes\nkept search, a study: it is removed only by name", ["search"]),
         (["search"], 0, "the study keeps its trials' values", ["aaaa", "aaaa.1", "bbbb"]),
-        *(([name], 2, f"no run or study {name}", RUNS) for name in ("bb", "..", ".", "bbbb/../../models", "/")),
+        *(([name], 2, f"no run or study {name!r}", RUNS) for name in ("", "bb", "..", ".", "bbbb/../../models", "/")),
     ],
 )
 def test_clean_removes_the_named_run_or_study_or_all_runs(command, checkpoints, arguments, code, said, kept):

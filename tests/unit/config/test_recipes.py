@@ -69,6 +69,19 @@ def test_keys_with_a_default_may_be_missing_in_an_older_file_until_another_value
     assert params.read_bytes() == before
 
 
+def test_a_search_space_of_other_keys_stays(params):
+    before = params.read_text()
+    own = before.replace(
+        "      lr: {low: 0.002, high: 0.02, log: true}\n", "      lr: [0.1, 0.2]\n      eps: [1.0e-8]\n"
+    )
+    for text in (own, before[: before.index("  space: #")] + "  space: {}\n"):
+        params.write_text(text)
+        assert "model.n_layer: 2 -> 6" in apply_recipe("seed-001", params, RECIPES)
+        apply_recipe("laptop", params, RECIPES)
+        assert params.read_text() == text
+        require_keys({"sweep.space.optim.lr.low": 0.1}, params)
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"laptop"}))
 def test_a_recipe_changes_only_values_which_are_valid_and_laptop_resets_them(name, params):
     before = params.read_text()

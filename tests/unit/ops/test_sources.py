@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ops.sources import bring, find_source, name_of, require_room
+from pipeline.ops.sources import bring, find_source, find_weights, name_of, require_room
 from pipeline.system.errors import InputError
 
 
@@ -52,6 +52,38 @@ def test_a_folder_or_a_glob_is_copied_with_its_subfolders(outside):
     assert sorted(path.name for path in Path("texts/only").rglob("*.txt")) == ["a.txt", "b.txt"]
 
 
+def test_only_the_readme_of_the_projects_own_texts_is_left_out(outside):
+    for name in ("texts", "notes"):  # a folder of the same name elsewhere
+        (outside / name).mkdir(exist_ok=True)
+        (outside / name / "README.md").write_text("mine")
+        for given in (f"{outside}/{name}", f"{outside}/{name}/*.md"):
+            assert outside / name / "README.md" in find_source(given, None).files.values()
+    Path("texts/own").mkdir()
+    Path("texts/own/README.md").write_text("mine")
+    assert [*find_source("texts", None).files] == ["texts/own/README.md"]
+
+
+def test_a_path_may_have_any_characters(outside, monkeypatch):
+    for given in ("~draft.txt", "Re: letter.txt", "what?.txt"):
+        Path(given).write_text(given)
+        source = find_source(given, None)
+        assert (source.origin, [*source.files]) == (f"{Path.cwd()}/{given}", [given])
+        bring(source, in_place=False)
+        assert Path(source.source).read_text() == given
+    for folder in ("a[b]", "a*b", "a?"):
+        (outside / folder / "texts").mkdir(parents=True)
+        (outside / folder / "one.txt").write_text("1")
+        monkeypatch.chdir(outside / folder)
+        for given in ("*.txt", "../*/one.txt"):
+            assert outside / folder / "one.txt" in find_source(given, None).files.values()
+
+
+def test_a_folder_of_weights_that_does_not_exist_is_named(outside):
+    for given in ("~nobody-has-this-name/gpt2", "https://example.com/gpt2", "missing", ""):
+        with pytest.raises(InputError, match=rf"^--init {given} not found: give the folder of a GPT-2"):
+            find_weights(given)
+
+
 def test_in_place_makes_links_which_follow_the_text(outside):
     source = find_source(str(outside / "diary.txt"), None)
     bring(source, in_place=True)
@@ -97,7 +129,10 @@ def test_a_file_of_another_text_is_never_replaced(outside):
         ("missing.txt", None, "missing.txt not found: give a file, a folder, a glob in quotes, or a URL"),
         ("texts", None, "contains no texts"),
         ("texts/*.md", None, "matches no file"),
-        ("../home/*.md", None, "matches no file"),
+        ("../home/*.md", None, r"^../home/\*.md matches no file"),
+        ("../home/notes/nothing[12]/**", None, r"^../home/notes/nothing\[12\]/\*\* matches no file"),
+        ("/*.no-such-text", None, r"^/\*.no-such-text matches no file"),
+        ("~nobody-has-this-name/a.txt", None, "^~nobody-has-this-name/a.txt not found"),
         ("", None, "SOURCE is empty: give a file, a folder"),
         (" ", "notes", "SOURCE is empty"),
         *((folder, None, f"{folder} contains this project: ") for folder in (".", "../project", "..", "/")),

@@ -160,6 +160,15 @@ def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tiny_export, tmp_pa
     assert [path.name for path in (tmp_path / "filled").iterdir()] == ["notes.json"]
 
 
+@pytest.mark.parametrize(("name", "result"), [("os.path.ismount", True), ("os.access", False)])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tiny_export, tmp_path, monkeypatch, name, result):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(name, lambda *_: result)
+    with pytest.raises(InputError, match=r"volume is a mount point, or in a read-only folder: name a new folder in it"):
+        export_version(tiny_export, tmp_path, version_info(), tmp_path / "volume")
+    assert export_version(tiny_export, tmp_path, version_info(), tmp_path / "volume" / "new") > 0
+
+
 def test_an_empty_folder_may_be_a_link_and_files_of_a_killed_export_are_removed(tiny_export, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")

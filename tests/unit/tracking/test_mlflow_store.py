@@ -56,6 +56,17 @@ def test_a_sqlite_path_is_relative_to_the_project_and_another_uri_is_unchanged(u
     assert store_uri(Path("/project")) == expected
 
 
+@pytest.mark.parametrize(
+    ("uri", "root"),
+    [(None, "/a%41b"), (None, "/what?"), ("sqlite:///my%20runs.db", "/a"), ("sqlite:///a.db?x=1", "/a")],
+)
+def test_a_sqlite_path_that_mlflow_would_read_as_another_one_is_refused(uri, root, monkeypatch):
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InputError, match=r"MLflow cannot open /.*db.*, a path with `%` or `\?`: rename it, or set"):
+        store_uri(Path(root))
+
+
 def test_a_copy_made_by_dvc_uses_the_store_of_its_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert project_root() == tmp_path
