@@ -16,7 +16,8 @@ from pipeline.data.tables import RECORD, Rows, read_csv, read_jsonl, read_parque
 from pipeline.system.errors import InputError, IntegrityError
 
 CHUNK_BYTES = 1 << 18
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: zstd().open(*arguments)}
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: _open_zstd(*arguments)}
+MAX_WINDOW = 31  # binary logarithm of the most bytes that zstd refers back to, as with `zstd --long=31`
 HINT = "save it as UTF-8 text"
 TABLES: dict[str, Callable[[BinaryIO, str, str | None], Rows]] = {
     ".jsonl": read_jsonl,
@@ -30,7 +31,8 @@ POINTER = ".dvc"
 IS_POINTER = "DVC's pointer to a text: fetch the text with `dvc pull`, and name the text itself"
 HEAD_BYTES = 512
 MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd", ".parquet": rb"PAR1"}
-HTML = rb"(?i)(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|<!--.*?-->)*<(!doctype html|html|head|script)\b"
+COMMENT = rb"<!--(?:(?!-->).)*-->"  # ends at the first -->, so that HTML matches in one way only and in linear time
+HTML = rb"(?i)(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|%b)*<(!doctype html|html|head|script)\b" % COMMENT
 MEDIA = "an image, sound or video, not a text: remove it from the texts"
 FORMATS = {  # how a file begins -> what it is, and what to do
     MAGIC[".gz"]: "compressed with gzip: save it under a name that ends with .gz",
@@ -58,6 +60,10 @@ def zstd() -> Any:
     else:
         from backports import zstd
     return zstd
+
+
+def _open_zstd(path: Path, mode: str) -> Any:
+    return zstd().open(path, mode, options={zstd().DecompressionParameter.window_log_max: MAX_WINDOW})
 
 
 def find_files(source: str, base: Path = Path()) -> list[Path]:
