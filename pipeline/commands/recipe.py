@@ -15,12 +15,15 @@ def add_arguments(add: Add) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from pipeline.config.recipes import apply_recipe, as_set, list_recipes
+    from pipeline.config.recipes import apply_recipe, as_set, list_recipes, locked_params
 
     if arguments.name is None:
         if not (recipes := list_recipes()):
             raise InputError("no recipes/ here: run from the project's folder")
         for name, comment in recipes.items():
             print(f"{name:12} {comment}")
+    elif arguments.as_set:
+        print(as_set(arguments.name))
     else:
-        print((as_set if arguments.as_set else apply_recipe)(arguments.name))
+        with locked_params():
+            print(apply_recipe(arguments.name))
