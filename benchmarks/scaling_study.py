@@ -39,7 +39,6 @@ from pipeline.data.token_files import TokenFolder, shard_name, write_shard
 from pipeline.sweep.controller import print_status
 from pipeline.sweep.figures import draw_study
 from pipeline.sweep.pruner import best_trial
-from pipeline.sweep.search_space import overridden
 from pipeline.sweep.study import has_work, join_study, latest_trials, open_storage, shared_settings, suggest
 from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig, ended_with
 from pipeline.system.errors import Pruned
@@ -438,7 +437,7 @@ PARAMS_TEXT = Path("params.yaml").read_text() if Path("params.yaml").is_file() e
 def settings(**changes: Any) -> tuple[SweepConfig, dict[str, Any]]:
     """The sweep of params.yaml with changes, and the settings that its trials share."""
     params = load_params()
-    sweep = overridden(params, {"study": "simulated", **changes}).section(SweepConfig)
+    sweep = params.overridden(SweepConfig, {"study": "simulated", **changes}).section(SweepConfig)
     return sweep, shared_settings(sweep, RunConfig.of(params), "d" * 64)
 
 

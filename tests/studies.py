@@ -9,7 +9,6 @@ from optuna.trial import TrialState, create_trial
 
 from pipeline.config.params import load_params
 from pipeline.config.sections import SweepConfig
-from pipeline.sweep.search_space import overridden
 from pipeline.sweep.study import find_study, join_study, shared_settings
 from pipeline.training.config import RunConfig
 from tests.trainings import change, epochs
@@ -24,7 +23,7 @@ DISTRIBUTIONS = {
 
 def sweep_config(**changes):
     given = {"study": "s", "space": SPACE, "trials": 4, "sampler": "random", "pruner_tolerance": 0.05, **changes}
-    return overridden(load_params(ROOT / "params.yaml"), given).section(SweepConfig)
+    return load_params(ROOT / "params.yaml").overridden(SweepConfig, given).section(SweepConfig)
 
 
 def shared_by(sweep, **changes):

@@ -26,6 +26,7 @@ from pipeline.config.sections import SlurmConfig
 from pipeline.system.errors import InputError, Interrupted, PipelineError
 from pipeline.system.files import read_json, write_json
 from pipeline.system.host import SOURCE_ROOT, project_root
+from pipeline.system.processes import search_path
 from pipeline.system.signals import StopSignals
 from pipeline.system.words import counted
 
@@ -195,7 +196,7 @@ def submit(
     task gets SIGTERM and is requeued. Raises InputError if Slurm refuses the job.
     """
     require_slurm(slurm, nodes)
-    root = project_root()
+    root, python_path = project_root(), search_path(SOURCE_ROOT, "PYTHONPATH")
     before = None if after is None or after.succeeded else after  # Slurm soon forgets a job that has ended
     home = next(path for i in count(1) if not (path := root / JOBS / f"{name}-{i}").exists())
     home.mkdir(parents=True)
@@ -211,7 +212,7 @@ def submit(
         ntasks_per_node=1,
         signal_delay_s=program.warning_s(time_s),
         array_parallelism=len(commands),  # submitit's default is 256
-        setup=[f"cd {shlex.quote(str(root))}", f"export PYTHONPATH={shlex.quote(_python_path())}"],
+        setup=[f"cd {shlex.quote(str(root))}", f"export PYTHONPATH={shlex.quote(python_path)}"],
         # srun does not take the number of cores from sbatch; a node that fails ends the others
         srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else [])],
         additional_parameters=options,
@@ -371,10 +372,6 @@ def _refusal(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if re.search("error:|fatal:|option '", line)] or stderr.splitlines()
     names = r"^(sbatch: (?!error|fatal)|\w+: (error|fatal): (Batch job submission failed: )?|allocation failure: )"
     return re.sub(names, "", lines[-1]) if lines else "no reason given"
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
 def _summary(job: Job, tasks: Sequence[TaskState]) -> str:

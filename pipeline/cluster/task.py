@@ -17,6 +17,7 @@ from submitit.helpers import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from pipeline.system.files import read_json, write_json
+from pipeline.system.processes import search_path
 from pipeline.system.signals import die_with_parent
 
 # `main` loads the Task that submitit has stored, and calls it. SIGUSR2, which Slurm sends before the time limit, makes
@@ -138,7 +139,7 @@ def is_stuck(before: frozenset[str] | None, now: frozenset[str], spent_s: float,
 def job_environment(given: Mapping[str, str]) -> dict[str, str]:
     """What the command needs beside the environment of the job: programs, threads, and torchrun's PET_... on nodes."""
     found = {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")]),
+        "PATH": search_path(Path(sys.executable).parent, "PATH", given),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "86400",  # seconds in which processes save: Slurm ends the job before
     }
     if (nodes := int(given.get("SLURM_JOB_NUM_NODES", "1"))) > 1:

@@ -5,10 +5,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
@@ -38,7 +37,6 @@ def add_slurm(add: Add, without: Sequence[str] = ()) -> None:
 
 def slurm_of(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | None":
     """The section `slurm` with the flags of the command line; None without `--on slurm`. Raises InputError."""
-    from pipeline.config.params import Params
     from pipeline.config.sections import SlurmConfig
 
     flags = {key.removeprefix("slurm_"): value for key, value in vars(arguments).items() if key.startswith("slurm_")}
@@ -46,9 +44,7 @@ def slurm_of(given: "Params", arguments: argparse.Namespace) -> "SlurmConfig | N
         if flags:
             raise InputError(f"{', '.join(map(_flag, flags))}: only with --on slurm")
         return None
-    own = given.values.get(SlurmConfig.section_name) or {}
-    values = given.values | ({SlurmConfig.section_name: own | flags} if isinstance(own, dict) else {})
-    return Params(values, Path(f"{given.path} with the command line") if flags else given.path).section(SlurmConfig)
+    return given.overridden(SlurmConfig, flags).section(SlurmConfig)
 
 
 def _flag(key: str) -> str:
@@ -58,7 +54,7 @@ def _flag(key: str) -> str:
 
 def become_dvc(*arguments: str) -> None:
     """Replace this process by DVC."""
-    from pipeline.system.host import dvc_command
+    from pipeline.system.processes import dvc_command
 
     command, environment = dvc_command(*arguments)
     sys.stdout.flush()
@@ -74,7 +70,7 @@ def count(text: str) -> int:
 
 def _minutes(text: str) -> int:
     """Minutes, rounded up, of 90m, 24h or 7d; a plain number could be minutes or seconds."""
-    from pipeline.ops.policy import parse_duration
+    from pipeline.system.words import parse_duration
 
     try:
         return math.ceil(parse_duration(text if text[-1:].isalpha() else "?") / 60)
@@ -104,7 +100,7 @@ def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {one_line(error)}") from None
 
 
 def open_project_registry() -> tuple[Any, str]:

@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
 def planned(arguments: argparse.Namespace, folder: Path) -> "Plan":
     """The plan for the arguments of `learn` and `plan`, with temporary files in `folder`."""
     from pipeline.ops.plan import Options, make_plan
-    from pipeline.ops.policy import parse_duration
     from pipeline.ops.sources import find_source, find_weights
+    from pipeline.system.words import parse_duration
 
     if len(given := arguments.source) > 1:
         raise InputError(f"{len(given)} sources: name one, a folder or a glob in quotes, such as 'notes/*.txt'")

@@ -26,9 +26,9 @@ def add_arguments(add: Add) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from pipeline.config import params, sections
-    from pipeline.sweep import replicate, search_space, study
+    from pipeline.sweep import replicate, study
 
     given = params.load_params()
-    config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
+    config = given.overridden(sections.SweepConfig, vars(arguments)).section(sections.SweepConfig)
     with study.naming_dead_storage(config):
         replicate.run_replicate(given, config, arguments.seeds, slurm_of(given, arguments))

@@ -31,7 +31,7 @@ def add_arguments(add: Add) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from pipeline.config import params, sections
-    from pipeline.sweep import controller, replicate, search_space, study
+    from pipeline.sweep import controller, replicate, study
 
     counts = {"top": arguments.top, "n_seeds": arguments.seeds}
     counts = {name: count for name, count in counts.items() if count is not None}
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     slurm = slurm_of(given := params.load_params(), arguments)
     if slurm and arguments.action not in ("run", "confirm"):
         raise InputError(f"sweep {arguments.action} --on slurm: only `sweep` and `sweep confirm` train")
-    config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
+    config = given.overridden(sections.SweepConfig, vars(arguments)).section(sections.SweepConfig)
     actions = {
         "run": lambda config: controller.run_sweep(given, config, slurm),
         "status": controller.print_status,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, one_line
 
 PARAMS = Path("params.yaml")
 
@@ -64,9 +64,7 @@ class Params:
         for kind in kinds:
             if kind in self._sections:
                 continue
-            values = self.values.get(kind.section_name)
-            if values is None and not any(field.is_required() for field in kind.model_fields.values()):
-                values = {}
+            values = self._values_of(kind)
             if not isinstance(values, dict):
                 errors.append(f"{kind.section_name}: section missing")
                 continue
@@ -76,6 +74,27 @@ class Params:
                 errors += _describe(kind, error.errors(), values)
         if errors:
             raise InputError(f"{self.path}: " + " ".join("; ".join(errors).split()))  # a key may hold a line break
+
+    def overridden(self, kind: type[Section], flags: dict[str, Any]) -> "Params":
+        """A copy with the values of a section that are given on the command line; other flags are ignored."""
+        own, given = self._values_of(kind), {key: flags[key] for key in flags if key in kind.model_fields}
+        if not given or not isinstance(own, dict):
+            return self
+        return Params({**self.values, kind.section_name: {**own, **given}}, Path(f"{self.path} with the command line"))
+
+    def with_values(self, values: dict[str, Any]) -> "Params":
+        """A copy with other values, by dotted key, such as optim.lr."""
+        changed = {section: dict(own) if isinstance(own, dict) else own for section, own in self.values.items()}
+        for key, value in values.items():
+            section, name = key.split(".")
+            if isinstance(own := changed.setdefault(section, {}), dict):
+                own[name] = value
+        return Params(changed, self.path)
+
+    def _values_of(self, kind: type[Section]) -> Any:
+        """The values of a section, which are none if it is absent and has no required key."""
+        values = self.values.get(kind.section_name)
+        return {} if values is None and not any(field.is_required() for field in kind.model_fields.values()) else values
 
     def unknown_sections(self, *kinds: type[Section]) -> list[str]:
         """Describe the top-level keys that are not sections."""
@@ -92,7 +111,7 @@ def load_params(path: Path = PARAMS) -> Params:
         raise InputError(f"{path} not found: run from the project folder") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML raises the last four for a date such as 2001-99-99, a tag such as !!bool, or thousands of brackets
-        fault = " ".join(str(error).replace(' in "<unicode string>",', "").split())
+        fault = one_line(error).replace(' in "<unicode string>",', "")
         raise InputError(f"{path} is not YAML: {fault}; `git checkout {path}` restores the committed one") from None
     if not isinstance(values, dict):
         found = "it is empty" if values is None else f"expected a mapping, got {type(values).__name__}"

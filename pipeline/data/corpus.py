@@ -31,7 +31,7 @@ from urllib.parse import quote, urlsplit
 from pipeline.config.sections import STORE, TEXTS, WHEEL, CorpusConfig, is_local
 from pipeline.data.documents import HTML, find_files, read_documents
 from pipeline.data.remote import fetch_hub, fetch_store
-from pipeline.system.errors import DISK_FULL, InputError, IntegrityError
+from pipeline.system.errors import DISK_FULL, InputError, IntegrityError, one_line
 from pipeline.system.files import UNFINISHED, atomic_file, sha256_file, sweep_unfinished, write_text
 from pipeline.system.host import ADD_PIP, has_pip, project_root
 from pipeline.system.progress import Bar
@@ -303,7 +303,7 @@ def _download(source: str, out: BinaryIO, received: _Received) -> None:
                     received.n_bytes = n_bytes
                     bar.update(len(chunk))
     except (OSError, http.client.HTTPException, EOFError, ValueError, zlib.error) as error:
-        reason = " ".join(str(error).split())  # that of a redirect loop has several lines
+        reason = one_line(error)  # that of a redirect loop has several lines
         if isinstance(error, urllib.error.HTTPError) and error.code in BUSY:
             wait_s = _wait_s(error.headers)
             later = f", retry after {wait_s:.0f} s" if wait_s > MAX_PAUSE_S else ""

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from pipeline.config.sections import HUB, STORES
 from pipeline.data.documents import OPENERS, TABLES
-from pipeline.system.errors import DISK_FULL, InputError, OutOfSpaceError
+from pipeline.system.errors import DISK_FULL, InputError, OutOfSpaceError, one_line
 from pipeline.system.progress import Bar
 
 AGENT = "gpt2-to-target"
@@ -86,7 +86,7 @@ def fetch_store(source: str, folder: Path, **options: Any) -> dict[str, Path]:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         hint = ": check the credentials" if isinstance(error, PermissionError) else ""
-        raise InputError(f"could not download {source}: {one_line(error)}{hint}") from None
+        raise InputError(f"could not download {source}: {without_queries(error)}{hint}") from None
     if not files:
         raise InputError(f"{source} matches no file: check corpus.source")
     return files
@@ -110,20 +110,20 @@ def hub_as_one_line(source: str, repo: str, kind: str = "data set", hint: str = 
     except errors.RevisionNotFoundError:
         what = f"the {kind} has no such revision"
     except errors.LocalEntryNotFoundError as error:
-        reason = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+        reason = f" ({without_queries(error.__cause__)})" if error.__cause__ else ""
         what = f"the Hub cannot be reached{reason}, and the cache in {constants.HF_HUB_CACHE} lacks files of it{hint}"
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise OutOfSpaceError(f"disk full in {constants.HF_HUB_CACHE}: free some space, or set HF_HOME") from None
-        what = one_line(error)
+        what = without_queries(error)
     else:
         return
     raise InputError(f"could not download {source}: {what}")
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error, without the queries of its URLs, which may contain signatures."""
-    return re.sub(r"\?[^\s'\"]*", "", " ".join(str(error).split())) or type(error).__name__
+def without_queries(error: BaseException) -> str:
+    """The message of an error in one line, without the queries of its URLs, which may contain signatures."""
+    return re.sub(r"\?[^\s'\"]*", "", one_line(error))
 
 
 def choose_files(listing: Sequence[str], pattern: str, source: str) -> list[str]:

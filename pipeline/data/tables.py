@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import BinaryIO
 
-from pipeline.system.errors import InputError, IntegrityError
+from pipeline.system.errors import InputError, IntegrityError, one_line
 
 MAX_ROW_BYTES = 1 << 26  # a row is held in memory as a whole
 SAMPLE_ROWS = 100  # of CSV: a column of numbers in these is not a column of texts
@@ -100,8 +100,9 @@ def read_parquet(file: BinaryIO, name: str, column: str | None) -> Rows:
     except UnicodeDecodeError:
         raise InputError(f"{name} is not UTF-8 after row {number}: write the table again, in UTF-8") from None
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise IntegrityError(f"{name} is truncated or corrupt ({reason}): download or write it again") from None
+        raise IntegrityError(
+            f"{name} is truncated or corrupt ({one_line(error)}): download or write it again"
+        ) from None
 
 
 def _choose(holds_texts: Mapping[str, bool], column: str | None, where: str) -> str:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.config.sections import INIT, WEIGHTS_FOLDER, ModelConfig
 from pipeline.data.remote import AGENT, hub_as_one_line
 from pipeline.data.tokenizer import BYTES, EOT, BytePairTokenizer, GPT2Tokenizer, Tokenizer
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, one_line
 from pipeline.system.files import MANIFEST, atomic_folder, read_json, verify_manifest, write_json
 from pipeline.system.progress import Bar
 
@@ -244,7 +244,7 @@ def _encode(path: Path, text: str, name: str) -> list[int]:
         tokenizer.encode_special_tokens = True  # as plain text, as in this project
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
     except Exception as error:  # the library raises no other class
-        raise InputError(f"{name}: {path.name} cannot be read ({' '.join(str(error).split())})") from None
+        raise InputError(f"{name}: {path.name} cannot be read ({one_line(error)})") from None
 
 
 # Write and read data/init
@@ -325,10 +325,9 @@ def _opened(published: Published, path: Path) -> Iterator[Any]:
     except (SafetensorError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"{published.name}: {path.name} is truncated, or not a safetensors file ({reason}): copy or download it "
-            "again"
+            f"{published.name}: {path.name} is truncated, or not a safetensors file ({one_line(error)}): copy or "
+            "download it again"
         ) from None
 
 

@@ -9,9 +9,8 @@ from pipeline.ops.stale_runs import examine_journals, examine_running
 from pipeline.ops.store_location import examine_database, flaw_of
 from pipeline.registry.artifacts import FOLDER_TAGS
 from pipeline.registry.catalog import list_versions, verify
-from pipeline.system.errors import IntegrityError, ModelMissing, PipelineError
+from pipeline.system.errors import IntegrityError, ModelMissing, PipelineError, first_line
 from pipeline.tracking import mlflow_store
-from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_store import Store, all_found
 
 

@@ -11,7 +11,7 @@ from pipeline.config.sections import CorpusConfig, SlurmConfig
 from pipeline.data.encode import SHARD_BYTES
 from pipeline.data.token_files import data_sha256
 from pipeline.system.errors import InputError
-from pipeline.system.host import repro_stage, run_dvc
+from pipeline.system.processes import repro_stage, run_dvc
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import fingerprint_of
 from pipeline.tracking.run_record import read_run

@@ -19,7 +19,8 @@ from pipeline.ops.plan import in_lines
 from pipeline.registry.register import IS_CHAMPION
 from pipeline.system.errors import PipelineError, TargetNotReached
 from pipeline.system.files import read_json
-from pipeline.system.host import dvc_command, git
+from pipeline.system.host import git
+from pipeline.system.processes import dvc_command
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.run_record import read_run
 

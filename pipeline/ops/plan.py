@@ -9,17 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.config.params import Params, load_params
 from pipeline.config.recipes import BASE, recipe_values
 from pipeline.config.sections import TrainConfig
 from pipeline.data.corpus import Fetched
-from pipeline.data.vocab import Vocabulary
 from pipeline.model.published import require_tokenizer
 from pipeline.ops import policy
 from pipeline.ops.params_check import check_params
-from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training, duration, in_words
+from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training
 from pipeline.ops.sources import Source, Weights, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
@@ -27,9 +24,10 @@ from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import read_json
 from pipeline.system.host import project_root
+from pipeline.system.words import duration, in_words
 from pipeline.tracking.fingerprint import flatten
 from pipeline.training.config import RunConfig
-from pipeline.training.forecast import Forecast, forecast, step_flops
+from pipeline.training.forecast import Forecast, forecast, step_flops, vocabulary_of
 
 PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
 WIDTH = 11  # of the first column of a printed plan
@@ -207,8 +205,7 @@ class Costs:
     def __init__(self, params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float) -> None:
         self.params, self.base, self.measured, self.goal, self.target = params, base, measured, goal, target
         n_ids = measured.n_vocab
-        folds = base["model.fold_vocab"]
-        self.vocabulary = Vocabulary.of(np.arange(n_ids) < (measured.n_used if folds else n_ids), n_ids)
+        self.vocabulary = vocabulary_of(n_ids, measured.n_used if base["model.fold_vocab"] else n_ids)
         self.machine = prepare_machine(params.section(TrainConfig))
         self._timed: dict[Shape, tuple[Training, Forecast]] = {}
 
@@ -246,13 +243,8 @@ class Costs:
 
 
 def _merged(params: Params, values: dict[str, Any]) -> Params:
-    """The parameters with `values`, by dotted key."""
-    merged = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in params.values.items()}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        if "." not in name:  # not in the search space of the sweep
-            merged.setdefault(section, {})[name] = value
-    return Params(merged, params.path)
+    """The parameters with `values`, but for the search space of the sweep."""
+    return params.with_values({key: value for key, value in values.items() if key.count(".") == 1})
 
 
 def _choose_tokenizer(text: Text, asked: str | None, folder: Path, lengths: Sequence[int]) -> tuple[Choice, Measured]:

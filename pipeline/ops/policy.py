@@ -12,8 +12,8 @@ DEFAULT_TARGET = 0.02  # nats per token, of the goal memorise: most passages are
 HIGHEST_TARGET = 0.1  # of a champion; the default where a text repeats itself
 HELD_OUT = 0.1  # share of the text, for the goal generalise
 MIN_HELD_OUT = 2_000  # tokens of a text of which a tenth is held out
-BELOW_COUNTS_PUBLISHED = 0.25  # the same of published weights: a model that knows the language gets further
 BELOW_COUNTS = 0.75  # of the loss of n-gram counts on the held-out text: a network from scratch does not get below it
+BELOW_COUNTS_PUBLISHED = 0.25  # the same of published weights: a model that knows the language gets further
 BITS_PER_PARAMETER = 3.6  # that a GPT memorises at most (arXiv 2505.24832)
 LOWEST_REACHED = 0.009  # nats per token from anywhere in a text (RECORDS.md)
 LEAST_TOKENS = 1_000  # of a text: with --time, no fewer are learnt
@@ -86,9 +86,6 @@ class Shape(NamedTuple):
     max_bits: float  # of a text; for a longer text the next shape needs fewer seconds
     lr: float = 0.01
     muon_lr: float = 0.024
-
-    def __str__(self) -> str:
-        return f"{self.n_layer} layers of {self.n_embd}"
 
     @property
     def capacity_bits(self) -> float:
@@ -170,7 +167,7 @@ def window_and_target(lowest_loss: dict[int, float], ambiguity: float, target: f
     """
     _require_positive(target)
     if not lowest_loss:
-        raise InputError("the text has fewer tokens than the shortest window, 32: give more text")
+        raise InputError("the text has no more tokens than the shortest window, 32: give more text")
     lengths = [T for T in lowest_loss if T >= 64] or list(lowest_loss)
     T = next((T for T in lengths if (target or HIGHEST_TARGET) >= MARGIN * lowest_loss[T]), lengths[-1])
     possible = math.ceil(100 * MARGIN * lowest_loss[T]) / 100
@@ -305,32 +302,3 @@ def values_of(training: Training, goal: str, target: float) -> dict[str, Any]:
         "target.eval_interval": max(1, training.steps // 20) if held_out else None,
         "target.early_stopping_patience": 4 if held_out else None,
     }
-
-
-def in_words(number: float, unit: str = "") -> str:
-    """A number of bits, parameters or bytes with an SI prefix, such as 6.3M."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g} {prefix}{unit}".rstrip()
-    return f"{number:.3g} {unit}".rstrip()
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, such as 3 min."""
-    for factor, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * factor:
-            return f"{seconds / factor:.{0 if seconds >= 10 * factor else 1}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of `90`, `90s`, `10m`, `2h` or `1d`. Raises InputError."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-    try:
-        seconds = float(number) * units[unit]
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise InputError(f"--time {text}: give a time such as 90s, 10m or 2h")
-    return seconds

@@ -5,25 +5,24 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig, RegistryConfig
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import n_vocab_in, parse_tokenizer
-from pipeline.data.vocab import Vocabulary
 from pipeline.ops.outcome import StageFailed, reproduce, show_outcome
 from pipeline.ops.params_check import check_params
 from pipeline.ops.plan import in_lines
-from pipeline.ops.policy import FIXED_S, duration
+from pipeline.ops.policy import FIXED_S
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.files import read_json
-from pipeline.system.host import run_dvc
+from pipeline.system.processes import run_dvc
+from pipeline.system.words import duration
 from pipeline.tracking.fingerprint import IDENTITY, identify
 from pipeline.training.checkpoint import checkpoint_steps
 from pipeline.training.config import RunConfig
-from pipeline.training.forecast import forecast
+from pipeline.training.forecast import forecast, vocabulary_of
 
 SHOWCASE = Path("docs/showcase")  # params.yaml and the reports of the default run
 STATISTICS = "corpus.json"  # of the stage `tokenize`, in reports/
@@ -152,7 +151,7 @@ def time_of(params: Params, due: list[str], size: Size | None) -> str:
     config = RunConfig.of(params).sized_for(size.n_vocab)
     machine = prepare_machine(config.train, config.flops(size.train))
     n_ids = config.model.n_ids
-    vocabulary = Vocabulary.of(np.arange(n_ids) < (size.n_used if config.model.fold_vocab else n_ids), n_ids)
+    vocabulary = vocabulary_of(n_ids, size.n_used if config.model.fold_vocab else n_ids)
     cost = forecast(config, machine, vocabulary, size.train, size.held_out, min_s=0)
     others = f"about {duration(FIXED_S + cost.evaluate_s)}"
     if "train" not in due:

@@ -6,10 +6,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pipeline.config.sections import INIT, TEXTS, WEIGHTS_FOLDER
-from pipeline.data.documents import OPENERS, find_files
+from pipeline.config.text_name import SUFFIX, text_name
+from pipeline.data.documents import find_files
 from pipeline.model.published import Published, files_in, files_of, find_published, read_published
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_file, sha256_file
@@ -59,24 +60,15 @@ def find_source(given: str, name: str | None) -> Source:
         raise InputError(f"{given} not found: give {KINDS}")
     name = name or name_of(given)
     if path.is_file():
-        target = f"{TEXTS}/{name}{path.name.removeprefix(stem_of(path.name))}"
+        target = f"{TEXTS}/{name}{path.name.removeprefix(SUFFIX.sub('', path.name))}"
         return Source(target, name, str(path), {given: files[0]}, {Path(target): files[0]})
     copies = {Path(TEXTS, name, file.relative_to(inside)): file for file in files}
     return Source(f"{TEXTS}/{name}", name, str(path), {str(file): file for file in files}, copies)
 
 
 def name_of(given: str) -> str:
-    """The name for a model of the text `given`: its last part without a wildcard, without suffixes."""
-    parts = [part for part in re.split(r"[/:]+", given.split("?")[0]) if part not in ("", ".", "..")]
-    plain = [part for part in parts if not WILDCARDS & set(part)]
-    word = stem_of(plain[-1]) if plain else Path.cwd().name
-    return re.sub(r"[^\w.-]+", "-", word).strip("-.") or "text"
-
-
-def stem_of(name: str) -> str:
-    """A file's name without its suffix, and without that of a compression."""
-    path = PurePosixPath(name)
-    return PurePosixPath(path.stem).stem if path.suffix.lower() in OPENERS else path.stem
+    """The name for a model of the text `given`, or of the working directory for a glob such as *.md."""
+    return re.sub(r"[^\w.-]+", "-", text_name(given) or Path.cwd().name).strip("-.") or "text"
 
 
 def require_room(source: Source, copied: Mapping[str, str]) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ops.checks import Finding
-from pipeline.system.errors import PipelineError
+from pipeline.system.errors import PipelineError, first_line
 from pipeline.system.files import flock, lock_holder, locked, read_json, write_text
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.journal import STEPS, StepRecord
-from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_runs import (
     JournalTail,
     Record,

@@ -21,11 +21,10 @@ from pipeline.registry.promotion import (
     set_best,
     set_champion,
 )
-from pipeline.system.errors import InputError, IntegrityError, ModelMissing
+from pipeline.system.errors import InputError, IntegrityError, ModelMissing, first_line
 from pipeline.system.files import MANIFEST, locked, read_json, sha256_file, verify_manifest, write_json
 from pipeline.tracking.descriptions import is_given_model_note, model_note, result_of, version_note
 from pipeline.tracking.journal import STEPS, read_steps
-from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_runs import JournalTail, ensure_run
 from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
 from pipeline.tracking.run_record import read_metrics, read_run

@@ -30,6 +30,7 @@ from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, Interrupted
 from pipeline.system.files import locked, read_json, sha256_file
 from pipeline.system.host import SOURCE_ROOT, git
+from pipeline.system.processes import search_path
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.fingerprint import differences, identify
 from pipeline.tracking.mlflow_store import Store
@@ -145,7 +146,7 @@ def _train(code: Path, project: Path, stop: StopSignals) -> None:
     """Run the stage `train` in `project`, and wait for it and its recorder. Exits with its code if it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
     environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": search_path(code, "PYTHONPATH"),
         "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
         "DVC_STAGE": "train",  # the stage then ends when this process dies
     }

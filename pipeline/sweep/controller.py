@@ -46,7 +46,8 @@ from pipeline.sweep.study import (
 from pipeline.sweep.worker import WorkerConfig, worker_name
 from pipeline.system.errors import PipelineError, TargetNotReached, WorkersDied
 from pipeline.system.files import locked
-from pipeline.system.host import project_root, repro_stage, start_module
+from pipeline.system.host import project_root
+from pipeline.system.processes import repro_stage, start_module
 from pipeline.system.signals import StopSignals
 from pipeline.tracking.mlflow_store import naming_dead_store, open_store
 from pipeline.training.config import RunConfig

@@ -17,9 +17,8 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, first_line
 from pipeline.system.files import flock
-from pipeline.tracking.mlflow_errors import first_line
 
 FIRST_BYTES = b'{"op_code":'  # of every line of a journal
 BLOCK_BYTES = 4096

@@ -1,7 +1,6 @@
 """Check the search space of params.yaml, and set a trial's values in the parameters."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.params import Params, nearest
@@ -13,17 +12,6 @@ from pipeline.training.config import RUN_SECTIONS, RunConfig
 STEP_TOKENS, BATCH_KEYS = "windows.step_tokens", ("windows.micro_batch_size", "windows.gradient_accumulation_steps")
 # They define the task, or do not change the result. All trials share the weights that they start from.
 NOT_SEARCHED = ("target", "checkpoint", "samples", "model.init")
-
-
-def overridden(params: Params, given: dict[str, Any]) -> Params:
-    """Copy `params`, and replace values of the section `sweep` by those given on the command line."""
-    own = params.values.get(SweepConfig.section_name)
-    changed = {key: value for key, value in given.items() if key in SweepConfig.model_fields}
-    if not changed or not isinstance(own, dict):
-        return params
-    return Params(
-        {**params.values, SweepConfig.section_name: {**own, **changed}}, Path(f"{params.path} with the command line")
-    )
 
 
 def check_space(sweep: SweepConfig, params: Params, n_tokens: int | None = None) -> None:
@@ -58,19 +46,13 @@ def with_values(params: Params, values: dict[str, Any], micro_batch_tokens: int)
     STEP_TOKENS is split into as few micro-batches of at most `micro_batch_tokens` tokens as possible. Raises InputError
     if it is not an integer, or not a multiple of the window length.
     """
-    changed = {section: dict(own) if isinstance(own, dict) else own for section, own in params.values.items()}
-    for key, value in values.items():
-        if key != STEP_TOKENS:
-            section, name = key.split(".")
-            changed[section][name] = value
-    if STEP_TOKENS in values:
-        windows = changed["windows"]
-        if type(step_tokens := values[STEP_TOKENS]) is not int:
-            raise InputError(f"{STEP_TOKENS}: input should be a valid integer, got {step_tokens!r}")
-        windows["micro_batch_size"], windows["gradient_accumulation_steps"] = _micro_batches(
-            step_tokens, int(windows["seq_len"]), micro_batch_tokens
-        )
-    return Params(changed, params.path)
+    changed = params.with_values({key: value for key, value in values.items() if key != STEP_TOKENS})
+    if STEP_TOKENS not in values:
+        return changed
+    if type(step_tokens := values[STEP_TOKENS]) is not int:
+        raise InputError(f"{STEP_TOKENS}: input should be a valid integer, got {step_tokens!r}")
+    batch = _micro_batches(step_tokens, int(changed.values["windows"]["seq_len"]), micro_batch_tokens)
+    return changed.with_values(dict(zip(BATCH_KEYS, batch, strict=True)))
 
 
 def values_of(config: RunConfig, keys: list[str]) -> dict[str, Any]:

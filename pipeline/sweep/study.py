@@ -21,10 +21,9 @@ from pipeline.config.sections import SweepConfig
 from pipeline.sweep.journal_storage import JournalStudyStorage
 from pipeline.sweep.pruner import ExtrapolationPruner, best_trial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from_choice
-from pipeline.system.errors import DivergedError, InputError, Pruned
+from pipeline.system.errors import DivergedError, InputError, Pruned, first_line
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import differences
-from pipeline.tracking.mlflow_errors import first_line
 from pipeline.training.config import RunConfig
 
 # States of a trial. COMPLETE: it reached the target, and its value is what it spent. PRUNED: it was stopped, or used up

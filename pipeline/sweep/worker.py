@@ -33,12 +33,11 @@ from pipeline.sweep.study import (
 )
 from pipeline.system.device import give_back_memory, prepare_machine, use_gpu
 from pipeline.system.entrypoint import is_out_of_memory, run_stage
-from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned, RunLocked
+from pipeline.system.errors import Interrupted, OutOfSpaceError, PipelineError, Pruned, RunLocked, first_line
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals, die_with_parent
 from pipeline.tracking.descriptions import source_tag
 from pipeline.tracking.journal import StepRecord
-from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_tracker import RUN_ID
 from pipeline.tracking.recorder import Recorder
 from pipeline.training.checkpoint import keep_newest

@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 
 from pipeline.config.sections import TrainConfig
 from pipeline.system.distributed import ALONE, World
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, first_line
 from pipeline.system.limits import cores
 
 # Estimated FLOPs of a run from which torch.compile saves more time than it costs. On a CPU it saves none
@@ -99,7 +99,7 @@ def _cuda_problem(world: World) -> str | None:
             return None
         free = torch.cuda.mem_get_info()[0]
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
-        return f"the GPU does not answer ({str(error).splitlines()[0]})"
+        return f"the GPU does not answer ({first_line(error)})"
     return None if free >= CONTEXT_BYTES else f"other programs leave {free / 1e9:.2f} GB of GPU memory free"
 
 

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.system.errors import DISK_FULL, InputError, Interrupted, OutOfSpaceError, PeerLost, PipelineError
+from pipeline.system.errors import (
+    BROKEN_PIPE,
+    DISK_FULL,
+    InputError,
+    Interrupted,
+    OutOfSpaceError,
+    PeerLost,
+    PipelineError,
+)
 from pipeline.system.signals import die_with_dvc
 
 RANK_0_REPORTS_WITHIN_S = 30
@@ -53,7 +61,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         return 1
     except BrokenPipeError:  # the reader, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # the shell's code for SIGPIPE
+        return BROKEN_PIPE
     except OSError as error:
         if error.errno in DISK_FULL:
             where = "" if error.filename is None else f" in {error.filename}"

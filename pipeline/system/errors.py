@@ -4,9 +4,19 @@ import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # of an OSError: no room on the disk, or in a limit or a quota
 
-# A message has the form `<what> <where>: <what to do>`. Exit codes: 0 success, 1 other errors, 2 invalid input or
-# parameters, 3 data or model altered, 4 loss or gradient not finite, 5 out of disk or memory, 6 the run is locked
-# by another process, 7 model or registry missing, 8 target not reached, 130 SIGINT, 143 SIGTERM.
+BROKEN_PIPE = 141  # the shell's code for SIGPIPE
+
+# A message has the form `<what> <where>: <what to do>`. docs/reference/exit-codes.md lists the exit codes.
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, or its class's name if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class's name if it has no message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class PipelineError(Exception):

@@ -1,6 +1,5 @@
-"""Information about this machine and the commit, and child processes that run this code."""
+"""Information about this machine and the commit."""
 
-import json
 import os
 import platform
 import subprocess
@@ -9,57 +8,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from pipeline.system.errors import InputError
-
 ADD_PIP = "`python -m ensurepip` adds it, or `uv pip install pip` in an environment made by uv"
 REINSTALL = "`make clean-venv install` makes it again"
 SOURCE_ROOT = Path(__file__).parents[2]  # the folder with pipeline/, stages/ and webapp/
-
-
-def start_module(module: str, *arguments: str, line: Any, **options: Any) -> "subprocess.Popen[str]":
-    """Start `python -m module` of this code, and write `line` to its standard input as JSON."""
-    process = spawn_module(module, *arguments, **options)
-    send_line(process, line)
-    return process
-
-
-def spawn_module(module: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
-    """As `start_module`; the child waits for its line until `send_line` writes it.
-
-    The child has its own process group: Ctrl-C reaches only this process, which then stops the child.
-    """
-    path = os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", module, *arguments]
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0, text=True, **options)
-
-
-def send_line(process: "subprocess.Popen[str]", line: Any) -> None:
-    """Write `line` as JSON to the standard input of a process that `spawn_module` has started."""
-    assert process.stdin is not None, "stdin=PIPE"
-    process.stdin.write(json.dumps(line) + "\n")
-    process.stdin.flush()
-
-
-def dvc_command(*arguments: str) -> tuple[list[str], dict[str, str]]:
-    """The command line and the environment of DVC, with this Python's programs first on the PATH."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return [sys.executable, "-m", "dvc", *arguments], {**os.environ, "PATH": path}
-
-
-def run_dvc(*arguments: str, capture_output: bool = False) -> "subprocess.CompletedProcess[str]":
-    """Run DVC in the working directory; it prints its own errors."""
-    command, environment = dvc_command(*arguments)
-    return subprocess.run(command, env=environment, capture_output=capture_output, text=True, check=False)
-
-
-def repro_stage(name: str) -> None:
-    """Run `dvc repro` up to a stage before `train`. Raises InputError if it fails.
-
-    These stages take seconds, and so does the wait for the lock of another DVC command.
-    """
-    if run_dvc("--wait-for-lock", "repro", name).returncode:
-        raise InputError(f"`dvc repro {name}` failed, see the error above: fix it first")
 
 
 def project_root() -> Path:

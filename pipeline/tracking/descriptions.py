@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from pipeline.config.text_name import text_name
+
 SOURCE_TAG = "corpus.source"  # tag of a run: the text, as corpus.source names it
-COMMON = {"input", "train", "text", "texts", "data", "corpus", "main", "resolve"}  # names that say nothing of a text
 RULE_LOSSES = {"corpus": "corpus_loss", "sliding": "sliding_loss", "validation": "validation_loss"}  # else minibatches
 OUTCOMES = ("Reached: ", "Not reached: ")
 
@@ -18,15 +18,6 @@ class Result(NamedTuple):
     step: int
     tokens: int
     is_met: bool
-
-
-def text_name(source: str) -> str:
-    """A short name of the text `source`, a path or a URL, such as tinyshakespeare for .../tinyshakespeare/input.txt."""
-    parts = [
-        part for part in re.split(r"[/:]+", source.split("?")[0]) if part.strip(".") and not set("*?[") & set(part)
-    ]
-    names = [PurePosixPath(part).name.split(".")[0] or part for part in parts]
-    return next((name for name in reversed(names) if name.lower() not in COMMON), names[-1] if names else "text")
 
 
 def source_tag(params: Mapping[str, Any]) -> dict[str, str]:

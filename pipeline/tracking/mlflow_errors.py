@@ -5,6 +5,8 @@ MLflow and the libraries below it put all causes into texts, often without a sta
 
 import re
 
+from pipeline.system.errors import first_line
+
 ADDRESS = "correct MLFLOW_TRACKING_URI"
 LOG = "see the log of the server, and of a proxy before it"
 # The first pattern that the error's text has decides: pattern, cause (empty: the error's first line), what to do.
@@ -74,8 +76,3 @@ def explain(error: BaseException) -> tuple[str, str | None]:
         if found := pattern.search(text):
             return found.expand(cause) or text, remedy
     return text, None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class's name if it has no message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
-from pipeline.system.errors import Interrupted, PeerLost, Pruned
+from pipeline.system.errors import Interrupted, PeerLost, Pruned, first_line
 from pipeline.system.files import locked, write_text
-from pipeline.system.host import send_line, spawn_module
-from pipeline.tracking.mlflow_errors import explain, first_line
+from pipeline.system.processes import send_line, spawn_module
+from pipeline.tracking.mlflow_errors import explain
 from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Record, start_of
 from pipeline.tracking.mlflow_store import require_usable
 from pipeline.tracking.mlflow_tracker import MlflowTracker

@@ -74,6 +74,11 @@ class Forecast(NamedTuple):
         return {f"forecast_{name}": str(round(value, 4)) for name, value in self._asdict().items()}
 
 
+def vocabulary_of(n_ids: int, n_used: int) -> Vocabulary:
+    """The vocabulary of a text that is known only by the number of its different ids."""
+    return Vocabulary.of(np.arange(n_ids) < n_used, n_ids)
+
+
 def forecast(
     config: RunConfig,
     machine: Machine,

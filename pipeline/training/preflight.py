@@ -22,7 +22,7 @@ from pipeline.training.optim import SCHEDULES, build_optimizers, state_slots
 
 ENTRY_BYTES = 256  # upper bound for a tensor's entry in a file header
 RANDOM_BYTES = 6_000  # RNG state of one process, manifest and state.json
-BPE_BYTES = 1_500_000  # the tokenizer's files in a model's folder
+TOKENIZER_BYTES = 1_500_000  # the tokenizer's files in a model's folder
 
 
 def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> None:
@@ -107,7 +107,7 @@ def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -
         weights, state = _trained_bytes(model, config.optim)
     headers = ENTRY_BYTES * len(list(model.parameters()))
     checkpoint = weights + headers + sum(state) + ENTRY_BYTES * len(state) + RANDOM_BYTES * processes
-    return checkpoint, 4 * config.model.n_params + headers + BPE_BYTES
+    return checkpoint, 4 * config.model.n_params + headers + TOKENIZER_BYTES
 
 
 def free_bytes(machine: Machine) -> int:

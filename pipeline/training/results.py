@@ -16,7 +16,7 @@ from pipeline.training.run import Run
 from pipeline.training.target import RULES, best_step, first_met, is_out_of_patience
 
 
-def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
+def write_results(run: Run, models: Path, tokenizer: Path, timing: Path) -> None:
     """Write the model of the best step, run.json, the journal and, in a separate file, all times."""
     config, records = run.config, run.records
     split = run.text.validation if RULES[config.target.rule].needs_held_out else run.text.train
@@ -28,7 +28,7 @@ def write_results(run: Run, models: Path, bpe: Path, timing: Path) -> None:
     model = run.state.whole_model()
     if model is None or not run.world.is_main:
         return
-    save_model(models / "model", model, bpe)
+    save_model(models / "model", model, tokenizer)
     write_json(models / "run.json", {**run.identity, "n_params": config.model.n_params, "results": results})
     for name in (STEPS, TIMES):
         write_lines(models / name, [record.line(name) for record in records])

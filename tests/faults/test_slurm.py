@@ -22,7 +22,7 @@ from pipeline.data.encode import write_tokens
 from pipeline.data.token_files import data_sha256
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
-from pipeline.system.host import run_dvc
+from pipeline.system.processes import run_dvc
 from pipeline.system.signals import StopSignals
 from tests.trainings import ROOT, STEPS, bits, end, output_of, start_world, train
 

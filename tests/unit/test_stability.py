@@ -13,7 +13,7 @@ from pipeline import __version__
 from pipeline.config.params import load_params
 from pipeline.ops.params_check import check_params
 from pipeline.system import errors
-from pipeline.system.errors import PipelineError
+from pipeline.system.errors import BROKEN_PIPE, PipelineError
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ROOT / "tests" / "versions"
@@ -50,7 +50,7 @@ def test_the_page_of_the_exit_codes_has_those_of_the_errors():
     rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs/reference/exit-codes.md").read_text(), re.MULTILINE)
     codes = {int(code) for row in rows for code in row.split(",")}
     ours = {kind.exit_code for kind in kinds(PipelineError) if kind.__module__ == errors.__name__}
-    assert codes == {0, *ours, 129, 130, 143}
+    assert codes == {0, *ours, 129, 130, BROKEN_PIPE, 143}
     assert ours == set(range(1, 9)), "they are stable: a new error gets a new number"
 
 

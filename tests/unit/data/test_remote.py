@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline.data.remote import choose_files, one_line
+from pipeline.data.remote import choose_files, without_queries
 from pipeline.system.errors import InputError
 
 POEMS = [
@@ -72,4 +72,4 @@ def test_a_pattern_without_a_file_is_refused(pattern, message):
 
 def test_no_signature_of_a_url_is_printed():
     error = OSError("403 for url 'https://host/file?X-Amz-Signature=abc&b=1'\nretry")
-    assert one_line(error) == "403 for url 'https://host/file' retry"
+    assert without_queries(error) == "403 for url 'https://host/file' retry"

@@ -12,7 +12,7 @@ from pipeline.config.params import load_params
 from pipeline.config.sections import SlurmConfig
 from pipeline.data.token_files import data_sha256
 from pipeline.ops import on_slurm
-from pipeline.system import host
+from pipeline.system import processes
 from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, Interrupted
 from pipeline.system.files import write_json
@@ -70,7 +70,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setattr(on_slurm, "require_slurm", lambda slurm, nodes=1: found.asked.append((slurm.gpus, nodes)))
     monkeypatch.setattr(on_slurm, "submit", submit)
     monkeypatch.setattr(on_slurm, "wait", wait)
-    for module in (on_slurm, host):  # the module of `repro_stage`
+    for module in (on_slurm, processes):  # the module of `repro_stage`
         monkeypatch.setattr(module, "run_dvc", run_dvc)
     monkeypatch.setattr(on_slurm, "find_jobs", find_jobs)
     monkeypatch.setattr(on_slurm, "find_live", lambda name: next((j for j in find_jobs(name) if not j.ended), None))

@@ -186,7 +186,7 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project, tmp_path)
         (["../missing.txt"], "../missing.txt not found: give a file"),
         (["../empty.txt"], "empty.txt contains no text"),
         (["../blank.txt"], "blank.txt contains no text"),
-        (["../tiny.txt"], "fewer tokens than the shortest window"),
+        (["../tiny.txt"], "no more tokens than the shortest window"),
         (["../binary.txt"], "is not UTF-8 at byte 2"),
         (["../picture.png"], "is an image"),
         (["../page.pdf"], "is a PDF"),

@@ -12,7 +12,6 @@ from pipeline.ops.policy import (
     SHAPES,
     Training,
     choose_tokenizer,
-    duration,
     epochs_to_generalise,
     epochs_to_memorise,
     generalise,
@@ -20,7 +19,6 @@ from pipeline.ops.policy import (
     held_out_window,
     largest_within,
     memorise,
-    parse_duration,
     repetition_factor,
     shape_for,
     values_of,
@@ -121,7 +119,7 @@ LOWEST = {32: 0.5, 64: 0.2, 128: 0.05, 256: 0.01}  # window -> lowest possible l
             0.012,
             "--target 0.012 is not possible: .* in windows of 256 tokens no model gets below 0.010: .*0.02",
         ),
-        ({}, None, "fewer tokens than the shortest window, 32"),
+        ({}, None, "no more tokens than the shortest window, 32"),
         (LOWEST, -1.0, "--target -1: give a loss above 0"),
         (LOWEST, math.nan, "--target nan: give a loss above 0"),
     ],
@@ -183,21 +181,3 @@ def test_the_values_are_those_of_the_training(goal, shape):
     assert values["target.rule"] == ("validation" if held_out else "sliding")
     assert bool(values["corpus.val_fraction"]) is bool(values["target.early_stopping_patience"]) is held_out
     assert values["model.dropout"] == 0 or held_out
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("2d", 172_800)]
-    + [(wrong, None) for wrong in ("", "m", "10x", "-5m", "0", "inf", "nan", "1e999")],
-)
-def test_a_time_has_a_unit(text, seconds):
-    if seconds is None:
-        with pytest.raises(InputError, match="give a time such as 90s, 10m or 2h"):
-            parse_duration(text)
-    else:
-        assert parse_duration(text) == seconds
-
-
-def test_seconds_in_words():
-    assert [duration(s) for s in (0.4, 90, 119, 150, 3_000, 9_000, 400_000)] == [
-        *("0 s", "90 s", "119 s"), *("2.5 min", "50 min", "2.5 h", "4.6 days")]  # fmt: skip

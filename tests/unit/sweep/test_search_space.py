@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import SweepConfig
-from pipeline.sweep.search_space import as_choice, check_space, from_choice, overridden, values_of, with_values
+from pipeline.sweep.search_space import as_choice, check_space, from_choice, values_of, with_values
 from pipeline.system.errors import InputError
 from pipeline.training.config import RunConfig
 
@@ -21,7 +21,7 @@ def params():
 
 
 def sweep_of(params, space):
-    return overridden(params, {"space": yaml.safe_load(space)}).section(SweepConfig)
+    return params.overridden(SweepConfig, {"space": yaml.safe_load(space)}).section(SweepConfig)
 
 
 def test_the_committed_space_is_valid_and_has_keys_of_three_kinds(params):
@@ -87,15 +87,15 @@ def test_a_value_that_fits_into_no_run_on_the_text_is_named_once_the_text_is_tok
 )
 def test_values_of_the_command_line_are_checked_and_a_password_is_not_shown(params, given, complaint):
     with pytest.raises(InputError) as error:
-        overridden(params, given).section(SweepConfig)
+        params.overridden(SweepConfig, given).section(SweepConfig)
     assert complaint in str(error.value)
     assert "s3cret" not in str(error.value)
 
 
 def test_a_storage_without_a_password_is_accepted_and_a_missing_section_is_not(params):
-    overridden(params, {"storage": "postgresql://me@host/db"}).section(SweepConfig)
+    params.overridden(SweepConfig, {"storage": "postgresql://me@host/db"}).section(SweepConfig)
     with pytest.raises(InputError, match="sweep: section missing"):
-        overridden(Params({}), {"trials": 3}).section(SweepConfig)
+        Params({}).overridden(SweepConfig, {"trials": 3}).section(SweepConfig)
 
 
 @pytest.mark.parametrize(

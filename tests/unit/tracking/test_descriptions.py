@@ -15,7 +15,6 @@ from pipeline.tracking.descriptions import (
     run_note,
     source_tag,
     study_name,
-    text_name,
     version_note,
 )
 
@@ -26,22 +25,6 @@ IDENTITY = {
 }
 TAGS = {SOURCE_TAG: "https://example.org/tiny_shakespeare/input.txt"}
 RESULT = Result(0.01689, 1222, 454_656, True)
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("https://example.org/char-rnn/master/data/tinyshakespeare/input.txt", "tinyshakespeare"),
-        ("texts/diary.txt", "diary"),
-        ("texts/notes/*.md", "notes"),
-        ("hf://datasets/roneneldan/TinyStories/TinyStories-valid.txt", "TinyStories-valid"),
-        ("texts/novel.jsonl.gz", "novel"),
-        ("https://example.org/a/b.txt?raw=true", "b"),
-        ("texts", "texts"),
-    ],
-)
-def test_a_text_has_a_short_name(source, name):
-    assert text_name(source) == name
 
 
 def test_a_run_is_named_by_text_model_and_result():

@@ -20,11 +20,13 @@ UNDECISIVE = {
     "reads the text, whose tokens are in the fingerprint": "data/corpus data/corpus_index data/documents data/tables "
     "data/remote",
     "converts a loss to another unit": "data/statistics",
+    "names runs": "config/text_name",
     "makes samples": "data/openings data/tokenizer model/generator model/prompt_lookup model/decoder model/sampling",
     "reads or refuses parameters, which are in the fingerprint": "config/params training/config training/preflight",
     "ends a run, which resumes with the same bits": "system/errors system/signals",
     "saves and loads files, whose bytes are checked": "system/files model/weights training/checkpoint",
     "the host and its threads, which are in `environment`": "system/host system/limits",
+    "starts other programs": "system/processes",
     "shows the progress": "system/progress training/progress",
     "stores what training computed": "tracking/fingerprint tracking/journal "
     "tracking/mlflow_errors tracking/mlflow_store tracking/mlflow_runs tracking/mlflow_tracker tracking/recorder "
