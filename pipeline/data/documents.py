@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import os
 import re
 import sys
 import zlib
@@ -70,7 +71,7 @@ def find_files(source: str, base: Path = Path()) -> list[Path]:
     """List the files of a path in `base`, of a folder and its subfolders, or of a glob, sorted by path.
 
     Ignored are hidden files, the README.md of the top folder, and a .dvc file if its text is in the same folder. Raises
-    InputError if no file is found, or if a folder is a symbolic link.
+    InputError if no file is found, if a folder is a symbolic link, or if a name is not UTF-8.
     """
     path, (root, *parts) = base / source, PurePosixPath(source).parts
     for n in range(len(parts)):
@@ -78,7 +79,7 @@ def find_files(source: str, base: Path = Path()) -> list[Path]:
     if not path.is_dir() and (path.exists() or not set(source) & set("*?[")):
         if path.exists() and not path.is_file():
             raise InputError(f"{source} is a pipe or a device, which can be read only once: save the text in a file")
-        return [path]
+        return [_with_utf8_name(path)]
     if any("**" in part and part != "**" for part in parts):
         raise InputError(f"{source}: ** must be a whole part, as in {root}/**/*.txt: fix corpus.source")
     found = _matching(path, ["**"]) if path.is_dir() else _matching(base / root, parts)
@@ -86,7 +87,16 @@ def find_files(source: str, base: Path = Path()) -> list[Path]:
     if not files:
         what = "contains no texts" if path.is_dir() else "matches no file"
         raise InputError(f"{source} {what}: add texts or set another corpus.source")
-    return files
+    return [_with_utf8_name(file) for file in files]
+
+
+def _with_utf8_name(path: Path) -> Path:
+    """Raise InputError if the name of a file is not UTF-8, which files about the text could not contain."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file") from None
+    return path
 
 
 def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
