@@ -15,7 +15,7 @@ def add_arguments(add: Add) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from pipeline.config.recipes import apply_recipe, as_set, list_recipes, text_and_model
+    from pipeline.config.recipes import apply_recipe, as_set, list_recipes, locked_params, text_and_model
 
     if arguments.name is None:
         if arguments.as_set:
@@ -27,5 +27,6 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.as_set:
         print(as_set(arguments.name))
     else:
-        print(apply_recipe(arguments.name))
-        print(f"text and model: {text_and_model()}")
+        with locked_params():
+            print(apply_recipe(arguments.name))
+            print(f"text and model: {text_and_model()}")

@@ -4,6 +4,7 @@ It says which stages of `dvc repro` are due and how long they take, runs them, a
 """
 
 import argparse
+from contextlib import nullcontext
 
 from pipeline.commands.arguments import Add
 
@@ -14,6 +15,8 @@ def add_arguments(add: Add) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from pipeline.config.recipes import locked_params
     from pipeline.ops.repro import repro
 
-    repro(arguments.force, arguments.dry_run)
+    with nullcontext() if arguments.dry_run else locked_params():
+        repro(arguments.force, arguments.dry_run)

@@ -1,6 +1,7 @@
 """Read params.yaml into validated, immutable sections, and report all of its errors at once."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args
@@ -83,11 +84,14 @@ class Params:
         return Params({**self.values, kind.section_name: {**own, **given}}, Path(f"{self.path} with the command line"))
 
     def with_values(self, values: dict[str, Any]) -> "Params":
-        """A copy with other values, by dotted key, such as optim.lr."""
-        changed = {section: dict(own) if isinstance(own, dict) else own for section, own in self.values.items()}
+        """A copy with other values, by dotted key, such as optim.lr or sweep.space.optim.lr.low."""
+        changed = deepcopy(self.values)
         for key, value in values.items():
-            section, name = key.split(".")
-            if isinstance(own := changed.setdefault(section, {}), dict):
+            *parts, name = key.split(".")
+            own: Any = changed
+            for part in parts:
+                own = own.setdefault(part, {}) if isinstance(own, dict) else None
+            if isinstance(own, dict):
                 own[name] = value
         return Params(changed, self.path)
 

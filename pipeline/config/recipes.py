@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from yaml.constructor import SafeConstructor
 from pipeline.config.params import PARAMS, did_you_mean, load_params
 from pipeline.config.sections import SECTIONS
 from pipeline.system.errors import InputError
-from pipeline.system.files import write_text
+from pipeline.system.files import locked, write_text
 
 # A recipe is a mapping like params.yaml with only the keys that it sets, each value on one line. Its first line is a
 # comment with its purpose. The text of each value is copied to the position that the YAML parser reports, since loading
@@ -70,6 +71,14 @@ def text_and_model(params_path: Path = PARAMS) -> str:
     """The text and the name of the model in params.yaml, which no recipe of RECIPES sets."""
     present = _read_leaves(params_path)
     return ", ".join(f"{key} {present[key]}" for key in ("corpus.source", "registry.model") if key in present)
+
+
+def locked_params(params_path: Path = PARAMS) -> AbstractContextManager[None]:
+    """Hold the lock of params.yaml, which other commands must not change while the stages read it.
+
+    Raises RunLocked if another process holds it.
+    """
+    return locked(params_path.with_name(f"{params_path.name}.lock"))
 
 
 def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
@@ -144,7 +153,7 @@ def _recipe_values(path: Path, folder: Path) -> dict[str, Leaf]:
 def _read_leaves(path: Path) -> dict[str, Leaf]:
     """All values of a YAML file by dotted key. Raises InputError if it is not a mapping."""
     load_params(path)  # raises the InputError
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode()  # with the line ends of the file
     leaves: dict[str, Leaf] = {}
 
     def visit(mapping: yaml.MappingNode, prefix: str) -> None:
@@ -171,7 +180,7 @@ def _end_of(node: yaml.Node) -> int:
 def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> str:
     # repr distinguishes 1 (a step), 1.0 (a share) and true, which are equal
     changed = {key: leaf for key, leaf in leaves.items() if repr(leaf.value) != repr(present[key].value)}
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode()
     for key in sorted(changed, key=lambda key: -present[key].start):  # backwards, so that positions stay valid
         old = present[key]
         text = text[: old.start] + old.rewritten(changed[key].text or "null") + text[old.end :]

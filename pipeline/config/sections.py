@@ -1,7 +1,9 @@
 """The sections of params.yaml: keys, types, bounds and meaning."""
 
+import hashlib
 import math
 import re
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
@@ -328,6 +330,15 @@ def _check_study(name: str) -> str:
     if name == "jobs":
         raise ValueError("checkpoints/jobs is the folder of the jobs on Slurm: choose another name")
     return name
+
+
+def study_name(model: str) -> str:
+    """A valid name of a study for a model. If it is not the model's name, a hash distinguishes it from others."""
+    plain = re.sub("[^A-Za-z0-9_-]", "-", model).strip("-_")
+    with suppress(ValueError):
+        if plain == model:
+            return _check_study(model)
+    return f"{plain or 'text'}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
 
 
 def _check_storage(url: str) -> str:

@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import os
 import re
 import sys
 import zlib
@@ -16,7 +17,8 @@ from pipeline.data.tables import RECORD, Rows, read_csv, read_jsonl, read_parque
 from pipeline.system.errors import InputError, IntegrityError
 
 CHUNK_BYTES = 1 << 18
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: zstd().open(*arguments)}
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": lambda *arguments: _open_zstd(*arguments)}
+MAX_WINDOW = 31  # binary logarithm of the most bytes that zstd refers back to, as with `zstd --long=31`
 HINT = "save it as UTF-8 text"
 TABLES: dict[str, Callable[[BinaryIO, str, str | None], Rows]] = {
     ".jsonl": read_jsonl,
@@ -30,7 +32,8 @@ POINTER = ".dvc"
 IS_POINTER = "DVC's pointer to a text: fetch the text with `dvc pull`, and name the text itself"
 HEAD_BYTES = 512
 MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd", ".parquet": rb"PAR1"}
-HTML = rb"(?i)(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|<!--.*?-->)*<(!doctype html|html|head|script)\b"
+COMMENT = rb"<!--(?:(?!-->).)*-->"  # ends at the first -->, so that HTML matches in one way only and in linear time
+HTML = rb"(?i)(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|%b)*<(!doctype html|html|head|script)\b" % COMMENT
 MEDIA = "an image, sound or video, not a text: remove it from the texts"
 FORMATS = {  # how a file begins -> what it is, and what to do
     MAGIC[".gz"]: "compressed with gzip: save it under a name that ends with .gz",
@@ -60,6 +63,10 @@ def zstd() -> Any:
     return zstd
 
 
+def _open_zstd(path: Path, mode: str) -> Any:
+    return zstd().open(path, mode, options={zstd().DecompressionParameter.window_log_max: MAX_WINDOW})
+
+
 def find_files(source: str, base: Path = Path()) -> list[Path]:
     """List the files of a project's text, sorted by path; `source`: the value of corpus.source, `base`: the project.
 
@@ -77,13 +84,13 @@ def files_below(folder: Path, pattern: str, name: str, ignored: Path | None = No
 
     `pattern` is relative to `folder`, and empty for `folder` itself; messages have `name` instead of both. Ignored are
     hidden files, the file `ignored`, and a .dvc file if its text is in the same folder. Raises InputError if no file is
-    found, or if a folder below is a symbolic link.
+    found, if a folder below is a symbolic link, or if a name is not UTF-8.
     """
     path, parts = folder / pattern, PurePosixPath(pattern).parts
     if not path.is_dir() and (path.exists() or not set(pattern) & set("*?[")):
         if path.exists() and not path.is_file():
             raise InputError(f"{name} is a pipe or a device, which can be read only once: save the text in a file")
-        return [path]
+        return [_with_utf8_name(path)]
     if any("**" in part and part != "**" for part in parts):
         raise InputError(f"{name}: ** must be a whole part, as in texts/**/*.txt: fix corpus.source")
     found = _matching(path, ["**"]) if path.is_dir() else _matching(folder, parts)
@@ -91,7 +98,16 @@ def files_below(folder: Path, pattern: str, name: str, ignored: Path | None = No
     if not files:
         what = "contains no texts" if path.is_dir() else "matches no file"
         raise InputError(f"{name} {what}: add texts or set another corpus.source")
-    return files
+    return [_with_utf8_name(file) for file in files]
+
+
+def _with_utf8_name(path: Path) -> Path:
+    """Raise InputError if the name of a file is not UTF-8, which files about the text could not contain."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file") from None
+    return path
 
 
 def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:

@@ -11,7 +11,7 @@ from re import Pattern
 from typing import NamedTuple
 
 from pipeline.data.token_files import FORMAT, TOKENIZER, Ids, shard_name, write_shard
-from pipeline.data.tokenizer import CUT, Tokenizer
+from pipeline.data.tokenizer import CHARACTER, CUT, Tokenizer
 from pipeline.system.errors import InputError, RunLocked
 from pipeline.system.files import (
     UNFINISHED,
@@ -30,6 +30,8 @@ from pipeline.system.progress import Bar
 SHARD_BYTES = 1 << 26  # of text per shard
 BLOCK_BYTES = 1 << 20  # of text per call of the tokenizer; limits the memory
 TRAINING_BYTES = 1 << 16  # of text at once, when a tokenizer is trained
+LONG_WORD_BYTES = 50  # a part of the text may end in a longer word
+MAX_TRAINING_BYTES = TRAINING_BYTES + (1 << 12)  # at once, where no cut is near
 
 
 class Shard(NamedTuple):
@@ -59,7 +61,8 @@ def write_tokens(
 ) -> Path:
     """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
 
-    Both parts end with a whole line or document, or with a word where a line is long. Shards are written into a working
+    Both parts end with a whole line or document, with a word where a line is long, or with a character where a word is
+    long. Shards are written into a working
     folder beside `folder`, whose name is a hash of all inputs that determine their bytes. A `task` writes its shards
     there and returns the working folder. Without a `task`, the missing shards are written and the working folder
     becomes `folder`; other working folders are removed, unless a task is writing there. Raises InputError if `train`
@@ -118,19 +121,20 @@ def _plan(corpus: Path, cut: Pattern[bytes], fraction: float, val_fraction: floa
 
 
 def training_text(corpus: Path, fraction: float, val_fraction: float) -> Iterator[bytes]:
-    """Yield the text of the part `train` in blocks, cut where no tokenizer has a token across the cut.
-
-    Raises InputError if it would be empty.
-    """
+    """Yield the text of the part `train` in `training_blocks`. Raises InputError if it would be empty."""
     with _mapped(corpus) as text:
         split, _ = _parts(corpus, text, fraction, val_fraction)
         yield from training_blocks(text, split)
 
 
 def training_blocks(text: mmap.mmap | bytes, stop: int) -> Iterator[bytes]:
-    """Yield the text's first `stop` bytes in blocks, cut where no tokenizer has a token across the cut."""
-    for start, end in spans(text, 0, stop, TRAINING_BYTES, CUT):
-        yield text[start:end]
+    """Yield the text's first `stop` bytes in blocks of at most about MAX_TRAINING_BYTES.
+
+    They are cut where no tokenizer has a token across the cut, or between any characters in a text without such places.
+    """
+    for start, stop_of_span in spans(text, 0, stop, TRAINING_BYTES, CUT):
+        for begin, end in spans(text, start, stop_of_span, MAX_TRAINING_BYTES, CHARACTER):
+            yield text[begin:end]
 
 
 def _parts(corpus: Path, text: mmap.mmap, fraction: float, val_fraction: float) -> tuple[int, int]:
@@ -138,21 +142,26 @@ def _parts(corpus: Path, text: mmap.mmap, fraction: float, val_fraction: float) 
     stop = _part_end(text, len(text), fraction)
     split = _part_end(text, stop, 1 - val_fraction)
     if split == 0:
-        raise InputError(f"{corpus} has no whole line for training: raise corpus.fraction or lower corpus.val_fraction")
+        raise InputError(f"{corpus} has no text for training: raise corpus.fraction or lower corpus.val_fraction")
     return split, stop
 
 
 def _part_end(text: mmap.mmap, stop: int, share: float) -> int:
     """Last end of a line or document within the first `share` of `stop` bytes; `stop` if the share is 1.
 
-    If a long line would make that less than nine tenths of the share, the last space is taken instead.
+    If a long line would make that less than nine tenths of the share, the last space is taken instead; if a long word
+    would, the end of the last whole character.
     """
-    if share == 1:
-        return stop
     limit = int(stop * share)
+    if limit == stop:
+        return stop
     line_end = text.rfind(b"\n", 0, limit) + 1
     end = max(line_end, text.rfind(b"\0", line_end, limit) + 1)
-    return end if end >= 0.9 * limit else max(end, text.rfind(b" ", end, limit))
+    if end < 0.9 * limit:
+        end = max(end, text.rfind(b" ", end, limit))
+    if end == 0 or end < 0.9 * limit - LONG_WORD_BYTES:
+        end = next(n for n in range(limit, -1, -1) if CHARACTER.match(text, n))
+    return end
 
 
 def spans(text: mmap.mmap | bytes, start: int, stop: int, size: int, cut: Pattern[bytes]) -> Iterator[tuple[int, int]]:

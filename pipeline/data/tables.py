@@ -37,6 +37,8 @@ def read_jsonl(file: BinaryIO, name: str, column: str | None) -> Rows:
             raise InputError(f"{where} has no text: {RECORD}")
         if key is None:
             key = _choose({field: isinstance(value, str | None) for field, value in record.items()}, column, where)
+        if column is None and key != "text" and isinstance(record.get("text"), str):
+            raise InputError(f"{where} has the column 'text', but {key!r} was read before: set corpus.column")
         if not isinstance(text := record.get(key, 0), str | None):
             raise InputError(f'{where} has no text: a record is {{{json.dumps(key)}: "..."}}')
         yield where, text or ""

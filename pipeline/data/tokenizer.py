@@ -123,6 +123,10 @@ def as_characters(token: bytes) -> str:
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 CHARACTERS = r"(?s:.)"  # a piece for each character
+CHARACTER = re.compile(rb"[^\x80-\xbf]")  # before any character of UTF-8
+
+# Of a longer piece, as DNA or a long number is, a tokenizer is trained on parts: merging takes quadratic time.
+PARTS_OF_LONG = r"[\s\S]{1,1024}"
 
 # A piece always ends before a whitespace character that a non-space follows: a run of whitespace ends before its last
 # character, and only a space may begin a piece with the characters after it. Text may be cut there; elsewhere a cut can
@@ -213,12 +217,15 @@ def _even_sample(blocks: Iterable[bytes], limit: int) -> list[bytes]:
     return sample
 
 
-def split_into(pieces: str) -> "PreTokenizer":
-    """The split of a text by the pattern `pieces`, for Hugging Face's library `tokenizers`."""
+def split_into(*pieces: str) -> "PreTokenizer":
+    """The split of a text by the pattern `pieces`, for Hugging Face's library `tokenizers`.
+
+    Of several patterns, each splits the pieces of the one before.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pieces), "isolated"), bytes_of])
+    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(each), "isolated") for each in pieces), bytes_of])
 
 
 class GPT2Tokenizer(BytePairTokenizer):
@@ -262,7 +269,7 @@ class TrainedTokenizer(BytePairTokenizer):
 
         assert size is not None, "the class is sized"
         trainable = Trainable(models.BPE())
-        trainable.pre_tokenizer = split_into(cls.pieces)
+        trainable.pre_tokenizer = split_into(cls.pieces, PARTS_OF_LONG)
         trainer = trainers.BpeTrainer(
             vocab_size=size - 1,
             min_frequency=2,  # a pair that occurs once is not merged
@@ -328,7 +335,7 @@ class CharacterTokenizer(TrainedTokenizer):
     files = ("chars.tiktoken",)
     sized = False
     pieces = CHARACTERS
-    cut = re.compile(rb"[^\x80-\xbf]")  # before any character
+    cut = CHARACTER
 
     @classmethod
     def make(cls, folder: Path, size: int | None, text: Iterable[bytes]) -> None:

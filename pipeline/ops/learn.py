@@ -6,39 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.params import PARAMS, load_params
-from pipeline.config.recipes import require_keys, write_values
+from pipeline.config.recipes import locked_params, require_keys, write_values
 from pipeline.ops.outcome import reproduce, show_outcome
-from pipeline.ops.plan import DOUBLINGS, PLANS, Plan, stored_plan
+from pipeline.ops.plan import DOUBLINGS, PLANS, Plan, stored_plan, writable_values
 from pipeline.ops.policy import MEMORISE
 from pipeline.ops.sources import bring, bring_weights
 from pipeline.system.files import sha256_file, write_json, write_text
 from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.run_record import read_run
 
-SPACE = "sweep.space."  # begins the keys of a search space, from which a user may have removed some
-
 
 def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
     """Bring the plan's text into texts/, write params.yaml, run `dvc repro`, and show what was reached.
 
-    On a terminal, ask before anything is written, unless `assume_yes`. Raises as `reproduce`
-    and `show_outcome` do.
+    On a terminal, ask before anything is written, unless `assume_yes`. Raises RunLocked if another command uses
+    params.yaml, and as `bring`, `reproduce` and `show_outcome` do.
     """
     if not assume_yes and sys.stdin.isatty() and not _is_confirmed():
         print("nothing was changed")
         return
-    require_keys(_values_of(plan))  # before anything is written
-    copies = bring(plan.source, in_place)
-    if plan.weights:
-        bring_weights(plan.weights, in_place)
-    _train(plan, copies)
-    for _ in range(DOUBLINGS):
-        if not plan.may_be_longer or _reached():
-            break
-        plan = plan.longer()
-        print(f"\nThe target was not reached: now {plan.lines['training']}", flush=True)
+    with locked_params():
+        require_keys(writable_values(plan.values, load_params()))  # before anything is written
+        copies = bring(plan.source, in_place, stored_plan(plan.source.name).get("copies", {}))
+        if plan.weights:
+            bring_weights(plan.weights, in_place)
         _train(plan, copies)
-    show_outcome(_more_training(plan))
+        while plan.may_be_longer and plan.n_doublings < DOUBLINGS and not _reached():
+            plan = plan.longer()
+            print(f"\nThe target was not reached: now {plan.lines['training']}", flush=True)
+            _train(plan, copies)
+        _store(dataclasses.replace(plan, n_doublings=0), copies)  # the same command again may train longer
+        show_outcome(_more_training(plan))
 
 
 def _is_confirmed() -> bool:
@@ -51,16 +49,10 @@ def _is_confirmed() -> bool:
 
 def _train(plan: Plan, copies: dict[str, str]) -> None:
     """Store the plan, write its values into params.yaml, and run the pipeline."""
-    values = _values_of(plan)
-    _keep_params(values, flatten(load_params().values))
-    origin = {"origin": plan.source.origin, "copies": copies}
-    if not copies:  # the text is in texts/, where an earlier call may have copied it, or not on this machine
-        origin |= {key: value for key, value in stored_plan(plan.source.name).items() if key in origin}
-    write_json(plan.path, {
-        "source": plan.source.source, "text_sha256": plan.text_sha256, **origin,
-        "options": dataclasses.asdict(plan.options), "values": plan.values, "cost": plan.cost._asdict(),
-        "lines": plan.lines,
-    })  # fmt: skip
+    params = load_params()
+    values = writable_values(plan.values, params)
+    _keep_params(values, flatten(params.values))
+    _store(plan, copies)
     print(write_values(values), flush=True)
     environment = plan.cost.environment() | (plan.fetched.environment() if plan.fetched else {})
     if plan.fetched and plan.text_sha256 != _text_sha256():  # DVC does not see that the text of a URL has changed
@@ -68,10 +60,16 @@ def _train(plan: Plan, copies: dict[str, str]) -> None:
     reproduce(environment)
 
 
-def _values_of(plan: Plan) -> dict[str, Any]:
-    """The plan's values without the ranges of keys that the user has removed from the search space."""
-    present = flatten(load_params().values)
-    return {key: value for key, value in plan.values.items() if key in present or not key.startswith(SPACE)}
+def _store(plan: Plan, copies: dict[str, str]) -> None:
+    """Store the plan, with the copies of its text in texts/."""
+    origin = {"origin": plan.source.origin, "copies": copies}
+    if not copies:  # the text is in texts/, where an earlier call may have copied it, or not on this machine
+        origin |= {key: value for key, value in stored_plan(plan.source.name).items() if key in origin}
+    write_json(plan.path, {
+        "source": plan.source.source, "text_sha256": plan.text_sha256, **origin,
+        "options": dataclasses.asdict(plan.options), "values": plan.values, "cost": plan.cost._asdict(),
+        "lines": plan.lines, "n_doublings": plan.n_doublings,
+    })  # fmt: skip
 
 
 def _text_sha256() -> str:
@@ -90,7 +88,7 @@ def _keep_params(values: dict[str, Any], present: dict[str, Any]) -> None:
     if any(repr(present.get(key)) != repr(value) for key, value in values.items()):
         kept = PLANS / f"params-{sha256_file(PARAMS)[:8]}.yaml"
         kept.parent.mkdir(exist_ok=True)
-        write_text(kept, PARAMS.read_text(encoding="utf-8"))
+        write_text(kept, PARAMS.read_bytes().decode())
         print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
 
 

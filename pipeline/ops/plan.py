@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -11,13 +10,13 @@ from typing import Any
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.recipes import BASE, recipe_values
-from pipeline.config.sections import TrainConfig
+from pipeline.config.sections import SECTIONS, TrainConfig, study_name
 from pipeline.data.corpus import Fetched
 from pipeline.model.published import require_tokenizer
 from pipeline.ops import policy
 from pipeline.ops.params_check import check_params
-from pipeline.ops.policy import GENERALISE, HELD_OUT, MEMORISE, Choice, Shape, Training
-from pipeline.ops.sources import Source, Weights, require_room
+from pipeline.ops.policy import GENERALISE, MEMORISE, Choice, Shape, Training
+from pipeline.ops.sources import REMOTE, Source, Weights, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
 from pipeline.system.device import prepare_machine
@@ -30,6 +29,7 @@ from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast, step_flops, vocabulary_of
 
 PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
+SPACE = "sweep.space."  # begins the keys of a search space, from which a user may have removed some
 WIDTH = 11  # of the first column of a printed plan
 FAR = 3.0  # times the time that is given, from which seconds need not be measured
 LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
@@ -73,6 +73,7 @@ class Plan:
     lines: dict[str, str]  # topic -> sentence for the user
     fetched: Fetched | None = None  # the text, if it is not on this machine otherwise
     weights: Weights | None = None  # published weights to start from
+    n_doublings: int = 0  # longer trainings of DOUBLINGS that this one is
 
     def __str__(self) -> str:
         return in_lines(self.lines)
@@ -84,7 +85,7 @@ class Plan:
 
     @property
     def may_be_longer(self) -> bool:
-        """Whether a training that has not reached its target is followed by a longer one."""
+        """Whether a training that has not reached its target may be followed by a longer one."""
         return self.options.goal == MEMORISE and self.options.time_s is None and self.cost.train_s <= LONG_S
 
     def longer(self) -> "Plan":
@@ -92,18 +93,27 @@ class Plan:
         epochs = round(2 * self.values["optim.max_epochs"], 1)
         cost = self.cost._replace(train_s=2 * self.cost.train_s, evaluation_s=2 * self.cost.evaluation_s)
         seconds = duration(cost.train_s + cost.evaluation_s)
-        line = f"at most {epochs:g} epochs, {seconds}, since half of them did not reach the target"
-        values, lines = self.values | policy.budget_values(epochs), self.lines | {"training": line}
-        return dataclasses.replace(self, values=values, cost=cost, lines=lines)
+        lines = {
+            "training": f"at most {epochs:g} epochs, {seconds}, since half of them did not reach the target",
+            "cost": _cost_line(cost, self.options, self.values["corpus.fraction"]),
+        }
+        return dataclasses.replace(
+            self,
+            values=self.values | policy.budget_values(epochs),
+            cost=cost,
+            lines=self.lines | lines,
+            n_doublings=self.n_doublings + 1,
+        )
 
 
 def make_plan(source: Source, options: Options, folder: Path, weights: Weights | None = None) -> Plan:
     """Read the text and plan its training. A stored plan of the same text and options is used again.
 
     Nothing is written but temporary files in `folder`, among them a text that was downloaded. Raises InputError if the
-    text, its name, an option or the target is not possible.
+    text, its name, an option, the target or a section of params.yaml is not possible.
     """
     params = load_params()
+    params.check(*SECTIONS)
     base = recipe_values(options.size or BASE)
     stored = stored_plan(source.name)
     _require_own_name(source, params)
@@ -111,7 +121,8 @@ def make_plan(source: Source, options: Options, folder: Path, weights: Weights |
     text = read_text(source, options.column, folder)
     same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
     if stored.items() >= same.items():
-        plan = Plan(source, text.sha256, options, stored["values"], Forecast(**stored["cost"]), stored["lines"])
+        values, cost, lines = stored["values"], Forecast(**stored["cost"]), stored["lines"]
+        plan = Plan(source, text.sha256, options, values, cost, lines, n_doublings=stored.get("n_doublings", 0))
     else:
         plan = _new_plan(source, text, options, base, params, folder, weights)
     plan = dataclasses.replace(plan, weights=weights)
@@ -141,8 +152,14 @@ def _require_own_name(source: Source, params: Params) -> None:
             with suppress(ModelMissing, IntegrityError):
                 others = [source_of(open_registry(project_root()), source.name) or source.source]
     for other in others:
-        if other not in (source.origin, source.source):
+        if not any(_is_same_place(str(other), own) for own in (source.origin, source.source)):
             raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    """Whether two sources are the same URL, or paths to the same place by any spelling."""
+    is_local = not (REMOTE.match(one) or REMOTE.match(other))
+    return one == other or (is_local and Path(one).resolve() == Path(other).resolve())
 
 
 def _new_plan(
@@ -171,6 +188,11 @@ def _new_plan(
             ours = tokenizer_for(first, tokenizer.value, folder / str(attempt))
             require_tokenizer(
                 weights.published, ours, text.sample[:100_000].partition(b"\0")[0].decode(errors="ignore")
+            )
+        if not measured.lowest_loss and options.goal == MEMORISE:
+            raise InputError(
+                f"the text has {measured.n_tokens:,} tokens, too few for a window ({min(lengths) + 1:,} are needed): "
+                "give more text" + " or another --size" * bool(options.size)
             )
         target, training_on, bound = _goal(measured, options, shape)
         costs = Costs(params, base, measured, options.goal, target)
@@ -212,7 +234,7 @@ class Costs:
     def of(self, training: Training) -> Forecast:
         """The cost of a training, in proportion to the tokens of the first one of its shape, which is timed."""
         if training.shape not in self._timed:
-            held_out = round(HELD_OUT * training.n_tokens) if self.goal == GENERALISE else 0
+            held_out = training.n_held_out
             tokens = training.n_tokens - held_out
             found = forecast(self._config_of(training), self.machine, self.vocabulary, tokens, held_out)
             self._timed[training.shape] = training, found
@@ -243,8 +265,14 @@ class Costs:
 
 
 def _merged(params: Params, values: dict[str, Any]) -> Params:
-    """The parameters with `values`, but for the search space of the sweep."""
-    return params.with_values({key: value for key, value in values.items() if key.count(".") == 1})
+    """The parameters as they are when `values` are written."""
+    return params.with_values(writable_values(values, params))
+
+
+def writable_values(values: dict[str, Any], params: Params) -> dict[str, Any]:
+    """The values without the ranges of keys that the user has removed from the search space."""
+    present = flatten(params.values)
+    return {key: value for key, value in values.items() if key in present or not key.startswith(SPACE)}
 
 
 def _choose_tokenizer(text: Text, asked: str | None, folder: Path, lengths: Sequence[int]) -> tuple[Choice, Measured]:
@@ -320,7 +348,7 @@ def _text_values(source: Source, tokenizer: Choice, share: float, target: float)
         "registry.model": source.name,
         "registry.max_target_loss": max(policy.HIGHEST_TARGET, target),
         "registry.replace_champion": True,  # the last text that was learnt under a name is the one that is wanted
-        "sweep.study": re.sub(r"[^A-Za-z0-9_-]", "-", source.name).strip("-_") or "text",
+        "sweep.study": study_name(source.name),
     }
 
 

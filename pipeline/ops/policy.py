@@ -1,7 +1,7 @@
 """Choose tokenizer, model and training for a text, as pure functions of what was measured, and say why."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from pipeline.system.errors import InputError
@@ -114,8 +114,9 @@ class Training(NamedTuple):
 
     shape: Shape
     seq_len: int
-    n_tokens: int  # of the training split
-    max_epochs: float
+    n_tokens: int  # of the text that is used, with what is held out
+    max_epochs: float  # of the training split
+    n_held_out: int = 0
 
     @property
     def step_windows(self) -> int:
@@ -123,7 +124,7 @@ class Training(NamedTuple):
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.max_epochs * self.n_tokens / (self.step_windows * self.seq_len))
+        return math.ceil(self.max_epochs * (self.n_tokens - self.n_held_out) / (self.step_windows * self.seq_len))
 
 
 def shape_for(n_bits: float) -> Shape:
@@ -166,8 +167,6 @@ def window_and_target(lowest_loss: dict[int, float], ambiguity: float, target: f
     not suffice for less (benchmarks/LOG.md). Raises InputError if the target is not possible.
     """
     _require_positive(target)
-    if not lowest_loss:
-        raise InputError("the text has no more tokens than the shortest window, 32: give more text")
     lengths = [T for T in lowest_loss if T >= 64] or list(lowest_loss)
     T = next((T for T in lengths if (target or HIGHEST_TARGET) >= MARGIN * lowest_loss[T]), lengths[-1])
     possible = math.ceil(100 * MARGIN * lowest_loss[T]) / 100
@@ -208,9 +207,9 @@ def held_out_target(n_tokens: int, counts: float, target: float | None, publishe
     return target or lowest
 
 
-def held_out_window(lengths: Iterable[int]) -> int:
-    """Tokens in a window: 128, or the most that the text has."""
-    return max(T for T in lengths if T <= 128)
+def held_out_window(lengths: Collection[int]) -> int:
+    """Tokens in a window: 128, or the most that the text has; of a recipe with a longer window, that."""
+    return max((T for T in lengths if T <= 128), default=min(lengths))
 
 
 def memorise(
@@ -228,7 +227,7 @@ def generalise(n_tokens: int, entropy_bits: float, seq_len: int, shape: Shape | 
     """The training on `n_tokens` of a text, of which a tenth is held out."""
     shape = shape or shape_for(n_tokens * entropy_bits)
     n_train = round(n_tokens * (1 - HELD_OUT))
-    return Training(shape, seq_len, n_tokens, epochs_to_generalise(n_train))
+    return Training(shape, seq_len, n_tokens, epochs_to_generalise(n_train), n_tokens - n_train)
 
 
 def largest_within(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.config.sections import INIT, TEXTS, WEIGHTS_FOLDER
 from pipeline.config.text_name import SUFFIX, text_name
@@ -45,8 +46,8 @@ def find_source(given: str, name: str | None) -> Source:
     if REMOTE.match(given) and not os.path.exists(typed):  # a file's name may have a colon
         return Source(given, name or name_of(given), given)
     path = Path(os.path.abspath(typed))  # not resolved: a link to a text keeps its own name
-    if path.is_relative_to(texts := Path(TEXTS).absolute()):
-        source = (TEXTS / path.relative_to(texts)).as_posix()
+    if (below := _below(TEXTS, path)) is not None:
+        source = (TEXTS / below).as_posix()
         return Source(source, name or name_of(source), source, {str(file): file for file in find_files(source)})
     if path.exists():
         inside, pattern = path.resolve(), ""
@@ -58,12 +59,21 @@ def find_source(given: str, name: str | None) -> Source:
     else:
         raise InputError(f"{given} not found: give {KINDS}")
     files = files_below(inside, pattern, given)
+    if pattern and not (files := [file for file in files if _below(TEXTS, file) is None]):  # no copies of earlier calls
+        raise InputError(f"{given} matches no file outside of this project's {TEXTS}/: give {KINDS}")
     name = name or name_of(given)
     if path.is_file():
         target = f"{TEXTS}/{name}{path.name.removeprefix(SUFFIX.sub('', path.name))}"
         return Source(target, name, str(path), {given: files[0]}, {Path(target): files[0]})
     copies = {Path(TEXTS, name, file.relative_to(inside)): file for file in files}
     return Source(f"{TEXTS}/{name}", name, str(path), {str(file): file for file in files}, copies)
+
+
+def _below(folder: str | Path, path: Path) -> Path | None:
+    """The part of an absolute path below a folder of the project, by any spelling; None if it is not below it."""
+    root = Path(folder).absolute()
+    found = (each for each in (path, path.parent.resolve() / path.name) if each.is_relative_to(root))
+    return next((each.relative_to(root) for each in found), None)
 
 
 def name_of(given: str) -> str:
@@ -79,10 +89,11 @@ def require_room(source: Source, copied: Mapping[str, str]) -> None:
     """
 
     def is_copy(path: Path) -> bool:
-        return copied.get(path.as_posix()) == sha256_file(path)
+        known = copied.get(path.as_posix())
+        return known is not None and (path.is_symlink() or (path.is_file() and known == sha256_file(path)))
 
     for path, original in source.copies.items():
-        if os.path.lexists(path) and not (path.is_file() and (same(path, original) or is_copy(path))):
+        if os.path.lexists(path) and not (same(path, original) or is_copy(path)):
             raise InputError(f"{path} is another text than {original}: choose another --name, as the copy has it too")
     for path in _surplus(source):
         if not is_copy(path):
@@ -97,24 +108,32 @@ def _surplus(source: Source) -> list[Path]:
 
 
 def same(path: Path, original: Path) -> bool:
-    return path.samefile(original) or filecmp.cmp(path, original, shallow=False)
+    """Whether `path` exists and has the bytes of `original`."""
+    return path.exists() and (path.samefile(original) or filecmp.cmp(path, original, shallow=False))
 
 
-def bring(source: Source, in_place: bool) -> dict[str, str]:
-    """Copy the text into texts/, or make links to it (`in_place`); return each new file's SHA-256 by its name.
+def _is_original(path: Path, original: Path) -> bool:
+    """Whether `original` is a link to `path`, which must not be replaced."""
+    return path.exists() and not path.is_symlink() and path.samefile(original)
 
-    The originals are not changed. Copies of files that the text no longer has are removed; `require_room` has checked
-    that they are copies.
+
+def bring(source: Source, in_place: bool, copied: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Copy the text into texts/, or make links to it (`in_place`); return each copy's SHA-256 by its name.
+
+    The originals are not changed. Copies of files that the text no longer has are removed. `copied`, and what is
+    raised: as in `require_room`, which is called again because files may have been added since the plan was made.
     """
-    _bring(source.copies, in_place)
+    require_room(source, copied)
     for path in _surplus(source):
         path.unlink()
-    return {path.as_posix(): sha256_file(path) for path in source.copies}
+    _bring(source.copies, in_place)
+    copies = [path for path, original in source.copies.items() if not _is_original(path, original)]
+    return {path.as_posix(): sha256_file(path) for path in copies}
 
 
 def _bring(copies: Mapping[Path, Path], in_place: bool) -> None:
     for path, original in copies.items():
-        if path.is_symlink() == in_place and os.path.lexists(path) and same(path, original):
+        if _is_original(path, original) or (path.is_symlink() == in_place and same(path, original)):
             continue
         with atomic_file(path) as unfinished:
             unfinished.unlink(missing_ok=True)
@@ -145,8 +164,8 @@ def find_weights(given: str) -> Weights:
     if not given.strip() or not path.is_dir():
         why = "is a file" if given.strip() and path.is_file() else "not found"
         raise InputError(f"--init {given} {why}: give the folder of a GPT-2, or hf://OWNER/NAME such as hf://gpt2")
-    if path.is_relative_to(folder := Path(WEIGHTS_FOLDER).absolute()) and path != folder:
-        init = (WEIGHTS_FOLDER / path.relative_to(folder)).as_posix()
+    if (below := _below(WEIGHTS_FOLDER, path)) is not None and below != Path():
+        init = (WEIGHTS_FOLDER / below).as_posix()
         return Weights(init, read_published(path, init))
     published = read_published(path, given)
     place = Path(WEIGHTS_FOLDER, re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "model")

@@ -15,7 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.config.params import PARAMS, Params, load_params
-from pipeline.config.recipes import write_values
+from pipeline.config.recipes import locked_params, write_values
 from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.data.token_files import count_tokens, data_sha256
 from pipeline.sweep import worker
@@ -181,7 +181,8 @@ def apply_best(sweep: SweepConfig, path: Path = PARAMS) -> None:
     keys = {key for name in values for key in ((name,) if name != STEP_TOKENS else BATCH_KEYS)}
     number = name.removeprefix("trial ")
     applied = {"sweep.applied": None if number == "default" else f"{sweep.study}/{number}/{config.digest}"}
-    print(write_values(values_of(config, sorted(keys)) | applied, path))
+    with locked_params(path):
+        print(write_values(values_of(config, sorted(keys)) | applied, path))
 
 
 def open_dashboard(sweep: SweepConfig) -> None:

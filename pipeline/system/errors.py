@@ -50,7 +50,7 @@ class OutOfSpaceError(PipelineError):
 
 
 class RunLocked(PipelineError):  # noqa: N818 (an event, not a fault)
-    """Another process has locked the run."""
+    """Another process has locked the run, or params.yaml."""
 
     exit_code = 6
 

@@ -105,6 +105,15 @@ def test_a_recipe_changes_only_values_which_are_valid_and_laptop_resets_them(nam
     assert apply_recipe("laptop", params, RECIPES).endswith("already has the values of recipe laptop")
 
 
+def test_line_ends_are_kept(params):
+    before = params.read_bytes()
+    apply_recipe("seed-001", params, RECIPES)
+    expected = params.read_bytes().replace(b"\n", b"\r\n")
+    params.write_bytes(before.replace(b"\n", b"\r\n"))
+    apply_recipe("seed-001", params, RECIPES)
+    assert params.read_bytes() == expected
+
+
 def test_a_recipe_resets_the_keys_of_others_and_a_file_elsewhere_sets_only_its_own(params):
     apply_recipe("gpt2-124m", params, RECIPES)
     direct = params.read_bytes()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.params import Params, load_params
-from pipeline.config.sections import SECTIONS, SlurmConfig, SweepConfig
+from pipeline.config.sections import SECTIONS, SlurmConfig, SweepConfig, study_name
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
 from pipeline.training.config import RUN_SECTIONS, RunConfig
@@ -98,6 +98,15 @@ def test_the_password_of_a_storage_is_not_printed():
         found = error_of(check_params, changed({"sweep.storage": url}))
         assert "storage contains a password" in found
         assert "hunter2" not in found
+
+
+def test_a_name_for_a_study_is_valid_and_distinguishes_models():
+    models = ["diary", "a_b-2", "jobs", "0123456789abcdef", "chapter.1", "chapter-1", "дневник", "日記", "-x", "x"]
+    names = [study_name(model) for model in models]
+    assert names[:2] == models[:2]
+    assert len({*names}) == len(models)
+    for name in names:
+        check_params(changed({"sweep.study": name}))
 
 
 TENTH = 34_219  # tokens of the committed corpus

@@ -318,6 +318,12 @@ REFUSED = {
     "JSON": ("texts/b.txt", ("b.txt", '\n[ {"text": "a"}]'), r"b.txt is JSON: save it as JSON Lines \(.jsonl\), where"),
     "notebook": ("texts/b.ipynb", ("b.ipynb", '{\n "cells": [\n'), "b.ipynb is a notebook: save it as text with `jup"),
     "HTML": ("texts/b.txt", ("b.txt", "\n<!-- a -->\n<HTML lang='en'>"), "b.txt is an HTML page: save its text, or"),
+    "HTML after many comments": ("texts/b.txt", ("b.txt", "<!-- - > -->\n" * 30 + "<html>"), "b.txt is an HTML page"),
+    "text in a later record": (
+        "texts/b.jsonl",
+        ("b.jsonl", '{"n": 1, "title": "A"}\n{"n": 2, "title": "B", "text": "b"}'),
+        "b.jsonl line 2 has the column 'text', but 'title' was read before: set corpus.column",
+    ),
     "JSON array": ("texts/b.json", ("b.json", '[\n{"text": "a"}\n]'), "b.json line 1 begins a JSON array: write one"),
     "empty zst": ("texts/mix", ("mix/b.jsonl.zst", b""), "mix/b.jsonl.zst is truncated or corrupt"),
     "reserved bit in zst": ("texts/mix", ("mix/b.zst", flipped(ZST(MANY), 4, 8)), "b.zst is truncated or corrupt"),
@@ -337,6 +343,23 @@ def test_b2_b5_a_file_that_is_not_a_text_is_named_and_leaves_no_corpus(source, f
         fetched(source)
     assert caught.value.exit_code == code
     assert list(Path("data").iterdir()) == []
+
+
+def test_a_text_that_begins_with_many_html_comments_is_a_text():
+    comments = b"<!-- toc -->\n" * 38 + b"# Notes\n"  # an ambiguous pattern would try 2^38 ways
+    assert fetched(str(put("notes.md", comments))) == comments
+
+
+def test_a_title_is_read_beside_a_later_text_if_its_column_is_named():
+    path = put("b.jsonl", '{"title": "A"}\n{"title": "B", "text": "b"}')
+    assert fetched(str(path), "title") == b"A\0B"
+
+
+def test_zstd_may_refer_far_back_as_with_its_option_long():
+    window = {zstd().CompressionParameter.window_log: 30, zstd().CompressionParameter.enable_long_distance_matching: 1}
+    with zstd().open("texts/long.txt.zst", "wb", options=window) as file:  # of unknown size, so that the window counts
+        file.write(b"one line\n")
+    assert fetched("texts/long.txt.zst") == b"one line\n"
 
 
 def test_a_link_to_a_folder_is_refused_since_dvc_sees_no_change_in_it():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.__main__ import parse
 from pipeline.commands import tokenize
 from pipeline.data import encode as module
-from pipeline.data.encode import Task, training_text, write_tokens
+from pipeline.data.encode import Task, training_blocks, training_text, write_tokens
 from pipeline.data.token_files import TokenFolder, data_sha256
 from pipeline.data.tokenizer import Tokenizer, make_tokenizer
 from pipeline.system.errors import InputError, RunLocked
@@ -90,12 +90,15 @@ def test_a_text_without_line_ends_is_divided_between_documents_or_not_at_all(tmp
         ("one\0two\0three\0four", 0.7, 0.5, ("one<|endoftext|>", "two<|endoftext|>")),
         ("short\n" + "word " * 100, 1.0, 0.1, ("short\n" + "word " * 88 + "word", " word" * 11 + " ")),
         ("short\n" + "word " * 100, 0.1, 0.0, ("short\n" + "word " * 7 + "word", "")),
-        ("short\n" + "x" * 100, 1.0, 0.1, ("short\n", "x" * 100)),
+        ("short\n" + "x" * 100, 1.0, 0.1, ("short\n" + "x" * 89, "x" * 11)),
+        ("a word " + "\u7532" * 100, 1.0, 0.1, ("a word " + "\u7532" * 89, "\u7532" * 11)),
+        ("a word", 0.7, 0.0, ("a", "")),
+        ("\u7532" * 10, 0.65, 0.5, ("\u7532" * 3, "\u7532" * 3)),
     ):
         tokens = encode(tmp_path, tokenizer, text, fraction, val_fraction)
         assert tuple(tokenizer.decode(ids_of(part)) for part in (tokens.train, tokens.val)) == expected
-    for text, fraction, val_fraction in (("onelongword", 0.5, 0), ("a\nb", 1, 0.9)):  # B3
-        with pytest.raises(InputError, match=r"/corpus.txt has no whole line for training: raise corpus.fraction"):
+    for text, fraction, val_fraction in (("\u7532" * 3, 0.3, 0), ("a\nb", 1, 0.9)):  # B3
+        with pytest.raises(InputError, match=r"/corpus.txt has no text for training: raise corpus.fraction"):
             encode(tmp_path / "short", tokenizer, text, fraction, val_fraction)
         assert not (tmp_path / "short" / "tokens").exists()
 
@@ -155,6 +158,13 @@ def test_a_tokenizer_is_trained_on_the_training_part_in_blocks_that_no_token_cro
     assert len(blocks) > 10
     tokens = encode(tmp_path, tokenizer := made("gpt2"), POEM * 3, 0.9, 0.3)
     assert [i for block in blocks for i in tokenizer.encode(block.decode())] == ids_of(tokens.train)
+
+
+def test_a_tokenizer_is_trained_on_short_blocks_of_whole_characters_also_without_spaces():
+    text = ("\u7532" * 100_000).encode()
+    blocks = [*training_blocks(text, len(text))]
+    assert "".join(block.decode() for block in blocks).encode() == text
+    assert max(map(len, blocks)) <= module.MAX_TRAINING_BYTES + 3
 
 
 def test_a_text_is_never_in_memory_as_a_whole(tmp_path, tokenizer):

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from pipeline.data import tokenizer as module
 from pipeline.data.tokenizer import (
     BPE_SHA256,
+    PARTS_OF_LONG,
     SPACE,
     TOKENIZERS,
+    WORDS,
     _even_sample,
     load_tokenizer,
     make_tokenizer,
     n_vocab_in,
+    split_into,
 )
 from pipeline.system.errors import InputError, IntegrityError
 
@@ -214,6 +217,14 @@ def test_merges_are_those_of_the_most_frequent_pairs_within_words_and_documents(
     assert (tokenizer.n_vocab, tokenizer.eot) == (260, 259)
     with pytest.raises(InputError, match="has no more than 257 ids for bpe:258"):  # nothing is merged across a NUL
         make_tokenizer("bpe:258", tmp_path / "tokenizer", [b"x!\0!y\n" * 3])
+
+
+def test_a_long_word_is_trained_on_in_parts_since_merging_takes_quadratic_time(tmp_path):
+    split = split_into(WORDS, PARTS_OF_LONG)
+    lengths = [len(piece) for piece, _ in split.pre_tokenize_str("acgt" * 1000 + " " * 2000 + "word, \u7532\n\n")]
+    assert lengths == [1024, 1024, 1024, 928, 1024, 975, 5, 1, 4, 2]
+    tokenizer = make_tokenizer("bpe:258", tmp_path / "tokenizer", [b"acgt" * 1000])
+    assert len(tokenizer.encode("ac" * 5000)) == 5000  # text is encoded in whole words
 
 
 def test_a_combining_mark_belongs_to_its_word(tmp_path):

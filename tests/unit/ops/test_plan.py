@@ -1,5 +1,6 @@
 """`plan` and `learn --dry-run`: what they say of a text, what they refuse, and that they write nothing."""
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from pipeline.ops.params_check import check_params
 from pipeline.ops.plan import Options, make_plan
 from pipeline.ops.sources import find_source, find_weights
 from pipeline.system.errors import InputError
+from pipeline.system.files import read_json
+from pipeline.system.words import duration
 from pipeline.training.forecast import Forecast
 from tests.small_models import save_published
 
@@ -46,6 +49,7 @@ def project(tmp_path, monkeypatch, bpe):
         "empty.txt": "",
         "blank.txt": " \n\n",
         "tiny.txt": "hi",
+        "half.txt": ENGLISH[:32],
         "log.txt": "".join(f"{'ab'[random.random() < 0.5]} is all that differs in this log, " for _ in range(4_000)),
         "json.txt": '{"text": "a record"}\n',
         "pointer.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:abc\n",
@@ -144,6 +148,7 @@ def test_a_plan_is_valid_for_every_goal_and_size(project, tmp_path):
         Options(),
         Options(goal="generalise"),
         Options(goal="generalise", target=3.0),
+        Options(goal="generalise", size="shakespeare-char", tokenizer="bytes"),
         Options(size="laptop-full"),
         Options(tokenizer="bpe:300"),
     ):
@@ -162,7 +167,7 @@ def test_a_plan_is_valid_for_every_goal_and_size(project, tmp_path):
         assert learned["registry"]["require_target"] == (options.goal != "generalise" or options.target is not None)
         assert learned["samples"]["prompts"] is learned["corpus"]["sha256"] is None
         assert learned["target"]["rule"] == ("validation" if options.goal == "generalise" else "sliding")
-        assert learned["model"]["n_layer"] == (3 if options.size else 2)
+        assert learned["model"]["n_layer"] == {"laptop-full": 3, "shakespeare-char": 6}.get(options.size, 2)
         assert learned["corpus"]["tokenizer"] == (options.tokenizer or "gpt2")
         assert "# when the training stops" in Path("params.yaml").read_text()  # comments are kept
 
@@ -186,7 +191,9 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project, tmp_path)
         (["../missing.txt"], "../missing.txt not found: give a file"),
         (["../empty.txt"], "empty.txt contains no text"),
         (["../blank.txt"], "blank.txt contains no text"),
-        (["../tiny.txt"], "no more tokens than the shortest window"),
+        (["../tiny.txt"], "the text has 1 tokens, too few for a window (33 are needed): give more text"),
+        (["../half.txt", "--tokenizer", "bytes"], "has 32 tokens, too few for a window (33 are needed): give more"),
+        (["../half.txt", "--size", "laptop"], "(65 are needed): give more text or another --size"),
         (["../binary.txt"], "is not UTF-8 at byte 2"),
         (["../picture.png"], "is an image"),
         (["../page.pdf"], "is a PDF"),
@@ -248,6 +255,62 @@ def test_a_name_or_a_copy_of_another_text_is_refused_and_a_stored_plan_is_used_a
     Path("../diary.txt").write_text(Path("../diary.txt").read_text() + ENGLISH.format("many"))
     assert main(["learn", "../diary.txt"]) == 0  # the diary has grown: the copy follows
     assert Path("texts/diary.txt").read_text() == Path("../diary.txt").read_text()
+
+
+@pytest.mark.parametrize("section", ["corpus", "optim", "sweep", "target"])
+def test_an_empty_section_of_params_yaml_is_named(command, section):
+    lines, kept = Path("params.yaml").read_text().splitlines(keepends=True), True
+    for n, line in enumerate(lines):
+        kept = (line.startswith(" ") and kept) or not line.startswith((" ", f"{section}:"))
+        if not kept and line.startswith(" "):
+            lines[n] = f"#{line}"
+    Path("params.yaml").write_text("".join(lines))
+    assert command("plan", "../diary.txt") == (2, "", f"error: params.yaml: {section}: section missing\n")
+
+
+def test_a_text_by_another_spelling_of_its_path_is_the_same_text(project, tmp_path):
+    (tmp_path / "alias").symlink_to(tmp_path)
+    made = make_plan(find_source("../diary.txt", None), Options(), tmp_path)
+    learn._store(made, {})
+    assert make_plan(find_source("../alias/diary.txt", None), Options(), tmp_path).values == made.values
+    with pytest.raises(InputError, match="the model name diary belongs to the text"):
+        make_plan(find_source("../alias/log.txt", "diary"), Options(), tmp_path)
+
+
+def test_a_longer_plan_says_what_it_costs_and_is_one_of_two_also_after_an_interruption(project, monkeypatch):
+    epochs = []
+
+    def reproduce(_):
+        epochs.append(load_params().values["optim"]["max_epochs"])
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(learn, "reproduce", reproduce)
+    monkeypatch.setattr(learn, "_reached", lambda: False)
+    monkeypatch.setattr(learn, "show_outcome", lambda next_step: None)
+    main(["learn", "../diary.txt"])
+    stored = read_json(Path("plans/diary.json"))
+    seconds = duration(stored["cost"]["train_s"] + stored["cost"]["evaluation_s"])
+    assert f", {seconds}, since half of them" in stored["lines"]["training"]
+    assert stored["lines"]["cost"].startswith(f"at most {seconds} of training")
+    assert main(["learn", "../diary.txt"]) == 0  # resumes the third, after which there is none
+    assert epochs == pytest.approx([n * epochs[0] for n in (1, 2, 4, 4)], rel=0.01)
+    assert main(["learn", "../diary.txt"]) == 0  # asks for more
+    assert epochs[4:] == pytest.approx([n * epochs[0] for n in (4, 8, 16)], rel=0.01)
+
+
+def test_no_other_command_changes_params_yaml_while_one_learns(project, monkeypatch, capsys):
+    others = (["learn", "../log.txt", "--yes"], ["recipe", "smoke"], ["repro"])
+    codes = []
+    monkeypatch.setattr(learn, "reproduce", lambda _: codes.extend(main(other) for other in others))
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "show_outcome", lambda next_step: None)
+    assert main(["learn", "../diary.txt"]) == 0
+    assert codes == [6, 6, 6]
+    assert capsys.readouterr().err.count(f"params.yaml is held by process {os.getpid()}: wait for it or stop it") == 3
+    assert load_params().values["registry"]["model"] == "diary"
+    assert not Path("texts/log.txt").exists()
+    assert main(["recipe", "smoke"]) == 0
 
 
 def test_a_search_space_from_which_keys_were_removed_stays_so(project, monkeypatch):

@@ -1,11 +1,13 @@
 """The text that SOURCE names, its name, and its copies in texts/."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from pipeline.ops.sources import bring, find_source, find_weights, name_of, require_room
+from pipeline.ops.sources import bring, bring_weights, find_source, find_weights, name_of, require_room
 from pipeline.system.errors import InputError
+from tests.small_models import save_published
 
 
 @pytest.fixture
@@ -105,9 +107,73 @@ def test_a_copy_follows_a_text_that_has_changed_unless_somebody_has_changed_the_
     for before in ({}, {**copies, "texts/notes/a.txt": "0" * 64}):  # not copied by `learn`, or changed since then
         with pytest.raises(InputError, match=r"texts/notes/a.txt is another text than .*: choose another --name"):
             require_room(source, before)
-    bring(source, in_place=False)
+    Path("texts/notes/poem.txt").write_text("the only copy")  # while `learn` asks
+    with pytest.raises(InputError, match=r"texts/notes/poem.txt is not in the text notes"):
+        bring(source, False, copies)
+    Path("texts/notes/poem.txt").unlink()
+    bring(source, False, copies)
     assert Path("texts/notes/a.txt").read_text() == "longer"
     assert not Path("texts/notes/old/b.txt").exists()
+
+
+def test_a_link_of_an_earlier_call_whose_original_is_gone_is_removed_or_replaced(outside):
+    copies = bring(find_source(f"{outside}/notes", None), in_place=True)
+    (outside / "notes" / "a.txt").unlink()
+    copies = bring(find_source(f"{outside}/notes", None), True, copies)
+    assert not Path("texts/notes/a.txt").is_symlink()
+    (outside / "notes").rename(outside / "letters")  # all links are broken
+    bring(find_source(f"{outside}/letters", "notes"), True, copies)
+    assert Path("texts/notes/old/b.txt").read_text() == "notes/old/b.txt"
+    Path("texts/other").mkdir()
+    Path("texts/other/c.jsonl.gz").symlink_to("nowhere")  # of the user
+    with pytest.raises(InputError, match=r"texts/other/c.jsonl.gz is another text than"):
+        bring(find_source(f"{outside}/letters", "other"), True, copies)
+
+
+def test_a_text_of_the_project_is_found_by_any_spelling_and_never_replaced_by_a_link(outside):
+    Path("texts/mine.txt").write_text("the only copy")
+    (outside / "link").symlink_to(Path.cwd())
+    for given in ("link/texts/mine.txt", "link/texts/m*.txt", "link/texts/**/mine.txt"):
+        source = find_source(f"{outside}/{given}", None)
+        assert (source.source, source.copies) == (given.removeprefix("link/"), {})
+    (outside / "mine.txt").symlink_to(Path("texts/mine.txt").absolute())  # this path is not in texts/
+    for in_place in (True, False):
+        assert bring(find_source(f"{outside}/mine.txt", None), in_place) == {}  # it is no copy
+        assert not Path("texts/mine.txt").is_symlink()
+        assert Path("texts/mine.txt").read_text() == "the only copy"
+
+
+def test_weights_of_the_project_are_found_by_any_spelling(outside):
+    save_published(Path("weights/mine"), vocab_size=300)
+    (outside / "link").symlink_to(Path.cwd())
+    weights = find_weights(f"{outside}/link/weights/mine")
+    assert (weights.init, weights.copies) == ("weights/mine", {})
+    (outside / "mine").symlink_to(Path("weights/mine").absolute())
+    bring_weights(find_weights(f"{outside}/mine"), in_place=True)
+    assert not any(path.is_symlink() for path in Path("weights/mine").iterdir())
+
+
+def test_a_glob_that_covers_the_project_leaves_out_its_texts(outside):
+    Path("a.md").write_text("a")
+    for _ in range(2):
+        source = find_source("**/*.md", "handbook")
+        assert [*source.copies] == [Path("texts/handbook/a.md")]
+        bring(source, in_place=False)
+    Path("a.md").unlink()
+    with pytest.raises(InputError, match=r"\*\*/\*.md matches no file outside of this project's texts/: give a file"):
+        find_source("**/*.md", "handbook")
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(outside):
+    folder = outside / "old"
+    folder.mkdir()
+    try:
+        (path := Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))).write_text("a")
+    except OSError:
+        pytest.skip("this disk has no such names")
+    for given in (str(folder), f"{folder}/*.txt", str(path)):
+        with pytest.raises(InputError, match=r"the file name b'.*/old/caf\\xe9.txt' is not UTF-8: rename the file"):
+            find_source(given, "old")
 
 
 def test_a_file_of_another_text_is_never_replaced(outside):
