@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="name of the registered model; default: registry.model of params.yaml")
     add("--version", metavar="VERSION", default="champion", help="number or alias of the version; default: champion")
     add("--folder", metavar="DIR", type=Path, default=SPACE_VERSION if SPACE_VERSION.is_dir() else None,
-        help="serve the version in this folder (model/, tokens/, facts.json), without a registry")  # fmt: skip
+        help="serve the version in this folder (model/, tokens/, version.json), without a registry")  # fmt: skip
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto: the fastest; fp32: a text never depends on other requests; default: auto")  # fmt: skip
     add("--port", metavar="PORT", type=int, default=7860, help="port of the server; default: 7860")
@@ -76,7 +76,7 @@ def open_source(arguments: argparse.Namespace) -> "Source":
 def main() -> None:
     arguments = build_parser().parse_args()
     clean_environment()
-    from webapp.http.request_filter import LOOPBACK
+    from webapp.request_filter import LOOPBACK
     from webapp.server import make_app, serve
 
     host, key = arguments.host.strip("[]"), (arguments.api_key or "").strip()

@@ -77,7 +77,7 @@ def memorise(ids: list[int], used: torch.Tensor) -> GPT:
 
 @pytest.fixture(scope="session", name="version")
 def _version(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
-    """A folder with model/, tokens/ and facts.json of a version that has memorised LINES."""
+    """A folder with model/, tokens/ and version.json of a version that has memorised LINES."""
     folder = tmp_path_factory.mktemp("version") / "7"
     ids = load_tokenizer(bpe).encode(LINES)
     used = torch.bincount(torch.tensor(ids), minlength=50257)
@@ -85,7 +85,7 @@ def _version(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
     (folder / "tokens").mkdir()
     write_shard(folder / "tokens" / "train-00000.bin", [ids], 50257)
     write_manifest(folder / "tokens")
-    write_json(folder / "facts.json", INFO)
+    write_json(folder / "version.json", INFO)
     return folder
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import gradio as gr
 
 from pipeline.system.errors import PipelineError
-from webapp.completion import Completion, checked_int, complete
-from webapp.html import CONCURRENT
+from webapp.completion import Completion, complete
+from webapp.events import CONCURRENT
+from webapp.fields import checked_int
 from webapp.model_source import Source
 from webapp.tabs.next_token import predict_next
 

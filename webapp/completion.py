@@ -1,6 +1,5 @@
 """Complete a prompt with several samples, and measure how much of each is copied from the training text."""
 
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,15 +7,13 @@ from typing import Any, Self
 
 from pipeline.data.corpus_index import Passage, novelty
 from pipeline.model.sampling import Sampling
-from webapp.html import FieldError, split_text
+from webapp.fields import checked_int, checked_prompt
+from webapp.html import split_text
 from webapp.model_source import Served
 
-MAX_PROMPT = 10_000  # characters
 MAX_SAMPLES = 4
 MAX_TOKENS = 2_000
 REFRESH_S = 0.12
-MAX_SEED = 2**31 - 1  # on the page; a browser's numbers are exact
-DRAWN_SEEDS = 1_000_000  # of few digits, so that they can be noted down
 
 
 @dataclass
@@ -56,38 +53,6 @@ class Completion:
     def text(self, sample: int) -> str:
         """A sample without its prompt."""
         return split_text(self.served.tokenizer, self.ids(sample), [len(self.prompt_ids)])[1]
-
-
-def checked_prompt(prompt: Any) -> str:
-    """A prompt of at most MAX_PROMPT characters; a lone surrogate becomes U+FFFD. Raises InputError."""
-    if not isinstance(prompt, str):
-        words = f"{str(prompt)[:40]!r}: it should be text"
-        raise FieldError(f"prompt {words}", "prompt", words)
-    if len(prompt) > MAX_PROMPT:
-        words = f"the prompt has {len(prompt):,} characters: give {MAX_PROMPT:,} at most"
-        raise FieldError(words, "prompt", words)
-    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
-    """Raises FieldError unless `value` is a number from `low` to `high`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not number or (whole and value % 1 != 0):
-        kind = "whole number" if whole else "number"
-        hint = f"choose a {kind} from {low:,} to {high:,}"
-        words = f"{'empty' if value in (None, '') else str(value)[:40]}: {hint}"
-        raise FieldError(f"{name} {str(value)[:40]}: {hint}", name, words)
-
-
-def checked_int(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number from `low` to `high`. Raises InputError."""
-    check_number(name, value, low, high, whole=True)
-    return int(value)
-
-
-def chosen_seed(keep: Any, seed: Any) -> int:
-    """The seed of the next text: `seed` if it is kept, else a new one. Raises FieldError."""
-    return checked_int("seed", seed, 0, MAX_SEED) if keep else secrets.randbelow(DRAWN_SEEDS)
 
 
 def complete(served: Served, prompt: Any, samples: Any, **numbers: Any) -> Iterator[Completion]:

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias
 from weakref import WeakSet
 
-from pipeline.model.generator import Batch, Continuation, Generator, Piece, Prompt, TokenLogprob
+from pipeline.model.generator import Continuation, Generator, Piece, Prompt, RunningBatch, TokenLogprob
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import PipelineError
 from webapp.metrics import BATCH_SIZE, FIRST_TOKEN_S, RUNNING, TOKENS, WAITING
@@ -130,7 +130,7 @@ class Engine:
 
     def _run(self) -> None:
         """Run steps until no row is left. After an exception, which ends the thread, all requests get an error."""
-        batch, scoring = Batch(self.generator), deque[Row]()
+        batch, scoring = RunningBatch(self.generator), deque[Row]()
         failed = True
         try:
             while self._admit(batch, scoring):
@@ -143,7 +143,7 @@ class Engine:
             if failed:
                 self._fail()
 
-    def _admit(self, batch: Batch, scoring: deque[Row]) -> bool:
+    def _admit(self, batch: RunningBatch, scoring: deque[Row]) -> bool:
         """Let rows leave and join; return whether any is left. If not, the thread has ended for `submit`."""
         with self._lock:
             now = time.monotonic()
@@ -174,14 +174,14 @@ class Engine:
                 return False
             return True
 
-    def _start(self, row: Row, batch: Batch) -> None:
+    def _start(self, row: Row, batch: RunningBatch) -> None:
         """Add a row to the batch, unless it has no token to generate."""
         if row.sequence.finished:
             self._emit(row, Piece(row.sequence.number, [], "", row.sequence.finished, None))
         else:
             batch.add(row.sequence)
 
-    def _leave(self, row: Row, batch: Batch, scoring: deque[Row]) -> None:
+    def _leave(self, row: Row, batch: RunningBatch, scoring: deque[Row]) -> None:
         """Remove a cancelled row."""
         del self._rows[row.sequence]
         RUNNING.dec()
@@ -190,7 +190,7 @@ class Engine:
         elif row.sequence in batch.sequences:
             batch.remove(row.sequence)
 
-    def _score(self, batch: Batch, scoring: deque[Row]) -> None:
+    def _score(self, batch: RunningBatch, scoring: deque[Row]) -> None:
         """Compute one window of the first row's scores; after the last one, its generation starts."""
         row = scoring[0]
         assert row.scores is not None
@@ -202,7 +202,7 @@ class Engine:
             scoring.popleft()
             self._start(row, batch)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: RunningBatch) -> None:
         BATCH_SIZE.observe(len(batch.sequences))
         with ONE_STEP:
             pieces = batch.step()

@@ -10,33 +10,14 @@ import gradio as gr
 
 from pipeline.data.corpus_index import Passage
 from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
-from pipeline.system.errors import InputError, PipelineError
+from pipeline.system.errors import PipelineError
+from webapp.fields import FieldError
 from webapp.model_source import Served
 
-CONCURRENT = {"model": 16, "read": 2}  # requests of a queue at the same time; those to the model share a batch
 CONTEXT = 60  # tokens shown on either side of a passage
 SPEAKER = re.compile(
     r"^[^\S\n]*\S+(?:[^\S\n]+\S+){0,3}:[^\S\n]*$", re.MULTILINE
 )  # a line of up to four words and a colon
-
-
-class FieldError(InputError):
-    """A value of the field `field` is invalid; `words` say why without naming it."""
-
-    def __init__(self, message: str, field: str, words: str) -> None:
-        super().__init__(message)
-        self.field, self.words = field, words
-
-
-def event_options(queue: str, shown_on: gr.HTML | None = None, **options: Any) -> dict[str, Any]:
-    """Options of an event of the page. `queue`: "model" for generation, "read" for fast requests.
-
-    `shown_on`: the result on which a request in the queue shows its place.
-    """
-    private: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
-    if shown_on:
-        private |= {"show_progress": "minimal", "show_progress_on": shown_on}
-    return private | {"concurrency_id": queue, "concurrency_limit": CONCURRENT[queue]} | options
 
 
 def split_text(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) -> list[str]:

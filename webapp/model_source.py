@@ -102,15 +102,15 @@ class Source(Protocol):
 
 
 class Folder:
-    """A single version in a folder: model/, tokens/ and facts.json, as in an exported Space."""
+    """A single version in a folder: model/, tokens/ and version.json, as in an exported Space."""
 
     trouble: str | None = None
 
     def __init__(self, folder: Path, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
-        for part in (folder, folder / "model", folder / "tokens", folder / "facts.json"):
+        for part in (folder, folder / "model", folder / "tokens", folder / "version.json"):
             if not part.exists():
                 raise ModelMissing(f"{part} not found: `python -m pipeline export space DIR` makes DIR/version")
-        self._served = Served(load_generator(folder, precision), read_json(folder / "facts.json", "export it again"))
+        self._served = Served(load_generator(folder, precision), read_json(folder / "version.json", "export it again"))
 
     def current(self) -> Served:
         return self._served

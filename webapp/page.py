@@ -13,9 +13,9 @@ from starlette.middleware import Middleware
 
 from webapp.api import add_endpoints
 from webapp.html import html
-from webapp.http.request_filter import GradioFilter, bad_call
 from webapp.model_source import Served, Source
 from webapp.page_version import PageVersion
+from webapp.request_filter import GradioFilter, bad_call
 from webapp.tabs.about import about_tab
 from webapp.tabs.next_token import next_token_tab
 from webapp.tabs.recall import recall_tab

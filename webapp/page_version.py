@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from pipeline.system.errors import PipelineError
-from webapp.html import event_options, html, note
+from webapp.events import event_options
+from webapp.html import html, note
 from webapp.model_source import Served, Source
 
 CHECK_S = 5.0  # between two questions of an open page whether its version is still served

@@ -21,12 +21,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from webapp.engine import Busy, stop_engines
-from webapp.http.request_filter import LOOPBACK, MAX_BODY, KeyFilter, NameFilter, hostname
 from webapp.metrics import REGISTRY, n_sequences
 from webapp.model_source import Source
 from webapp.openai_api.errors import ApiError, api_error, busy, failure, http_error, invalid_body
 from webapp.openai_api.routes import openai_router, refuse_other_methods
 from webapp.page import compose, mounted
+from webapp.request_filter import LOOPBACK, MAX_BODY, KeyFilter, NameFilter, hostname
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
 SHUTDOWN_S = 2  # for answers that are being sent; an open page never ends its stream

@@ -30,5 +30,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = params.load_params()
     config = search_space.overridden(given, vars(arguments)).section(sections.SweepConfig)
-    with study.naming_dead_storage(config):
+    with study.translate_storage_errors(config):
         replicate.run_replicate(given, config, arguments.seeds, slurm_of(given, arguments))

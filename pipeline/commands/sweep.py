@@ -51,5 +51,5 @@ def run(arguments: argparse.Namespace) -> None:
         "apply": controller.apply_best,
         "dashboard": controller.open_dashboard,
     }
-    with study.naming_dead_storage(config):
+    with study.translate_storage_errors(config):
         actions[arguments.action](config)

@@ -17,9 +17,9 @@ from pipeline.system.files import (
     UNFINISHED,
     atomic_file,
     locked,
-    naming_full_disk,
     put_in_place,
     read_json,
+    report_full_disk,
     sha256_file,
     sha256_json,
     write_json,
@@ -81,7 +81,7 @@ def write_tokens(
     if task:
         return working
     write_json(working / "tokens" / TOKENIZER, tokenizer.key)  # by one process: tasks may write at the same time
-    with naming_full_disk(folder.parent):
+    with report_full_disk(folder.parent):
         put_in_place(working / "tokens", folder)
     for leftover in folder.parent.glob(f"{UNFINISHED}{folder.name}-*"):  # also of earlier corpora
         if not _in_use(leftover):

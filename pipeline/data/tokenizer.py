@@ -111,6 +111,13 @@ SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 UNPRINTABLE = [byte for byte in range(0x100) if byte not in PRINTABLE]
 BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(0x100 + n): byte for n, byte in enumerate(UNPRINTABLE)}
+CHARACTER_OF = {byte: character for character, byte in BYTES.items()}
+
+
+def as_characters(token: bytes) -> str:
+    """A token with a character for each byte, as in GPT-2's vocabulary."""
+    return "".join(CHARACTER_OF[byte] for byte in token)
+
 
 # GPT-2's split of text into pieces, from tiktoken_ext.openai_public. Bytes are merged only within a piece.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -17,7 +17,7 @@ from pipeline.model.prompt_lookup import PromptLookup
 from pipeline.model.sampling import Sampling, sample
 from pipeline.model.weights import load_model
 from pipeline.system.device import prepare_machine
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, ModelMissing
 
 # The context is at most as long as the windows of training. When it is full, its first half is dropped. A text ends at
 # max_tokens, before a stop text, or when the model samples the end-of-text token. This token separated the documents
@@ -99,7 +99,7 @@ class Generator:
     def start(
         self, prompt: Prompt, sampling: Sampling, number: int = 0, seed_offset: int = 0, n_top: int | None = None
     ) -> Continuation:
-        """A sequence for a Batch, with the seed `sampling.seed` + `seed_offset`; its pieces have its `number`.
+        """A sequence for a RunningBatch, with the seed `sampling.seed` + `seed_offset`; its pieces have its `number`.
 
         `n_top`: report the log-probability of each token and of the `n_top` most likely ones; None: report none.
         Raises InputError for a prompt of more than PROMPT_CHARACTERS.
@@ -118,7 +118,7 @@ class Generator:
         """
         sequences = [self.start(prompt, sampling, number, number) for number, prompt in enumerate(prompts)]
         yield from (Piece(each.number, [], "", "length", None) for each in sequences if each.finished)
-        batch = Batch(self, [each for each in sequences if not each.finished])
+        batch = RunningBatch(self, [each for each in sequences if not each.finished])
         while batch.sequences:
             for _, piece in batch.step():
                 if isinstance(piece, Exception):
@@ -196,7 +196,7 @@ class Generator:
         return f"the model reads only the last {half} to {self.trained_length} tokens, as in training"
 
 
-class Batch:
+class RunningBatch:
     """Sequences that a Generator continues together. They join between two steps, and leave when they are finished."""
 
     def __init__(self, generator: Generator, sequences: Sequence[Continuation] = ()) -> None:
@@ -321,6 +321,9 @@ def load_generator(folder: Path, precision: Literal["auto", "fp32", "bf16"] = "a
 
     Raises ModelMissing if it is missing, IntegrityError if a file is altered.
     """
+    for part in (folder / "model", folder / "tokens"):
+        if not part.is_dir():
+            raise ModelMissing(f"{part} not found: give the folder of a registered version")
     tokens = TokenFolder(folder / "tokens").train
     model, tokenizer = load_model(folder / "model", tokens.counts()), load_tokenizer(folder / "model")
     machine = prepare_machine(AUTO.model_copy(update={"precision": precision}))

@@ -46,7 +46,7 @@ def examine_store(root: Path) -> Iterator[Finding]:
     if uri.startswith("sqlite:///") and not (path.is_file() and path.stat().st_size):
         yield Finding("note", "store", f"{uri} does not exist yet: `dvc repro` creates it")
         return
-    with mlflow_store.naming_dead_store(root):
+    with mlflow_store.translate_store_errors(uri):
         client = mlflow_store.connect(uri)
         experiment = mlflow_store.find_experiment(client)
         if experiment is None:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.config.sections import INIT, TEXTS, WEIGHTS_FOLDER
 from pipeline.data.documents import OPENERS, find_files
-from pipeline.model.published import Published, files_in, files_of, find_published, read_published
+from pipeline.model.published_files import Published, files_in, files_of, find_published, read_published
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_file, sha256_file
 

@@ -4,8 +4,7 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
-from pipeline.tracking.mlflow_errors import explain
-from pipeline.tracking.mlflow_store import Store, store_errors
+from pipeline.tracking.mlflow_store import Store, translate_store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -31,6 +29,9 @@ LISTING = "files.json"  # hashes of a version's other files, such as code, MLmod
 FORMAT, FORMAT_TAG = "1", "format"  # of a version's files and tags; early versions lack the tag, and have format 1
 LISTING_TAG = "files_sha256"  # hash of the listing; early versions lack it, and their other files are not verified
 LOGGED_MODEL = "gpt2"  # name of the MLflow model that contains the files
+REMEDY = (  # for a store that lacks a part of a version
+    "repair it, or run `dvc repro -f -s register` in the project that trained the model, which registers it again"
+)
 ADDED_BY_MLFLOW = "registered_model_meta"  # MLflow writes this file into a version's folder when it loads the version
 
 
@@ -85,21 +86,6 @@ def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts
     return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copies))
 
 
-@contextmanager
-def translate_store_errors(store: Store, what: str) -> Iterator[None]:
-    """Raise ModelMissing, with a message of one line, for the store's errors; `what` names what is read or changed."""
-    try:
-        yield
-    except store_errors() as error:
-        cause, remedy = explain(error)
-        again = (
-            "repair the store, or run `dvc repro -f -s register` in the project that trained the model, "
-            "which registers it again"
-        )
-        message = f"could not read {what} from MLflow's store {store.uri} ({cause}): {remedy or again}"
-        raise ModelMissing(message) from error
-
-
 def open_version(store: Store, version: "ModelVersion", copies: Path | None = None) -> Path:
     """Return the version's folder with model/, tokens/ and params.yaml, after verifying all files, code included.
 
@@ -118,7 +104,7 @@ def open_version(store: Store, version: "ModelVersion", copies: Path | None = No
             raise IntegrityError(
                 f"{label} has no hash as its tag {tag}, so `register` did not make it: use another version"
             )
-    with translate_store_errors(store, label):
+    with translate_store_errors(store.uri, label, REMEDY):
         folder = fetch_version(store, version, "", copies)
         verify_files(folder, version.tags, label, remove_caches=_is_local(version.source))
     return folder / "artifacts"

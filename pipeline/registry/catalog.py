@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import load_params
-from pipeline.registry.artifacts import LISTING_TAG, fetch_version, label_of, open_version, translate_store_errors
+from pipeline.registry.artifacts import LISTING_TAG, REMEDY, fetch_version, label_of, open_version
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import read_json
 from pipeline.tracking.mlflow_runs import results_of
-from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_uri
+from pipeline.tracking.mlflow_store import Store, open_store, store_uri, translate_store_errors
 from pipeline.training.target import RULES, Rule
 
 if TYPE_CHECKING:
@@ -64,20 +64,20 @@ def open_registry(root: Path) -> Store:
     uri = store_uri(root)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise ModelMissing(f"no MLflow store {uri}: run `make repro`, which trains a model and registers it")
-    with naming_dead_store(root):
+    with translate_store_errors(uri):
         return open_store(root)
 
 
 def aliases_of(store: Store, name: str) -> dict[str, str]:
     """Return the number of the version of each alias. Raises ModelMissing if there is no such model."""
-    with translate_store_errors(store, name):
+    with translate_store_errors(store.uri, name):
         return {alias: str(number) for alias, number in registered_model(store, name).aliases.items()}
 
 
 def find_version(store: Store, name: str, which: str) -> "ModelVersion":
     """Find a version by `which`, a number or an alias such as champion. Raises ModelMissing if there is none."""
     aliases = aliases_of(store, name)
-    with translate_store_errors(store, name):
+    with translate_store_errors(store.uri, name):
         numbers = _numbers(store, name)
         number = which if which.isdecimal() else aliases.get(which)
         if number in numbers:
@@ -91,7 +91,7 @@ def find_version(store: Store, name: str, which: str) -> "ModelVersion":
 
 def list_versions(store: Store, name: str) -> list["ModelVersion"]:
     """Return all versions, the newest first. Raises ModelMissing if there is no such model."""
-    with translate_store_errors(store, name):
+    with translate_store_errors(store.uri, name):
         registered_model(store, name)
         numbers = _numbers(store, name)
         return [
@@ -103,7 +103,7 @@ def source_of(store: Store, name: str) -> str | None:
     """The text of the model `name`: corpus.source of its newest version; None if it has none, or does not name it."""
     if not (versions := list_versions(store, name)):
         return None
-    with translate_store_errors(store, label := label_of(versions[0])):
+    with translate_store_errors(store.uri, label := label_of(versions[0]), REMEDY):
         path = fetch_version(store, versions[0], "artifacts/params.yaml")
     corpus = _read_params(path, label).get("corpus")
     return corpus.get("source") if isinstance(corpus, dict) else None
@@ -151,7 +151,7 @@ def describe_version(store: Store, version: "ModelVersion", files: Path) -> dict
     if not (run_id := run_id_of(version)):
         raise ModelMissing(f"{label} has no run, so `register` did not make it: use another version")
     require_valid_tags(version.tags, label)
-    with translate_store_errors(store, label):
+    with translate_store_errors(store.uri, label, REMEDY):
         run = store.client.get_run(run_id)
         histories = {key: store.client.get_metric_history(run_id, key) for key in HISTORY}
         samples = _samples(store, run_id)
@@ -203,7 +203,7 @@ def identity_of(store: Store, version: "ModelVersion") -> "Identity":
     Raises IntegrityError if its identity.json is invalid.
     """
     label = label_of(version)
-    with translate_store_errors(store, label), tempfile.TemporaryDirectory() as folder:
+    with translate_store_errors(store.uri, label, REMEDY), tempfile.TemporaryDirectory() as folder:
         return read_identity(Path(store.client.download_artifacts(run_id_of(version), "identity.json", folder)), label)
 
 

@@ -24,13 +24,15 @@ from pipeline.data.tokenizer import (
     BytePairTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    as_characters,
     load_tokenizer,
     split_into,
 )
 from pipeline.model.gpt import GPT
+from pipeline.model.published_files import CONFIG, CONV1D, WEIGHTS
 from pipeline.model.sampling import Sampling
-from pipeline.model.weights import WEIGHTS, load_model
-from pipeline.registry.gguf_file import WEIGHT_TYPES, merges_of, tokenizer_model, write_gguf, written
+from pipeline.model.weights import load_model
+from pipeline.registry.gguf_file import merges_of, tokenizer_model, write_gguf
 from pipeline.report.cards import CURVE, gguf_card, model_card, modelfile, space_card
 from pipeline.report.figures import curve_figure
 from pipeline.report.style import save_png
@@ -46,7 +48,6 @@ APP_REQUIREMENTS = (  # in a Space
     "gradio jinja2 numpy prometheus_client psutil pydantic pyyaml safetensors tiktoken torch tqdm".split()
 )
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
-CONV1D = ("c_attn", "c_proj", "c_fc")  # the original GPT-2 stores these weights transposed, as (in, out)
 LOCAL_STUDIES = "journal:///optuna.journal"
 PROMPT_TOKENS = 16  # at most, from the beginning of the text, for the example in the model card
 
@@ -69,7 +70,7 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     weights = hf_weights(model, tokenizer.n_vocab)
     config = hf_config(model, tokenizer, len(weights["transformer.wpe.weight"]))
     (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
-    write_json(folder / "config.json", config)
+    write_json(folder / CONFIG, config)
     generation = {**_special_ids(tokenizer), "max_length": config["n_positions"]}
     write_json(folder / "generation_config.json", generation)
     _write_tokenizer(artifacts / "model", tokenizer, config["n_positions"], folder)
@@ -83,10 +84,8 @@ def export_hf(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
 def export_gguf(artifacts: Path, info: dict[str, Any], folder: Path, weight_type: str = "f16") -> None:
     """Write a GGUF file and a Modelfile into an empty folder; `weight_type`: one of WEIGHT_TYPES.
 
-    Raises InputError if the type is unknown, or if the package gguf is missing.
+    Raises InputError if the package gguf is missing.
     """
-    if weight_type not in WEIGHT_TYPES:
-        raise InputError(f"export gguf --type {weight_type}: unknown, choose one of {', '.join(WEIGHT_TYPES)}")
     model, tokenizer = _load("gguf", artifacts)
     weights = torch_weights(model, tokenizer.n_vocab)
     name = f"{info['name']}-v{info['version']}-{weight_type}.gguf"
@@ -157,7 +156,7 @@ def export_space(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
     for path in (app, SOURCE_ROOT / "LICENSE"):
         shutil.copyfile(path, folder / path.name)
     params = _write_params(artifacts, folder / "version")
-    write_json(folder / "version" / "facts.json", {**info, "params": params})
+    write_json(folder / "version" / "version.json", {**info, "params": params})
     pins = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in APP_REQUIREMENTS]
     write_text(folder / ".gitignore", "__pycache__/\n")
     write_text(folder / "requirements.txt", "\n".join([CPU_INDEX, *pins, ""]))
@@ -191,8 +190,7 @@ def hf_weights(model: GPT, n_vocab: int) -> dict[str, Tensor]:
     """The same with GPT-2's layout: most matrices as (in, out)."""
     weights = torch_weights(model, n_vocab)
     for name, tensor in weights.items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and layer.endswith(CONV1D):
+        if name.endswith(CONV1D):
             weights[name] = tensor.T.contiguous()
     return weights
 
@@ -242,8 +240,8 @@ def _hf_tokenizer(tokenizer: BytePairTokenizer) -> "HFTokenizer":
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as HFTokenizer
 
-    vocabulary = {written(token): rank for token, rank in tokenizer.ranks.items()}
-    merges = [(written(left), written(right)) for left, right in merges_of(tokenizer.ranks)]
+    vocabulary = {as_characters(token): rank for token, rank in tokenizer.ranks.items()}
+    merges = [(as_characters(left), as_characters(right)) for left, right in merges_of(tokenizer.ranks)]
     found = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     pieces = r"[\s\S]" if tokenizer.pieces == CHARACTERS else tokenizer.pieces  # another notation than tiktoken's
     found.pre_tokenizer = split_into(pieces)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.data.tokenizer import BYTES, CHARACTERS, EOT, BytePairTokenizer
+from pipeline.data.tokenizer import CHARACTERS, EOT, BytePairTokenizer, as_characters
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHT_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "f32": "ALL_F32"}  # name -> its name in the package gguf
-CHARACTER_OF = {byte: character for character, byte in BYTES.items()}
 
 
 def write_gguf(
@@ -51,7 +50,7 @@ def write_gguf(
     writer.add_token_types(types)
     if tokenizer_model(tokenizer) == "gpt2":
         writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_merges([" ".join(map(written, pair)) for pair in merges_of(tokenizer.ranks)])
+        writer.add_token_merges([" ".join(map(as_characters, pair)) for pair in merges_of(tokenizer.ranks)])
     writer.add_bos_token_id(tokenizer.eot)
     writer.add_eos_token_id(tokenizer.eot)
     writer.add_add_bos_token(False)
@@ -82,13 +81,8 @@ def tokenizer_model(tokenizer: BytePairTokenizer) -> str:
 
 def tokens_of(tokenizer: BytePairTokenizer) -> list[str]:
     """The tokens by id, as its tokenizer in llama.cpp reads them; the last one is the end of text."""
-    write = escaped if tokenizer_model(tokenizer) == "rwkv" else written
+    write = escaped if tokenizer_model(tokenizer) == "rwkv" else as_characters
     return [*map(write, sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)), EOT]
-
-
-def written(token: bytes) -> str:
-    """A token with a character for each byte, as in GPT-2's vocabulary."""
-    return "".join(CHARACTER_OF[byte] for byte in token)
 
 
 def escaped(token: bytes) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.config.params import load_params
 from pipeline.config.sections import RegistryConfig, TrainConfig
 from pipeline.data.token_files import TokenFolder, Tokens
-from pipeline.registry.artifacts import label_of, open_version, translate_store_errors
+from pipeline.registry.artifacts import label_of, open_version
 from pipeline.registry.catalog import CHAMPION, find_version, printable, registered_model, rule_alias, rule_of
 from pipeline.system.errors import InputError, ModelMissing
-from pipeline.tracking.mlflow_store import Store
+from pipeline.tracking.mlflow_store import Store, translate_store_errors
 from pipeline.training.target import RULES
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def promote(store: Store, name: str, which: str) -> str:
     """Verify a version and make it champion, even if the gate refused it; return a line for the user."""
     version = find_version(store, name, which)
     open_version(store, version)
-    with translate_store_errors(store, name):
+    with translate_store_errors(store.uri, name):
         set_best(store, name, version)
         before = set_champion(store, name, version)
     if before == str(version.version):
@@ -209,14 +209,14 @@ def rollback(store: Store, name: str) -> str:
 
     The version that loses it loses the alias of its rule as well, and `register` never makes it champion again.
     """
-    with translate_store_errors(store, name):
+    with translate_store_errors(store.uri, name):
         model = registered_model(store, name)
     current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
     if before is None or before == str(current):
         raise ModelMissing(f"{name} has no former champion: a rollback needs a version that was champion before")
     line = promote(store, name, before)
     if current is not None:
-        with translate_store_errors(store, name):
+        with translate_store_errors(store.uri, name):
             store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
             rule = store.client.get_model_version(name, str(current)).tags.get("rule", "")
             best = store.client.get_registered_model(name).aliases.get(alias := rule_alias(rule))

@@ -27,7 +27,7 @@ from pipeline.tracking.descriptions import is_given_model_note, model_note, resu
 from pipeline.tracking.journal import STEPS, read_steps
 from pipeline.tracking.mlflow_errors import first_line
 from pipeline.tracking.mlflow_runs import JournalTail, ensure_run
-from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
+from pipeline.tracking.mlflow_store import Store, open_store, store_errors, store_uri, translate_store_errors
 from pipeline.tracking.run_record import read_metrics, read_run
 from pipeline.training.target import RULES
 
@@ -54,7 +54,8 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     model.
     """
     record, metrics, n_tokens = read_project(project)
-    with locked(root / "mlruns" / ".register.lock", wait=True), naming_dead_store(root, AGAIN):
+    lock = locked(root / "mlruns" / ".register.lock", wait=True)
+    with lock, translate_store_errors(store_uri(root), hint=AGAIN):
         print("part 1 of 3: open MLflow's store, which is created if there is none", flush=True)
         store = open_store(root)
         print("part 2 of 3: complete the run in the store", flush=True)

@@ -22,7 +22,8 @@ from pipeline.config.params import load_params
 from pipeline.config.sections import ModelConfig
 from pipeline.data.token_files import data_sha256
 from pipeline.data.tokenizer import n_vocab_in, tokenizer_in
-from pipeline.model.published import INIT_FOLDER, copy_init, find_published, hash_of, with_hash, write_weights
+from pipeline.model.published import INIT_FOLDER, copy_init, hash_of, with_hash, write_weights
+from pipeline.model.published_files import find_published
 from pipeline.model.weights import SHAPE, WEIGHTS
 from pipeline.registry.artifacts import TEMPORARY, label_of, open_version
 from pipeline.registry.catalog import identity_of

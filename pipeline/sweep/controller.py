@@ -48,7 +48,7 @@ from pipeline.system.errors import PipelineError, TargetNotReached, WorkersDied
 from pipeline.system.files import locked
 from pipeline.system.host import project_root, repro_stage, start_module
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.mlflow_store import naming_dead_store, open_store
+from pipeline.tracking.mlflow_store import open_store, store_uri, translate_store_errors
 from pipeline.training.config import RunConfig
 
 DASHBOARD_PORT = 8080
@@ -106,7 +106,7 @@ def run_study(
         study = join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
         queue(study)
         study.set_user_attr("trials", max(sweep.trials, len(latest_trials(study))))
-        with naming_dead_store(root, "then repeat the command"):
+        with translate_store_errors(store_uri(root)):
             store = open_store(root)
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep, params.values)
         study.set_user_attr("mlflow_run_id", run_id)
@@ -126,7 +126,7 @@ def run_study(
             else:
                 failure = _supervise(study, sweep, configs, stop)
         found = outcome(study, home / "figures")
-        with naming_dead_store(root, "then repeat the command"):
+        with translate_store_errors(store_uri(root)):
             status = "FAILED" if failure else "FINISHED" if stop.received is None else "KILLED"
             close_study_run(store, study, status, found, home / "figures", sweep, params.values)
         print(found.text)

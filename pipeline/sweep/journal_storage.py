@@ -47,7 +47,7 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
         On a read-only disk it can be read, and a write raises StorageInternalError.
         """
         self._path = path
-        with _naming_faults(path):
+        with _translate_disk_errors(path):
             super().__init__(str(path))
             with self._locked() if os.access(path, os.W_OK) else path.open("rb") as file:
                 head = file.read(len(FIRST_BYTES))
@@ -56,7 +56,7 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         intact = log_number_from
-        with _naming_faults(self._path):
+        with _translate_disk_errors(self._path):
             try:
                 for log in super().read_logs(log_number_from):
                     intact += 1
@@ -69,7 +69,7 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         data = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with _naming_faults(self._path), self._locked() as file:
+        with _translate_disk_errors(self._path), self._locked() as file:
             _remove_incomplete_line(file)
             while data:  # a write may be partial
                 data = data[file.write(data) :]
@@ -117,7 +117,7 @@ class JournalStudyStorage(JournalStorage, BaseHeartbeat):  # type: ignore[misc]
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-        with _naming_faults(self._leases):
+        with _translate_disk_errors(self._leases):
             ages_s = {trial._trial_id: self._age_s(trial._trial_id) for trial in running}
         return [trial_id for trial_id, age_s in ages_s.items() if age_s > self._timeout_s]
 
@@ -159,7 +159,7 @@ def _remove_incomplete_line(file: FileIO) -> None:
 
 
 @contextmanager
-def _naming_faults(path: Path) -> Iterator[None]:
+def _translate_disk_errors(path: Path) -> Iterator[None]:
     """Raise StorageInternalError, with a hint, if the disk fails."""
     try:
         yield

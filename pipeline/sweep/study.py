@@ -99,7 +99,7 @@ def absolute_url(url: str, root: Path) -> str:
 
 
 @contextmanager
-def naming_dead_storage(sweep: SweepConfig) -> Iterator[None]:
+def translate_storage_errors(sweep: SweepConfig) -> Iterator[None]:
     """Raise InputError, with a message of one line, for errors of the storage."""
     try:
         yield

@@ -26,10 +26,10 @@ from pipeline.sweep.study import (
     WORKER,
     has_work,
     join_study,
-    naming_dead_storage,
     open_storage,
     requeue,
     suggest,
+    translate_storage_errors,
 )
 from pipeline.system.device import give_back_memory, prepare_machine, use_gpu
 from pipeline.system.entrypoint import is_out_of_memory, run_stage
@@ -290,7 +290,7 @@ def main() -> None:
         use_gpu(config.gpu)
     with StopSignals() as stop:
         worker = Worker(config, stop)
-        with naming_dead_storage(worker.sweep):
+        with translate_storage_errors(worker.sweep):
             worker.work()
         if stop.received is not None:
             sys.exit(128 + stop.received)  # the sweep sent the signal, and prints the message

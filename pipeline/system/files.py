@@ -47,7 +47,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f"{UNFINISHED}{path.name}"
     try:
-        with naming_full_disk(path.parent):
+        with report_full_disk(path.parent):
             yield unfinished
             fsync(unfinished)
             os.replace(unfinished, path)
@@ -67,7 +67,7 @@ def atomic_folder(folder: Path, needed_bytes: int | None = None, manifest: bool 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
     try:
-        with naming_full_disk(folder.parent, needed_bytes):
+        with report_full_disk(folder.parent, needed_bytes):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             yield unfinished
@@ -100,7 +100,7 @@ def sweep_unfinished(folder: Path, name: str = "") -> None:
 
 
 @contextmanager
-def naming_full_disk(folder: Path, needed_bytes: int | None = None) -> Iterator[None]:
+def report_full_disk(folder: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Raise OutOfSpaceError, with the bytes needed and free, if the system reports a full disk."""
     try:
         yield

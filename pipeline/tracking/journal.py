@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from pipeline.system.errors import InputError, IntegrityError
-from pipeline.system.files import naming_full_disk, write_text
+from pipeline.system.files import report_full_disk, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,7 @@ class Journal:
             vars(record).update(before.line(TIMES))
             return
         assert record.step == len(self.records) + 1, "records come in order"
-        with naming_full_disk(self.folder):
+        with report_full_disk(self.folder):
             files = self._files  # opened behind the records so far
             self.records.append(record)
             for name, file in files.items():

@@ -23,7 +23,7 @@ from pipeline.tracking.descriptions import (
 )
 from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.journal import STEPS, TIMES
-from pipeline.tracking.mlflow_store import Store, naming_dead_store, open_store, store_errors
+from pipeline.tracking.mlflow_store import Store, open_store, store_errors, store_uri, translate_store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -182,7 +182,7 @@ def results_of(run: "Run") -> dict[str, float]:
 
 def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
     """The address, status and last metrics of the run that made a model. Raises ModelMissing if there is none."""
-    with naming_dead_store(root):
+    with translate_store_errors(store_uri(root)):
         store = open_store(root)
         run = next(iter(runs_of(store, fingerprint)), None)
         if run is None:

@@ -232,11 +232,17 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def naming_dead_store(root: Path, hint: str = "then repeat") -> Iterator[None]:
-    """Raise ModelMissing, with a message of one line that says what to do before `hint`, for the store's errors."""
+def translate_store_errors(
+    uri: str, what: str = "", remedy: str = "repair it", hint: str = "then repeat"
+) -> Iterator[None]:
+    """Raise ModelMissing, with a message of one line, for the errors of the store at `uri`.
+
+    `what`: what is read or changed, such as a version; `remedy`: what to do if the cause is not known; `hint`: what to
+    do after that.
+    """
     try:
         yield
     except store_errors() as error:
-        cause, remedy = explain(error)
-        message = f"MLflow's store {store_uri(root)} fails ({cause}): {remedy or 'repair it'}, {hint}"
-        raise ModelMissing(message) from error
+        cause, known = explain(error)
+        found = f"{what}: {cause}" if what else cause
+        raise ModelMissing(f"MLflow's store {uri} fails ({found}): {known or remedy}, {hint}") from error

@@ -106,7 +106,7 @@ def test_a_store_that_fails_in_the_middle_is_one_line(store, name, intact, monke
         monkeypatch.setattr(type(store.client), call, down)
     describe = partial(describe_version, files=intact / "artifacts")
     for read in (open_version, describe, lambda *_: promote(store, name, "1")):
-        with pytest.raises(ModelMissing, match=f"could not read {name}.* from .* \\(no answer\\): repair") as raised:
+        with pytest.raises(ModelMissing, match=f"fails \\({name}.*: no answer\\): repair it") as raised:
             read(store, version)
         assert "\n" not in str(raised.value)
 

@@ -204,7 +204,8 @@ def test_what_cannot_be_downloaded_is_named_in_one_line(fetched):
 WEIGHTS = """
 import json, sys
 from pathlib import Path
-from pipeline.model.published import find_published, origin_of, write_weights
+from pipeline.model.published import origin_of, write_weights
+from pipeline.model.published_files import find_published
 from pipeline.system.errors import InputError
 for name in sys.argv[1:]:
     try:

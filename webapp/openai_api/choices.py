@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.data.tokenizer import Tokenizer, whole_length
+from pipeline.data.tokenizer import EOT, Tokenizer, whole_length
 from pipeline.model.generator import Finish, Piece, TokenLogprob
 from webapp.engine import Scores
 
 REASONS: dict[Finish, str] = {"length": "length", "stop": "stop", "end": "stop"}
-END_OF_TEXT = "<|endoftext|>"
 
 
 class Choice:
@@ -34,8 +33,10 @@ class Choice:
             self.n_tokens += len(update.ids) + (update.finished == "end")
             self._finish = update.finished
         for token in update.logprobs:
-            self._pending.append((self._n_characters, token))
-            self._bytes += b"" if token.id == self._tokenizer.eot else self._tokenizer.decode_bytes([token.id])
+            data = b"" if token.id == self._tokenizer.eot else self._tokenizer.decode_bytes([token.id])
+            begun = len((self._bytes + data[:1]).decode("utf-8", errors="replace"))  # the token is in the last of these
+            self._pending.append((self._n_characters + max(0, begun - 1), token))
+            self._bytes += data
             whole = whole_length(self._bytes)
             self._n_characters += len(self._bytes[:whole].decode("utf-8", errors="replace"))
             self._bytes = self._bytes[whole:]
@@ -77,7 +78,7 @@ class Choice:
     def _name(self, token: int) -> str:
         """A token as text; a part of a character as bytes:\\x.., so that no two tokens have the same name."""
         if token == self._tokenizer.eot:
-            return END_OF_TEXT
+            return EOT
         data = self._tokenizer.decode_bytes([token])
         try:
             return data.decode("utf-8")

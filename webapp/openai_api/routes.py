@@ -17,12 +17,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pipeline.data.tokenizer import whole_text
+from pipeline.data.tokenizer import EOT, whole_text
 from pipeline.system.errors import PipelineError
 from webapp.engine import Job, Row, Stopped, TimedOut, Update
 from webapp.metrics import REQUESTS
 from webapp.model_source import Served, Source
-from webapp.openai_api.choices import END_OF_TEXT, Choice
+from webapp.openai_api.choices import Choice
 from webapp.openai_api.errors import ApiError
 from webapp.openai_api.models import Models
 from webapp.openai_api.schema import MAX_PROMPT_TOKENS, MAX_SCORED_TOKENS, CompletionRequest
@@ -194,7 +194,7 @@ def openai_router(source: Source) -> APIRouter:
     @router.get("/tokenizer_info", tags=["Tokenizer"])
     async def tokenizer_info() -> dict[str, Any]:
         """What lm-eval's remote tokenizer asks first."""
-        return {"tokenizer_class": source.current().tokenizer.name, "eos_token": END_OF_TEXT, "bos_token": None,
+        return {"tokenizer_class": source.current().tokenizer.name, "eos_token": EOT, "bos_token": None,
                 "pad_token": None, "chat_template": None}  # fmt: skip
 
     @router.post("/tokenize", tags=["Tokenizer"], responses=_refusals(400, 401, 404))
@@ -202,7 +202,7 @@ def openai_router(source: Source) -> APIRouter:
         """The token ids of a text; the end-of-text token alone is its id."""
         served = await models.open(body.model)
         text, tokenizer = _checked_text(body.prompt), served.tokenizer
-        ids = [tokenizer.eot] if text == END_OF_TEXT else await run_in_threadpool(tokenizer.encode, text)
+        ids = [tokenizer.eot] if text == EOT else await run_in_threadpool(tokenizer.encode, text)
         return {"tokens": ids, "count": len(ids), "max_model_len": served.window}
 
     @router.post("/detokenize", tags=["Tokenizer"], responses=_refusals(400, 401, 404))

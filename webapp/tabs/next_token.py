@@ -10,8 +10,9 @@ import torch
 
 from pipeline.system.errors import InputError, PipelineError
 from pipeline.system.words import counted
-from webapp.completion import MAX_PROMPT, checked_int, checked_prompt
-from webapp.html import event_options, fault_slot, faults, html, note, status_html, visible
+from webapp.events import event_options
+from webapp.fields import MAX_PROMPT, checked_int, checked_prompt
+from webapp.html import fault_slot, faults, html, note, status_html, visible
 from webapp.model_source import Served
 from webapp.page_version import PageVersion
 

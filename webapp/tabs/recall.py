@@ -13,19 +13,9 @@ import gradio as gr
 from pipeline.data.statistics import bits_per_byte
 from pipeline.model.sampling import Sampling
 from pipeline.system.errors import PipelineError
-from webapp.completion import checked_int
-from webapp.html import (
-    FieldError,
-    event_options,
-    fault_slot,
-    faults,
-    heading,
-    html,
-    note,
-    sheet,
-    split_text,
-    status_html,
-)
+from webapp.events import event_options
+from webapp.fields import FieldError, checked_int
+from webapp.html import fault_slot, faults, heading, html, note, sheet, split_text, status_html
 from webapp.model_source import Served
 from webapp.page_version import PageVersion
 

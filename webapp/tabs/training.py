@@ -10,8 +10,10 @@ import yaml
 
 from pipeline.system.errors import PipelineError
 from webapp.chart import line_chart
-from webapp.completion import MAX_PROMPT, chosen_seed, complete
-from webapp.html import alias_words, event_options, fault_html, fault_slot, faults, heading, html, note, table
+from webapp.completion import complete
+from webapp.events import event_options
+from webapp.fields import MAX_PROMPT, chosen_seed
+from webapp.html import alias_words, fault_html, fault_slot, faults, heading, html, note, table
 from webapp.model_source import Served
 from webapp.page_version import PageVersion, version_choices
 from webapp.tabs.write import (

@@ -9,30 +9,10 @@ import gradio as gr
 
 from pipeline.system.errors import PipelineError
 from pipeline.system.words import counted
-from webapp.completion import (
-    MAX_PROMPT,
-    MAX_SAMPLES,
-    MAX_SEED,
-    MAX_TOKENS,
-    Completion,
-    check_number,
-    checked_int,
-    chosen_seed,
-    complete,
-)
-from webapp.html import (
-    FieldError,
-    event_options,
-    fault_html,
-    fault_slot,
-    faults,
-    html,
-    marked_html,
-    note,
-    place_html,
-    sheet,
-    status_html,
-)
+from webapp.completion import MAX_SAMPLES, MAX_TOKENS, Completion, complete
+from webapp.events import event_options
+from webapp.fields import MAX_PROMPT, MAX_SEED, FieldError, check_number, checked_int, chosen_seed
+from webapp.html import fault_html, fault_slot, faults, html, marked_html, note, place_html, sheet, status_html
 from webapp.model_source import Served
 from webapp.page_version import PageVersion
 

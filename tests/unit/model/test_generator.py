@@ -12,10 +12,10 @@ from small_models import random_model
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.generator import Batch, Generator, TextStream, context_start
+from pipeline.model.generator import Generator, RunningBatch, TextStream, context_start, load_generator
 from pipeline.model.gpt import GPT
 from pipeline.model.sampling import Sampling, sample
-from pipeline.system.errors import InputError
+from pipeline.system.errors import InputError, ModelMissing
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304, dropout=0.0, fold_vocab=True)
 PROMPTS = ["ROMEO:", "", "First Citizen:\nBefore we proceed any further, hear me speak, and then some more", "O"]
@@ -225,7 +225,7 @@ def test_log_probabilities_are_of_all_ids_and_the_same_when_a_text_is_written_an
     model, generator, vocabulary
 ):
     sampling = Sampling(max_tokens=30, temperature=1)  # with the prompt, it slides more than once
-    batch = Batch(generator)
+    batch = RunningBatch(generator)
     batch.add(generator.start("ROMEO:", sampling, n_top=3))
     (sequence,) = batch.sequences
     written = []
@@ -250,7 +250,7 @@ def test_sequences_of_one_prompt_share_its_ids_until_they_join_a_batch(generator
     prompt = tokenizer.encode("ROMEO: O")
     before, sequences = list(prompt), [generator.start(prompt, Sampling(max_tokens=3), n, n) for n in range(3)]
     assert all(sequence.ids is prompt and not sequence.compact_ids for sequence in sequences)
-    batch = Batch(generator, sequences[:2])
+    batch = RunningBatch(generator, sequences[:2])
     batch.add(sequences[2])
     batch.step()
     assert prompt == before
@@ -260,7 +260,7 @@ def test_sequences_of_one_prompt_share_its_ids_until_they_join_a_batch(generator
 def test_sequences_join_and_leave_a_batch_in_any_order(generator, chance):
     plans = [(n, Sampling(max_tokens=chance.randint(1, 30), temperature=1, seed=n)) for n in range(12)]
     expected = {n: write(generator, [PROMPTS[n % 4]], sampling)[0].ids for n, sampling in plans}
-    batch, found, left = Batch(generator), {n: [] for n, _ in plans}, set()
+    batch, found, left = RunningBatch(generator), {n: [] for n, _ in plans}, set()
     while plans or batch.sequences:
         while plans and chance.random() < 0.4:
             n, sampling = plans.pop()
@@ -272,3 +272,10 @@ def test_sequences_join_and_leave_a_batch_in_any_order(generator, chance):
             found[piece.sequence] += piece.ids
     for n, ids in found.items():
         assert ids == (expected[n][: len(ids)] if n in left else expected[n])
+
+
+def test_a_version_without_a_model_or_without_tokens_is_missing(tmp_path):
+    for part in ("model", "tokens"):
+        with pytest.raises(ModelMissing, match=f"{part} not found: give the folder of a registered version"):
+            load_generator(tmp_path)
+        (tmp_path / part).mkdir()

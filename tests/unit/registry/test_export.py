@@ -222,7 +222,7 @@ def test_neither_the_address_of_the_studies_nor_a_local_path_is_exported(exporte
 def test_a_space_holds_the_program_the_version_and_how_to_publish_it(exported):
     folder = exported / "space"
     assert load_generator(folder / "version").trained_length == 16  # verified against its manifests
-    assert read_json(folder / "version" / "facts.json")["history"] == version_info()["history"]
+    assert read_json(folder / "version" / "version.json")["history"] == version_info()["history"]
     for name in ("pipeline", "webapp"):
         here = {path.name for path in (SOURCE_ROOT / name).iterdir()} - {"__pycache__"}
         assert {path.name for path in (folder / name).iterdir()} == here

@@ -1,6 +1,7 @@
 """The GGUF file of a model: its tensors, and its tokenizer as llama.cpp reads it."""
 
 import re
+from argparse import Namespace
 
 import gguf
 import pytest
@@ -8,6 +9,7 @@ import torch
 from fixtures_registry import save_small_model, version_info, write_version
 from fixtures_tokenizer import POEM
 
+from pipeline.commands import export
 from pipeline.data.tokenizer import BYTES, make_tokenizer
 from pipeline.model.weights import load_model
 from pipeline.registry.export import export_gguf, torch_weights
@@ -103,7 +105,7 @@ def test_the_card_and_the_modelfile_say_how_to_use_it(tmp_path, bpe, tokenizer):
 
 def test_a_type_that_is_unknown_and_a_package_that_is_missing_are_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--type q4: unknown, choose one of f16, q8_0, f32"):
-        export_gguf(tmp_path, {}, tmp_path, "q4")
+        export.run(Namespace(kind="gguf", folder=tmp_path, version="champion", type="q4"))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     tokenizer = make_tokenizer("bytes", tmp_path / "tokenizer", [])
     with pytest.raises(InputError, match="-m pip install gguf"):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from pipeline.config.sections import RegistryConfig
 from pipeline.data.batches import fixed_windows, sliding_windows
 from pipeline.data.token_files import Tokens, write_shard
 from pipeline.model.weights import load_model
-from pipeline.registry.promotion import Candidate, Champion, judge, known_share, model_loss
-from pipeline.system.errors import InputError
+from pipeline.registry import promotion
+from pipeline.registry.promotion import Candidate, Champion, judge, known_share, model_loss, promote
+from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import write_manifest
 
 ROOT = Path(__file__).parents[3]
@@ -194,3 +196,20 @@ def test_the_known_share_is_that_of_passages_from_all_parts_of_the_text():
     share = known_share(Tokens("val", [text[:2000].astype(np.uint16)], 50257),
                         Tokens("train", [text[:1000].astype(np.uint16)], 50257))  # fmt: skip
     assert share == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_write_that_the_store_refuses_is_not_called_a_read(monkeypatch):
+    def refused(*_):
+        raise OSError("attempt to write a readonly database")
+
+    model = SimpleNamespace(aliases={})
+    client = SimpleNamespace(get_registered_model=lambda _: model, set_registered_model_alias=refused)
+    version = SimpleNamespace(name="m", version=2, tags={})
+    monkeypatch.setattr(promotion, "find_version", lambda *_: version)
+    monkeypatch.setattr(promotion, "open_version", lambda *_: None)
+    with pytest.raises(ModelMissing) as raised:
+        promote(SimpleNamespace(client=client, uri="sqlite:///mlflow.db"), "m", "2")
+    assert str(raised.value) == (
+        "MLflow's store sqlite:///mlflow.db fails (m: attempt to write a readonly database): "
+        "get permission to write, or name another store, then repeat"
+    )

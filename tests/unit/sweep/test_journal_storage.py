@@ -8,7 +8,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
 from pipeline.sweep import journal_storage
-from pipeline.sweep.study import find_study, join_study, latest_trials, naming_dead_storage, open_storage, suggest
+from pipeline.sweep.study import find_study, join_study, latest_trials, open_storage, suggest, translate_storage_errors
 from pipeline.system.errors import InputError
 from tests.studies import shared_by, sweep_config
 
@@ -111,14 +111,14 @@ def test_a_damaged_line_and_a_lost_file_are_named_in_one_line(tmp_path, opened):
     assert str(error.value).startswith(said)
     assert str(error.value).endswith(f"or keep the lines before (`head -n {before}`); or name another file")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=rf"^sweep\.storage: line {before + 1} of "), naming_dead_storage(SWEEP):
+    with pytest.raises(InputError, match=rf"^sweep\.storage: line {before + 1} of "), translate_storage_errors(SWEEP):
         study.set_user_attr("key", 1)  # it has read the lines before
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:before]))
     assert opened().user_attrs == study.user_attrs
     journal.unlink()
     with (
         pytest.raises(InputError, match=r"storage: .*s\.journal: no such file or directory: fix it"),
-        naming_dead_storage(SWEEP),
+        translate_storage_errors(SWEEP),
     ):
         study.set_user_attr("key", 1)
     assert not journal.exists()
@@ -133,7 +133,7 @@ def test_a_study_on_a_read_only_disk_is_shown_and_not_changed(tmp_path, opened, 
     monkeypatch.setattr(journal_storage, "_open_to_append", read_only)
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert find_study(SWEEP, tmp_path).user_attrs["key"] == 1
-    with pytest.raises(InputError, match=r"s\.journal: read-only file system: fix it"), naming_dead_storage(SWEEP):
+    with pytest.raises(InputError, match=r"s\.journal: read-only file system: fix it"), translate_storage_errors(SWEEP):
         opened()
 
 

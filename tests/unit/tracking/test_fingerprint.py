@@ -19,6 +19,7 @@ MACHINE = Machine(torch.device("cpu"), "fp32", 2)
 UNDECISIVE = {
     "reads the text, whose tokens are in the fingerprint": "data/corpus data/corpus_index data/documents data/tables "
     "data/remote",
+    "checks and converts published weights, whose hash is in the fingerprint": "model/published_files",
     "converts a loss to another unit": "data/statistics",
     "makes samples": "data/openings data/tokenizer model/generator model/prompt_lookup model/decoder model/sampling",
     "reads or refuses parameters, which are in the fingerprint": "config/params training/config training/preflight",

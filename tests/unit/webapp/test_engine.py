@@ -11,7 +11,7 @@ from small_models import random_model
 import webapp.engine
 from pipeline.config.sections import ModelConfig
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.generator import Batch, Generator, Piece
+from pipeline.model.generator import Generator, Piece, RunningBatch
 from pipeline.model.sampling import Sampling, sample
 from tests.waiting import wait_until
 from webapp.engine import Busy, Engine, EngineFailed, Row, Stopped, TimedOut, stop_engines
@@ -35,13 +35,13 @@ class Held:
 
     def __init__(self, monkeypatch):
         self.steps = threading.Semaphore(0)
-        step = Batch.step
+        step = RunningBatch.step
 
         def held(batch):
             assert self.steps.acquire(timeout=20)
             return step(batch)
 
-        monkeypatch.setattr(Batch, "step", held)
+        monkeypatch.setattr(RunningBatch, "step", held)
 
     def release(self, n=10_000):
         self.steps.release(n)
@@ -125,7 +125,7 @@ def test_after_a_failed_step_all_are_told_and_the_next_request_is_served(generat
     engine = Engine(generator)
     monkeypatch.setattr(threading, "excepthook", lambda hook: None)
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "step", lambda batch: 1 / 0)
+        patch.setattr(RunningBatch, "step", lambda batch: 1 / 0)
         assert isinstance(submit(engine, "O")[0].get(timeout=20), EngineFailed)
     assert ids_of(submit(engine, "O", max_tokens=4)[0]) == alone(generator, "O", max_tokens=4, temperature=1)
 

@@ -7,7 +7,7 @@ from base64 import b64encode
 import pytest
 from starlette.exceptions import HTTPException
 
-from webapp.http.request_filter import LOOPBACK, GradioFilter, KeyFilter, NameFilter, check_body
+from webapp.request_filter import LOOPBACK, GradioFilter, KeyFilter, NameFilter, check_body
 
 # names and any_address of the filter of names
 LOCAL = (LOOPBACK, False)  # python app.py

@@ -1,1 +1,0 @@
-"""The filters between the network and the app."""
