@@ -28,6 +28,7 @@ from pipeline.tracking.mlflow_runs import (
 from pipeline.tracking.mlflow_store import Store, all_found, own_database
 from pipeline.tracking.mlflow_tracker import RUN_ID, noted_run
 from pipeline.tracking.recorder import KILLED, RECORDER_LOCK
+from pipeline.training.target import result_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -156,9 +157,12 @@ def _send(store: Store, folder: Path, identity: dict[str, Any]) -> str:
         n_missing = len(missing := _missing(store, run_id, records))
         log_records(store, run_id, missing)
         if store.client.get_run(run_id).info.status == "RUNNING":
-            status = "FINISHED" if _is_finished(records) else KILLED["status"]
-            describe_outcome(store, run_id, identity, records if status == "FINISHED" else None)
+            steps = [StepRecord.of(record) for record in records]
+            is_finished = _is_finished(steps[-1])
+            result = result_of(steps, identity["params"].get("target", {})) if is_finished else None
+            describe_outcome(store, run_id, identity, result)
             store.client.set_tag(run_id, "ended", "unknown, sent by `python -m pipeline doctor`")
+            status = "FINISHED" if is_finished else KILLED["status"]
             store.client.set_terminated(run_id, status, end_time=int(records[-1]["logged_ms"]))
     return f"sent {n_missing:,} of {len(records):,} steps of {folder.name} to run {run_id}"
 
@@ -175,7 +179,8 @@ def _create(store: Store, folder: Path, identity: dict[str, Any], records: list[
     return run_id
 
 
-def _is_finished(records: list[Record]) -> bool:
-    """Whether the journal's run reached its end: only its last step measures both losses of the training text."""
-    last = StepRecord.of(records[-1])
-    return last.corpus_loss is not None and last.sliding_loss is not None
+def _is_finished(last: StepRecord) -> bool:
+    """Whether the journal's run reached its end: only its last step measures all losses of the training text."""
+    from pipeline.model.evaluate import LOSSES
+
+    return all(getattr(last, name) is not None for name, (part, _) in LOSSES.items() if part == "train")

@@ -15,7 +15,8 @@ from pipeline.config.params import load_params
 from pipeline.registry.artifacts import LISTING_TAG, REMEDY, fetch_version, label_of, open_version
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import read_json
-from pipeline.tracking.mlflow_runs import results_of
+from pipeline.tracking.journal import EVALUATED_LOSSES
+from pipeline.tracking.mlflow_runs import report_numbers
 from pipeline.tracking.mlflow_store import Store, open_store, store_uri, translate_store_errors
 from pipeline.training.target import RULES, Rule
 
@@ -37,7 +38,7 @@ NUMBERS: dict[str, tuple[str, type[int | float], str]] = {  # column of the tabl
     "tokens to target": ("tokens_to_target", int, ","),
     "train tokens": ("train_tokens", int, ","),
 }
-HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", "sliding_loss", "corpus_loss", "validation_loss")
+HISTORY = ("loss", "grad_norm", "tokens_per_s", "lr", *EVALUATED_LOSSES)
 MAX_POINTS = 2_000  # of a curve; a screen does not show more
 # ASCII's and C1's, line and paragraph ends, directions of text, lone surrogates. str.isprintable() also refuses parts
 # of words: wide spaces, joiners of emoji and Persian, characters newer than Python.
@@ -47,6 +48,11 @@ CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udf
 def rule_alias(rule: str) -> str:
     """The alias of the best version of a target rule, such as champion-validation."""
     return f"{CHAMPION}-{rule}"
+
+
+def bits_name(loss: str) -> str:
+    """The metric that is the loss of this name in bits per byte, such as sliding_bits_per_byte for sliding_loss."""
+    return f"{loss.removesuffix('_loss')}_bits_per_byte"
 
 
 def rule_of(tags: dict[str, str]) -> Rule | None:
@@ -168,7 +174,7 @@ def describe_version(store: Store, version: "ModelVersion", files: Path) -> dict
         "environment": {key.removeprefix(prefix): tags[key] for key in tags if key.startswith(prefix)},
         "history": {key: thinned([[point.step, point.value] for point in points]) for key, points in histories.items()},
         "samples": samples,
-        "metrics": results_of(run),
+        "metrics": report_numbers(run),
         "created": _day(version),
     }
 
@@ -248,7 +254,7 @@ def _row(version: "ModelVersion") -> dict[str, str]:
     rule = rule_of(version.tags)
     tags = dict(version.tags)
     if rule:
-        of_rule = {RULE_LOSS: rule.loss, RULE_BITS: rule.loss.replace("_loss", "_bits_per_byte")}
+        of_rule = {RULE_LOSS: rule.loss, RULE_BITS: bits_name(rule.loss)}
         tags |= {key: tags[name] for key, name in of_rule.items() if name in tags}
     return {
         "version": str(version.version),

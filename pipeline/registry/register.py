@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.sections import RegistryConfig
 from pipeline.data.token_files import TokenFolder
 from pipeline.registry.artifacts import ensure_version, fetch_version
-from pipeline.registry.catalog import CANDIDATE, CHAMPION, rule_alias
+from pipeline.registry.catalog import CANDIDATE, CHAMPION, bits_name, rule_alias
 from pipeline.registry.promotion import (
     PASSED,
     ROLLED_BACK,
@@ -23,21 +23,19 @@ from pipeline.registry.promotion import (
 )
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, locked, read_json, sha256_file, verify_manifest, write_json
-from pipeline.tracking.descriptions import is_given_model_note, model_note, result_of, version_note
-from pipeline.tracking.journal import STEPS, read_steps
+from pipeline.tracking.descriptions import Result, is_given_model_note, model_note, version_note
+from pipeline.tracking.journal import EVALUATED_LOSSES, STEPS, read_records, read_steps
 from pipeline.tracking.mlflow_errors import first_line
-from pipeline.tracking.mlflow_runs import JournalTail, ensure_run
+from pipeline.tracking.mlflow_runs import ensure_run
 from pipeline.tracking.mlflow_store import Store, open_store, store_errors, store_uri, translate_store_errors
 from pipeline.tracking.run_record import read_metrics, read_run
-from pipeline.training.target import RULES
+from pipeline.training.target import RULES, result_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-LOSS_TAGS = tuple(
-    f"{kind}_{unit}" for kind in ("sliding", "corpus", "validation") for unit in ("loss", "bits_per_byte")
-)
+LOSS_TAGS = tuple(name for loss in EVALUATED_LOSSES for name in (loss, bits_name(loss)))
 IS_CHAMPION, IS_BEST = "is the champion", "is the best version of its rule"
 AGAIN = "then `dvc repro -f -s register`"
 BROKEN: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
@@ -54,16 +52,17 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
     model.
     """
     record, metrics, n_tokens = read_project(project)
+    result = result_of(read_records(project / "models"), record["params"].get("target", {}))
     lock = locked(root / "mlruns" / ".register.lock", wait=True)
     with lock, translate_store_errors(store_uri(root), hint=AGAIN):
         print("part 1 of 3: open MLflow's store, which is created if there is none", flush=True)
         store = open_store(root)
         print("part 2 of 3: complete the run in the store", flush=True)
-        run = ensure_run(store, project, record)
+        run = ensure_run(store, project, record, result)
         tags = _version_tags(project, run, record, metrics, n_tokens)
         print("part 3 of 3: register the model, and compare it with the champion", flush=True)
         version = ensure_version(store, project, config.model, run, tags)
-        _describe(store, project, version, run, record, metrics)
+        _describe(store, version, run, record, metrics, result)
         store.client.set_registered_model_alias(config.model, CANDIDATE, version.version)
         verdict = _judge(store, project, config, version, record, metrics, loss_on)
         if verdict.is_best:  # first: if it is killed in between, the next call moves the alias champion
@@ -112,15 +111,14 @@ def read_project(project: Path) -> tuple[dict[str, Any], dict[str, Any] | None, 
 
 def _describe(
     store: Store,
-    project: Path,
     version: "ModelVersion",
     run: "Run",
     record: dict[str, Any],
     metrics: dict[str, Any] | None,
+    result: Result | None,
 ) -> None:
     """Set the descriptions of the registered model and the version, unless a user has changed them."""
     name, tags = version.name, run.data.tags
-    result = result_of(JournalTail(project / "models").read(), record["params"].get("target", {}))
     before, note = (version_note(name, tags, record, result, known) for known in ({}, metrics or {}))
     if version.description in (None, "", before):
         store.client.update_model_version(name, version.version, note)

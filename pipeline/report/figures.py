@@ -15,11 +15,18 @@ from matplotlib.figure import Figure
 from pipeline.report import style
 from pipeline.system.files import read_json
 from pipeline.system.words import counted
-from pipeline.tracking.journal import STEPS, TIMES, read_steps
+from pipeline.tracking.journal import EVALUATED_LOSSES, STEPS, TIMES, read_steps
 from pipeline.tracking.run_record import read_run
 from pipeline.training.target import RULES
 
 LOSS = "loss (nats per token)"  # the label of an axis
+
+CHECKS = {  # loss -> its name, colour and marker in the figure of the losses; others are black
+    "sliding_loss": ("anywhere", style.RED, "o"),
+    "corpus_loss": ("fixed windows", style.ORANGE, "D"),
+    "validation_loss": ("held out", style.PINK, "s"),
+    "loss_estimate": ("estimate", style.GREY, "o"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,8 @@ def loss_figure(report: RunReport) -> Figure:
     figure = Figure()
     axes = figure.subplots()
     style.draw_noisy(axes, steps["step"], steps["loss"], report.mean_steps)
-    checks = {
-        "sliding_loss": ("anywhere", style.RED, "o"),
-        "corpus_loss": ("fixed windows", style.ORANGE, "D"),
-        "validation_loss": ("held out", style.PINK, "s"),
-        "loss_estimate": ("estimate", style.GREY, "o"),
-    }
-    for column in steps.columns.intersection(list(checks)):
-        name, colour, marker = checks[column]
+    for column in steps.columns.intersection([*EVALUATED_LOSSES, "loss_estimate"]):
+        name, colour, marker = CHECKS.get(column, (column.replace("_", " "), style.BLACK, "^"))
         found = steps[column].dropna()
         curve = "-" if column == "validation_loss" else ""
         axes.plot(found.index, found, f"{marker}{curve}", color=colour, markeredgecolor="white", label=name, zorder=3)

@@ -6,14 +6,13 @@ import pandas as pd
 
 from pipeline.report.figures import RunReport
 from pipeline.system.files import write_text
+from pipeline.tracking.journal import EVALUATED_LOSSES
 
 
 def write_tables(report: RunReport, folder: Path) -> None:
     """Write steps.csv, checks.csv (the evaluations) and position_loss.csv."""
     steps = report.steps
-    checks = [
-        column for column in ("sliding_loss", "corpus_loss", "validation_loss", "loss_estimate") if column in steps
-    ]
+    checks = [column for column in (*EVALUATED_LOSSES, "loss_estimate") if column in steps]
     positions = pd.DataFrame({"loss": report.position_loss}).rename_axis("position")
     positions.index += 1
     for name, table in {

@@ -32,14 +32,14 @@ from pipeline.report.style import (
     short,
 )
 from pipeline.sweep.pruner import best_trial, curve_of, forecast
-from pipeline.sweep.statistics import Candidate, Spread
+from pipeline.sweep.statistics import SeedGroup, Spread
 from pipeline.sweep.study import SHARED
 from pipeline.system.words import counted
 from pipeline.training.target import RULES
 
 UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
 NARROW = 5  # below this ratio, an axis may have only one of the ticks of `log_scale`
-SERIES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY, BLACK)  # colours of candidates
+SERIES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY, BLACK)  # colours of the groups
 
 
 def draw_study(study: Study, folder: Path) -> None:
@@ -84,22 +84,22 @@ def curves_figure(study: Study) -> Figure:
 
 
 @house_style()
-def seeds_figure(candidates: Sequence[Candidate], shared: dict[str, Any]) -> Figure:
-    """Plot the loss of every run over what it spent, in a colour for each candidate, and the mean at the target.
+def seeds_figure(groups: Sequence[SeedGroup], shared: dict[str, Any]) -> Figure:
+    """Plot the loss of every run over what it spent, in a colour for each group, and the mean at the target.
 
     The shade is one standard deviation on each side of the mean. A run that missed the target ends in a cross.
     """
     figure, colours, marks = Figure(), {}, ""
     axes, objective = figure.subplots(), shared["objective"]
     scale = 1000 if objective == "train_s" else 1  # reports are in ms
-    for place, candidate in enumerate(candidates):
-        colour = colours[candidate.name] = SERIES[place % len(SERIES)]
-        for trial in candidate.trials:
+    for place, group in enumerate(groups):
+        colour = colours[group.name] = SERIES[place % len(SERIES)]
+        for trial in group.trials:
             if points := curve_of(trial):
                 reached = trial.state is TrialState.COMPLETE
                 axes.plot(*zip(*points, strict=True), color=colour, lw=1.2 if reached else 0.8, alpha=0.7)
                 axes.plot(*points[-1], "o" if reached else "x", color=colour, ms=4 if reached else 6)
-        if costs := candidate.costs(objective):
+        if costs := group.costs(objective):
             spread = Spread.of([scale * cost for cost in costs])
             axes.axvline(spread.mean, color=colour, lw=1, ls=":")
             marks = marks or " (dotted: mean)"
@@ -107,11 +107,11 @@ def seeds_figure(candidates: Sequence[Candidate], shared: dict[str, Any]) -> Fig
                 marks = " (dotted: mean; shaded: ± deviation)"
                 axes.axvspan(spread.mean - spread.sd, spread.mean + spread.sd, color=colour, alpha=0.1, lw=0)
     _losses(axes, shared)
-    n_runs, n_missed = (sum(map(count, candidates)) for count in (lambda c: len(c.trials), lambda c: c.n_missed))
+    n_runs, n_missed = (sum(map(count, groups)) for count in (lambda c: len(c.trials), lambda c: c.n_missed))
     axes.set_title(f"{n_runs - n_missed} of {counted(n_runs, 'run')} reached the target{marks}")
-    for name, colour in colours.items() if len(candidates) > 1 else ():
+    for name, colour in colours.items() if len(groups) > 1 else ():
         axes.plot([], [], color=colour, label=name)
-    if len(candidates) > 1:
+    if len(groups) > 1:
         legend_above(axes)
     return figure
 

@@ -17,7 +17,7 @@ from pipeline.sweep.figures import UNITS, seeds_figure
 from pipeline.sweep.mlflow_run import Outcome
 from pipeline.sweep.placement import Placement, place_workers
 from pipeline.sweep.search_space import values_of, with_values
-from pipeline.sweep.statistics import Candidate, Spread, rank, verdict, welch_p
+from pipeline.sweep.statistics import SeedGroup, Spread, rank, verdict, welch_p
 from pipeline.sweep.study import (
     CONFIRMED,
     SHARED,
@@ -93,11 +93,11 @@ def run_confirm(params: Params, sweep: SweepConfig, top: int, n_seeds: int, slur
     listed = [{**values, SEED: seed} for seed in seeds for values in chosen.values()]
 
     def outcome(study: Study, figures: Path) -> Outcome:
-        candidates = [
-            Candidate(name, values, [trial for seed in seeds for trial in ended(study, {**values, SEED: seed})])
+        groups = [
+            SeedGroup(name, values, [trial for seed in seeds for trial in ended(study, {**values, SEED: seed})])
             for name, values in chosen.items()
         ]
-        found = _confirm_outcome(study, candidates, len(seeds), figures)
+        found = _confirm_outcome(study, groups, len(seeds), figures)
         if winner := found.tags.get("winner"):
             confirmed = {"name": winner, "values": chosen[winner], "compared": [*chosen.values()]}
             searched.set_user_attr(CONFIRMED, confirmed | {"verdict": found.tags["verdict"]})
@@ -163,7 +163,7 @@ def _replicate_outcome(study: Study, figures: Path) -> Outcome:
     seeds = sorted({trial.user_attrs[VALUES][SEED] for trial in trials})
     done = {seed: trial for seed in seeds for trial in ended(study, {SEED: seed})}
     newest = {trial.user_attrs[VALUES][SEED]: trial for trial in trials}
-    group = Candidate("all seeds", {}, list(done.values()))
+    group = SeedGroup("all seeds", {}, list(done.values()))
     spreads = {key: Spread.of(costs) for key in UNITS if (costs := group.costs(key))}
     n_reached = len(done) - group.n_missed
     rows = [_row(seed, done.get(seed, newest[seed])) for seed in seeds]
@@ -189,40 +189,38 @@ def _replicate_outcome(study: Study, figures: Path) -> Outcome:
     if spreads:
         table = {UNITS[key]: _spread_cells(key, spread) for key, spread in spreads.items()}
         lines.append(pd.DataFrame(table).T.to_string())
-        recorded = [f"{UNITS[key]} {as_recorded(key, spread)}" for key, spread in spreads.items()]
-        lines.append(f"for RECORDS.md: n {n_reached}; {'; '.join(recorded)}")
     result = f"mean {spreads['tokens'].mean:,.0f} tokens" if "tokens" in spreads else ""
     return Outcome("\n".join(lines), metrics, result=result)
 
 
-def _confirm_outcome(study: Study, candidates: list[Candidate], n_seeds: int, figures: Path) -> Outcome:
-    """The candidates, ranked; the winner and the verdict once all of their runs have ended."""
+def _confirm_outcome(study: Study, groups: list[SeedGroup], n_seeds: int, figures: Path) -> Outcome:
+    """The groups, ranked; the winner and the verdict once all of their runs have ended."""
     shared = study.user_attrs[SHARED]
-    objective, default = shared["objective"], candidates[0]
-    ranked, unit = rank(candidates, objective), UNITS[objective]
+    objective, default = shared["objective"], groups[0]
+    ranked, unit = rank(groups, objective), UNITS[objective]
     save_png(seeds_figure(ranked, shared), figures / "curves.png")
     rows: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
-    for place, candidate in enumerate(ranked, start=1):
-        costs = candidate.costs(objective)
+    for place, group in enumerate(ranked, start=1):
+        costs = group.costs(objective)
         spread = Spread.of(costs) if costs else None
-        p = None if candidate is default else welch_p(costs, default.costs(objective))
+        p = None if group is default else welch_p(costs, default.costs(objective))
         rows.append(
             {
                 "rank": place,
-                "candidate": candidate.name,
-                "reached": f"{len(costs)} of {len(candidate.trials)}",
+                "candidate": group.name,
+                "reached": f"{len(costs)} of {len(group.trials)}",
                 **(_spread_cells(objective, spread) if spread else {}),
                 "Welch's p": "" if p is None else f"{p:.2g}",
-                **candidate.values,
+                **group.values,
             }
         )
-        name = candidate.name.replace(" ", "_")
+        name = group.name.replace(" ", "_")
         found = {"mean": spread.mean, "sd": spread.sd, "p": p} if spread else {}
         metrics |= {f"{name}/{key}": value for key, value in found.items() if value is not None}
         metrics[f"{name}/reached"] = len(costs)
-    n_ended = sum(len(candidate.trials) for candidate in candidates)
-    n_runs = n_seeds * len(candidates)
+    n_ended = sum(len(group.trials) for group in groups)
+    n_runs = n_seeds * len(groups)
     write_json(figures.parent / RESULTS, {"objective": objective, "runs": n_runs, "ended": n_ended, "ranking": rows})
     head = f"study {study.study_name}: {n_ended} of {n_runs} runs have ended; {unit} to the target, by candidate:"
     table = pd.DataFrame(rows).to_string(index=False, na_rep="")
@@ -258,11 +256,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 def _spread_cells(key: str, spread: Spread) -> dict[str, str]:
     return {name: "" if value is None else _number(key, value) for name, value in spread._asdict().items()}
-
-
-def as_recorded(key: str, spread: Spread) -> str:
-    """Mean and standard deviation as RECORDS.md has them, such as `454,656 ± 3,210`; one value has no deviation."""
-    return _number(key, spread.mean) + ("" if spread.sd is None else f" ± {_number(key, spread.sd)}")
 
 
 def _number(key: str, value: float) -> str:

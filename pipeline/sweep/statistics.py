@@ -25,8 +25,8 @@ class Spread(NamedTuple):
         return cls(fmean(values), stdev(values) if len(values) > 1 else None, min(values), max(values))
 
 
-class Candidate(NamedTuple):
-    """Parameters that were trained with several seeds."""
+class SeedGroup(NamedTuple):
+    """Runs with the same parameters and several seeds."""
 
     name: str
     values: dict[str, Any]  # by dotted key, without the seed
@@ -41,16 +41,16 @@ class Candidate(NamedTuple):
         return [trial.user_attrs[SPENT][objective] for trial in self.trials if trial.state is TrialState.COMPLETE]
 
 
-def rank(candidates: Sequence[Candidate], objective: str) -> list[Candidate]:
-    """The candidates by the share of seeds that missed the target, then by mean cost; those without a run are last."""
+def rank(groups: Sequence[SeedGroup], objective: str) -> list[SeedGroup]:
+    """The groups by the share of seeds that missed the target, then by mean cost; those without a run are last."""
 
-    def key(candidate: Candidate) -> tuple[float, float]:
-        if not candidate.trials:
+    def key(group: SeedGroup) -> tuple[float, float]:
+        if not group.trials:
             return (2.0, 0.0)
-        costs = candidate.costs(objective)
-        return (candidate.n_missed / len(candidate.trials), fmean(costs) if costs else 0.0)
+        costs = group.costs(objective)
+        return (group.n_missed / len(group.trials), fmean(costs) if costs else 0.0)
 
-    return sorted(candidates, key=key)
+    return sorted(groups, key=key)
 
 
 def welch_p(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -66,7 +66,7 @@ def welch_p(first: Sequence[float], second: Sequence[float]) -> float | None:
     return float(ttest_ind_from_stats(*given, equal_var=False).pvalue)
 
 
-def verdict(ranked: Sequence[Candidate], default: Candidate, objective: str, unit: str) -> str:
+def verdict(ranked: Sequence[SeedGroup], default: SeedGroup, objective: str, unit: str) -> str:
     """One line: the winner, and whether it is better than the default.
 
     The winner was chosen among several trials by the same runs, so its p-value is multiplied by their number

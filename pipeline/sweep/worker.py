@@ -133,7 +133,7 @@ class Worker:
             reporter = TrialReporter(trial, run, self.sweep)
             tags = self.tags | run.origin_tags | {"trial": str(trial.number)}
             try:
-                with Recorder(self.root, run.folder, dict(run.identity), tags):
+                with Recorder(self.root, run.folder, dict(run.identity), tags, lambda: run.result):
                     reporter.report_past_steps()
                     if not run.finished:
                         announce(trial, "starts")

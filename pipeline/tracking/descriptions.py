@@ -1,18 +1,17 @@
 """Names and descriptions of runs and versions in MLflow, for people: text, model, and what was reached."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 SOURCE_TAG = "corpus.source"  # tag of a run: the text, as corpus.source names it
 COMMON = {"input", "train", "text", "texts", "data", "corpus", "main", "resolve"}  # names that say nothing of a text
-RULE_LOSSES = {"corpus": "corpus_loss", "sliding": "sliding_loss", "validation": "validation_loss"}  # else minibatches
 OUTCOMES = ("Reached: ", "Not reached: ")
 
 
 class Result(NamedTuple):
-    """The loss that the target rule compares, and where it was measured."""
+    """What a finished run reached: the loss that its target rule compares, and where it was measured."""
 
     loss: float  # nats per token
     step: int
@@ -34,23 +33,6 @@ def source_tag(params: Mapping[str, Any]) -> dict[str, str]:
     corpus = params.get("corpus")
     source = corpus.get("source") if isinstance(corpus, Mapping) else None
     return {SOURCE_TAG: str(source)} if source else {}
-
-
-def result_of(records: Sequence[Mapping[str, float]], target: Mapping[str, Any]) -> Result | None:
-    """What a finished run reached by its target rule, at the step of the model that is kept.
-
-    `records`: all records of its journal; `target`: the section of its parameters. None if the loss was not measured.
-    """
-    rule = target.get("rule", "batch")
-    key = RULE_LOSSES.get(rule, "loss")
-    if not (measured := [record for record in records if record.get(key) is not None]):
-        return None
-    at = min(measured, key=lambda record: record[key]) if rule in RULE_LOSSES else measured[-1]
-    loss, is_whole = float(at[key]), True
-    if rule == "average":
-        last = [record["loss"] for record in measured[-target["average_steps"] :]]
-        loss, is_whole = sum(last) / len(last), len(last) == target["average_steps"]
-    return Result(loss, int(at["step"]), int(at["tokens"]), is_whole and loss < target.get("loss", 0))
 
 
 def base_name(tags: Mapping[str, str], identity: Mapping[str, Any]) -> str:

@@ -27,6 +27,11 @@ def varying(default: Any) -> Any:
     return field(default=default, metadata={"file": TIMES})
 
 
+def evaluated() -> Any:
+    """A field for a mean loss over a whole text; it has a value after the steps at which this loss is evaluated."""
+    return field(default=None, metadata={"evaluated": True})
+
+
 @dataclass
 class StepRecord:
     """The metrics of one optimiser step; every field goes into the journal and to MLflow under its own name.
@@ -40,9 +45,9 @@ class StepRecord:
     loss: float  # nats per token on this step's windows, before the update
     grad_norm: float  # L2 over all parameters, before clipping
     lr: float  # of AdamW
-    validation_loss: float | None = None  # of the held-out text, after the update
-    corpus_loss: float | None = None  # of the training text in fixed windows, after the update
-    sliding_loss: float | None = None  # of the training text in sliding windows, after the update
+    sliding_loss: float | None = evaluated()  # of the training text in sliding windows, after the update
+    corpus_loss: float | None = evaluated()  # of the training text in fixed windows, after the update
+    validation_loss: float | None = evaluated()  # of the held-out text, after the update
     loss_estimate: float | None = None  # of the loss that the target rule needs, from a part of the text
     # On a GPU the update may still be running at the end of `step_s`; the next step then waits for it.
     step_s: float = varying(0.0)
@@ -64,6 +69,9 @@ class StepRecord:
 
 def _file_of(f: "Field[Any]") -> str:
     return str(f.metadata.get("file", STEPS))
+
+
+EVALUATED_LOSSES = [f.name for f in fields(StepRecord) if "evaluated" in f.metadata]
 
 
 class Journal:

@@ -13,16 +13,16 @@ from pipeline.system.errors import InputError, ModelMissing
 from pipeline.system.files import fsync, read_json
 from pipeline.system.host import git_info
 from pipeline.tracking.descriptions import (
+    Result,
     base_name,
     is_given_name,
     is_given_note,
-    result_of,
     run_name,
     run_note,
     source_tag,
 )
 from pipeline.tracking.fingerprint import flatten
-from pipeline.tracking.journal import STEPS, TIMES
+from pipeline.tracking.journal import EVALUATED_LOSSES, STEPS, TIMES
 from pipeline.tracking.mlflow_store import Store, open_store, store_errors, store_uri, translate_store_errors
 
 if TYPE_CHECKING:
@@ -104,14 +104,13 @@ def start_of(records: list[Record]) -> int:
     return int(records[0]["logged_ms"] - 1000 * records[0]["wall_s"])
 
 
-def describe_outcome(store: Store, run_id: str, identity: dict[str, Any], records: list[Record] | None) -> None:
-    """Set name and description of a run: of a finished one with its result, of a running one (None) without.
+def describe_outcome(store: Store, run_id: str, identity: dict[str, Any], result: Result | None) -> None:
+    """Set name and description of a run, with its result if it is finished.
 
     A name or a description that a user has changed is kept.
     """
     run = store.client.get_run(run_id)
-    tags, target = run.data.tags, identity["params"].get("target", {})
-    result = result_of(records, target) if records else None
+    tags = run.data.tags
     if is_given_name(run.info.run_name, tags, identity):
         store.client.update_run(run_id, name=run_name(tags, identity, result))
     if is_given_note(tags.get(NOTE, ""), tags, identity):
@@ -147,11 +146,11 @@ def runs_of(store: Store, fingerprint: str) -> list["Run"]:
     return sorted(found, key=lambda run: (run.info.status != "FINISHED", -run.info.start_time))
 
 
-def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
+def ensure_run(store: Store, project: Path, identity: dict[str, Any], result: Result | None) -> "Run":
     """Make sure that the store has the run that made `project`/models, with all its records, metrics and reports.
 
-    `identity` is its run.json. A run that the store lacks is created from the journal, with the tag `rebuilt`.
-    Repeating changes nothing.
+    `identity` is its run.json, `result` what it reached. A run that the store lacks is created from the journal, with
+    the tag `rebuilt`. Repeating changes nothing.
     """
     if not (records := JournalTail(project / "models").read()):
         raise InputError(f"{project / 'models' / STEPS} contains no steps: run `dvc repro train`")
@@ -164,12 +163,12 @@ def ensure_run(store: Store, project: Path, identity: dict[str, Any]) -> "Run":
     log_records(store, run_id, records[len(logged_steps(store, run_id)) :])
     if store.client.get_run(run_id).info.status != "FINISHED":
         store.client.set_terminated(run_id, "FINISHED", end_time=int(records[-1]["logged_ms"]))
-    describe_outcome(store, run_id, identity, records)
+    describe_outcome(store, run_id, identity, result)
     _attach(store, run_id, project)
     return store.client.get_run(run_id)
 
 
-def results_of(run: "Run") -> dict[str, float]:
+def report_numbers(run: "Run") -> dict[str, float]:
     """The numbers of metrics.json and timing.json of a registered run; early runs have them as metrics."""
     found: dict[str, float] = {}
     for key, value in sorted({**run.data.metrics, **run.data.tags}.items()):
@@ -195,11 +194,7 @@ def describe_run(root: Path, fingerprint: str) -> dict[str, Any]:
             "link": f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
             "git_commit": run.data.tags.get("git_commit", "unknown"),
             "steps": max(logged_steps(store, run.info.run_id), default=0),
-            **{
-                key: run.data.metrics[key]
-                for key in ("loss", "sliding_loss", "corpus_loss", "validation_loss", "tokens")
-                if key in run.data.metrics
-            },
+            **{key: run.data.metrics[key] for key in ("loss", *EVALUATED_LOSSES, "tokens") if key in run.data.metrics},
         }
 
 

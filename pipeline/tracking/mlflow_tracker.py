@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_text
 from pipeline.system.host import host_info
+from pipeline.tracking.descriptions import Result
 from pipeline.tracking.mlflow_runs import (
-    JournalTail,
     Record,
     create_run,
     describe_inputs,
@@ -38,7 +38,7 @@ class MlflowTracker:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self.store, self.client = (store := open_store(root)), store.client
-        self.run_folder, self.identity = run_folder, identity
+        self.identity = identity
         run = noted_run(store, run_folder)
         if run is None or run.info.lifecycle_stage == "deleted":
             self.run_id = self._create(run_folder, identity, tags, started_ms)
@@ -68,9 +68,8 @@ class MlflowTracker:
     def log_sample(self, path: Path) -> None:
         self.client.log_artifact(self.run_id, str(path), "samples")
 
-    def end(self, status: str, ended: str) -> None:
-        records = JournalTail(self.run_folder).read() if status == "FINISHED" else None
-        describe_outcome(self.store, self.run_id, self.identity, records)
+    def end(self, status: str, ended: str, result: Result | None = None) -> None:
+        describe_outcome(self.store, self.run_id, self.identity, result)
         self.client.set_tag(self.run_id, "ended", ended)
         self.client.set_terminated(self.run_id, status)
 

@@ -2,8 +2,8 @@
 
 The process reads them from the run folder, so that training neither imports MLflow nor waits for it; a thread would
 slow training down. It is started as `python -m MODULE ROOT RUN_FOLDER TICK_S`. Its standard input has two lines of
-JSON: the run's identity, tags and start, and at the end how the training ended. Without the second line, training was
-killed.
+JSON: the run's identity, tags and start, and at the end how the training ended and what it reached. Without the second
+line, training was killed.
 """
 
 import json
@@ -12,6 +12,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
@@ -19,6 +20,7 @@ from typing import Any, Protocol, Self, TextIO
 from pipeline.system.errors import Interrupted, PeerLost, Pruned
 from pipeline.system.files import locked, write_text
 from pipeline.system.host import send_line, spawn_module
+from pipeline.tracking.descriptions import Result
 from pipeline.tracking.mlflow_errors import explain, first_line
 from pipeline.tracking.mlflow_runs import BATCH, JournalTail, Record, start_of
 from pipeline.tracking.mlflow_store import require_usable
@@ -54,8 +56,11 @@ class Tracker(Protocol):
     def log_sample(self, path: Path) -> None:
         """Store a file of texts that the model generated, such as samples/step-000050.txt."""
 
-    def end(self, status: str, ended: str) -> None:
-        """Close the run with the status FINISHED, FAILED or KILLED; `ended` is the reason."""
+    def end(self, status: str, ended: str, result: Result | None = None) -> None:
+        """Close the run with the status FINISHED, FAILED or KILLED.
+
+        `ended` is the reason, `result` what a FINISHED run reached; None if its target rule's loss was not measured.
+        """
 
 
 TRACKERS: dict[str, type[Tracker]] = {"MLflow": MlflowTracker}  # all of them get each run
@@ -70,11 +75,20 @@ class Recorder:
     """
 
     def __init__(
-        self, root: Path, run_folder: Path, identity: dict[str, Any], tags: dict[str, str], tick_s: float = 5.0
+        self,
+        root: Path,
+        run_folder: Path,
+        identity: dict[str, Any],
+        tags: dict[str, str],
+        result: Callable[[], Result | None] = lambda: None,
+        tick_s: float = 5.0,
     ) -> None:
-        """Raises InputError, before any process is started, if the store's URI cannot be used."""
+        """`result` returns what the run has reached; it is called at the end of a run with the status FINISHED.
+
+        Raises InputError, before any process is started, if the store's URI cannot be used.
+        """
         require_usable(root)
-        self._run_folder = run_folder
+        self._run_folder, self._result = run_folder, result
         self._arguments = [str(root.absolute()), str(run_folder.absolute()), str(tick_s)]
         records = JournalTail(run_folder).read()
         started_ms = start_of(records) if records else int(time.time() * 1000)
@@ -93,7 +107,7 @@ class Recorder:
     ) -> None:
         try:
             wait_s = INTERRUPTED_S if isinstance(error, Interrupted | PeerLost) else FINISH_S
-            self._process.communicate(json.dumps(ending(error)), timeout=wait_s)
+            self._process.communicate(self._last_line(error), timeout=wait_s)
         except subprocess.TimeoutExpired:
             print("the rest of the run is sent in the background", file=sys.stderr)
         else:
@@ -102,6 +116,11 @@ class Recorder:
                     "warning: MLflow lacks a part of the run: `python -m pipeline doctor --fix` sends it",
                     file=sys.stderr,
                 )
+
+    def _last_line(self, error: BaseException | None) -> str:
+        """How the training ended, for the process."""
+        end: dict[str, Any] = ending(error)
+        return json.dumps(end | ({"result": self._result()} if end["status"] == "FINISHED" else {}))
 
 
 def ending(error: BaseException | None) -> dict[str, str]:
@@ -130,13 +149,19 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
         feeds = [_Feed(name, root, run_folder, start) for name in TRACKERS]
         while True:
             stopped, _, _ = select.select([control], [], [], 0)  # before the last tick, so that it sends everything
-            end = (json.loads(control.read() or "null") or KILLED) if stopped else None
+            end = _end_of(control.read()) if stopped else None
             arrived = [feed.send(end) for feed in feeds]
             if end:
                 if all(arrived) and end["status"] == "FINISHED":
                     (run_folder / OWNER_PID).unlink()
                 return all(arrived)
             select.select([control], [], [], tick_s)
+
+
+def _end_of(line: str) -> dict[str, Any]:
+    """The arguments of Tracker.end, from the second line; training was killed if it is empty."""
+    end: dict[str, Any] = json.loads(line or "null") or KILLED
+    return end | {"result": Result(*end["result"])} if end.get("result") else end
 
 
 def _owns(run_folder: Path) -> bool:
@@ -155,7 +180,7 @@ class _Feed:
         self.records: list[Record] = []  # read, but not yet sent
         self.samples: set[str] = set()  # names of the files that were sent
 
-    def send(self, end: dict[str, str] | None) -> bool:
+    def send(self, end: dict[str, Any] | None) -> bool:
         """Send what is new, then `end` if given; return whether the tracker stored everything."""
         kind = TRACKERS[self.name]
         try:

@@ -19,7 +19,7 @@ from pipeline.config.sections import TargetConfig
 from pipeline.data.batches import Batch, Split, fixed_windows, make_batch, steps_of, steps_per_epoch
 from pipeline.data.token_files import Tokens
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.evaluate import BATCH_TOKENS, MIN_BATCHES
+from pipeline.model.evaluate import BATCH_TOKENS, LOSSES, MIN_BATCHES
 from pipeline.model.gpt import GPT
 from pipeline.system.device import Machine
 from pipeline.training.config import RunConfig
@@ -37,7 +37,6 @@ TIMED_FLOPS = {"cpu": 1e12}  # of a timed step, at most: seconds on two cores
 TEXT_TOKENS = 1 << 20  # of the throw-away text, at most
 PROCESS_BYTES = 410_000_000  # of a process that trains on a CPU, without tensors: Python, torch and its kernels
 MODEL_COPIES = 3  # in models/, DVC's cache and MLflow's store
-SLIDING = 16 / 7  # tokens that `sliding_windows` reads for each token of the text
 SHIFTED = 3  # losses of shifted windows, which the stage `evaluate` measures besides those of training
 EVALUATIONS = 2  # whole evaluations that cost as much as all of a run, most of which end early, without eval_interval
 
@@ -95,16 +94,15 @@ def forecast(
     step_s *= step_flops(config, vocabulary.n_rows) / step_flops(timed, vocabulary.n_rows)
     token_s *= token_flops(config, vocabulary.n_rows) / token_flops(timed, vocabulary.n_rows)
     n_steps = config.optim.max_steps(config.windows, n_tokens)
-    n_evaluated = _evaluated_tokens(
-        config.target, n_steps, steps_per_epoch(n_tokens, config.windows), n_tokens, n_held_out
-    )
+    reads = _read_tokens(config.windows.seq_len, n_tokens, n_held_out)
+    n_evaluated = _evaluated_tokens(config.target, n_steps, steps_per_epoch(n_tokens, config.windows), reads)
     checkpoint, model = saved_bytes(config, vocabulary)
     return Forecast(
         step_s=step_s,
         train_s=n_steps * step_s,
         evaluation_s=n_evaluated * token_s,
-        evaluate_s=((1 + SHIFTED + SLIDING) * n_tokens + n_held_out) * token_s,
-        memory_bytes=step_bytes(config, vocabulary, machine, math.ceil(SLIDING * n_tokens / MIN_BATCHES))
+        evaluate_s=(SHIFTED * n_tokens + sum(reads.values())) * token_s,
+        memory_bytes=step_bytes(config, vocabulary, machine, math.ceil(max(reads.values()) / MIN_BATCHES))
         + PROCESS_BYTES * (machine.device.type == "cpu"),
         disk_bytes=n_checkpoints(config.optim) * checkpoint + MODEL_COPIES * model,
     )
@@ -176,12 +174,15 @@ def _mean_s(seconds: Iterator[float], min_s: float) -> float:
     return sum(timed) / len(timed)
 
 
-def _evaluated_tokens(
-    target: TargetConfig, n_steps: int, steps_per_epoch: int, n_tokens: int, n_held_out: int
-) -> float:
+def _read_tokens(length: int, n_tokens: int, n_held_out: int) -> dict[str, int]:
+    """Tokens that an evaluation of each loss reads, in windows of `length` tokens; 0 without a held-out text."""
+    sizes = {"train": n_tokens, "val": n_held_out}
+    return {name: len(windows(sizes[part], length)) * length for name, (part, windows) in LOSSES.items()}
+
+
+def _evaluated_tokens(target: TargetConfig, n_steps: int, steps_per_epoch: int, reads: dict[str, int]) -> int:
     """Tokens that the evaluations of a run read: those of its rule, of the held-out text, and all after the end."""
-    reads = {"corpus_loss": n_tokens, "sliding_loss": SLIDING * n_tokens, "validation_loss": n_held_out}
-    rule = RULES[target.rule]
+    rule, n_held_out = RULES[target.rule], reads["validation_loss"]
     of_rule = 0 if rule.needs_held_out else reads[rule.loss]
     if target.eval_interval is None:
         between = EVALUATIONS * of_rule + n_steps // steps_per_epoch * n_held_out

@@ -9,7 +9,7 @@ import time
 from tqdm import tqdm
 
 from pipeline.system.signals import mute_closed_terminal
-from pipeline.tracking.journal import StepRecord
+from pipeline.tracking.journal import EVALUATED_LOSSES, StepRecord
 
 LINE_EVERY_S, TRIAL_LINE_EVERY_S = 10.0, 60.0
 
@@ -37,12 +37,8 @@ class Progress:
         step_tokens, self._tokens = record.tokens - self._tokens, record.tokens
         speed = step_tokens / record.step_s
         self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * speed if self._tokens_per_s else speed
-        losses = {
-            "sliding loss": record.sliding_loss,
-            "corpus loss": record.corpus_loss,
-            "validation loss": record.validation_loss,
-            "estimate": record.loss_estimate,
-        }
+        losses = {name.replace("_", " "): getattr(record, name) for name in EVALUATED_LOSSES}
+        losses["estimate"] = record.loss_estimate
         measured = "".join(f", {name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
         words = f"loss {record.loss:.4f}{measured}, target {self.target_loss:g}, {self._tokens_per_s:,.0f} tokens/s"
         if not self._bar.disable:

@@ -14,6 +14,7 @@ from pipeline.model.published import origin_of
 from pipeline.system.device import Machine
 from pipeline.system.errors import IntegrityError, PipelineError
 from pipeline.system.files import locked, read_json, write_json
+from pipeline.tracking.descriptions import Result
 from pipeline.tracking.fingerprint import IDENTITY, Identity, differences, identify
 from pipeline.tracking.journal import STEPS, Journal, StepRecord
 from pipeline.tracking.mlflow_tracker import RUN_ID
@@ -23,7 +24,7 @@ from pipeline.training.config import RunConfig
 from pipeline.training.extension import extend, set_aside
 from pipeline.training.loop import TrainState, fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits
-from pipeline.training.target import best_step, is_finished
+from pipeline.training.target import best_step, is_finished, result_of
 
 RESUMES = "resumes"  # one line for each resume: its step
 
@@ -119,6 +120,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the last step met the target rule, or used up the budget or the patience."""
         return bool(self.records) and is_finished(self.records, self.max_steps, self.config.target)
+
+    @property
+    def result(self) -> Result | None:
+        """What the run reached, once it is finished."""
+        return result_of(self.records, self.identity["params"]["target"])
 
     @property
     def origin_tags(self) -> dict[str, str]:

@@ -1,15 +1,16 @@
 """The target rules: from a run's records, decide when to evaluate, when to stop and which model to keep."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from pipeline.config.sections import TargetConfig
-from pipeline.tracking.journal import StepRecord
+from pipeline.tracking.descriptions import Result
+from pipeline.tracking.journal import EVALUATED_LOSSES, StepRecord
 
 Records = Sequence[StepRecord]  # of a run, from step 1 to the current step
 
@@ -21,6 +22,7 @@ class Rule(NamedTuple):
     description: str  # for cards and the page
     loss: str  # the loss that evaluations compare: a field of StepRecord; the model with the lowest is kept
     makes_champion: bool = False  # whether a model that met the rule may become champion
+    minibatch_loss: Callable[[Records, TargetConfig], float] | None = None  # what `is_met` compares instead of `loss`
 
     @property
     def needs_held_out(self) -> bool:
@@ -28,8 +30,15 @@ class Rule(NamedTuple):
 
 
 def _average_is_below(records: Records, config: TargetConfig) -> bool:
-    last = records[-config.average_steps :]
-    return len(last) == config.average_steps and _mean_loss(last) < config.loss
+    return len(records) >= config.average_steps and _average_loss(records, config) < config.loss
+
+
+def _average_loss(records: Records, config: TargetConfig) -> float:
+    return _mean_loss(records[-config.average_steps :])
+
+
+def _last_loss(records: Records, _config: TargetConfig) -> float:
+    return records[-1].loss
 
 
 def _is_below(loss: float | None, config: TargetConfig) -> bool:
@@ -41,11 +50,13 @@ RULES: dict[str, Rule] = {
         lambda records, config: _is_below(records[-1].loss, config),
         description="one minibatch below the target",
         loss="corpus_loss",
+        minibatch_loss=_last_loss,
     ),
     "average": Rule(
         _average_is_below,
         description="the mean of the last minibatches",
         loss="corpus_loss",
+        minibatch_loss=_average_loss,
     ),
     "corpus": Rule(
         lambda records, config: _is_below(records[-1].corpus_loss, config),
@@ -121,6 +132,24 @@ def best_step(records: Records, config: TargetConfig) -> int | None:
     return min(losses)[1] if losses else None
 
 
+def result_of(records: Records, target: Mapping[str, Any]) -> Result | None:
+    """What a finished run reached by its target rule: the loss of the model that is kept, or that of its last steps.
+
+    `records`: all of them; `target`: the section of its parameters. None if the rule is unknown or its loss was not
+    measured.
+    """
+    if not records or (rule := RULES.get(target.get("rule", ""))) is None:
+        return None
+    config = TargetConfig.model_construct(**target)  # it was validated when the run started
+    if rule.minibatch_loss is not None:
+        at, loss = records[-1], rule.minibatch_loss(records, config)
+    elif (best := best_step(records, config)) is not None:
+        at, loss = records[best - 1], getattr(records[best - 1], rule.loss)
+    else:
+        return None
+    return Result(loss, at.step, at.tokens, rule.is_met(records, config))
+
+
 def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:
     """Whether an evaluation is due after the last record. (A run's last step is always evaluated.)
 
@@ -139,7 +168,8 @@ def without_end(
     *before, last = records
     if is_finished(records, max_steps, config):
         return last
-    bare = replace(last, validation_loss=None, corpus_loss=None, sliding_loss=None, loss_estimate=None)
+    nothing: dict[str, Any] = dict.fromkeys([*EVALUATED_LOSSES, "loss_estimate"])
+    bare = replace(last, **nothing)
     if not evaluation_is_due([*before, bare], steps_per_epoch, held_out, config):
         return bare
     name = RULES[config.rule].loss if last.loss_estimate is None else "loss_estimate"

@@ -33,7 +33,7 @@ from pipeline.tracking.mlflow_runs import (
     describe_inputs,
     describe_run,
     ensure_run,
-    results_of,
+    report_numbers,
     runs_of,
 )
 from pipeline.tracking.mlflow_tracker import RUN_ID
@@ -157,13 +157,13 @@ def test_a_store_that_is_down_causes_a_warning_in_the_run_and_one_at_its_end(fol
 def test_a_run_that_the_store_lacks_is_created_once_from_its_journal_and_reports(store, tmp_path):
     project = trained_project(tmp_path / "project")
     identity = read_json(project / "models" / "run.json")
-    run, again = ensure_run(store, project, identity), ensure_run(store, project, identity)
+    run, again = ensure_run(store, project, identity, None), ensure_run(store, project, identity, None)
     assert run.info.run_id == again.info.run_id
     assert (run.info.status, run.data.tags["rebuilt"]) == ("FINISHED", "true")
     first = JournalTail(project / "models").read()[0]
     assert run.info.start_time == first["logged_ms"] - 1000 * first["wall_s"]  # before the first step
     assert_has_exactly_the_journal(store, project / "models", run.info.run_id)
-    assert results_of(run)["to_target.sliding.steps"] == 20
+    assert report_numbers(run)["to_target.sliding.steps"] == 20
     assert not any("/" in key for key in run.data.metrics)  # no metric, and so no chart, of one value
     assert (Path(run.info.artifact_uri) / "reports" / "figures" / "loss.png").read_bytes() == b"a picture"
 
@@ -175,7 +175,7 @@ def test_a_run_that_the_store_lacks_is_created_once_from_its_journal_and_reports
 
     times = project / "models" / TIMES  # those of a repeated training
     times.write_text(times.read_text().replace('"logged_ms": 17', '"logged_ms": 18'))
-    assert ensure_run(store, project, identity).info.run_id != run.info.run_id
+    assert ensure_run(store, project, identity, None).info.run_id != run.info.run_id
 
 
 def test_a_dataset_that_another_run_logs_at_the_same_moment_is_logged_too(store, monkeypatch):

@@ -19,7 +19,7 @@ from pipeline.sweep.study import latest_trials, requeue
 from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig
 from pipeline.system.files import locked, write_text
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.recorder import OWNER_PID, Recorder, ending, record
+from pipeline.tracking.recorder import OWNER_PID, Recorder, record
 from pipeline.training.config import RunConfig
 from tests.studies import list_folder, study_here, sweep_project
 from tests.trainings import Untracked, change
@@ -64,7 +64,7 @@ class RecorderThread(Recorder):
 
     def __exit__(self, kind, error, trace):
         with self._reader, self._writer:
-            self._writer.write(json.dumps(ending(error)))
+            self._writer.write(self._last_line(error))
             self._writer.close()
             self._thread.join(60)
 

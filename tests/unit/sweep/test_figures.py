@@ -5,12 +5,7 @@ from optuna.trial import TrialState
 
 from pipeline.sweep.figures import curves_figure, draw_study, with_forecasts
 from pipeline.sweep.study import SHARED
-from tests.studies import add, fill, new_study, sweep_config
-
-
-@pytest.fixture
-def study():
-    return new_study(sweep_config())
+from tests.studies import add, fill
 
 
 def test_a_study_without_trials_has_one_figure_that_says_so(study, tmp_path):

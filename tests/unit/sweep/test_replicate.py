@@ -10,7 +10,7 @@ from pipeline.sweep import replicate
 from pipeline.sweep.figures import seeds_figure
 from pipeline.sweep.mlflow_run import Outcome
 from pipeline.sweep.replicate import best_distinct, ended, run_confirm, run_replicate
-from pipeline.sweep.statistics import Candidate
+from pipeline.sweep.statistics import SeedGroup
 from pipeline.sweep.study import SHARED, VALUES, enqueue_list, has_work, latest_trials, requeue, suggest
 from pipeline.sweep.worker import SPENT
 from pipeline.system.errors import InputError, Pruned
@@ -205,7 +205,11 @@ def test_the_spread_over_the_seeds_is_printed_stored_and_logged(study, tmp_path)
         "train_s/mean": 11.3333, "train_s/sd": 1.52753, "train_s/min": 10, "train_s/max": 13,
     }, rel=1e-4)  # fmt: skip
     assert "4 of 4 seeds trained, 3 reached the target (75%)" in found.text
-    assert "for RECORDS.md: n 3; tokens 1,133 ± 153; steps 113.3 ± 15.3; seconds of training 11.3 ± 1.5" in found.text
+    *_, head, tokens, steps, seconds = (line.split() for line in found.text.splitlines())
+    assert head == ["mean", "sd", "min", "max"]
+    assert tokens == ["tokens", "1,133", "153", "1,000", "1,300"]
+    assert steps == ["steps", "113.3", "15.3", "100", "130"]
+    assert seconds == ["seconds", "of", "training", "11.3", "1.5", "10.0", "13.0"]
     stored = json.loads((tmp_path / "results.json").read_text())
     assert (stored["seeds"], stored["reached"], stored["tokens"]["max"]) == (4, 3, 1300)
     assert [(run["seed"], run["state"], run["fingerprint"]) for run in stored["runs"]] == [
@@ -214,13 +218,13 @@ def test_the_spread_over_the_seeds_is_printed_stored_and_logged(study, tmp_path)
     assert (tmp_path / "figures" / "curves.png").is_file()
 
 
-def test_the_figure_has_a_curve_for_each_run_and_the_mean_of_each_candidate(study):
+def test_the_figure_has_a_curve_for_each_run_and_the_mean_of_each_group(study):
     for seed, tokens in ((1, 1000), (2, 1200)):
         trained(study, seed, tokens)
     trained(study, 3, 1500, TrialState.PRUNED)
     first, second, third = study.trials
-    candidates = [Candidate("default", {}, [first, second]), Candidate("trial 3", {}, [third])]
-    axes = seeds_figure(candidates, study.user_attrs[SHARED]).axes[0]
+    groups = [SeedGroup("default", {}, [first, second]), SeedGroup("trial 3", {}, [third])]
+    axes = seeds_figure(groups, study.user_attrs[SHARED]).axes[0]
     assert axes.get_title(loc="left") == "2 of 3 runs reached the target (dotted: mean; shaded: ± deviation)"
     ends = [max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2 and line.get_ls() == "-"]
     assert sorted(ends) == [1000, 1200, 1500]
@@ -235,7 +239,7 @@ def test_the_figure_has_a_curve_for_each_run_and_the_mean_of_each_candidate(stud
 def test_the_title_explains_only_the_marks_that_are_there(study, tokens, marks):
     for seed, each in enumerate(tokens):
         trained(study, seed, each)
-    axes = seeds_figure([Candidate("all seeds", {}, study.trials)], study.user_attrs[SHARED]).axes[0]
+    axes = seeds_figure([SeedGroup("all seeds", {}, study.trials)], study.user_attrs[SHARED]).axes[0]
     assert axes.get_title(loc="left") == f"{len(tokens)} of {len(tokens)} runs reached the target{marks}"
 
 

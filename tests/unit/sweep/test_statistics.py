@@ -1,4 +1,4 @@
-"""Mean and spread, Welch's test against values computed by hand, the rank of candidates, and the verdict."""
+"""Mean and spread, Welch's test against values computed by hand, the rank of groups, and the verdict."""
 
 import math
 from types import SimpleNamespace as Namespace
@@ -6,17 +6,17 @@ from types import SimpleNamespace as Namespace
 import pytest
 from optuna.trial import TrialState
 
-from pipeline.sweep.statistics import Candidate, Spread, rank, verdict, welch_p
+from pipeline.sweep.statistics import SeedGroup, Spread, rank, verdict, welch_p
 from pipeline.sweep.worker import SPENT
 
 
-def candidate(name, *costs):
-    """A candidate by the tokens of its seeds; None: the seed missed the target."""
+def group(name, *costs):
+    """A group by the tokens of its seeds; None: the seed missed the target."""
     states = [TrialState.PRUNED if cost is None else TrialState.COMPLETE for cost in costs]
     trials = [
         Namespace(state=state, user_attrs={SPENT: {"tokens": cost}}) for state, cost in zip(states, costs, strict=True)
     ]
-    return Candidate(name, {}, trials)
+    return SeedGroup(name, {}, trials)
 
 
 @pytest.mark.parametrize(
@@ -55,37 +55,37 @@ def test_welchs_p_value_has_the_value_computed_by_hand(first, second, p):
     assert welch_p(first, second) == (None if p is None else pytest.approx(p, abs=2e-5))
 
 
-def test_candidates_are_ranked_by_missed_seeds_and_then_by_mean():
+def test_groups_are_ranked_by_missed_seeds_and_then_by_mean():
     given = [
-        candidate("none yet"),
-        candidate("never", None, None),
-        candidate("cheap but once missed", 10, None),
-        candidate("b", 30, 50),
-        candidate("a", 20, 59),
+        group("none yet"),
+        group("never", None, None),
+        group("cheap but once missed", 10, None),
+        group("b", 30, 50),
+        group("a", 20, 59),
     ]
     assert [each.name for each in rank(given, "tokens")] == ["a", "b", *[each.name for each in given[2::-1]]]
 
 
-DEFAULT = candidate("default", 100, 102, 104)
+DEFAULT = group("default", 100, 102, 104)
 
 
 @pytest.mark.parametrize(
     ("others", "said"),
     [
         # t = 12 / sqrt(4/3 + 4/3) = 7.35 with 4 degrees: p = .0018; twice that for the better of two
-        ([candidate("trial 7", 88, 90, 92), candidate("trial 8", 89, 91, 93)],
+        ([group("trial 7", 88, 90, 92), group("trial 8", 89, 91, 93)],
          "winner: trial 7, 90 tokens on average, 11.8% fewer than the default; Welch's p 0.0018, 0.0037 for the best "
          "of 2: better than the default at p < 0.05"),
-        ([candidate("trial 7", 93, 97, 101)],  # t = 5 / sqrt(16/3 + 4/3) = 1.94
+        ([group("trial 7", 93, 97, 101)],  # t = 5 / sqrt(16/3 + 4/3) = 1.94
          "4.9% fewer than the default; Welch's p 0.1"),
         # t = 5 / sqrt(4/3 + 1/3) = 3.87 with 2.9 degrees: p = .031 alone, .063 for the best of two
-        ([candidate("trial 7", 96, 97, 98), candidate("trial 8", 97, 98, 99)],
+        ([group("trial 7", 96, 97, 98), group("trial 8", 97, 98, 99)],
          "of 2: not better than the default at p < 0.05"),
-        ([candidate("trial 7", 103, 105, 107)], "no trial ranks above it"),
-        ([candidate("trial 7", 90, 92, None)],
+        ([group("trial 7", 103, 105, 107)], "no trial ranks above it"),
+        ([group("trial 7", 90, 92, None)],
          "winner: default (the values of params.yaml); no trial ranks above it; lower means, but with missed seeds: "
          "trial 7, 1 of 3 seeds missed the target"),
-        ([candidate("trial 7", 90)], "no p-value: it needs two seeds of each"),
+        ([group("trial 7", 90)], "no p-value: it needs two seeds of each"),
     ],
 )  # fmt: skip
 def test_the_verdict_names_the_winner_and_whether_it_is_better_than_the_default(others, said):
@@ -96,7 +96,7 @@ def test_the_verdict_names_the_winner_and_whether_it_is_better_than_the_default(
 
 
 def test_the_verdict_states_missed_seeds_of_winner_and_default():
-    default, winner = candidate("default", None, None, 100), candidate("trial 7", 120, 130, None)
+    default, winner = group("default", None, None, 100), group("trial 7", 120, 130, None)
     text = verdict(rank([default, winner], "tokens"), default, "tokens", "tokens")
     assert text == (
         "winner: trial 7, 125 tokens on average (1 of 3 seeds missed the target); the default reached the target with "

@@ -16,16 +16,6 @@ WIDER = {"optim": {"lr": {"low": 0.001, "high": 0.2, "log": True}}}
 BY_TOKENS = {"windows": {"step_tokens": [2048, 4096]}}
 
 
-@pytest.fixture
-def sweep():
-    return sweep_config()
-
-
-@pytest.fixture
-def study(sweep):
-    return new_study(sweep)
-
-
 @pytest.mark.parametrize(
     ("params", "settings", "other", "named"),
     [

@@ -57,16 +57,6 @@ def without_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["worker"])  # those of pytest are not a worker's
 
 
-@pytest.fixture
-def sweep():
-    return sweep_config()
-
-
-@pytest.fixture
-def study(sweep):
-    return new_study(sweep)
-
-
 def test_reports_have_fixed_intervals_and_are_means_of_an_epoch(study, sweep):
     run = Run(study, sweep)
     run.take_steps(map(float, range(1, 31)))

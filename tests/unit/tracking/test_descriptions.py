@@ -10,7 +10,6 @@ from pipeline.tracking.descriptions import (
     is_given_name,
     is_given_note,
     model_note,
-    result_of,
     run_name,
     run_note,
     source_tag,
@@ -57,34 +56,6 @@ def test_a_run_is_named_by_text_model_and_result():
     assert study_name("sweep rates", params, "best 209,404 tokens") == (
         "sweep rates tiny_shakespeare 3x256 best 209,404 tokens"
     )
-
-
-@pytest.mark.parametrize(
-    ("target", "result"),
-    [
-        ({"rule": "sliding", "loss": 0.5}, (0.4, 3, True)),
-        ({"rule": "sliding", "loss": 0.4}, (0.4, 3, False)),
-        ({"rule": "validation", "loss": 2.0}, (1.5, 2, True)),  # the step of the kept model
-        ({"rule": "batch", "loss": 0.5}, (0.6, 3, False)),
-        ({"rule": "average", "loss": 0.9, "average_steps": 2}, (0.8, 3, True)),
-        ({"rule": "average", "loss": 1.3, "average_steps": 4}, (1.2, 3, False)),  # too few steps
-        ({"rule": "corpus", "loss": 0.5}, None),  # not measured
-    ],
-)
-def test_the_result_is_the_loss_of_the_target_rule(target, result):
-    records = [
-        {"step": 1, "tokens": 8, "loss": 2.0, "validation_loss": 1.7},
-        {"step": 2, "tokens": 16, "loss": 1.0, "validation_loss": 1.5},
-        {"step": 3, "tokens": 24, "loss": 0.6, "validation_loss": 1.6, "sliding_loss": 0.4},
-    ]
-    found = result_of(records, target)
-    assert (found and (pytest.approx(found.loss), found.step, found.is_met)) == result
-
-
-def test_the_result_of_a_missed_target_is_that_of_the_kept_model():
-    losses = [0.5, 0.4, 0.6]  # the model of the second step is kept
-    records = [{"step": i, "tokens": i, "loss": 1.0, "sliding_loss": loss} for i, loss in enumerate(losses, 1)]
-    assert result_of(records, {"rule": "sliding", "loss": 0.1})[:2] == (0.4, 2)
 
 
 def test_descriptions_say_what_from_which_text_what_it_reached_and_how_to_use_it():

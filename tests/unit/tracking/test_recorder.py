@@ -12,6 +12,7 @@ from fixtures_mlflow import an_identity, append_steps, recording
 from pipeline.config.params import load_params
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, Pruned
 from pipeline.tracking import recorder
+from pipeline.tracking.descriptions import Result
 from pipeline.tracking.journal import STEPS, Journal
 from pipeline.tracking.mlflow_runs import BATCH
 from pipeline.tracking.recorder import KILLED, OWNER_PID, Recorder, ending, record
@@ -59,8 +60,8 @@ class Fake:
     def log_sample(self, path):
         self.samples.append(path.name)
 
-    def end(self, status, ended):
-        self.ends.append({"status": status, "ended": ended})
+    def end(self, **end):
+        self.ends.append(end)
 
 
 @pytest.fixture
@@ -135,6 +136,16 @@ def test_a_recorder_gets_its_first_line_only_when_the_folder_names_it(folder, mo
     monkeypatch.setattr(os, "setpriority", lambda *_: None)
     Recorder(folder.parent, folder, an_identity(), {}).__enter__()
     assert named == [str(os.getpid())]
+
+
+@pytest.mark.parametrize("error", [None, Pruned("too slow"), Interrupted("at step 3", 15)])
+@pytest.mark.parametrize("result", [Result(0.5, 12, 96, True), None])
+def test_trackers_get_the_result_of_a_finished_run(folder, fakes, monkeypatch, error, result):
+    monkeypatch.setattr(recorder, "require_usable", lambda _: None)
+    opened = Recorder(folder.parent, folder, an_identity(), {}, lambda: result)
+    assert record_after_the_end(folder, json.loads(opened._last_line(error)))
+    expected = ending(error) | ({"result": result} if ending(error)["status"] == "FINISHED" else {})
+    assert [fake.ends for fake in fakes] == [[expected]] * 2
 
 
 def test_a_recorder_without_a_first_line_sends_nothing(folder, fakes):

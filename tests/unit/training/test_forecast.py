@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from pipeline.config.params import load_params
+from pipeline.data.batches import sliding_windows
 from pipeline.data.vocab import Vocabulary
+from pipeline.model.evaluate import MIN_BATCHES
 from pipeline.system.device import Machine
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.training import forecast as module
@@ -74,14 +76,17 @@ def test_the_cost_of_the_whole_run_follows_from_what_was_timed(monkeypatch):
     times = (6 * (8 * layers + head) + 12 * 8 * 32 * 16) / (6 * (2 * layers + head) + 12 * 2 * 32 * 16)
     assert cost.step_s == pytest.approx(0.5 * times)
     assert cost.train_s == pytest.approx(157 * cost.step_s)  # 10 epochs of 1000 tokens in steps of 64
-    assert cost.evaluate_s == pytest.approx((1000 * (4 + 16 / 7) + 100) * 0.001 * times)
-    assert cost.memory_bytes == step_bytes(config, VOCABULARY, MACHINE, 143) + PROCESS_BYTES  # 1000 / 7
+    fixed, held_out, sliding = 63 * 16, 7 * 16, len(sliding_windows(1000, 16)) * 16  # tokens in padded windows
+    assert sliding / 1000 == pytest.approx(16 / 7, rel=0.02)
+    assert cost.evaluate_s == pytest.approx((3 * 1000 + fixed + sliding + held_out) * 0.001 * times)
+    evaluated = math.ceil(sliding / MIN_BATCHES)
+    assert cost.memory_bytes == step_bytes(config, VOCABULARY, MACHINE, evaluated) + PROCESS_BYTES
     checkpoint, model = saved_bytes(config, VOCABULARY)
     assert cost.disk_bytes == n_checkpoints(config.optim) * checkpoint + MODEL_COPIES * model
     assert token_flops(config, 10) == step_flops(config, 10) / 64
 
 
-END = 7000 + 16000 + 700  # tokens of fixed, of sliding and of held-out windows
+READS = {"corpus_loss": 7000, "sliding_loss": 16000}  # tokens in windows, besides those of the held-out text
 
 
 @pytest.mark.parametrize(
@@ -96,8 +101,16 @@ END = 7000 + 16000 + 700  # tokens of fixed, of sliding and of held-out windows
     ],
 )
 def test_the_tokens_of_evaluations_follow_from_the_rule_and_the_interval(target, n_held_out, between):
-    found = module._evaluated_tokens(config_of(**target).target, 100, 20, 7000, n_held_out)
-    assert found == pytest.approx(between + END - 700 + n_held_out)
+    reads = READS | {"validation_loss": n_held_out}
+    found = module._evaluated_tokens(config_of(**target).target, 100, 20, reads)
+    assert found == between + sum(reads.values())
+
+
+def test_an_evaluation_reads_padded_windows():
+    reads = module._read_tokens(16, 1000, 0)
+    sliding = len(sliding_windows(1000, 16)) * 16
+    assert reads == {"validation_loss": 0, "corpus_loss": 63 * 16, "sliding_loss": sliding}  # 63 targets more than 15
+    assert module._read_tokens(16, 9, 2) == dict.fromkeys(reads, 16)  # texts that are shorter than a window
 
 
 @pytest.mark.parametrize("n_tokens", [9, 500])  # shorter than a window, and longer
@@ -122,7 +135,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_timed(monkeypatch):
 
 def test_a_forecast_in_the_environment_becomes_tags_of_the_run(monkeypatch):
     given = []
-    monkeypatch.setattr(training, "Recorder", lambda *arguments: given.append(arguments[-1]) or nullcontext())
+    monkeypatch.setattr(training, "Recorder", lambda *arguments: given.append(arguments[3]) or nullcontext())
     state, config = Namespace(step=0, tokens=0), config_of()
     run = Namespace(
         world=Namespace(is_main=True), state=state, max_steps=9, config=config, folder=Path("f"), identity={}

@@ -1,13 +1,20 @@
 """The target rules: when a run meets its target, when it is evaluated, when it stops, which model is kept."""
 
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import pytest
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import TargetConfig
-from pipeline.tracking.journal import StepRecord
+from pipeline.data.batches import fixed_windows
+from pipeline.model.evaluate import LOSSES
+from pipeline.report.figures import RunReport
+from pipeline.report.tables import write_tables
+from pipeline.tracking.journal import EVALUATED_LOSSES, STEPS, StepRecord, evaluated, read_steps, write_lines
 from pipeline.training.config import RunConfig
+from pipeline.training.forecast import _evaluated_tokens, _read_tokens
+from pipeline.training.progress import Progress
 from pipeline.training.results import results_of
 from pipeline.training.target import (
     RULES,
@@ -18,6 +25,8 @@ from pipeline.training.target import (
     first_met,
     is_finished,
     is_out_of_patience,
+    result_of,
+    without_end,
 )
 
 TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=3, eval_interval=None, early_stopping_patience=None)
@@ -71,7 +80,7 @@ def test_an_evaluation_pays_when_the_target_may_have_been_reached(losses, estima
     assert pays == list(due)
 
 
-def evaluated(*losses):
+def held_out(*losses):
     """Records with a validation loss at every second step."""
     return records([1] * 2 * len(losses), validation_loss=[(2 * i, loss) for i, loss in enumerate(losses, start=1)])
 
@@ -89,7 +98,7 @@ def evaluated(*losses):
     ],
 )
 def test_patience_counts_the_evaluations_since_the_lowest_validation_loss(losses, over):
-    history, two = evaluated(*losses), TARGET.updated(early_stopping_patience=2)
+    history, two = held_out(*losses), TARGET.updated(early_stopping_patience=2)
     assert is_out_of_patience(history, two) is over
     assert is_out_of_patience(history + records([1] * 100), two) is over  # steps without an evaluation do not count
     assert not is_out_of_patience(history, TARGET)
@@ -133,6 +142,82 @@ def test_a_new_entry_of_the_table_may_use_all_records_ends_a_run_and_is_in_its_r
     history = records([1.0] * 16, corpus_loss=[(5, 0.09), (16, 0.08)])
     assert [is_finished(history[:n], 99, target) for n in (5, 15, 16)] == [False, False, True]
     assert results_of(history, target, 100, 99, 3.3)["to_target"]["twice"] == {"steps": 16, "tokens": 160}
+
+
+@pytest.mark.parametrize(
+    ("target", "result"),
+    [
+        ({"rule": "sliding", "loss": 0.5}, (0.4, 3, True)),
+        ({"rule": "sliding", "loss": 0.4}, (0.4, 3, False)),
+        ({"rule": "validation", "loss": 2.0}, (1.5, 2, True)),  # the step of the kept model
+        ({"rule": "batch", "loss": 0.5}, (0.6, 3, False)),
+        ({"rule": "average", "loss": 0.9, "average_steps": 2}, (0.8, 3, True)),
+        ({"rule": "average", "loss": 1.3, "average_steps": 4}, (1.2, 3, False)),  # too few steps
+        ({"rule": "corpus", "loss": 0.5}, None),  # not measured
+        ({"rule": "of another version", "loss": 0.5}, None),
+        ({}, None),
+    ],
+)
+def test_the_result_is_the_loss_of_the_target_rule(target, result):
+    history = records([2.0, 1.0, 0.6], validation_loss=[(1, 1.7), (2, 1.5), (3, 1.6)], sliding_loss=[(3, 0.4)])
+    found = result_of(history, target)
+    assert (found and (pytest.approx(found.loss), found.step, found.is_met)) == result
+    assert found is None or found.tokens == 10 * found.step
+    assert result_of([], target) is None
+
+
+def test_the_result_of_a_missed_target_is_that_of_the_kept_model():
+    history = records([1.0] * 3, sliding_loss=[(1, 0.5), (2, 0.4), (3, 0.6)])  # the model of the second step is kept
+    assert result_of(history, {"rule": "sliding", "loss": 0.1})[:2] == (0.4, 2)
+
+
+def test_each_evaluated_loss_has_a_text_and_windows():
+    assert LOSSES.keys() == set(EVALUATED_LOSSES)
+
+
+@dataclass
+class WithQuarter(StepRecord):
+    """A record with one more loss of a whole text."""
+
+    quarter_loss: float | None = evaluated()
+
+
+@pytest.fixture
+def quarter(monkeypatch):
+    """The records of a run that met a rule for a new loss, which is added as CONTRIBUTING.md says, at step 3."""
+    monkeypatch.setitem(LOSSES, "quarter_loss", ("train", lambda n, length: fixed_windows(n // 4, length)))
+    rule = Rule(lambda run, config: (run[-1].quarter_loss or 1) < config.loss, "a quarter of the text", "quarter_loss")
+    monkeypatch.setitem(RULES, "quarter", rule)
+    EVALUATED_LOSSES.append("quarter_loss")  # a list, so that all modules see it
+    losses = {2: {"quarter_loss": 0.5}, 3: {"quarter_loss": 0.01, "sliding_loss": 0.02, "corpus_loss": 0.03}}
+    yield [WithQuarter(i, 100 * i, 5 / i, 1.0, 0.1, step_s=0.5, **losses.get(i, {})) for i in (1, 2, 3)]
+    EVALUATED_LOSSES.remove("quarter_loss")
+
+
+def test_a_new_rule_on_a_new_loss_decides_its_result_and_the_loss_is_known_everywhere(quarter, tmp_path, capsys):
+    target = TARGET.updated(rule="quarter", loss=0.02)
+    assert is_finished(quarter, 100, target)
+    assert result_of(quarter, target.model_dump()) == (0.01, 3, 300, True)
+    longer = without_end(quarter, 100, 10, False, target.updated(loss=0.001))  # no evaluation is due at its third step
+    assert {name: getattr(longer, name) for name in EVALUATED_LOSSES} == dict.fromkeys(EVALUATED_LOSSES)
+    reads = _read_tokens(16, 1601, 0)
+    assert reads == {
+        "validation_loss": 0,
+        "corpus_loss": 1600,
+        "sliding_loss": reads["sliding_loss"],
+        "quarter_loss": 400,
+    }
+    each_time = target.updated(eval_interval=5)
+    assert _evaluated_tokens(each_time, 100, 10, reads) == 20 * 400 + sum(reads.values())
+    with closing(Progress(2, 200, 100, 0.02)) as progress:
+        progress.show(quarter[2])
+    assert (
+        "loss 1.6667, sliding loss 0.0200, corpus loss 0.0300, quarter loss 0.0100, target" in capsys.readouterr().out
+    )
+    write_lines(tmp_path / STEPS, [record.line(STEPS) for record in quarter])
+    write_tables(RunReport(steps := read_steps(tmp_path / STEPS), steps, {}, [1.0], {}), tmp_path)
+    lines = ["step,tokens,sliding_loss,corpus_loss,quarter_loss", "2,200,,,0.5", "3,300,0.02,0.03,0.01"]
+    assert (tmp_path / "checks.csv").read_text().splitlines() == lines
 
 
 @pytest.mark.parametrize(("rule", "patience", "named"), [("validation", None, "rule"), ("corpus", 3, "patience is 3")])
