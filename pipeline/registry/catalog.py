@@ -62,7 +62,8 @@ def rule_of(tags: dict[str, str]) -> Rule | None:
 
 def run_id_of(version: "ModelVersion") -> str | None:
     """The run of a version by its tag, which `register` renews; MLflow keeps the first run, even if it is removed."""
-    return version.tags.get("run_id") or version.run_id
+    run_id: str | None = version.tags.get("run_id") or version.run_id
+    return run_id
 
 
 def open_registry(root: Path) -> Store:

@@ -224,7 +224,7 @@ def test_a_champion_of_another_rule_stays_and_each_rule_has_its_own_best(store, 
     )  # fmt: skip
     longer = register_it(trained_project(tmp_path / "longer", loss=0.08, n_tokens=65))
     assert longer["reason"].endswith(
-        "champion 1, whose own loss is 0.0900; champion 4 has the rule validation and stays"
+        "version 1 (the best of the rule sliding), whose own loss is 0.0900; champion 4 has the rule validation and stays"
     )
     assert aliases(store, name) == {
         "champion": "4", "champion-validation": "4", "champion-sliding": "5", "candidate": "5"
