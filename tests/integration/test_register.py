@@ -223,9 +223,8 @@ def test_a_champion_of_another_rule_stays_and_each_rule_has_its_own_best(store, 
         True, "validation loss 1.7500 on the held-out tokens of champion 2, whose own loss is 1.8000", None
     )  # fmt: skip
     longer = register_it(trained_project(tmp_path / "longer", loss=0.08, n_tokens=65))
-    assert longer["reason"].endswith(
-        "version 1 (the best of the rule sliding), whose own loss is 0.0900; champion 4 has the rule validation and stays"
-    )
+    best = "on the tokens of version 1 (the best of the rule sliding), whose own loss is 0.0900"
+    assert longer["reason"].endswith(f"{best}; champion 4 has the rule validation and stays")
     assert aliases(store, name) == {
         "champion": "4", "champion-validation": "4", "champion-sliding": "5", "candidate": "5"
     }  # fmt: skip
