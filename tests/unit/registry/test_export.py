@@ -136,6 +136,8 @@ def test_the_card_says_from_which_published_weights_the_model_was_trained():
     space = cards.space_card(info, "6.0", "3.11", 10**6)
     assert "license: other\nmodels: [openai/gpt2]\n" in space
     assert "MIT, see" not in space
+    info["rule"] = {"held_out": True}
+    assert "A GPT-2 that was fine-tuned on one text" in cards.space_card(info, "6.0", "3.11", 10**6)
 
 
 def test_the_card_says_which_part_of_the_text_was_held_out():
