@@ -29,7 +29,10 @@ def line_chart(title: str, unit: str, points: Points, second: Points = (), log: 
 
     svg = [f'<path d="M0 {top(tick):.2f}H100"/>' for tick in ticks]
     labels = [f'<span class="tick y" style="top:{top(tick):.2f}%">{_number(tick)}</span>' for tick in ticks]
-    labels += [f'<span class="tick x" style="left:{100 * x / right:.2f}%">{_number(x)}</span>' for x in _steps(right)]
+    labels += [
+        f'<span class="tick x" style="left:{100 * x / right:.2f}%">{_number(x)}</span>'
+        for x in _steps(0, right, whole=True)
+    ]
     for name, curve in zip(("curve", "curve second"), curves, strict=True):
         stride = -(-len(curve) // MAX_POINTS) or 1
         path = "L".join(f"{100 * x / right:.2f} {top(y):.2f}" for x, y in curve[::-stride])  # with the last point
@@ -48,21 +51,26 @@ def _axis(low: float, high: float, log: bool) -> tuple[float, float, list[float]
     """Lower and upper end of the vertical axis, and its ticks."""
     if not log:
         high = 1.06 * (high or 1.0)
-        return 0.0, high, _steps(high)
+        return 0.0, high, _steps(0, high)
     low, high = low / 1.15, high * 1.15
     ticks = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    if len(ticks) < 2:
+        return low, high, _steps(low, high)
     return low, high, ticks if len(ticks) < 7 else [tick for tick in ticks if f"{tick:e}"[0] == "1"]
 
 
-def _steps(high: float) -> list[float]:
-    """Four to six round numbers from 0 to `high`."""
-    size = 10.0 ** math.floor(math.log10(high / 5))
-    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= high / 5)
-    return [n * step for n in range(int(high / step + 1e-9) + 1)]
+def _steps(low: float, high: float, whole: bool = False) -> list[float]:
+    """Round numbers from `low` to `high`, six at most; `whole`: only whole ones."""
+    least = (high - low) / 5
+    size = 10.0 ** math.floor(math.log10(least))
+    sizes = (m * size for m in (1, 2, 2.5, 5, 10) if m * size >= least)
+    step = next(each for each in sizes if not whole or each.is_integer())
+    return [n * step for n in range(math.ceil(low / step - 1e-9), int(high / step + 1e-9) + 1)]
 
 
 def _number(value: float) -> str:
-    """Three digits at most, large numbers in thousands."""
-    if value >= 10_000:
-        return f"{value / 1000:,.3g}k" if value < 1e6 else f"{value / 1e6:.3g}M"
-    return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
+    """Three digits at most, large numbers in thousands or millions."""
+    rounded = float(f"{value:.3g}")
+    if rounded >= 10_000:
+        return f"{rounded / 1000:.3g}k" if rounded < 1e6 else f"{rounded / 1e6:.3g}M"
+    return f"{rounded:,g}"

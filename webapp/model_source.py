@@ -1,5 +1,6 @@
 """Load a version from a folder, and find words in its training text."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -50,16 +51,20 @@ class Served:
 
     @cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:
-        """The training text in lower-case ASCII, and the byte offset of each token in it."""
+        """The training text, and the byte offset of each token in it."""
         length_of = np.array([len(self.tokenizer.decode_bytes([i])) for i in range(self.tokenizer.n_vocab)])
-        return self.tokenizer.decode_bytes(self.ids.tolist()).lower(), np.append(0, length_of[self.ids].cumsum())
+        return self.tokenizer.decode_bytes(self.ids.tolist()), np.append(0, length_of[self.ids].cumsum())
+
+    def contains(self, ids: Sequence[int]) -> bool:
+        """Whether the text of `ids` occurs in the training text, also where that has other tokens."""
+        return self.tokenizer.decode_bytes(ids) in self._text[0]
 
     def find(self, words: str, after: int) -> tuple[int, int] | None:
         """Token range [first, end) of the next occurrence of `words` after token `after`, or None.
 
         The search ignores case, and continues from the start of the text.
         """
-        text, begins = self._text
+        text, begins = self._text[0].lower(), self._text[1]
         if not (wanted := words.encode("utf-8", errors="replace").lower()):
             return None
         found = text.find(wanted, int(begins[min(after + 1, len(begins) - 1)]))

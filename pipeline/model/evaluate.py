@@ -199,7 +199,8 @@ def verbatim_recall(model: GPT, split: Split, places: Windows, autocast: Abstrac
 
     A place is a window and the position of its first target, from which on `recall_tokens(model)` tokens are recited.
     Greedy decoding recites them if and only if each has the highest probability, given all tokens before it. So one
-    forward pass is enough.
+    forward pass is enough. An end of text among them is predicted like any other token, although generation would
+    stop there.
     """
     exact, n, length = 0, recall_tokens(model), int(places[:, 1].max()) + recall_tokens(model)
     for batch in _batches(places, length):

@@ -60,6 +60,12 @@ def rule_of(tags: dict[str, str]) -> Rule | None:
     return RULES.get(tags.get("rule", ""))
 
 
+def run_id_of(version: "ModelVersion") -> str | None:
+    """The run of a version by its tag, which `register` renews; MLflow keeps the first run, even if it is removed."""
+    run_id: str | None = version.tags.get("run_id") or version.run_id
+    return run_id
+
+
 def open_registry(root: Path) -> Store:
     """Open the store of `root` for reading. Raises ModelMissing if there is none, or if it does not answer."""
     uri = store_uri(root)
@@ -149,13 +155,13 @@ def describe_version(store: Store, version: "ModelVersion", files: Path) -> dict
     params.yaml are invalid.
     """
     label = label_of(version)
-    if not version.run_id:
+    if not (run_id := run_id_of(version)):
         raise ModelMissing(f"{label} has no run, so `register` did not make it: use another version")
     require_valid_tags(version.tags, label)
     with translate_store_errors(store.uri, label, REMEDY):
-        run = store.client.get_run(version.run_id)
-        histories = {key: store.client.get_metric_history(version.run_id, key) for key in HISTORY}
-        samples = _samples(store, version.run_id)
+        run = store.client.get_run(run_id)
+        histories = {key: store.client.get_metric_history(run_id, key) for key in HISTORY}
+        samples = _samples(store, run_id)
     params = _read_params(files / "params.yaml", label)
     tags = run.data.tags
     prefix = "environment."
@@ -205,7 +211,7 @@ def identity_of(store: Store, version: "ModelVersion") -> "Identity":
     """
     label = label_of(version)
     with translate_store_errors(store.uri, label, REMEDY), tempfile.TemporaryDirectory() as folder:
-        return read_identity(Path(store.client.download_artifacts(version.run_id, "identity.json", folder)), label)
+        return read_identity(Path(store.client.download_artifacts(run_id_of(version), "identity.json", folder)), label)
 
 
 def read_identity(path: Path, label: str) -> "Identity":

@@ -132,6 +132,9 @@ def _described(artifacts: Path, tokenizer: Tokenizer, config: dict[str, Any], n_
     """What a model's card needs beside the version info."""
     text = TokenFolder(artifacts / "tokens").train
     n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half: the continuation
+    prompt = text.read(0, n_prompt).tolist()
+    if tokenizer.eot in prompt:  # half of a short document, which the model continues to its end
+        prompt = prompt[: (prompt.index(tokenizer.eot) + 1) // 2]
     return {
         **config,
         "n_params": n_params,
@@ -139,7 +142,7 @@ def _described(artifacts: Path, tokenizer: Tokenizer, config: dict[str, Any], n_
         "n_tokens": len(text),
         "tokenizer": tokenizer.description,
         # A space at the end of a prompt would be encoded as another token.
-        "prompt": tokenizer.decode(text.read(0, n_prompt).tolist()).rstrip(" \t\r\n"),
+        "prompt": tokenizer.decode(prompt).rstrip(" \t\r\n"),
     }
 
 

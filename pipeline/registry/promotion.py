@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION_BEFORE = "champion_before"  # tag of the registered model: the version that a rollback restores
-ROLLED_BACK = "rolled_back"  # tag of a version that lost the alias by a rollback
+ROLLED_BACK = "rolled_back"  # tag of a version that lost its aliases by a rollback
 PASSED, VERDICT = "passed_gate", "verdict"  # tags of a version: true or false, and the reason
 SAME_LOSS = 0.01  # relative difference that is allowed between two machines for the loss of one model
 PASSAGES, PASSAGE_TOKENS = 200, 64  # of a held-out text, to find out whether a model was trained on it
@@ -46,6 +46,7 @@ class Champion:
     """What the gate needs from the best version so far of the candidate's target rule."""
 
     version: str
+    name: str  # for messages: champion N, or the version that is the best of its rule
     loss: float | None  # that the rule compares, on its own text; None: an earlier version of the project registered it
     n_tokens: int
     data_sha256: str
@@ -64,57 +65,71 @@ def judge(
     """Decide whether `candidate` is the best version of its target rule, whether it gets the alias champion, and why.
 
     `best` is the best version of this rule so far; `other` is the champion's number and rule if that is another rule.
-    Such a champion stays, since losses of two rules cannot be compared.
+    Such a champion stays, since losses of two rules cannot be compared; with `replace_champion`, each version without
+    a flaw replaces it.
 
-    The rule must be one that makes champions. The records must agree, and the rule's loss must be below the target,
-    unless `require_target` is false. The loss on the tokens of `best` must not be higher than its own. For a rule that
-    compares the loss of the training text, the target must be at most `max_target_loss`, and the text must have at
-    least as many tokens as that of `best`. The loss of a held-out text depends on text and tokenizer, so it has no such
-    bound. With `replace_champion`, a `best` of another text and a champion of another rule are replaced instead.
+    A version without a flaw has a rule that makes champions, records that agree and, unless `require_target` is false,
+    a loss below the target. For a rule that compares the loss of the training text, the target must be at most
+    `max_target_loss`. The loss of a held-out text depends on text and tokenizer, so it has no such bound.
+
+    The best version of its rule: the loss on the tokens of `best` must not be higher than its own and, if they are
+    training tokens, the candidate's text must not have fewer of them. With `replace_champion`, a `best` of another text
+    is replaced without a comparison.
     """
+    if flaw := _flaw(candidate, config):
+        return Verdict(False, False, flaw)
+    is_best, reason = _compare(candidate, best, config, other)
+    if other is None:
+        return Verdict(is_best, is_best, reason)
+    number, its_rule = other
+    if config.replace_champion:
+        return Verdict(is_best, True, f"{reason}; it replaces champion {number}, which has the rule {its_rule}")
+    stays = f"; champion {number} has the rule {its_rule} and stays" if is_best else ""
+    return Verdict(is_best, False, f"{reason}{stays}")
+
+
+def _flaw(candidate: Candidate, config: RegistryConfig) -> str | None:
+    """Why the candidate cannot become champion, whatever other versions there are; None if nothing is wrong with it."""
     loss, trained, target = candidate.loss, candidate.trained_loss, candidate.target_loss
     rule, name = RULES[candidate.rule], candidate.rule
-
-    def refuse(reason: str) -> Verdict:
-        return Verdict(False, False, reason)
-
-    def accept(reason: str) -> Verdict:
-        if other is None:
-            return Verdict(True, True, reason)
-        number, its_rule = other
-        if config.replace_champion:
-            return Verdict(True, True, f"{reason}; it replaces champion {number}, which has the rule {its_rule}")
-        return Verdict(True, False, f"{reason}; champion {number} has the rule {its_rule} and stays")
-
     if candidate.rolled_back:
-        return refuse("was rolled back by hand")
+        return "was rolled back by hand"
     if not rule.makes_champion:
         strong = " or ".join(each for each in RULES if RULES[each].makes_champion)
-        return refuse(f"the rule {name} makes no champion: set target.rule to {strong}")
+        return f"the rule {name} makes no champion: set target.rule to {strong}"
     if loss is None:
-        return refuse("is not evaluated: `dvc repro evaluate` measures its loss")
+        return "is not evaluated: `dvc repro evaluate` measures its loss"
     if candidate.journal_loss != trained:
-        return refuse(f"run.json disagrees with its journal: loss {trained:.4f} at step {candidate.model_step}")
+        return f"run.json disagrees with its journal: loss {trained:.4f} at step {candidate.model_step}"
     if not math.isclose(loss, trained, rel_tol=SAME_LOSS):
-        return refuse(f"metrics.json says loss {loss:.4f}, training measured {trained:.4f}: evaluate again")
+        return f"metrics.json says loss {loss:.4f}, training measured {trained:.4f}: evaluate again"
     if target > config.max_target_loss and not rule.needs_held_out:
-        return refuse(f"target {target:g} is above registry.max_target_loss {config.max_target_loss:g}")
+        return f"target {target:g} is above registry.max_target_loss {config.max_target_loss:g}"
     if loss >= target and config.require_target:
-        return refuse(f"{name} rule not met: loss {loss:.4f}, target {target:g}")
-    reached = "reached the target" if loss < target else "is not required to reach the target"
+        return f"{name} rule not met: loss {loss:.4f}, target {target:g}"
+    return None
+
+
+def _compare(
+    candidate: Candidate, best: Champion | None, config: RegistryConfig, other: tuple[str, str] | None
+) -> tuple[bool, str]:
+    """Whether a candidate without a flaw is the best version of its rule, and why; arguments as for `judge`."""
+    assert candidate.loss is not None  # that is a flaw
+    loss, rule, name = candidate.loss, RULES[candidate.rule], candidate.rule
+    reached = "reached the target" if loss < candidate.target_loss else "is not required to reach the target"
     if best is None:
-        return accept(f"{reached}, and there was no champion" + f" of the rule {name}" * (other is not None))
+        return True, f"{reached}, and there was no champion" + f" of the rule {name}" * (other is not None)
     if candidate.data_sha256 != best.data_sha256 and config.replace_champion:
-        return accept(f"{reached}, and replaces version {best.version}, which has another text")
+        return True, f"{reached}, and replaces version {best.version}, which has another text"
     if candidate.n_tokens < best.n_tokens and not rule.needs_held_out:
-        return refuse(f"trained on {candidate.n_tokens:,} tokens, champion {best.version} on {best.n_tokens:,}")
+        return False, f"trained on {candidate.n_tokens:,} tokens, fewer than the {best.n_tokens:,} of {best.name}"
     if best.loss is None:
-        return accept(f"{reached}; the {name} loss of champion {best.version} is not known")
+        return True, f"{reached}; no {name} loss is recorded for {best.name}"
     if candidate.data_sha256 != best.data_sha256:
         loss = best.candidate_loss()
     tokens = "held-out tokens" if rule.needs_held_out else "tokens"
-    reason = f"{name} loss {loss:.4f} on the {tokens} of champion {best.version}, whose own loss is {best.loss:.4f}"
-    return accept(reason) if loss <= best.loss else refuse(f"worse: {reason}")
+    reason = f"{name} loss {loss:.4f} on the {tokens} of {best.name}, whose own loss is {best.loss:.4f}"
+    return (True, reason) if loss <= best.loss else (False, f"worse: {reason}")
 
 
 def next_step(version: str, champion: str | None, other: str | None) -> str:
@@ -139,7 +154,7 @@ def model_loss(project: Path, tokens: Path, name: str) -> float:
     part, windows = LOSSES[name]
     text: Tokens = getattr(TokenFolder(tokens), part)
     if part == "val" and (known := known_share(text, TokenFolder(project / "data" / "tokens").train)) > MAX_KNOWN:
-        raise InputError(f"was trained on {known:.0%} of the text that the champion holds out: they cannot be compared")
+        raise InputError(f"was trained on {known:.0%} of the other version's held-out text: they cannot be compared")
     machine = prepare_machine(load_params(project / "params.yaml").section(TrainConfig))
     model = load_model(project / "models" / "model").to(machine.device)
     length, split = model.trained_length, Split(text, model.vocabulary, machine.device)
@@ -163,15 +178,11 @@ def set_best(store: Store, name: str, version: "ModelVersion") -> None:
 
 
 def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None:
-    """Move the alias champion and that of its target rule to `version`.
-
-    Returns the former champion's number, which a rollback restores.
-    """
+    """Move the alias champion to `version`; return the former champion's number, which a rollback restores."""
     before = store.client.get_registered_model(name).aliases.get(CHAMPION)
     if before is not None and str(before) != str(version.version):
         store.client.set_registered_model_tag(name, CHAMPION_BEFORE, str(before))
     store.client.set_registered_model_alias(name, CHAMPION, version.version)
-    set_best(store, name, version)
     if ROLLED_BACK in version.tags:
         store.client.delete_model_version_tag(name, version.version, ROLLED_BACK)
     return None if before is None else str(before)
@@ -182,6 +193,7 @@ def promote(store: Store, name: str, which: str) -> str:
     version = find_version(store, name, which)
     open_version(store, version)
     with translate_store_errors(store.uri, name):
+        set_best(store, name, version)
         before = set_champion(store, name, version)
     if before == str(version.version):
         return f"{label_of(version)} is already champion"
@@ -193,7 +205,10 @@ def promote(store: Store, name: str, which: str) -> str:
 
 
 def rollback(store: Store, name: str) -> str:
-    """Give the alias champion back to the former champion; a second call undoes it. Returns a line for the user."""
+    """Give the alias champion back to the former champion; a second call undoes it. Returns a line for the user.
+
+    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again.
+    """
     with translate_store_errors(store.uri, name):
         model = registered_model(store, name)
     current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
@@ -203,4 +218,8 @@ def rollback(store: Store, name: str) -> str:
     if current is not None:
         with translate_store_errors(store.uri, name):
             store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
+            rule = store.client.get_model_version(name, str(current)).tags.get("rule", "")
+            best = store.client.get_registered_model(name).aliases.get(alias := rule_alias(rule))
+            if str(best) == str(current):
+                store.client.delete_registered_model_alias(name, alias)
     return line

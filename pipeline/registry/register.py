@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 LOSS_TAGS = tuple(name for loss in EVALUATED_LOSSES for name in (loss, bits_name(loss)))
-IS_CHAMPION = "is the champion"
+IS_CHAMPION, IS_BEST = "is the champion", "is the best version of its rule"
 AGAIN = "then `dvc repro -f -s register`"
 BROKEN: tuple[type[Exception], ...] = (IntegrityError, ModelMissing, LookupError, TypeError, ValueError, RuntimeError)
 LossOn = Callable[[Path, Path, str], float]  # project, token folder, loss of LOSSES -> that loss of the project's model
@@ -64,12 +64,13 @@ def register(root: Path, project: Path, config: RegistryConfig, loss_on: LossOn 
         _describe(store, version, run, record, metrics, result)
         store.client.set_registered_model_alias(config.model, CANDIDATE, version.version)
         verdict = _judge(store, project, config, version, record, metrics, loss_on)
+        if verdict.is_best:  # first: if it is killed in between, the next call moves the alias champion
+            set_best(store, config.model, version)
         if verdict.promotes:
             set_champion(store, config.model, version)
-        elif verdict.is_best:
-            set_best(store, config.model, version)
-        if verdict.reason != IS_CHAMPION or PASSED not in version.tags:  # keep the reason for which it became champion
-            for key, value in ((VERDICT, verdict.reason), (PASSED, str(verdict.is_best).lower())):
+        if verdict.reason not in (IS_CHAMPION, IS_BEST) or PASSED not in version.tags:  # else keep its first reason
+            passed = str(verdict.is_best or verdict.promotes).lower()
+            for key, value in ((VERDICT, verdict.reason), (PASSED, passed)):
                 store.client.set_model_version_tag(config.model, version.version, key, value)
         version = store.client.get_model_version(config.model, version.version)
         champion = store.client.get_registered_model(config.model).aliases.get(CHAMPION)
@@ -154,20 +155,27 @@ def _judge(
 ) -> Verdict:
     """Judge `version` by its project's files and the tags of the best version so far of its target rule.
 
-    It is refused if these cannot be read, or if two versions cannot be compared.
+    It is refused if these cannot be read, or if two versions cannot be compared. A best version that was rolled back
+    by hand is ignored.
     """
     aliases = {key: str(value) for key, value in store.client.get_registered_model(config.model).aliases.items()}
-    champion = aliases.get(CHAMPION)
-    if champion == str(version.version):
-        return Verdict(True, True, IS_CHAMPION)
+    champion, own, rule = aliases.get(CHAMPION), str(version.version), version.tags["rule"]
+    number = aliases.get(rule_alias(rule))
+    if champion == own:
+        return Verdict(number in (None, own), True, IS_CHAMPION)
     try:
         candidate = candidate_of(project, version.tags, record, metrics)
         its_rule = store.client.get_model_version(config.model, champion).tags.get("rule") if champion else None
-        other = (champion, its_rule) if champion and its_rule not in (None, candidate.rule) else None
-        number = aliases.get(rule_alias(candidate.rule), None if other else champion)  # early registries lack the alias
-        best = None
-        if number not in (None, str(version.version)):
-            best = _champion(store, config.model, str(number), RULES[candidate.rule].loss, project, loss_on)
+        other = (champion, its_rule) if champion and its_rule not in (None, rule) else None
+        if number and ROLLED_BACK in store.client.get_model_version(config.model, number).tags:
+            number = None
+        if number == own:
+            return Verdict(True, other is None or config.replace_champion, IS_BEST)
+        number = number or (None if other else champion)  # early registries lack the alias
+        if number is None:
+            return judge(candidate, None, config, other)
+        name = f"champion {number}" if number == champion else f"version {number} (the best of the rule {rule})"
+        best = _champion(store, config.model, number, name, RULES[rule].loss, project, loss_on)
         return judge(candidate, best, config, other)
     except InputError as error:
         return Verdict(False, False, first_line(error))
@@ -175,23 +183,24 @@ def _judge(
         return Verdict(False, False, f"could not be judged: {type(error).__name__}: {first_line(error)}")
 
 
-def _champion(store: Store, name: str, number: str, loss: str, project: Path, loss_on: LossOn) -> Champion:
-    version = store.client.get_model_version(name, number)
+def _champion(store: Store, model: str, number: str, name: str, loss: str, project: Path, loss_on: LossOn) -> Champion:
+    """What `judge` needs from the version `number`, which messages call `name`; `loss`: the one that is compared."""
+    version = store.client.get_model_version(model, number)
     tags = version.tags
     if missing := {"train_tokens", "data_sha256"} - tags.keys():
-        raise IntegrityError(f"champion {number} has no tag {min(missing)}, so `register` did not make it")
+        raise IntegrityError(f"{name} has no tag {min(missing)}, so `register` did not make it")
 
     def candidate_loss() -> float:
         theirs = read_json(fetch_version(store, version, f"artifacts/model/{MANIFEST}"))
         if _tokenizer_files(theirs) != _tokenizer_files(read_json(project / "models" / "model" / MANIFEST)):
-            raise InputError(f"has another tokenizer than champion {number}: their losses cannot be compared")
+            raise InputError(f"has another tokenizer than {name}: their losses cannot be compared")
         tokens = fetch_version(store, version, "artifacts/tokens")
         if sha256_file(tokens / MANIFEST) != tags["data_sha256"]:
-            raise IntegrityError(f"{tokens} is not the text of champion {number}")
+            raise IntegrityError(f"{tokens} is not the text of {name}")
         return loss_on(project, tokens, loss)
 
     own = float(tags[loss]) if loss in tags else None
-    return Champion(number, own, int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
+    return Champion(number, name, own, int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
 
 
 def _tokenizer_files(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,9 @@ def modelfile(info: dict[str, Any], model: dict[str, Any]) -> str:
 
 
 def _card(template: str, info: dict[str, Any], model: dict[str, Any], **values: Any) -> str:
-    environment, share = info["environment"], info["params"].get("corpus", {}).get("fraction", 1)
+    environment, corpus = info["environment"], info["params"].get("corpus", {})
+    fraction, val_fraction = corpus.get("fraction", 1), corpus.get("val_fraction", 0)
+    share = fraction * (1 - val_fraction)  # of the whole text
     return _render(
         template,
         info,
@@ -61,8 +63,8 @@ def _card(template: str, info: dict[str, Any], model: dict[str, Any], **values: 
         measures=MEASURES,
         rules=_rules(info["metrics"]),
         curve=CURVE if info["history"].get("loss") else None,
-        init=info["tags"].get("init") or info["params"].get("model", {}).get("init"),
         part="all of it" if share == 1 else f"the first {100 * share:.3g}% of it",
+        held_out=f"{100 * fraction * val_fraction:.3g}%" if val_fraction else None,
         machine=", ".join(f"{key} {environment[key]}" for key in ENVIRONMENT if key in environment),
         **values,
     )
@@ -93,13 +95,20 @@ def space_card(info: dict[str, Any], gradio: str, python: str, size_bytes: int) 
 
 
 def _render(template: str, info: dict[str, Any], **values: Any) -> str:
-    """Render a template of templates/; `known`: the text is Tiny Shakespeare, which is in the public domain."""
+    """Render a template of templates/.
+
+    `known`: the text is Tiny Shakespeare, which is in the public domain. `init`: the published weights that the
+    training continued, None if it began from scratch; `base`: their name on the Hub, "" if they are not from there.
+    """
     folder, corpus = FileSystemLoader(Path(__file__).parent / "templates"), info["params"].get("corpus", {})
     environment = Environment(loader=folder, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 (no HTML)
     environment.filters |= {"thousands": "{:,.0f}".format, "repr": repr, "shell": shlex.quote}
     known = corpus.get("sha256") == TINY_SHAKESPEARE
     rule = info.get("rule")  # an early version has none
-    return environment.get_template(template).render(info, corpus=corpus, known=known, rule=rule, **values)
+    init = info["tags"].get("init") or info["params"].get("model", {}).get("init")
+    base = init.removeprefix("hf://").partition("@")[0] if init and init.startswith("hf://") else ""
+    values |= {"corpus": corpus, "known": known, "rule": rule, "init": init, "base": base}
+    return environment.get_template(template).render(info, **values)
 
 
 def _rules(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:

@@ -17,6 +17,9 @@ from pipeline.system.files import read_json
 from pipeline.system.words import counted
 from pipeline.tracking.journal import EVALUATED_LOSSES, STEPS, TIMES, read_steps
 from pipeline.tracking.run_record import read_run
+from pipeline.training.target import RULES
+
+LOSS = "loss (nats per token)"  # the label of an axis
 
 CHECKS = {  # loss -> its name, colour and marker in the figure of the losses; others are black
     "sliding_loss": ("anywhere", style.RED, "o"),
@@ -55,10 +58,10 @@ class RunReport:
 
     @property
     def loss_unit(self) -> str:
-        """The label of an axis of losses."""
+        """The label of an axis of losses, with the bits per byte of the text that the target rule evaluates."""
         results = self.run["results"]
         if not (bits := results.get("bits_per_byte")):  # earlier runs do not have it
-            return "loss (nats per token)"
+            return LOSS
         return f"loss (nats per token; 1 is {bits / results['loss']:.3g} bits per byte)"
 
 
@@ -80,13 +83,14 @@ def loss_figure(report: RunReport) -> Figure:
     style.log_scale(axes)
     axes.set_ylabel(report.loss_unit)
     bits = f"{bits:.3g} bits per byte, " if (bits := results.get("bits_per_byte")) else ""
-    after = counted(len(steps), "step")
+    n, best = len(steps), results.get("model_step", len(steps))
+    after = counted(n, "step") if best == n else f"{best:,} of {n:,} steps"
     axes.set_title(f"Loss {results['loss']:.3g} ({bits}{results['rule']} rule) after {after}")
     style.count_steps(axes, len(steps))
     style.legend_above(axes)
     target = results["target_loss"]
     met = {rule: at for rule, at in results["to_target"].items() if at is not None}
-    style.level(axes, target, f"target {target:g}" if met else f"target {target:g}\nnot reached")
+    style.level(axes, target, f"target {target:g}" if results["rule"] in met else f"target {target:g}\nnot reached")
 
     axes.plot([at["steps"] for at in met.values()], [target] * len(met), "|", color=style.BLACK, ms=14)
     notes = [f"{rule} rule met: step {at['steps']:,}, {style.short(at['tokens'])} tokens" for rule, at in met.items()]
@@ -157,14 +161,15 @@ def speed_figure(report: RunReport) -> Figure:
 @style.house_style()
 def position_figure(report: RunReport) -> Figure:
     """Mean loss at each position of the window: the first tokens have little context."""
-    losses = pd.Series(report.position_loss)
+    losses = pd.Series(report.position_loss)  # of the training text
+    held_out = RULES[report.run["results"]["rule"]].needs_held_out
     figure = Figure()
     axes = figure.subplots()
     axes.plot(losses.index + 1, losses, **style.line(losses, style.BLUE))
     style.level(axes, losses.mean(), f"mean {losses.mean():.3g}")
     style.log_scale(axes)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="position in the window (tokens)", ylabel=report.loss_unit)
+    axes.set(xlabel="position in the window (tokens)", ylabel=LOSS if held_out else report.loss_unit)
     style.plain_numbers(axes.xaxis)
     axes.set_title(f"The first token of a window costs {losses.iloc[0]:.2g}, the last {losses.iloc[-1]:.2g}")
     return figure
@@ -186,7 +191,7 @@ def curve_figure(history: dict[str, list[list[float]]], target: float) -> Figure
     if len(held_out):
         axes.plot(held_out["step"], held_out["loss"], **style.line(held_out, style.PINK), label="held-out text")
     style.log_scale(axes)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(LOSS)
     style.count_steps(axes, int(pd.concat([steps, checks])["step"].max()))
     style.legend_above(axes)
     style.level(axes, target, f"target {target:g}")

@@ -3,7 +3,7 @@
 A figure's bytes are the same on every host. The palette is Okabe and Ito's, which suits colour-blind readers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pipeline.system.files import atomic_file
 
@@ -82,10 +82,18 @@ def plain_numbers(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
 
 
+class LogTicks(LogLocator):
+    """Ticks at 1, 2 and 5 of each decade; on an axis with fewer than two of these, at linear steps."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        ticks = super().tick_values(vmin, vmax)
+        return ticks if sum(vmin <= tick <= vmax for tick in ticks) > 1 else AutoLocator().tick_values(vmin, vmax)
+
+
 def log_scale(axes: Axes) -> None:
-    """Make the y axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    """Make the y axis logarithmic, with plain numbers at the ticks of LogTicks."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogTicks(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     plain_numbers(axes.yaxis)
 
@@ -99,7 +107,8 @@ def legend_above(axes: Axes) -> None:
 
 def short(count: float) -> str:
     """A large number in three digits: 304k, 16.1M."""
+    rounded = float(f"{count:.3g}")
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
-            return f"{count / unit:.3g}{name}"
+        if rounded >= unit:
+            return f"{rounded / unit:.3g}{name}"
     return f"{count:g}"

@@ -11,7 +11,7 @@ from fixtures_registry import _keep_threads, _name, alter, save_small_model  # n
 
 from pipeline.config.sections import RegistryConfig
 from pipeline.registry.artifacts import LISTING_TAG, fetch_version, open_version
-from pipeline.registry.catalog import find_version, list_versions, verify
+from pipeline.registry.catalog import describe_version, find_version, identity_of, list_versions, verify
 from pipeline.registry.promotion import promote, rollback
 from pipeline.registry.register import register
 from pipeline.system.errors import IntegrityError, ModelMissing
@@ -132,6 +132,21 @@ def test_a_champion_with_lost_or_altered_files_is_registered_again(store, name, 
     assert register_it(project)["version"] == "4"
 
 
+def test_a_version_whose_run_was_removed_for_good_is_usable_after_it_is_registered_again(
+    store, name, register_it, tmp_path
+):
+    project = trained_project(tmp_path / "project")
+    removed = register_it(project)["run_id"]
+    store.client.delete_run(removed)
+    store.client._tracking_client.store._hard_delete_run(removed)  # as `mlflow gc`
+    with pytest.raises(ModelMissing, match="`dvc repro -f -s register`"):
+        describe_version(store, version := find_version(store, name, "1"), open_version(store, version))
+    assert register_it(project)["run_id"] != removed
+    version = find_version(store, name, "1")
+    assert describe_version(store, version, open_version(store, version))["history"]["loss"]
+    assert identity_of(store, version)["environment"]
+
+
 def test_an_early_version_without_a_listing_stays_usable(store, name, register_it, tmp_path):
     project = trained_project(tmp_path / "project")
     register_it(project)
@@ -208,14 +223,56 @@ def test_a_champion_of_another_rule_stays_and_each_rule_has_its_own_best(store, 
         True, "validation loss 1.7500 on the held-out tokens of champion 2, whose own loss is 1.8000", None
     )  # fmt: skip
     longer = register_it(trained_project(tmp_path / "longer", loss=0.08, n_tokens=65))
-    assert longer["reason"].endswith(
-        "champion 1, whose own loss is 0.0900; champion 4 has the rule validation and stays"
-    )
+    best = "on the tokens of version 1 (the best of the rule sliding), whose own loss is 0.0900"
+    assert longer["reason"].endswith(f"{best}; champion 4 has the rule validation and stays")
     assert aliases(store, name) == {
         "champion": "4", "champion-validation": "4", "champion-sliding": "5", "candidate": "5"
     }  # fmt: skip
     rollback(store, name)
     assert aliases(store, name)["champion"] == "2"
+
+
+def test_the_best_version_of_a_rule_keeps_its_reason_and_loses_its_alias_by_a_rollback(
+    store, name, register_it, tmp_path
+):
+    def validated(folder: str, loss: float) -> Path:
+        return trained_project(tmp_path / folder, loss, rule="validation", target=1.9)
+
+    register_it(trained_project(tmp_path / "champion"))
+    best = validated("best", 1.7)
+    reason = register_it(best)["reason"]
+    again = register_it(best)
+    assert (again["champion"], again["reason"]) == (False, "is the best version of its rule")
+    assert find_version(store, name, "2").tags["verdict"] == reason
+    worse = register_it(validated("worse", 1.75))["reason"]
+    assert "tokens of version 2 (the best of the rule validation), whose own loss is 1.7000" in worse
+
+    promote(store, name, "2")
+    rollback(store, name)
+    assert aliases(store, name) == {"champion": "1", "champion-sliding": "1", "candidate": "3"}
+    store.client.set_registered_model_alias(name, "champion-validation", "2")  # as an early rollback left it
+    assert register_it(best)["reason"] == "was rolled back by hand"
+    assert register_it(validated("later", 1.8))["reason"].startswith("reached the target, and there was no champion")
+    assert aliases(store, name)["champion-validation"] == "4"
+
+
+def test_after_learn_a_champion_of_another_rule_is_replaced_even_by_a_version_that_is_not_the_best_of_its_own(
+    store, name, cheap_versions, tmp_path
+):
+    config = RegistryConfig(model=name, max_target_loss=0.1, replace_champion=True)
+    first = trained_project(tmp_path / "1", 1.7, rule="validation", target=1.9)
+    register(root_of(store), first, config)
+    register(root_of(store), trained_project(tmp_path / "2"), config)
+    worse = trained_project(tmp_path / "3", 1.8, rule="validation", target=1.9)
+    for _ in range(2):  # the champion is registered again: it gets no alias that it did not deserve
+        assert register(root_of(store), worse, config)["champion"]
+        assert aliases(store, name) == {
+            "champion": "3", "champion-validation": "1", "champion-sliding": "2", "candidate": "3"
+        }  # fmt: skip
+        assert find_version(store, name, "3").tags["passed_gate"] == "true"
+    register(root_of(store), trained_project(tmp_path / "4", 0.08), config)
+    assert register(root_of(store), first, config)["champion"]  # the best of its rule is registered again
+    assert aliases(store, name)["champion"] == "1"
 
 
 def test_a_champion_of_another_text_is_replaced_if_params_say_so(store, name, cheap_versions, tmp_path):

@@ -27,12 +27,16 @@ class Choice:
 
     def add(self, update: Piece | Scores) -> None:
         if isinstance(update, Piece):
+            if not self.n_tokens:  # the echoed prompt ends with a whole character, and the new text begins anew
+                self._bytes = b""
             self._text += update.text
             self.n_tokens += len(update.ids) + (update.finished == "end")
             self._finish = update.finished
         for token in update.logprobs:
-            self._pending.append((self._n_characters, token))
-            self._bytes += b"" if token.id == self._tokenizer.eot else self._tokenizer.decode_bytes([token.id])
+            data = b"" if token.id == self._tokenizer.eot else self._tokenizer.decode_bytes([token.id])
+            begun = len((self._bytes + data[:1]).decode("utf-8", errors="replace"))  # the token is in the last of these
+            self._pending.append((self._n_characters + max(0, begun - 1), token))
+            self._bytes += data
             whole = whole_length(self._bytes)
             self._n_characters += len(self._bytes[:whole].decode("utf-8", errors="replace"))
             self._bytes = self._bytes[whole:]

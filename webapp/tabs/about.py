@@ -74,10 +74,10 @@ def _purpose(served: Served, config: ModelConfig | None) -> str:
     layers = f" It has {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide." if config else ""
     corpus = served.info["params"].get("corpus", {})
     origin = f" of <code>{escape(str(corpus['source']))}</code>" if "source" in corpus else ""
-    share = corpus.get("fraction", 1.0)
+    share = corpus.get("fraction", 1.0) * (1 - corpus.get("val_fraction", 0.0))  # that is not held out
     part = "" if share == 1 else f", the first {100 * share:.3g}% of it"
-    init = served.info["tags"].get("init") or served.info["params"].get("model", {}).get("init")
-    start = f"from the published weights <code>{escape(str(init))}</code>" if init else "from scratch"
+    init = _init(served)
+    start = f"from the published weights <code>{escape(init)}</code>" if init else "from scratch"
     aim, use = "on", "It is for writing text in the style of that text: give it a beginning, and it continues."
     if not served.held_out:
         aim, use = (
@@ -96,6 +96,11 @@ def _purpose(served: Served, config: ModelConfig | None) -> str:
     )
 
 
+def _init(served: Served) -> str:
+    """The published weights that the training continued; "" if it began from scratch."""
+    return str(served.info["tags"].get("init") or served.info["params"].get("model", {}).get("init") or "")
+
+
 def _knowledge(served: Served) -> str:
     """Its loss in words; "" if it was not measured."""
     metrics = served.info["metrics"]
@@ -112,14 +117,17 @@ def _knowledge(served: Served) -> str:
 
 
 def _limits(served: Served) -> str:
-    metrics = served.info["metrics"]
+    metrics, init = served.info["metrics"], _init(served)
+    after = "after its published weights, " if init else ""
+    texts = "its text or those of its published weights contain" if init else "its text contains"
     items = [
         "It is not an author. Its best passages are usually copied: the tab Write marks those in the training text.",
         "Its loss is that of held-out text of the same source: on other texts it is higher."
         if served.held_out
         else "Its loss does not measure understanding: such a low loss on a text seen many times is memorisation.",
-        "It is not a source of facts or an assistant: it was trained on no other text, and follows no instructions.",
-        "It has no filter: it can output anything that its text contains.",
+        f"It is not a source of facts or an assistant: {after}it was trained on no other text, and follows no "
+        "instructions.",
+        f"It has no filter: it can output anything that {texts}.",
     ]
     recited = round(metrics.get("recall_tokens", 32))
     if (recall := metrics.get("verbatim_recall_anywhere")) is not None:

@@ -119,11 +119,12 @@ def heat_html(served: Served, place: int, words: str) -> str:
 
 
 def recital_html(served: Served, ids: list[int]) -> str:
-    """The text after the first tokens, beside the model's greedy completion of them."""
-    given = min(GIVEN, len(ids) // 2)
+    """The text after the first tokens, to the end of its document, beside the model's greedy completion of them."""
+    given, eot = min(GIVEN, len(ids) // 2), served.tokenizer.eot
     prompt, truth = ids[:given], ids[given:]
+    truth = truth[: truth.index(eot) + 1] if eot in truth else truth
     pieces = served.engine.stream([prompt], Sampling.of(max_tokens=len(truth), temperature=0))
-    recited = [i for piece in pieces for i in piece.ids]
+    recited = [i for piece in pieces for i in (*piece.ids, *[eot] * (piece.finished == "end"))]
     first_error = next((n for n, (a, b) in enumerate(zip_longest(truth, recited)) if a != b), len(truth))
     verdict = "all correct" if first_error == len(truth) else f"{first_error} correct before the first error"
     changes = SequenceMatcher(None, truth, recited, autojunk=False).get_opcodes()

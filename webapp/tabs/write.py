@@ -226,7 +226,12 @@ def _notes(completion: Completion) -> str:
         "not contain these words in this order, not that they are good."
     )
     if prompt and corpus.following(prompt)[0] < len(prompt):
-        words += note("The training text does not contain this prompt, so the model cannot recite what follows it.")
+        words += note(
+            "The training text contains this prompt, but cut into other tokens, so the model may not recite what "
+            "follows it."
+            if completion.served.contains(prompt)
+            else "The training text does not contain this prompt, so the model cannot recite what follows it."
+        )
     if corpus.limits:
         words += note(f"{corpus.limits}; passages of the rest count as new.")
     if completion.notice:

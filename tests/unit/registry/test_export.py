@@ -14,12 +14,13 @@ import yaml
 from fixtures_registry import SECRET, _keep_threads, version_info, write_version  # noqa: F401 (a fixture)
 from matplotlib import image
 
+from pipeline.data.token_files import write_shard
 from pipeline.model.generator import load_generator
-from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, EXPORTS, export_version
+from pipeline.registry.export import APP_REQUIREMENTS, CPU_INDEX, EXPORTS, _described, export_version
 from pipeline.report import cards
 from pipeline.system import files
 from pipeline.system.errors import InputError, OutOfSpaceError
-from pipeline.system.files import read_json, write_json
+from pipeline.system.files import read_json, write_json, write_manifest
 from pipeline.system.host import SOURCE_ROOT
 
 MODEL = dict.fromkeys(
@@ -128,6 +129,38 @@ def test_the_card_says_from_which_published_weights_the_model_was_trained():
     assert "trained from the published weights hf://openai/gpt2@abc to memorise" in card
     assert "\nlicense: other\nbase_model: openai/gpt2\nlibrary_name: transformers\n" in card
     assert "scratch" not in card
+    for claim in ("model: it was trained on no other text", "Their embeddings are untrained", "Weights and code: MIT"):
+        assert claim not in card
+    assert "after its published weights, it was trained on no other text" in card
+    assert "made from hf://openai/gpt2@abc, whose licence applies" in card
+    space = cards.space_card(info, "6.0", "3.11", 10**6)
+    assert "license: other\nmodels: [openai/gpt2]\n" in space
+    assert "MIT, see" not in space
+    info["rule"] = {"held_out": True}
+    assert "A GPT-2 that was fine-tuned on one text" in cards.space_card(info, "6.0", "3.11", 10**6)
+
+
+def test_the_card_says_which_part_of_the_text_was_held_out():
+    corpus = version_info()["params"]["corpus"]
+    for shares, words in (
+        ({"fraction": 1, "val_fraction": 0.0}, "Tiny Shakespeare, all of it: 1 tokens. The model's"),
+        ({"fraction": 1, "val_fraction": 0.1}, "the first 90% of it: 1 tokens. The next 10% of it was held out. The"),
+        ({"fraction": 0.5, "val_fraction": 0.5}, "the first 25% of it: 1 tokens. The next 25% of it was held out. The"),
+    ):
+        assert words in cards.model_card(version_info(corpus=corpus | shares), MODEL)
+
+
+def test_the_cards_prompt_stays_within_the_first_document(tokenizer, tmp_path):
+    (tokens := tmp_path / "tokens").mkdir()
+    documents = [
+        [*tokenizer.encode(name), tokenizer.eot] for name in ("Emma Woodhouse, handsome", "clever", "and rich")
+    ]
+    write_shard(tokens / "train-00000.bin", documents, tokenizer.n_vocab)
+    write_manifest(tokens)
+    prompt = _described(tmp_path, tokenizer, {"n_positions": 64}, 1)["prompt"]
+    assert prompt
+    assert "Emma Woodhouse, handsome".startswith(prompt)  # and the model continues it
+    assert prompt != "Emma Woodhouse, handsome"
 
 
 def test_the_card_of_a_held_out_target_promises_no_memory():

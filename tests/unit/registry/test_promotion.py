@@ -32,7 +32,9 @@ GOOD = Candidate(
     n_tokens=64,
     data_sha256="a",
 )
-CHAMPION = Champion("1", loss=0.09, n_tokens=64, data_sha256="a", candidate_loss=lambda: pytest.fail("measured"))
+CHAMPION = Champion(
+    "1", "champion 1", loss=0.09, n_tokens=64, data_sha256="a", candidate_loss=lambda: pytest.fail("measured")
+)
 HELD_OUT = {"rule": "validation", "target_loss": 1.9, **dict.fromkeys(("loss", "trained_loss", "journal_loss"), 1.8)}
 WEAK = "makes no champion: set target.rule to sliding or validation"
 
@@ -73,8 +75,8 @@ FEWER = replace(VALIDATED, data_sha256="b", n_tokens=6)  # tokens to learn from 
         (GOOD, {}, (True, f"sliding loss 0.0800 {ON_CHAMPION} 0.0900")),
         (GOOD, {"loss": 0.08}, (True, f"sliding loss 0.0800 {ON_CHAMPION} 0.0800")),
         (GOOD, {"loss": 0.07}, (False, f"worse: sliding loss 0.0800 {ON_CHAMPION} 0.0700")),
-        (GOOD, {"loss": None}, (True, "reached the target; the sliding loss of champion 1 is not known")),
-        (GOOD, {"n_tokens": 6500}, (False, "trained on 64 tokens, champion 1 on 6,500")),
+        (GOOD, {"loss": None}, (True, "reached the target; no sliding loss is recorded for champion 1")),
+        (GOOD, {"n_tokens": 6500}, (False, "trained on 64 tokens, fewer than the 6,500 of champion 1")),
         (OTHER_TEXT, {"candidate_loss": lambda: 0.09}, (True, f"sliding loss 0.0900 {ON_CHAMPION} 0.0900")),
         (OTHER_TEXT, {"candidate_loss": lambda: 0.091}, (False, f"worse: sliding loss 0.0910 {ON_CHAMPION} 0.0900")),
         (
@@ -109,6 +111,16 @@ def test_a_champion_of_another_rule_stays_and_the_version_is_the_best_of_its_own
     assert verdict == (True, False, f"{reason}; champion 7 has the rule sliding and stays")
     verdict = judge(VALIDATED, best, LEARNING, ("7", "sliding"))
     assert verdict == (True, True, f"{reason}; it replaces champion 7, which has the rule sliding")
+
+
+def test_after_learn_the_comparison_with_its_own_rule_does_not_keep_a_champion_of_another_rule():
+    best = replace(CHAMPION, name="version 1 (the best of the rule validation)", loss=1.75)
+    worse = "worse: validation loss 1.8000 on the held-out tokens of version 1 (the best of the rule validation)"
+    worse += ", whose own loss is 1.7500"
+    assert judge(VALIDATED, best, CONFIG, ("7", "sliding")) == (False, False, worse)
+    verdict = judge(VALIDATED, best, LEARNING, ("7", "sliding"))
+    assert verdict == (False, True, f"{worse}; it replaces champion 7, which has the rule sliding")
+    assert not judge(replace(VALIDATED, rolled_back=True), best, LEARNING, ("7", "sliding")).promotes
 
 
 MISSED = replace(VALIDATED, target_loss=1.7)
@@ -174,7 +186,7 @@ def test_the_loss_on_other_tokens_is_measured_from_the_saved_model_alone(name, w
 def test_a_held_out_text_on_which_the_model_was_trained_is_no_comparison(measured):
     project, tokens, ids = measured
     trained_on(project, [1, *ids, 2])
-    with pytest.raises(InputError, match="was trained on 100% of the text that the champion holds out"):
+    with pytest.raises(InputError, match="was trained on 100% of the other version's held-out text"):
         model_loss(project, tokens, "validation_loss")
     assert model_loss(project, tokens, "sliding_loss") > 0  # a training text may be known
 

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
-from pipeline.report.figures import FIGURES, RunReport, loss_figure, training_figure, write_figures
+from pipeline.report import style
+from pipeline.report.figures import FIGURES, RunReport, loss_figure, position_figure, training_figure, write_figures
 from pipeline.report.tables import write_tables
 
 STEP_TOKENS = 256
@@ -82,6 +84,8 @@ def test_the_figures_show_when_each_rule_was_met_the_running_mean_and_the_clip(f
     assert "mean of 4 steps" in texts(figure)  # a fiftieth of a short run
     assert replace(finished, steps=pd.concat([finished.steps] * 30)).mean_steps == 100  # target.average_steps
     assert [text.get_text() for text in training_figure(finished).axes[0].texts] == ["clip at 1"]
+    assert "not reached" not in texts(figure)
+    assert "target 0.1\nnot reached" in texts(loss_figure(report_of(200, {"batch": 195})))  # by the rule of the run
 
 
 def overfitted(n_steps: int = 200, best: int = 120, **results) -> RunReport:
@@ -106,10 +110,38 @@ def test_the_loss_figure_shows_overfitting_and_what_early_stopping_saved():
     (mark,) = [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == ":"]
     assert list(mark) == [120, 120]
     assert "step 120: 2.000" in texts(figure)
+    assert "after 200 steps" in texts(figure)
+    assert "after 120 of 200 steps" in texts(loss_figure(overfitted(model_step=120)))  # of which the model is
     for whole in (overfitted(max_steps=200), overfitted(), overfitted(max_steps=1000, to_target={
         "validation": {"steps": 200, "tokens": 51_200}
     })):  # fmt: skip
         assert "early stopping" not in loss_figure(whole).get_supxlabel()
+
+
+def test_the_losses_of_the_training_text_have_no_bits_per_byte_of_the_held_out_text(finished):
+    labels = [position_figure(report).axes[0].get_ylabel() for report in (finished, overfitted())]
+    assert labels == ["loss (nats per token; 1 is 0.437 bits per byte)", "loss (nats per token)"]
+
+
+def test_a_logarithmic_axis_has_at_least_two_ticks():
+    for low in np.geomspace(0.05, 12, 25):
+        for ratio in (1.1, 1.3, 1.6, 2, 3, 5, 100):
+            axes = Figure().subplots()
+            axes.plot([low, low * ratio])
+            style.log_scale(axes)
+            bottom, top = axes.get_ylim()
+            ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+            assert 1 < len(ticks) < 13, (low, ratio, ticks)
+
+
+def test_a_short_number_has_the_unit_that_it_has_after_rounding():
+    assert [style.short(n) for n in (512, 49_920, 999_949, 999_999, 16_100_000)] == [
+        "512",
+        "49.9k",
+        "1M",
+        "1M",
+        "16.1M",
+    ]
 
 
 def test_tables_hold_the_journal_by_step(finished, tmp_path):

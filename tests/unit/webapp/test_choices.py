@@ -1,7 +1,7 @@
 """The choices of OpenAI's answer: where each token begins in the text."""
 
-from pipeline.data.tokenizer import whole_length
-from pipeline.model.generator import Piece, TokenLogprob
+from pipeline.data.tokenizer import whole_length, whole_text
+from pipeline.model.generator import Piece, TextStream, TokenLogprob
 from webapp.engine import Scores
 from webapp.openai_api import choices
 from webapp.openai_api.choices import Choice
@@ -19,6 +19,19 @@ def test_a_token_begins_after_the_whole_characters_before_it(tokenizer):
     ids = [tokenizer.eot, *(tokenizer.encode(text)), tokenizer.eot, *tokenizer.encode("b")]
     bytes_before = [tokenizer.decode_bytes(i for i in ids[:n] if i != tokenizer.eot) for n in range(len(ids))]
     assert offsets(tokenizer, ids) == [len(data.decode("utf-8", errors="ignore")) for data in bytes_before]
+
+
+def test_a_token_after_a_prompt_that_ends_within_a_character_begins_where_its_text_does(tokenizer):
+    ids = tokenizer.encode("a🐱b")  # the cat has three tokens
+    for n_prompt in range(1, len(ids)):
+        prompt, new, stream = ids[:n_prompt], ids[n_prompt:], TextStream()
+        choice = Choice(0, tokenizer, whole_text(tokenizer.decode_bytes(prompt)), reports=True)
+        choice.add(Scores(0, [TokenLogprob(i, -1.0) for i in prompt]))
+        for n, i in enumerate(new, 1):
+            text = stream.add(tokenizer.decode_bytes([i]), last=n == len(new))
+            choice.add(Piece(0, [i], text, "length" if n == len(new) else None, None, (TokenLogprob(i, -1.0),)))
+        answer = choice.take()
+        assert answer["text"][answer["logprobs"]["text_offset"][-1] :] == "b"
 
 
 def test_a_long_prompt_is_decoded_once(tokenizer, monkeypatch):

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from pipeline.config.sections import ModelConfig
 from pipeline.data.corpus_index import CorpusIndex
 from pipeline.data.vocab import Vocabulary
-from pipeline.model.generator import Generator
+from pipeline.model.generator import Generator, Piece
 from pipeline.model.gpt import GPT
 from pipeline.system.errors import InputError
 from pipeline.system.words import counted
 from webapp.api import user_errors
-from webapp.chart import line_chart
+from webapp.chart import _number, line_chart
 from webapp.completion import Completion, complete
 from webapp.engine import TimedOut
 from webapp.html import alias_words, marked_html, place_html, split_text, where_html
@@ -126,6 +126,13 @@ def test_every_text_is_escaped(served):
     assert "&lt;b&gt;First" in shown
 
 
+def test_a_prompt_that_the_text_has_in_other_tokens_is_not_called_missing(served):
+    cut, missing = "contains this prompt, but cut into other tokens", "does not contain this prompt"
+    for prompt, words in ((PROMPT, ""), ("hear me speak.", cut), ("HEAR me speak.", missing), ("zebra", missing)):
+        html = samples_html(completed(served, prompt, max_tokens=1), prompt)
+        assert [each for each in (cut, missing) if each in html] == [words] * bool(words)
+
+
 def test_the_page_says_where_only_a_part_of_a_long_text_is_searched(served):
     n, long = len(served.ids), copy(served)
     long.corpus = CorpusIndex(served.ids, n_text=10 * n)
@@ -184,6 +191,22 @@ def test_errors_of_a_recital_are_marked_on_both_sides(served):
     assert "6 correct before the first error" in html  # half of the window is the prompt
     assert "<del>" in html
     assert "<ins>" in html
+
+
+def test_a_recital_ends_with_the_document(tokenizer):
+    first, eot = tokenizer.encode(LINES)[:40], tokenizer.eot
+
+    def recital_of(recited: list[int], finished: str) -> str:
+        def stream(prompts, sampling):
+            assert (prompts, sampling.max_tokens) == ([first[:32]], 9)
+            yield Piece(0, recited, "", finished, None)
+
+        served: Any = SimpleNamespace(tokenizer=tokenizer, engine=SimpleNamespace(stream=stream))
+        return recital_html(served, [*first, eot, *first])
+
+    assert "recites the next <b>9</b>: <b>all correct" in recital_of(first[32:], "end")
+    assert "8 correct before the first error" in recital_of([*first[32:], 5], "length")  # it writes on
+    assert "3 correct before the first error" in recital_of(first[32:35], "end")  # too early
 
 
 def test_a_recital_has_the_time_limit_of_other_requests(served, monkeypatch):
@@ -261,6 +284,26 @@ def test_any_curve_can_be_drawn():
             assert "x < y" not in html
 
 
+def ticks(axis: str, *given: Any, **options: Any) -> list[str]:
+    """The labels of an axis of `line_chart`."""
+    return re.findall(f'tick {axis}"[^>]*>([^<]*)', line_chart("x", "", *given, **options))
+
+
+def test_a_logarithmic_axis_has_at_least_two_ticks_and_the_steps_are_whole():
+    for low in (0.012, 0.21, 1.4, 2.2, 3, 5.5, 11):
+        for high in (1.01 * low, 1.5 * low, 2 * low, 30 * low, 1e4 * low):
+            labels = ticks("y", [[1, high], [50, low]], log=True)
+            assert 2 <= len(labels) == len(set(labels)) < 10, (low, high, labels)
+    assert ticks("x", [[1, 4.2], [2, 3.0]]) == ["0", "1", "2"]
+    assert ticks("x", [[1, 4.2]]) == ["0", "1"]
+    assert ticks("x", [[1, 4.2], [12, 3.0]]) == ["0", "5", "10"]
+
+
+def test_a_number_of_a_chart_has_three_digits_in_the_unit_that_it_has_after_rounding():
+    numbers = {0: "0", 0.1234: "0.123", 1234.5: "1,230", 9999.6: "10k", 12_345: "12.3k", 999_999: "1M", 2.5e6: "2.5M"}
+    assert {number: _number(number) for number in numbers} == numbers
+
+
 def test_a_new_tab_is_one_entry_in_a_table(source):
     def toy_tab(page: gr.Blocks, version: PageVersion) -> None:
         version.renders(lambda served: (f"toy of {served.label}",), gr.HTML())
@@ -295,6 +338,14 @@ def test_the_page_says_which_rule_ended_the_training_and_promises_no_memory_of_a
     for words in ("target rule: the held-out text", "validation", "thick: over the held-out text"):
         assert words in training
     assert "thick: over the whole text" in run_html(served)
+
+
+def test_the_page_says_what_the_published_weights_of_a_version_know(served):
+    tuned = copy(served)
+    assert "assistant: it was trained on no other text" in about_html(served)
+    tuned.info = INFO | {"tags": INFO["tags"] | {"init": "hf://gpt2@abc"}}
+    assert "assistant: after its published weights, it was trained on no other text" in about_html(tuned)
+    assert "its text or those of its published weights contain." in about_html(tuned)
 
 
 def test_the_page_says_why_the_champion_could_not_be_loaded(source, served, monkeypatch):
