@@ -90,9 +90,9 @@ class Params:
             *parts, name = key.split(".")
             own: Any = changed
             for part in parts:
-                own = own.setdefault(part, {}) if isinstance(own, dict) else None
-            if isinstance(own, dict):
-                own[name] = value
+                own[part] = {} if own.get(part) is None else own[part]
+                own = own[part]
+            own[name] = value
         return Params(changed, self.path)
 
     def _values_of(self, kind: type[Section]) -> Any:

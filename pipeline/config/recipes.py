@@ -19,7 +19,7 @@ from pipeline.system.files import locked, write_text
 # and dumping would change comments, layout and the notation of numbers.
 
 RECIPES = Path("recipes")
-SPACE = "sweep.space."  # begins the keys of the search space
+SPACE = "sweep.space."  # begins the keys of the search space, from which a user may have removed some
 BASE = "laptop"  # has every key that any recipe sets, with its value in the committed params.yaml
 
 

@@ -15,7 +15,9 @@ def text_name(source: str) -> str:
     It is the last part of the path that has no wildcard and is not in COMMON, without the suffix of a text. Empty if
     there is no such part.
     """
-    parts = SCHEME.sub("", source.split("?")[0], count=1).split("/")
+    if scheme := SCHEME.match(source):
+        source = re.split("[?#]", source[scheme.end() :])[0]
+    parts = source.split("/")
     names = [SUFFIX.sub("", part) for part in parts if not set("*?[") & set(part)]
     names = [name for name in names if re.search(r"\w", name)]
     return next((name for name in reversed(names) if name.lower() not in COMMON), names[-1] if names else "")

@@ -74,7 +74,7 @@ def find_files(source: str, base: Path = Path()) -> list[Path]:
     symbolic link.
     """
     root, *parts = PurePosixPath(source).parts
-    for n in range(len(parts) + 1):
+    for n in range(1, len(parts) + 1):  # texts/ itself may be a link, to another disk
         _refuse_link(base.joinpath(root, *parts[:n]))
     return files_below(base / root, "/".join(parts), source, ignored=base / root / "README.md")
 

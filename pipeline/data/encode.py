@@ -62,11 +62,10 @@ def write_tokens(
     """Encode the first `fraction` of the corpus's bytes, the last `val_fraction` of that as part `val`, into `folder`.
 
     Both parts end with a whole line or document, with a word where a line is long, or with a character where a word is
-    long. Shards are written into a working
-    folder beside `folder`, whose name is a hash of all inputs that determine their bytes. A `task` writes its shards
-    there and returns the working folder. Without a `task`, the missing shards are written and the working folder
-    becomes `folder`; other working folders are removed, unless a task is writing there. Raises InputError if `train`
-    would be empty.
+    long. Shards are written into a working folder beside `folder`, whose name is a hash of all inputs that determine
+    their bytes. A `task` writes its shards there and returns the working folder. Without a `task`, the missing shards
+    are written and the working folder becomes `folder`; other working folders are removed, unless a task is writing
+    there. Raises InputError if `train` would be empty.
     """
     planned = _plan(corpus, tokenizer.cut, fraction, val_fraction, shard_bytes)
     key = [sha256_file(corpus), tokenizer.key, planned, BLOCK_BYTES, FORMAT]

@@ -123,7 +123,7 @@ def hub_as_one_line(source: str, repo: str, kind: str = "data set", hint: str = 
 
 def without_queries(error: BaseException) -> str:
     """The message of an error in one line, without the queries of its URLs, which may contain signatures."""
-    return re.sub(r"\?[^\s'\"]*", "", one_line(error))
+    return re.sub(r"\?[^\s'\"]*", "", one_line(error)) or type(error).__name__
 
 
 def choose_files(listing: Sequence[str], pattern: str, source: str) -> list[str]:

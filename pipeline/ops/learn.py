@@ -26,7 +26,7 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         print("nothing was changed")
         return
     with locked_params():
-        require_keys(writable_values(plan.values, load_params()))  # before anything is written
+        require_keys(plan.values)  # before anything is written
         copies = bring(plan.source, in_place, stored_plan(plan.source.name).get("copies", {}))
         if plan.weights:
             bring_weights(plan.weights, in_place)
@@ -50,10 +50,9 @@ def _is_confirmed() -> bool:
 def _train(plan: Plan, copies: dict[str, str]) -> None:
     """Store the plan, write its values into params.yaml, and run the pipeline."""
     params = load_params()
-    values = writable_values(plan.values, params)
-    _keep_params(values, flatten(params.values))
+    _keep_params(writable_values(plan.values, params), flatten(params.values))
     _store(plan, copies)
-    print(write_values(values), flush=True)
+    print(write_values(plan.values), flush=True)
     environment = plan.cost.environment() | (plan.fetched.environment() if plan.fetched else {})
     if plan.fetched and plan.text_sha256 != _text_sha256():  # DVC does not see that the text of a URL has changed
         reproduce(environment, "--force", "--single-item", "download")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.params import Params, load_params
-from pipeline.config.recipes import BASE, recipe_values
+from pipeline.config.recipes import BASE, SPACE, recipe_values
 from pipeline.config.sections import SECTIONS, TrainConfig, study_name
 from pipeline.data.corpus import Fetched
 from pipeline.model.published import require_tokenizer
@@ -20,6 +20,7 @@ from pipeline.ops.sources import REMOTE, Source, Weights, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
 from pipeline.system.device import prepare_machine
+from pipeline.system.distributed import World
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import read_json
 from pipeline.system.host import project_root
@@ -29,7 +30,6 @@ from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast, step_flops, vocabulary_of
 
 PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
-SPACE = "sweep.space."  # begins the keys of a search space, from which a user may have removed some
 WIDTH = 11  # of the first column of a printed plan
 FAR = 3.0  # times the time that is given, from which seconds need not be measured
 LONG_S = 3600.0  # a longer training gets a hint to --time, and is not followed by another one
@@ -226,9 +226,11 @@ class Costs:
 
     def __init__(self, params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float) -> None:
         self.params, self.base, self.measured, self.goal, self.target = params, base, measured, goal, target
-        n_ids = measured.n_vocab
+        n_ids, train = measured.n_vocab, params.section(TrainConfig)
+        if train.shard and train.processes > 1:
+            raise InputError("train.shard: the steps of a sharded model cannot be timed for a plan: set it to false")
         self.vocabulary = vocabulary_of(n_ids, measured.n_used if base["model.fold_vocab"] else n_ids)
-        self.machine = prepare_machine(params.section(TrainConfig))
+        self.machine = prepare_machine(train, world=World(size=train.processes, local_size=train.processes))
         self._timed: dict[Shape, tuple[Training, Forecast]] = {}
 
     def of(self, training: Training) -> Forecast:

@@ -77,7 +77,12 @@ def _below(folder: str | Path, path: Path) -> Path | None:
 
 
 def name_of(given: str) -> str:
-    """The name for a model of the text `given`, or of the working directory for a glob such as *.md."""
+    """The name for a model of the text `given`: of a local one its last part, or the working directory for *.md.
+
+    So a local text has the same name by an absolute and by a relative path.
+    """
+    if not REMOTE.match(given):
+        given = next((part for part in reversed(Path(given).parts) if not WILDCARDS & set(part)), "")
     return re.sub(r"[^\w.-]+", "-", text_name(given) or Path.cwd().name).strip("-.") or "text"
 
 

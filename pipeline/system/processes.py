@@ -15,7 +15,7 @@ from pipeline.system.host import SOURCE_ROOT
 def search_path(first: Path, name: str, environment: Mapping[str, str] = os.environ) -> str:
     """The value of PATH or PYTHONPATH with the folder `first` before those of the environment.
 
-    It has no empty entry, which would mean the working directory.
+    No empty entry is added: it would mean the working directory.
     """
     return os.pathsep.join(filter(None, [str(first), environment.get(name)]))
 

@@ -29,8 +29,7 @@ STEPS = {
     "laptop-swept": (34_219, 223),
     "laptop-full": (338_025, 991),
     "smoke": (1568, 300),
-    **dict.fromkeys(("gpt2-124m", "gpt2-124m-cpu"), (338_025, 743)),
-    **dict.fromkeys(("gpt2-medium", "gpt2-large"), (338_025, 551)),
+    **dict.fromkeys(("gpt2-124m", "gpt2-124m-cpu", "gpt2-medium", "gpt2-large"), (338_025, 743)),
     "gpt2-xl": (338_025, 1321),
     "shakespeare-char-cpu": (1_003_836, 458),  # in characters
     "shakespeare-char": (1_003_836, 1471),
