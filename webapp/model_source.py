@@ -109,7 +109,7 @@ class Folder:
     def __init__(self, folder: Path, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
         for part in (folder, folder / "model", folder / "tokens", folder / "version.json"):
             if not part.exists():
-                raise ModelMissing(f"{part} not found: `python -m pipeline export space DIR` makes DIR/version")
+                raise ModelMissing(f"{part} not found: `python -m pipeline export space DIR` makes DIR/version again")
         self._served = Served(load_generator(folder, precision), read_json(folder / "version.json", "export it again"))
 
     def current(self) -> Served:

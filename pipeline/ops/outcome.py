@@ -16,7 +16,7 @@ from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
 from pipeline.ops.plan import in_lines
-from pipeline.registry.register import IS_CHAMPION
+from pipeline.registry.register import IS_BEST, IS_CHAMPION
 from pipeline.system.errors import PipelineError, TargetNotReached
 from pipeline.system.files import read_json
 from pipeline.system.host import git
@@ -68,7 +68,7 @@ def show_outcome(next_step: str | None = None) -> None:
     word = "reached" if reached else "best" if best else "not reached"
     target = f"rule {results['rule']}" + f", target {results['target_loss']:g}" * (not best)
     label = f"{registered['model']} version {registered['version']}"
-    verdict = registered["reason"] if registered["reason"] != IS_CHAMPION else "as before"
+    verdict = "as before" if registered["reason"] in (IS_CHAMPION, IS_BEST) else registered["reason"]
     lines = {
         word: f"loss {results['loss']:.4f} after {cost} ({target})",
         "model": f"{label}, {'champion: ' * registered['champion']}{verdict}",

@@ -76,7 +76,7 @@ def judge(
     training tokens, the candidate's text must not have fewer of them. With `replace_champion`, a `best` of another text
     is replaced without a comparison.
     """
-    if flaw := _flaw(candidate, config):
+    if flaw := flaw_of(candidate, config):
         return Verdict(False, False, flaw)
     is_best, reason = _compare(candidate, best, config, other)
     if other is None:
@@ -88,7 +88,7 @@ def judge(
     return Verdict(is_best, False, f"{reason}{stays}")
 
 
-def _flaw(candidate: Candidate, config: RegistryConfig) -> str | None:
+def flaw_of(candidate: Candidate, config: RegistryConfig) -> str | None:
     """Why the candidate cannot become champion, whatever other versions there are; None if nothing is wrong with it."""
     loss, trained, target = candidate.loss, candidate.trained_loss, candidate.target_loss
     rule, name = RULES[candidate.rule], candidate.rule
@@ -207,15 +207,18 @@ def promote(store: Store, name: str, which: str) -> str:
 def rollback(store: Store, name: str) -> str:
     """Give the alias champion back to the former champion; a second call undoes it. Returns a line for the user.
 
-    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again.
+    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again, unless
+    the call undoes a rollback.
     """
     with translate_store_errors(store.uri, name):
         model = registered_model(store, name)
     current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
     if before is None or before == str(current):
         raise ModelMissing(f"{name} has no former champion: a rollback needs a version that was champion before")
+    with translate_store_errors(store.uri, name):
+        undoes = ROLLED_BACK in store.client.get_model_version(name, before).tags
     line = promote(store, name, before)
-    if current is not None:
+    if current is not None and not undoes:
         with translate_store_errors(store.uri, name):
             store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
             rule = store.client.get_model_version(name, str(current)).tags.get("rule", "")

@@ -15,6 +15,7 @@ from pipeline.registry.promotion import (
     Candidate,
     Champion,
     Verdict,
+    flaw_of,
     judge,
     model_loss,
     next_step,
@@ -170,7 +171,9 @@ def _judge(
         if number and ROLLED_BACK in store.client.get_model_version(config.model, number).tags:
             number = None
         if number == own:
-            return Verdict(True, other is None or config.replace_champion, IS_BEST)
+            flaw = flaw_of(candidate, config)
+            promotes = flaw is None and (other is None or config.replace_champion)
+            return Verdict(flaw is None, promotes, flaw or IS_BEST)
         number = number or (None if other else champion)  # early registries lack the alias
         if number is None:
             return judge(candidate, None, config, other)

@@ -38,7 +38,7 @@ from pipeline.system.words import counted
 from pipeline.training.target import RULES
 
 UNITS = {"tokens": "tokens", "steps": "steps", "train_s": "seconds of training"}
-NARROW = 5  # below this ratio, an axis may have only one of the ticks of `log_scale`
+NARROW = 5  # below this ratio, an axis has few of the ticks of `log_scale`
 SERIES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY, BLACK)  # colours of the groups
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.config.sections import has_password
 from pipeline.system.errors import InputError, ModelMissing
@@ -63,8 +63,9 @@ def store_uri(root: Path) -> str:
         )
     if not uri.startswith(SQLITE):
         return uri
-    if {"%", "?"} & set(str(path := root / uri.removeprefix(SQLITE))):  # in a URL they mean something else
-        raise InputError(f"MLflow cannot open {path}, a path with `%` or `?`: rename it, or set MLFLOW_TRACKING_URI")
+    path = str(root / uri.removeprefix(SQLITE))
+    if unquote(path) != path or "?" in path:  # in a URL, %20 and ? mean something else
+        raise InputError(f"MLflow cannot open {path}, a path with %XX or `?`: rename it, or set MLFLOW_TRACKING_URI")
     return f"{SQLITE}{path}"
 
 

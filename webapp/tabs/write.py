@@ -225,7 +225,8 @@ def _notes(completion: Completion) -> str:
         "press one to see where. Shorter remainders and speakers’ names are not marked. New means that the text does "
         "not contain these words in this order, not that they are good."
     )
-    if prompt and corpus.following(prompt)[0] < len(prompt):
+    at_end = corpus.ids[-len(prompt) :].tolist() == prompt  # nothing follows it there
+    if prompt and not at_end and corpus.following(prompt)[0] < len(prompt):
         words += note(
             "The training text contains this prompt, but cut into other tokens, so the model may not recite what "
             "follows it."

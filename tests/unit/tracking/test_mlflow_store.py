@@ -54,6 +54,8 @@ def test_a_sqlite_path_is_relative_to_the_project_and_another_uri_is_unchanged(u
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert store_uri(Path("/project")) == expected
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    assert store_uri(Path("/50% off")) == "sqlite:////50% off/runs.db"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_a_sqlite_path_is_relative_to_the_project_and_another_uri_is_unchanged(u
 def test_a_sqlite_path_that_mlflow_would_read_as_another_one_is_refused(uri, root, monkeypatch):
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(InputError, match=r"MLflow cannot open /.*db.*, a path with `%` or `\?`: rename it, or set"):
+    with pytest.raises(InputError, match=r"MLflow cannot open /.*db.*, a path with %XX or `\?`: rename it, or set"):
         store_uri(Path(root))
 
 
