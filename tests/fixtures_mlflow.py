@@ -16,6 +16,7 @@ from mlflow.entities import Run
 from pipeline.data.token_files import data_sha256, write_shard
 from pipeline.registry import artifacts as versions
 from pipeline.system.files import write_json, write_manifest, write_text
+from pipeline.tracking.descriptions import Result
 from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_store import Store, open_store
 from pipeline.tracking.mlflow_tracker import RUN_ID
@@ -69,8 +70,8 @@ def append_steps(
 
 
 @contextmanager
-def recording(root: Path, folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Do what Recorder does, in a thread: a process would take seconds to import MLflow."""
+def recording(root: Path, folder: Path, identity: dict[str, Any], result: Result | None = None) -> Iterator[None]:
+    """Do what Recorder does, in a thread: a process would take seconds to import MLflow. `result`: of the run."""
     control, ours = os.pipe()
     with open(control) as reader, open(ours, "w", buffering=1) as writer:
         write_text(folder / OWNER_PID, str(os.getpid()))
@@ -80,7 +81,7 @@ def recording(root: Path, folder: Path, identity: dict[str, Any]) -> Iterator[No
         try:
             yield
         finally:
-            writer.write(json.dumps(ending(None)))
+            writer.write(json.dumps({**ending(None), "result": result}))
             writer.close()
             thread.join(60)
 

@@ -78,12 +78,9 @@ def prepare_machine(config: TrainConfig, run_flops: float = 0, world: World = AL
     _keep_freed_memory()
     if deterministic := config.deterministic and name == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler, in a second
+        torch.use_deterministic_algorithms(deterministic)
     compiled = not config.shard and _compiled(config.compile, name, run_flops)
-    if compiled and name == "cuda":
-        from torch._inductor import config as inductor
-
-        inductor.deterministic = deterministic  # choose kernels without timing them, which may choose others next time
     exact = deterministic or name == "cpu"  # kernels of MPS add in no fixed order
     return Machine(device, _precision(config.precision, name), threads, compiled, world, exact)
 

@@ -77,7 +77,7 @@ def message(root):
         ((502, PAGE), "(HTTP status 502): see the log of the server"),
         ((None, PAGE), "it has no model registry): use an MLflow 3 server with a database"),
         ((None, OLD), "it has no model registry"),
-        ((None, DISABLED), "(FEATURE_DISABLED: The registry is off): use an MLflow 3 server with a database"),
+        ((None, DISABLED), "(x: FEATURE_DISABLED: The registry is off): use an MLflow 3 server with a database"),
         ((404, LACKING), "(ENDPOINT_NOT_FOUND: No API found): use an MLflow 3 server with a database"),
     ],
 )

@@ -25,6 +25,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.system.errors import Interrupted, ModelMissing
 from pipeline.system.files import read_json, write_text
+from pipeline.tracking.descriptions import Result
 from pipeline.tracking.journal import TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_runs import (
     NOTE,
@@ -84,7 +85,7 @@ def raising(error):
 @pytest.mark.usefixtures("_part_of_a_gpu")
 def test_a_run_has_its_records_samples_parameters_data_and_machine(store, folder, capfd):
     identity, journal = an_identity(), Journal(folder)
-    with recording(root_of(store), folder, identity):
+    with recording(root_of(store), folder, identity, Result(5 / 60, 61, 488, True)):
         append_steps(journal, 0, 60)  # more than one batch
         journal.append(WithToy(**vars(journal.records[-1]) | {"step": 61, "tokens": 8 * 61}, toy=2.5))
         write_text(folder / "samples" / "step-000020.txt", "ROMEO: O")
