@@ -108,7 +108,7 @@ def test_every_tracker_gets_every_record_once_though_one_fails_for_a_while(folde
         assert [values["step"] for values in fake.records] == list(range(1, BATCH + 41))
         assert all(line.items() <= values.items() for line, values in zip(lines, fake.records, strict=True))
         assert {"tokens_per_s", "train_s", "memory_bytes"} <= fake.records[-1].keys()
-        assert (fake.samples, fake.ends) == (["step-000010.txt"], [ending(None)])
+        assert (fake.samples, fake.ends) == (["step-000010.txt"], [{**ending(None), "result": None}])
     assert capfd.readouterr().err == "warning: second fails (not yet): training continues\n"
 
 
