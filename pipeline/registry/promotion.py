@@ -205,20 +205,18 @@ def promote(store: Store, name: str, which: str) -> str:
 
 
 def rollback(store: Store, name: str) -> str:
-    """Give the alias champion back to the former champion; a second call undoes it. Returns a line for the user.
+    """Give the alias champion back to the former champion; a second call gives it to the other version again.
 
-    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again, unless
-    the call undoes a rollback.
+    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again. Returns
+    a line for the user.
     """
     with translate_store_errors(store.uri, name):
         model = registered_model(store, name)
     current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
     if before is None or before == str(current):
         raise ModelMissing(f"{name} has no former champion: a rollback needs a version that was champion before")
-    with translate_store_errors(store.uri, name):
-        undoes = ROLLED_BACK in store.client.get_model_version(name, before).tags
     line = promote(store, name, before)
-    if current is not None and not undoes:
+    if current is not None:
         with translate_store_errors(store.uri, name):
             store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
             rule = store.client.get_model_version(name, str(current)).tags.get("rule", "")
