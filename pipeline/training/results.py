@@ -88,12 +88,10 @@ def summary(results: dict[str, Any], records: Sequence[StepRecord], target: Targ
     return words
 
 
-# Peak FLOP/s of dense matrix products, from NVIDIA's data sheets, by words of the device's name.
+# Peak FLOP/s of dense matrix products, from NVIDIA's data sheets, by words of the device's name; NVL cards are slower.
 PEAK_FLOPS = {
     "bf16": {
-        "H200 NVL": 835e12,
         "H200": 989e12,
-        "H100 NVL": 835e12,
         "H100 PCIe": 756e12,
         "H100": 989e12,
         "A100": 312e12,
@@ -116,7 +114,7 @@ def utilisation(tokens_per_s: float, flops: int, machine: Machine, device_name: 
     Each process of the machine's world has a device of this name.
     """
     peaks = PEAK_FLOPS.get(machine.precision, {})
-    peak = next((value for name, value in peaks.items() if re.search(rf"\b{name}\b", device_name)), None)
+    peak = next((value for name, value in peaks.items() if re.search(rf"\b{name}\b(?! NVL)", device_name)), None)
     return "unknown" if peak is None else round(tokens_per_s * flops / (peak * machine.world.size), 4)
 
 
