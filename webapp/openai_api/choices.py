@@ -27,7 +27,7 @@ class Choice:
 
     def add(self, update: Piece | Scores) -> None:
         if isinstance(update, Piece):
-            if not self.n_tokens:  # the echoed prompt ends with a whole character, and the new text begins anew
+            if not self.n_tokens:  # the new text is decoded by itself, without bytes of the prompt
                 self._bytes = b""
             self._text += update.text
             self.n_tokens += len(update.ids) + (update.finished == "end")
