@@ -51,7 +51,7 @@ def main() -> None:
     def tracked(folder: Path) -> tuple[float, float, float]:
         journal, train_s = Journal(folder), 0.0
         opened = time.perf_counter()
-        with Recorder(folder, folder, identity, {}):
+        with Recorder(folder) as recorder, recorder.recording(folder, identity, {}):
             started, steps = time.perf_counter(), []
             for record in records():
                 steps.append(record.step_s)

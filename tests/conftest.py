@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fixtures_mlflow import _no_foreign_store, store  # noqa: F401 (fixtures for all)
+from fixtures_mlflow import _no_foreign_store, recorder_threads, store  # noqa: F401 (fixtures for all)
 from fixtures_network import close_network, wheels  # noqa: F401 (fixtures for all)
 from fixtures_slurm import slurm  # noqa: F401 (a fixture for all)
 from fixtures_texts import fetch_texts

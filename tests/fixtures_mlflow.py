@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -16,11 +19,12 @@ from mlflow.entities import Run
 from pipeline.data.token_files import data_sha256, write_shard
 from pipeline.registry import artifacts as versions
 from pipeline.system.files import write_json, write_manifest, write_text
+from pipeline.tracking import recorder
 from pipeline.tracking.descriptions import Result
 from pipeline.tracking.journal import STEPS, TIMES, Journal, StepRecord
 from pipeline.tracking.mlflow_store import Store, open_store
 from pipeline.tracking.mlflow_tracker import RUN_ID
-from pipeline.tracking.recorder import OWNER_PID, ending, record
+from pipeline.tracking.recorder import OWNER_PID, ending, serve
 from pipeline.training.target import RULES
 
 STARTED_MS = 1_600_000_000_000  # of the runs that `recording` records
@@ -73,17 +77,41 @@ def append_steps(
 def recording(root: Path, folder: Path, identity: dict[str, Any], result: Result | None = None) -> Iterator[None]:
     """Do what Recorder does, in a thread: a process would take seconds to import MLflow. `result`: of the run."""
     control, ours = os.pipe()
-    with open(control) as reader, open(ours, "w", buffering=1) as writer:
+    with open(control, "rb", buffering=0) as reader, open(ours, "w", buffering=1) as writer:
         write_text(folder / OWNER_PID, str(os.getpid()))
-        thread = threading.Thread(target=record, args=(root, folder, 0.05, reader))
-        writer.write(json.dumps({"identity": identity, "tags": {}, "started_ms": STARTED_MS}) + "\n")
+        thread = threading.Thread(target=serve, args=(root, 0.05, reader, StringIO()))
+        start = {"run_folder": str(folder), "identity": identity, "tags": {}, "started_ms": STARTED_MS}
+        writer.write(json.dumps(start) + "\n")
         thread.start()
         try:
             yield
         finally:
-            writer.write(json.dumps({**ending(None), "result": result}))
+            writer.write(json.dumps({**ending(None), "result": result}) + "\n")
             writer.close()
             thread.join(60)
+
+
+@pytest.fixture
+def recorder_threads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """Recorders in threads, which keep their priority, in place of processes; those that were started."""
+    started: list[SimpleNamespace] = []
+
+    def start(module: str, root: str, _tick_s: str, stdout: int) -> SimpleNamespace:
+        assert (module, stdout) == (recorder.__name__, subprocess.PIPE)
+        (control, ours), (theirs, answers) = os.pipe(), os.pipe()
+
+        def work() -> None:
+            with open(control, "rb", buffering=0) as lines, open(answers, "w") as said:
+                serve(Path(root), 0.1, lines, said)
+
+        (thread := threading.Thread(target=work)).start()
+        streams = {"stdin": open(ours, "w"), "stdout": open(theirs)}  # noqa: SIM115
+        started.append(SimpleNamespace(pid=os.getpid(), poll=lambda: None, wait=thread.join, **streams))
+        return started[-1]
+
+    monkeypatch.setattr(os, "setpriority", lambda *_: None)
+    monkeypatch.setattr(recorder, "spawn_module", start)
+    return started
 
 
 def run_id_of(folder: Path) -> str:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ class Untracked:
 
     def __exit__(self, *error):
         pass
+
+    def recording(self, *arguments):
+        return nullcontext()
 
 
 class Killed(BaseException):

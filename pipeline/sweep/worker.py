@@ -79,6 +79,7 @@ class Worker:
         self.params = Params({**config.params, "train": config.params["train"] | {"threads": config.threads}})
         storage = open_storage(self.sweep.storage, self.root, self.sweep.heartbeat_timeout_s)
         self.study = join_study(self.sweep, config.shared, storage, config.number)
+        self.recorder = Recorder(self.root)
         self.tags = {"mlflow.parentRunId": config.parent_run_id, "study": self.sweep.study} | source_tag(config.params)
 
     def work(self) -> None:
@@ -86,15 +87,19 @@ class Worker:
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if self.task else ():
             if trial.user_attrs.get(WORKER) == self.task:
                 requeue(self.study, trial, died=True)
-        while self.stop.received is None and has_work(self.study, self.sweep):
-            try:
-                self.study.optimize(self._value, n_trials=1, catch=PipelineError, callbacks=[requeue_interrupted])
-            except (UpdateFinishedTrialError, ValueError) as error:
-                if isinstance(error, ValueError) and "Cannot tell a FAIL trial" not in str(error):  # Optuna's message
-                    raise
-                silent = f"no heartbeat for {self.sweep.heartbeat_timeout_s:g} s"
-                print(f"a trial of this worker was re-queued, after {silent}", flush=True)
-            give_back_memory()
+        with self.recorder:
+            while self.stop.received is None and has_work(self.study, self.sweep):
+                self._work_on_a_trial()
+                give_back_memory()
+
+    def _work_on_a_trial(self) -> None:
+        try:
+            self.study.optimize(self._value, n_trials=1, catch=PipelineError, callbacks=[requeue_interrupted])
+        except (UpdateFinishedTrialError, ValueError) as error:
+            if isinstance(error, ValueError) and "Cannot tell a FAIL trial" not in str(error):  # Optuna's message
+                raise
+            silent = f"no heartbeat for {self.sweep.heartbeat_timeout_s:g} s"
+            print(f"a trial of this worker was re-queued, after {silent}", flush=True)
 
     def _value(self, trial: Trial) -> float:
         """Train, and return what the trial has spent at the target. Raises TrialPruned if it misses the target."""
@@ -132,7 +137,7 @@ class Worker:
             reporter = TrialReporter(trial, run, self.sweep)
             tags = self.tags | run.origin_tags | {"trial": str(trial.number)}
             try:
-                with Recorder(self.root, run.folder, dict(run.identity), tags, lambda: run.result):
+                with self.recorder.recording(run.folder, dict(run.identity), tags, lambda: run.result):
                     reporter.report_past_steps()
                     if not run.finished:
                         announce(trial, "starts")

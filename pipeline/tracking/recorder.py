@@ -1,9 +1,10 @@
 """Send the records and samples of a training run to the trackers, from a separate process.
 
 The process reads them from the run folder, so that training neither imports MLflow nor waits for it; a thread would
-slow training down. It is started as `python -m MODULE ROOT RUN_FOLDER TICK_S`. Its standard input has two lines of
-JSON: the run's identity, tags and start, and at the end how the training ended and what it reached. Without the second
-line, training was killed.
+slow training down. It is started as `python -m MODULE ROOT TICK_S` and records one run after the other. Its standard
+input has two lines of JSON for each run: the run's folder, identity, tags and start, and at the end how the training
+ended and what it reached. Without the second line, training was killed. To its standard output it writes a line for
+each run: whether all records have arrived.
 """
 
 import json
@@ -12,9 +13,10 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
 from pipeline.system.errors import Interrupted, PeerLost, Pruned, first_line
@@ -31,6 +33,7 @@ INTERRUPTED_S = 1.0  # how long it waits after a signal
 RECORDER_LOCK = "recorder.lock"  # file in the run folder, locked while the run's records are being sent
 OWNER_PID = "recorder.pid"  # file in the run folder: the newest recorder's pid; removed when a FINISHED run is sent
 KILLED = {"status": "KILLED", "ended": "killed"}
+ARRIVED, MISSING = "all records have arrived", "records are missing"  # answers of the process
 
 
 class Tracker(Protocol):
@@ -67,60 +70,87 @@ TRACKERS: dict[str, type[Tracker]] = {"MLflow": MlflowTracker}  # all of them ge
 
 
 class Recorder:
-    """Starts the process that sends a run's records, and ends it with the training.
+    """Sends the records of training runs, one run after the other, from one process.
 
-    Open it while the run folder's lock is held, and after the run's Journal, which removes incomplete lines. A tracker
-    that is down or slow causes a warning; the records stay in the journal. If training is killed, the recorder's
-    process sends the rest and closes the run as KILLED.
+    The process is started with the first run and used for all of them, since it imports MLflow for seconds. If training
+    is killed, it sends the rest and closes the run as KILLED. A tracker that is down or slow causes a warning; the
+    records stay in the journal.
     """
 
-    def __init__(
+    def __init__(self, root: Path, tick_s: float = 5.0) -> None:
+        """Raises InputError, before any process is started, if the store's URI cannot be used."""
+        require_usable(root)
+        self._arguments = [str(root.absolute()), str(tick_s)]
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if process := self._process:
+            self._release(process)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPTED_S)
+
+    @contextmanager
+    def recording(
         self,
-        root: Path,
         run_folder: Path,
         identity: dict[str, Any],
         tags: dict[str, str],
         result: Callable[[], Result | None] = lambda: None,
-        tick_s: float = 5.0,
-    ) -> None:
-        """`result` returns what the run has reached; it is called at the end of a run with the status FINISHED.
+    ) -> Iterator[None]:
+        """Record a run; at the end, wait until its records have arrived, but not long.
 
-        Raises InputError, before any process is started, if the store's URI cannot be used.
+        Enter it while the run folder's lock is held, and after the run's Journal, which removes incomplete lines.
+        `result` returns what the run has reached; it is called at the end of a run with the status FINISHED.
         """
-        require_usable(root)
-        self._run_folder, self._result = run_folder, result
-        self._arguments = [str(root.absolute()), str(run_folder.absolute()), str(tick_s)]
         records = JournalTail(run_folder).read()
         started_ms = start_of(records) if records else int(time.time() * 1000)
-        self._start = {"identity": identity, "tags": tags, "started_ms": started_ms}
-
-    def __enter__(self) -> Self:
-        self._process = spawn_module("pipeline.tracking.recorder", *self._arguments, stdout=subprocess.DEVNULL)
-        if hasattr(os, "setpriority"):  # works only between processes of one session: the recorder must not get its own
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # the lowest, also for its imports
-        write_text(self._run_folder / OWNER_PID, str(self._process.pid))  # before the process may look for it
-        send_line(self._process, self._start)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+        process = self._started()
+        write_text(run_folder / OWNER_PID, str(process.pid))  # before the process may look for it
+        run = {"run_folder": str(run_folder.absolute()), "identity": identity, "tags": tags, "started_ms": started_ms}
+        _send(process, run)
         try:
-            wait_s = INTERRUPTED_S if isinstance(error, Interrupted | PeerLost) else FINISH_S
-            self._process.communicate(self._last_line(error), timeout=wait_s)
-        except subprocess.TimeoutExpired:
-            print("the rest of the run is sent in the background", file=sys.stderr)
-        else:
-            if self._process.returncode:
-                print(
-                    "warning: MLflow lacks a part of the run: `python -m pipeline doctor --fix` sends it",
-                    file=sys.stderr,
-                )
+            yield
+        except BaseException as error:
+            self._end(process, ending(error), result)
+            raise
+        self._end(process, ending(None), result)
 
-    def _last_line(self, error: BaseException | None) -> str:
-        """How the training ended, for the process."""
-        end: dict[str, Any] = ending(error)
-        return json.dumps(end | ({"result": self._result()} if end["status"] == "FINISHED" else {}))
+    def _started(self) -> "subprocess.Popen[str]":
+        """The process; a new one if there is none that waits for a run."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = spawn_module("pipeline.tracking.recorder", *self._arguments, stdout=subprocess.PIPE)
+            if hasattr(os, "setpriority"):  # works only within a session: the process must not get its own
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # the lowest, also for its imports
+        return self._process
+
+    def _end(self, process: "subprocess.Popen[str]", end: dict[str, Any], result: Callable[[], Result | None]) -> None:
+        """Tell the process how the run has ended, and wait for its answer."""
+        _send(process, end | ({"result": result()} if end["status"] == "FINISHED" else {}))
+        wait_s = INTERRUPTED_S if end["status"] == "KILLED" else FINISH_S
+        assert process.stdout is not None, "stdout=PIPE"
+        if not select.select([process.stdout], [], [], wait_s)[0]:
+            print("the rest of the run is sent in the background", file=sys.stderr)
+            self._release(process)
+        elif process.stdout.readline() != f"{ARRIVED}\n":
+            print(
+                "warning: MLflow lacks a part of the run: `python -m pipeline doctor --fix` sends it", file=sys.stderr
+            )
+
+    def _release(self, process: "subprocess.Popen[str]") -> None:
+        """Let the process end once all is sent."""
+        self._process = None
+        if process.stdin:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def _send(process: "subprocess.Popen[str]", line: dict[str, Any]) -> None:
+    """Send a line to a recorder, which may have been killed: training continues without it."""
+    with suppress(BrokenPipeError):
+        send_line(process, line)
 
 
 def ending(error: BaseException | None) -> dict[str, str]:
@@ -133,23 +163,30 @@ def ending(error: BaseException | None) -> dict[str, str]:
     return {"status": "KILLED" if stopped else "FAILED", "ended": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool:
-    """Send the run folder's records to all trackers until `control` has a second line or is closed.
+def serve(root: Path, tick_s: float, control: RawIOBase, answers: TextIO) -> None:
+    """Record one run after the other, and answer each with a line, until `control` is closed."""
+    while line := control.readline():
+        arrived = record(root, json.loads(line), tick_s, control)
+        with suppress(BrokenPipeError):  # training has ended
+            print(ARRIVED if arrived else MISSING, file=answers, flush=True)
+
+
+def record(root: Path, start: dict[str, Any], tick_s: float, control: RawIOBase) -> bool:
+    """Send a run's records to all trackers until `control`, which is not buffered, has a line or is closed.
 
     Return whether all of them arrived. Also return True if training was started again before this process got the
     lock: then the newer recorder sends everything.
     """
-    line = control.readline()
-    if not line or not _owns(run_folder):  # no line: training ended while it started this process
+    run_folder = Path(start.pop("run_folder"))
+    if not _owns(run_folder):
         return True
-    start = json.loads(line)
     with locked(run_folder / RECORDER_LOCK, wait=True):  # the previous recorder may still be sending
         if not _owns(run_folder):
             return True
         feeds = [_Feed(name, root, run_folder, start) for name in TRACKERS]
         while True:
             stopped, _, _ = select.select([control], [], [], 0)  # before the last tick, so that it sends everything
-            end = _end_of(control.read()) if stopped else None
+            end = _end_of(control.readline()) if stopped else None
             arrived = [feed.send(end) for feed in feeds]
             if end:
                 if all(arrived) and end["status"] == "FINISHED":
@@ -158,9 +195,9 @@ def record(root: Path, run_folder: Path, tick_s: float, control: TextIO) -> bool
             select.select([control], [], [], tick_s)
 
 
-def _end_of(line: str) -> dict[str, Any]:
+def _end_of(line: bytes) -> dict[str, Any]:
     """The arguments of Tracker.end, from the second line; training was killed if it is empty."""
-    end: dict[str, Any] = json.loads(line or "null") or KILLED
+    end: dict[str, Any] = json.loads(line) if line else KILLED
     return end | {"result": Result(*end["result"])} if end.get("result") else end
 
 
@@ -205,5 +242,13 @@ class _Feed:
         return True
 
 
+def main() -> None:
+    """Serve the process that has started this one. Only answers reach standard output: MLflow may print to it."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with open(0, "rb", buffering=0) as control:
+        serve(Path(sys.argv[1]), float(sys.argv[2]), control, answers)
+
+
 if __name__ == "__main__":
-    sys.exit(not record(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.stdin))
+    main()

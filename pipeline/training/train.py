@@ -100,5 +100,6 @@ def _tracked(run: Run, root: Path, tags: dict[str, str]) -> Iterator[list[Consum
     if cost := Forecast.of_environment():
         tags = tags | cost.tags()
     progress = Progress(run.state.step, run.state.tokens, run.max_steps, run.config.target.loss)
-    with Recorder(root, run.folder, dict(run.identity), tags, lambda: run.result), closing(progress):
+    recorded = run.folder, dict(run.identity), tags, lambda: run.result
+    with Recorder(root) as recorder, recorder.recording(*recorded), closing(progress):
         yield [progress.show]

@@ -127,12 +127,15 @@ def test_a_run_is_resumed_and_replaced_if_its_id_was_lost_or_it_was_deleted(stor
 
 @pytest.mark.parametrize("ended", ["killed", "Interrupted: at step 3"])
 def test_a_recorder_sends_the_rest_of_a_training_that_was_stopped(ended, store, folder):  # C1
-    recorder = Recorder(root_of(store), folder, an_identity(), {}).__enter__()
+    opened = Recorder(root_of(store))
+    recording = opened.recording(folder, an_identity(), {})
+    recording.__enter__()
     append_steps(Journal(folder), 0, 3)
     if ended == "killed":
-        recorder._process.stdin.close()  # as the system does for a killed process
+        opened._process.stdin.close()  # as the system does for a killed process, which tells no end
+        opened._end = lambda *_: None
     else:
-        recorder.__exit__(None, Interrupted("at step 3", signal.SIGTERM), None)  # waits a second at most
+        recording.__exit__(Interrupted, Interrupted("at step 3", signal.SIGTERM), None)  # waits a second at most
     assert wait_until((folder / RUN_ID).is_file, DEADLINE_S)
     assert wait_until(lambda: store.client.get_run(run_id_of(folder)).info.status == "KILLED", DEADLINE_S)
     assert store.client.get_run(run_id_of(folder)).data.tags["ended"] == ended
@@ -148,7 +151,7 @@ def test_a_store_that_is_down_causes_a_warning_in_the_run_and_one_at_its_end(fol
         printed.extend(capfd.readouterr().err.splitlines())
         return printed
 
-    with Recorder(folder.parent, folder, an_identity(), {}, tick_s=0.05):
+    with Recorder(folder.parent, tick_s=0.05) as opened, opened.recording(folder, an_identity(), {}):
         assert wait_until(has_warned, DEADLINE_S)
     has_warned()
     assert [line.split("(")[0] for line in printed[:-1]] == ["warning: MLflow fails "]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace as Namespace
@@ -17,9 +16,8 @@ from pipeline.data.encode import write_tokens
 from pipeline.sweep import controller, worker
 from pipeline.sweep.study import latest_trials, requeue
 from pipeline.sweep.worker import TrialReporter, Worker, WorkerConfig
-from pipeline.system.files import locked, write_text
+from pipeline.system.files import locked
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.recorder import OWNER_PID, Recorder, record
 from pipeline.training.config import RunConfig
 from tests.studies import list_folder, study_here, sweep_project
 from tests.trainings import Untracked, change
@@ -47,31 +45,6 @@ def workspace(prepared, store, tmp_path, monkeypatch):
     monkeypatch.setattr(controller, "start_module", work_here)
     monkeypatch.setattr(controller, "repro_stage", lambda _: None)  # runs in tests/faults/test_repro.py
     return tmp_path
-
-
-class RecorderThread(Recorder):
-    """A recorder in a thread: a process would import MLflow for seconds."""
-
-    def __enter__(self):
-        ours, control = os.pipe()
-        self._reader, self._writer = open(ours), open(control, "w", buffering=1)
-        self._writer.write(json.dumps(self._start) + "\n")
-        write_text(self._run_folder / OWNER_PID, str(os.getpid()))
-        arguments = (Path.cwd(), self._run_folder, 0.1, self._reader)
-        self._thread = threading.Thread(target=record, args=arguments)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind, error, trace):
-        with self._reader, self._writer:
-            self._writer.write(self._last_line(error))
-            self._writer.close()
-            self._thread.join(60)
-
-
-@pytest.fixture
-def tracked(monkeypatch):
-    monkeypatch.setattr(worker, "Recorder", RecorderThread)
 
 
 @pytest.fixture
@@ -111,7 +84,7 @@ def child_runs(store):
     return parent, {run.data.tags["trial"]: run for run in runs}
 
 
-def test_a_study_tracks_every_trial_and_its_best_values_are_applied(workspace, store, sweep, tracked):
+def test_a_study_tracks_every_trial_and_its_best_values_are_applied(workspace, store, sweep, recorder_threads):
     code, _, err = sweep("--trials", 3, "--pruner", "extrapolation")
     assert code == 0, err
     trials, best = study_here().trials, study_here().best_trial

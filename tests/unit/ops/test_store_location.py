@@ -47,7 +47,7 @@ def content(database):
 
 
 def test_a_copy_is_refused_until_its_paths_are_updated(before, copy):
-    for use in (lambda: Recorder(copy, copy, {}, {}), lambda: open_store(copy)):
+    for use in (lambda: Recorder(copy), lambda: open_store(copy)):
         with pytest.raises(
             InputError, match=r"was made in .* keeps its files there: `python -m pipeline doctor --fix`"
         ):

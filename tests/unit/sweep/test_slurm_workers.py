@@ -1,5 +1,6 @@
 """A study's job on Slurm, with the cluster replaced: joined, failed, lost trials, and the end of the time."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace as Namespace
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_task_that_slurm_starts_again_queues_its_own_trial_and_no_other():
         ask(study, task_name("7", number))
     worker = object.__new__(Worker)
     worker.study, worker.sweep, worker.stop, worker.task = study, sweep, StopSignals(), task_name("7", 1)
-    trained = []
+    worker.recorder, trained = nullcontext(), []
 
     def value(trial):
         trained.append(trial.number)

@@ -21,7 +21,7 @@ def test_a_password_in_the_uri_is_refused_before_training_begins_and_is_not_show
     with pytest.raises(
         InputError, match=r"MLFLOW_TRACKING_URI contains a password.*MLFLOW_TRACKING_PASSWORD"
     ) as refused:
-        Recorder(tmp_path, tmp_path, {}, {})
+        Recorder(tmp_path)
     assert "s3cret" not in str(refused.value)
 
 
@@ -32,7 +32,7 @@ def test_a_password_in_the_uri_is_refused_before_training_begins_and_is_not_show
 def test_what_is_neither_a_server_nor_a_database_is_refused_before_training_begins(uri, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(InputError, match=r"write http://HOST:PORT or sqlite:///FILE .*migrate-filestore"):
-        Recorder(tmp_path, tmp_path, {}, {})
+        Recorder(tmp_path)
 
 
 def test_a_timeout_that_is_not_a_number_is_named(monkeypatch):

@@ -3,7 +3,8 @@
 import json
 import os
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,13 @@ from fixtures_mlflow import an_identity, append_steps, recording
 
 from pipeline.config.params import load_params
 from pipeline.system.errors import DivergedError, Interrupted, PeerLost, Pruned
+from pipeline.system.files import locked
 from pipeline.tracking import mlflow_tracker, recorder
 from pipeline.tracking.descriptions import Result
 from pipeline.tracking.journal import STEPS, Journal
 from pipeline.tracking.mlflow_runs import BATCH
 from pipeline.tracking.mlflow_tracker import MlflowTracker
-from pipeline.tracking.recorder import KILLED, OWNER_PID, Recorder, ending, record
+from pipeline.tracking.recorder import ARRIVED, KILLED, OWNER_PID, RECORDER_LOCK, Recorder, ending, serve
 from pipeline.training import train
 from tests.waiting import wait_until
 
@@ -85,10 +87,11 @@ def folder(tmp_path):
 
 def record_after_the_end(folder, end=None):
     """What the recorder's process does if training has ended already; it was killed if `end` is None."""
-    start = {"identity": an_identity(), "tags": {}, "started_ms": 7}
-    (folder.parent / "control").write_text(json.dumps(start) + "\n" + (json.dumps(end) if end else ""))
-    with (folder.parent / "control").open() as control:
-        return record(folder.parent, folder, 0.05, control)
+    start = {"run_folder": str(folder), "identity": an_identity(), "tags": {}, "started_ms": 7}
+    (folder.parent / "control").write_text(json.dumps(start) + "\n" + (json.dumps(end) + "\n" if end else ""))
+    with (folder.parent / "control").open("rb", buffering=0) as control:
+        serve(folder.parent, 0.05, control, answers := StringIO())
+    return answers.getvalue() == f"{ARRIVED}\n"
 
 
 def test_every_tracker_gets_every_record_once_though_one_fails_for_a_while(folder, fakes, capfd):
@@ -129,31 +132,70 @@ def test_the_folder_names_its_recorder_until_all_trackers_have_the_finished_run(
     assert (folder / OWNER_PID).exists() == owned_after
 
 
-def test_a_recorder_gets_its_first_line_only_when_the_folder_names_it(folder, monkeypatch):
+def test_a_recorder_gets_its_first_line_only_when_the_folder_names_it(folder, fakes, recorder_threads, monkeypatch):
     (folder / OWNER_PID).unlink()
-    process, named = SimpleNamespace(pid=os.getpid()), []
-    monkeypatch.setattr(recorder, "spawn_module", lambda *_, **__: process)
-    monkeypatch.setattr(recorder, "send_line", lambda _, line: named.append((folder / OWNER_PID).read_text()))
-    monkeypatch.setattr(os, "setpriority", lambda *_: None)
-    Recorder(folder.parent, folder, an_identity(), {}).__enter__()
-    assert named == [str(os.getpid())]
+    send_line, owners = recorder.send_line, []
+
+    def send(process, line):
+        owners.append((folder / OWNER_PID).read_text())
+        send_line(process, line)
+
+    monkeypatch.setattr(recorder, "send_line", send)
+    with Recorder(folder.parent) as opened, opened.recording(folder, an_identity(), {}):
+        assert owners == [str(os.getpid())]
 
 
 @pytest.mark.parametrize("error", [None, Pruned("too slow"), Interrupted("at step 3", 15)])
 @pytest.mark.parametrize("result", [Result(0.5, 12, 96, True), None])
-def test_trackers_get_the_result_of_a_finished_run(folder, fakes, monkeypatch, error, result):
-    monkeypatch.setattr(recorder, "require_usable", lambda _: None)
-    opened = Recorder(folder.parent, folder, an_identity(), {}, lambda: result)
-    assert record_after_the_end(folder, json.loads(opened._last_line(error)))
+def test_trackers_get_the_result_of_a_finished_run(folder, fakes, recorder_threads, error, result):
+    with (
+        suppress(Exception),
+        Recorder(folder.parent) as opened,
+        opened.recording(folder, an_identity(), {}, lambda: result),
+    ):
+        if error:
+            raise error
     expected = ending(error) | ({"result": result} if ending(error)["status"] == "FINISHED" else {})
     assert [fake.ends for fake in fakes] == [[expected]] * 2
 
 
+def test_one_process_records_runs_one_after_the_other_until_it_dies_or_is_still_sending(
+    folder, fakes, recorder_threads, monkeypatch, capfd
+):
+    with Recorder(folder.parent) as opened:
+
+        def record_a_run():
+            with opened.recording(folder, an_identity(), {}):
+                pass
+            return len(recorder_threads)
+
+        assert [record_a_run(), record_a_run()] == [1, 1]
+        fakes[1].down.set()
+        assert record_a_run() == 1
+        assert capfd.readouterr().err == (
+            "warning: second fails (not yet): training continues\n"
+            "warning: MLflow lacks a part of the run: `python -m pipeline doctor --fix` sends it\n"
+        )
+        fakes[1].down.clear()
+        recorder_threads[0].poll = lambda: -9
+        assert record_a_run() == 2
+        with monkeypatch.context() as patch, locked(folder / RECORDER_LOCK):
+            patch.setattr(recorder, "FINISH_S", 0.05)
+            assert record_a_run() == 2
+        assert capfd.readouterr().err == "the rest of the run is sent in the background\n"
+        recorder_threads[1].wait()
+        assert record_a_run() == 3
+    for thread in recorder_threads:
+        thread.wait(60)
+    assert [len(fake.ends) for fake in fakes] == [6, 5]
+    assert len(fakes[0].starts) == 6
+
+
 def test_a_recorder_without_a_first_line_sends_nothing(folder, fakes):
     (folder.parent / "control").touch()
-    with (folder.parent / "control").open() as control:
-        assert record(folder.parent, folder, 0.05, control)
-    assert not fakes[0].starts
+    with (folder.parent / "control").open("rb", buffering=0) as control:
+        serve(folder.parent, 0.05, control, answers := StringIO())
+    assert (answers.getvalue(), fakes[0].starts) == ("", [])
 
 
 @pytest.mark.parametrize("owner", [None, "1"])  # another recorder has sent the finished run; training started again

@@ -25,6 +25,7 @@ from pipeline.training import train as training
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import MODEL_COPIES, PROCESS_BYTES, Forecast, forecast, step_flops, token_flops
 from pipeline.training.preflight import n_checkpoints, saved_bytes, step_bytes
+from tests.trainings import Untracked
 
 VOCABULARY = Vocabulary.of(np.arange(50257) < 100, 50257)
 MACHINE = Machine(torch.device("cpu"), "fp32", 1)
@@ -168,7 +169,8 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_timed(monkeypatch):
 
 def test_a_forecast_in_the_environment_becomes_tags_of_the_run(monkeypatch):
     given = []
-    monkeypatch.setattr(training, "Recorder", lambda *arguments: given.append(arguments[3]) or nullcontext())
+    monkeypatch.setattr(training, "Recorder", Untracked)
+    monkeypatch.setattr(Untracked, "recording", lambda _, *arguments: given.append(arguments[2]) or nullcontext())
     state, config = Namespace(step=0, tokens=0), config_of()
     run = Namespace(
         world=Namespace(is_main=True), state=state, max_steps=9, config=config, folder=Path("f"), identity={}
