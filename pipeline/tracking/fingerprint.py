@@ -48,6 +48,7 @@ DECISIVE = (
     "pipeline/training/consumers.py:evaluate",
     "pipeline/training/loop.py",
     "pipeline/training/muon.py",
+    "pipeline/training/optimizer.py",
     "pipeline/training/optim.py",
     "pipeline/training/run.py:Run.max_steps",
     "pipeline/training/run.py:Run.steps_per_epoch",

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from pipeline.config.sections import ModelConfig, OptimConfig, TrainConfig
 from pipeline.data.batches import Batch
@@ -28,6 +27,7 @@ from pipeline.system.distributed import ALONE, World
 from pipeline.system.errors import DivergedError
 from pipeline.tracking.journal import StepRecord
 from pipeline.training.optim import build_optimizers, lr_factor, set_lr
+from pipeline.training.optimizer import Optimizer
 
 
 class Loss(nn.Module):
@@ -209,7 +209,7 @@ def train_steps(
 def _gradients(state: TrainState, batches: list[Batch], clip: float | None, machine: Machine) -> tuple[float, float]:
     """Compute the gradients of the mean loss over all batches, clip them, and return the loss and the gradient norm."""
     for optimizer in state.optimizers:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     n_targets = sum(batch.n_targets for batch in batches)
     loss = torch.zeros((), device=machine.device)
     for batch in batches:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from pipeline.training.optimizer import Optimizer
 
 Polynomials = Sequence[tuple[float, float, float]]
 
@@ -35,11 +36,11 @@ class Muon(Optimizer):
         precision: torch.dtype,
         polynomials: Polynomials = POLYNOMIALS,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.precision, self.polynomials = precision, polynomials
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Update each matrix from its gradient; `lr` may be a number or a tensor on the device."""
         for group in self.param_groups:
             matrices, momentum = group["params"], group["momentum"]

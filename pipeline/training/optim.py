@@ -9,9 +9,9 @@ from pipeline.config.sections import OptimConfig, steps_in
 if TYPE_CHECKING:  # the check of params.yaml needs only the names
     import torch
     from torch import Tensor
-    from torch.optim import Optimizer
 
     from pipeline.model.gpt import GPT
+    from pipeline.training.optimizer import Optimizer
 
 ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -64,13 +64,13 @@ def _trained(model: "GPT") -> "list[Tensor]":
 
 def _adamw_over(parameters: "list[Tensor]", config: OptimConfig) -> "Optimizer":
     """AdamW with weight decay on matrices only."""
-    from torch.optim import AdamW
+    from pipeline.training.optimizer import AdamW
 
     groups = [
         {"params": [p for p in parameters if p.ndim == 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return AdamW(groups, config.lr, config.betas, config.eps)
 
 
 def build_optimizers(model: "GPT", config: OptimConfig, precision: "torch.dtype") -> list["Optimizer"]:

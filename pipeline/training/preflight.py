@@ -2,11 +2,11 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.config.sections import OptimConfig, WindowsConfig
@@ -27,31 +27,27 @@ TOKENIZER_BYTES = 1_500_000  # the tokenizer's files in a model's folder
 
 def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> None:
     """Raise OutOfSpaceError if a step needs more memory than is free."""
-    needed, windows = step_bytes(config, vocabulary, machine), config.windows
-    batch, length = windows.micro_batch_size, windows.seq_len
-    if machine.device.type == "cpu":
-        needed *= machine.world.local_size  # these processes share it
-    if needed > (free := free_bytes(machine)):
-        needed_gb, free_gb = math.ceil(needed / 1e8) / 10, math.floor(free / 1e8) / 10  # never equal
-        raise OutOfSpaceError(
-            f"windows.micro_batch_size {batch} of windows.seq_len {length} needs {needed_gb:,.1f} GB of memory, "
-            f"{free_gb:,.1f} GB are free: make windows.micro_batch_size smaller and "
-            "windows.gradient_accumulation_steps larger, or set train.gradient_checkpointing"
-        )
+    windows, free = config.windows, free_bytes(machine)
+    for activation_bytes in (at_most_kept, kept_bytes):  # the second takes seconds: only if need be
+        needed = step_bytes(config, vocabulary, machine, activation_bytes=activation_bytes)
+        if machine.device.type == "cpu":
+            needed *= machine.world.local_size  # these processes share it
+        if needed <= free:
+            return
+    needed_gb, free_gb = math.ceil(needed / 1e8) / 10, math.floor(free / 1e8) / 10  # never equal
+    raise OutOfSpaceError(
+        f"windows.micro_batch_size {windows.micro_batch_size} of windows.seq_len {windows.seq_len} needs "
+        f"{needed_gb:,.1f} GB of memory, {free_gb:,.1f} GB are free: make windows.micro_batch_size smaller and "
+        "windows.gradient_accumulation_steps larger, or set train.gradient_checkpointing"
+    )
 
 
-def step_bytes(
-    config: RunConfig, vocabulary: Vocabulary, machine: Machine, evaluated_tokens: int = BATCH_TOKENS
-) -> int:
-    """Bytes of weights, gradients, optimiser state, activations and logits, for one process of the machine's world.
+def kept_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
+    """Bytes of activations that a forward pass of one process keeps for the backward pass, computed without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, in two seconds
 
-    A process has its share of the batch. If the model is sharded it has its share of the weights, gradients and
-    optimiser state, plus the blocks that FSDP2 unshards at one time. `evaluated_tokens`: in a forward pass of an
-    evaluation, at most BATCH_TOKENS; fewer in a short text.
-    """
-    batch = config.windows.micro_batch_size // machine.world.size
-    windows = config.windows.updated(micro_batch_size=batch)
-    with FakeTensorMode(), torch.device(machine.device):  # tensors without data
+    windows = config.windows.updated(micro_batch_size=config.windows.micro_batch_size // machine.world.size)
+    with FakeTensorMode(), torch.device(machine.device):
         model = GPT(config.model, vocabulary).freeze(config.train.freeze)
         activations = _kept_bytes(model, windows, machine)
         if config.train.gradient_checkpointing:
@@ -59,6 +55,38 @@ def step_bytes(
             activations = activations // (config.model.n_layer - config.train.freeze) + _kept_bytes(
                 model, windows, machine
             )
+    return activations
+
+
+def at_most_kept(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:
+    """An upper bound for `kept_bytes`, often several times as high, that takes no time.
+
+    A token has at most 32 vectors of C numbers in a layer, and four rows of attention scores for each head. The loss
+    keeps the gradient of the embeddings; in bf16, the weights are kept in bf16, too.
+    """
+    shape, windows = config.model, config.windows
+    tokens = windows.micro_batch_size // machine.world.size * windows.seq_len
+    vectors = 32 * shape.n_embd + 4 * shape.n_head * windows.seq_len  # numbers per token and layer
+    numbers = tokens * (shape.n_layer * vectors + 8 * shape.n_embd + 16) + vocabulary.n_rows * shape.n_embd
+    return 4 * numbers + 2 * shape.n_params
+
+
+def step_bytes(
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    machine: Machine,
+    evaluated_tokens: int = BATCH_TOKENS,
+    activation_bytes: Callable[[RunConfig, Vocabulary, Machine], int] = kept_bytes,
+) -> int:
+    """Bytes of weights, gradients, optimiser state, activations and logits, for one process of the machine's world.
+
+    A process has its share of the batch. If the model is sharded it has its share of the weights, gradients and
+    optimiser state, plus the blocks that FSDP2 unshards at one time. `evaluated_tokens`: in a forward pass of an
+    evaluation, at most BATCH_TOKENS; fewer in a short text.
+    """
+    batch, windows = config.windows.micro_batch_size // machine.world.size, config.windows
+    with torch.device("meta"):  # tensors without data
+        model = GPT(config.model, vocabulary).freeze(config.train.freeze)
         weights, state = _trained_bytes(model, config.optim)
         gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     n_logits = min(CHUNK_LOGITS, batch * windows.seq_len * vocabulary.n_rows)
@@ -67,7 +95,7 @@ def step_bytes(
         logits += 12 * min(CACHED_LOGITS, n_logits)  # the fp32 arrays of a softmax
     else:
         logits = n_logits * 10  # bf16 or fp16, and fp32 before and after the softmax
-    step = activations + logits
+    step = activation_bytes(config, vocabulary, machine) + logits
     evaluation = 8 * min(BATCH_TOKENS, evaluated_tokens) * vocabulary.n_rows  # fp32, before and after the softmax
     held = weights + gradients + sum(state)
     if config.train.shard and machine.world.size > 1:
@@ -102,7 +130,7 @@ def n_checkpoints(optim: OptimConfig) -> int:
 
 def saved_bytes(config: RunConfig, vocabulary: Vocabulary, processes: int = 1) -> tuple[int, int]:
     """Upper bounds for the disk bytes of a checkpoint and of the finished model, which has the full vocabulary."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = GPT(config.model, vocabulary).freeze(config.train.freeze)
         weights, state = _trained_bytes(model, config.optim)
     headers = ENTRY_BYTES * len(list(model.parameters()))
@@ -120,7 +148,7 @@ def free_bytes(machine: Machine) -> int:
 
 
 def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
-    """Bytes of the weights, and of each tensor of the optimiser state. The model may consist of fake tensors."""
+    """Bytes of the weights, and of each tensor of the optimiser state. The model may be without data."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     slots = state_slots(build_optimizers(model, optim, torch.float32), optim)
     return weights, [4 * math.prod(shape) for _, _, shape in slots]

@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from pipeline.config.recipes import apply_recipe
@@ -111,7 +110,6 @@ def die_everywhere():
     tokenizer.fetch = lambda sources, path, _: shutil.copyfile(Path(os.environ["BPE"], sources[0].split("/")[-1]), path)
     for name in ("data.encode", "data.statistics", "model.evaluate", "report.figures", "report.tables"):
         import_module(f"pipeline.{name}")  # once for all children
-    torch.optim.AdamW([torch.zeros(1)])  # likewise: the first optimiser imports for a second
     for name, stride in STRIDES.items():
         main = import_module(f"stages.{name}").main
         assert code_of_child(main, None) == 0

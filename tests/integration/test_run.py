@@ -416,13 +416,19 @@ def turn_back_the_clock():
     time.time_ns = lambda: now_ns() - 3600 * 10**9 * next(hours)
 
 
+def train_without_the_compiler():
+    """Train, and check that torch's compiler, whose import takes two seconds, was not imported."""
+    train()
+    assert sys.modules.keys().isdisjoint(["torch._dynamo", "sympy"])
+
+
 def test_locale_and_clock_change_no_bit_and_no_record_in_mlflow(prepared, straight, tmp_path, monkeypatch):  # A15
     shutil.copytree(prepared, folder := tmp_path / "no UTF-8 at all")
     change(folder, **{"samples.prompts": ["Brünnhilde:"]})
     with (folder / "params.yaml").open("a", encoding="utf-8") as params:
         params.write("# Grüße\n")
     monkeypatch.chdir(folder)
-    program = "from tests.integration.test_run import *\nturn_back_the_clock()\nrun_stage(train)"
+    program = "from tests.integration.test_run import *\nturn_back_the_clock()\nrun_stage(train_without_the_compiler)"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     environment = {**kept, "LC_ALL": "C", "TZ": "Pacific/Apia", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

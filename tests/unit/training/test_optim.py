@@ -160,6 +160,33 @@ def test_muon_equals_torch_on_every_shape(model, name, pieces, lr, weight_decay)
     assert ((ours - before) - moved).norm() / moved.norm() < 0.05  # both in bf16, to convergence
 
 
+def test_adamw_has_the_bits_and_the_state_of_torchs(model):
+    parameters = [*model.parameters()]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    generator = torch.Generator().manual_seed(1)
+    changes = {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "betas": [0.8, 0.99], "eps": 1e-6}
+    (ours,) = build_optimizers(model, config(**changes), torch.float32)
+    groups = [
+        {"params": [p for p in theirs if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    torchs = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.99), eps=1e-6, fused=True)
+    for step in range(4):
+        for optimizer in (ours, torchs):
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (step + 1)
+        for p, twin in zip(parameters[step % 2 :], theirs[step % 2 :], strict=True):  # one has no gradient in two steps
+            p.grad = torch.randn(p.shape, generator=generator)
+            twin.grad = p.grad.clone()
+        for optimizer in (ours, torchs):
+            optimizer.step()
+        assert all(torch.equal(p, twin) for p, twin in zip(parameters, theirs, strict=True))
+    for p, twin in zip(parameters, theirs, strict=True):
+        assert ours.state[p].keys() == torchs.state[twin].keys()
+        assert all(torch.equal(value, torchs.state[twin][key]) for key, value in ours.state[p].items())
+
+
 @pytest.mark.parametrize("clip", [None, 0.5, 100.0])  # no clipping, a norm above, a norm below
 def test_clipping_equals_torch(model, clip):
     ids = torch.randint(50257, (2, 9), generator=torch.Generator().manual_seed(1))

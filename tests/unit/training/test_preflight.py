@@ -22,7 +22,7 @@ from pipeline.training import preflight
 from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.preflight import check_disk, check_fits, saved_bytes, step_bytes
+from pipeline.training.preflight import at_most_kept, check_disk, check_fits, kept_bytes, saved_bytes, step_bytes
 
 SHAPE = ModelConfig(n_layer=3, n_head=2, n_embd=64, block_size=32, vocab_size=50257, dropout=0.0, fold_vocab=True)
 VOCABULARY = Vocabulary.of(np.arange(50257) < 500, 50257)
@@ -84,8 +84,28 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_bytes_it_needs(monkeypatc
     check_fits(*settings())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_bound_of_the_kept_bytes_is_above_them_for_each_kind_of_attention(
+    precision, dropout, gradient_checkpointing
+):
+    machine = Machine(torch.device("cpu"), precision, 1)
+    for n_layer, n_head, n_embd, length, batch in [(1, 4, 12, 8, 16), (3, 4, 12, 600, 4), (2, 1, 128, 600, 1)]:
+        config, vocabulary, _ = settings(batch, gradient_checkpointing=gradient_checkpointing)
+        shape = config.model.updated(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=length, dropout=dropout)
+        config = replace(config, model=shape, windows=config.windows.updated(seq_len=length))
+        assert kept_bytes(config, vocabulary, machine) <= at_most_kept(config, vocabulary, machine)
+
+
+def test_a_run_far_below_the_free_memory_is_checked_without_fake_tensors(monkeypatch):
+    monkeypatch.setattr(preflight, "kept_bytes", lambda *_: pytest.fail("they import torch's compiler"))
+    monkeypatch.setattr(preflight, "free_bytes", lambda machine: 10**10)
+    check_fits(*settings())
+
+
 def test_a_refusal_never_names_as_many_bytes_free_as_needed(monkeypatch):
-    monkeypatch.setattr(preflight, "step_bytes", lambda *_arguments: 704_000_000)
+    monkeypatch.setattr(preflight, "step_bytes", lambda *_, **__: 704_000_000)
     monkeypatch.setattr(preflight, "free_bytes", lambda machine: 703_000_000)
     with pytest.raises(OutOfSpaceError, match=r"needs 0\.8 GB of memory, 0\.7 GB are free"):
         check_fits(*settings())
