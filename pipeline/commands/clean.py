@@ -1,6 +1,6 @@
-"""Remove checkpoints; models, studies and MLflow runs stay.
+"""Remove folders of runs; models, studies and MLflow runs stay.
 
-`dvc repro -f train` then trains from step 0.
+A folder has checkpoints, journal, samples and figures; that of a study has its trials and figures. `dvc repro -f train` then trains from step 0.
 """
 
 import argparse

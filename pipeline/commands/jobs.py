@@ -1,6 +1,6 @@
 """List this project's jobs on Slurm, or cancel one.
 
-The list says what runs where, what waits, and why.
+It shows where each job runs, and why a job is pending.
 """
 
 import argparse

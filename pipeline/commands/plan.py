@@ -58,12 +58,12 @@ def add_arguments(add: Add) -> None:
     add(
         "--time",
         metavar="TIME",
-        help="use only as much of the text as is learnt in this time, such as 10m or 2h; default: the whole text",
+        help="use only as much of the text as can be learnt in this time, such as 10m or 2h; default: the whole text",
     )
     add(
         "--column",
         metavar="NAME",
-        help="column of a table that holds the texts; default: `text`, or the only one of texts",
+        help="column of a table that holds the texts; default: `text`, or the only text column",
     )
     add("--name", metavar="NAME", help="name of the registered model; default: name of the text")
     add("--in-place", action="store_true", help="link to files outside of texts/ instead of copying them there")

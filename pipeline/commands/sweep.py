@@ -23,7 +23,7 @@ def add_arguments(add: Add) -> None:
         "--seeds",
         metavar="N",
         type=int,
-        help="with confirm: number of seeds for each trial, after train.seed; default: 3",
+        help="with confirm: number of seeds for each trial: those after train.seed; default: 3",
     )
     add_sweep(add, without=("applied",))
     add_slurm(add)

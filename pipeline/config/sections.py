@@ -425,7 +425,7 @@ class SlurmConfig(Section):
         default=60,
         ge=1,
         strict=True,
-        description="time, such as 90m or 24h; a job that reaches this limit saves, is requeued and resumes",
+        description="time limit, such as 90m or 24h: the job then saves, is requeued and resumes",
     )
     gpus: int | None = Field(default=None, ge=1, strict=True, description="GPUs on each node; null: none")
     cpus: int | None = Field(

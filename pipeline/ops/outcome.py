@@ -85,7 +85,7 @@ def show_outcome(next_step: str | None = None) -> None:
     print(f"\n{in_lines(lines)}")
     _show_sample(label)
     if registered["champion"]:
-        print("\n`make app` opens the page on this model; `totarget generate` writes with it in the terminal")
+        print("\n`make app` serves this model; `totarget generate` continues prompts with it in the terminal")
     if not (reached or best):
         raise TargetNotReached(
             f"target {results['target_loss']:g} not reached, the loss is {results['loss']:.4f} after {cost}: "

@@ -57,7 +57,7 @@ class Options:
 
     @property
     def wants_the_best(self) -> bool:
-        """Whether the target only ends a run that early stopping ends before: its best model is wanted."""
+        """Whether the best model is wanted, since early stopping ends the run before the target."""
         return self.goal == GENERALISE and self.target is None
 
 
@@ -73,7 +73,7 @@ class Plan:
     lines: dict[str, str]  # topic -> sentence for the user
     fetched: Fetched | None = None  # the text, if it is not on this machine otherwise
     weights: Weights | None = None  # published weights to start from
-    n_doublings: int = 0  # longer trainings of DOUBLINGS that this one is
+    n_doublings: int = 0  # how often the epochs were doubled, at most DOUBLINGS
 
     def __str__(self) -> str:
         return in_lines(self.lines)

@@ -99,10 +99,14 @@ def require_room(source: Source, copied: Mapping[str, str]) -> None:
 
     for path, original in source.copies.items():
         if os.path.lexists(path) and not (same(path, original) or is_copy(path)):
-            raise InputError(f"{path} is another text than {original}: choose another --name, as the copy has it too")
+            raise InputError(
+                f"{path} is another text than {original}: choose another --name, which also names the copy"
+            )
     for path in _surplus(source):
         if not is_copy(path):
-            raise InputError(f"{path} is not in the text {source.name}: choose another --name, as the copy has it too")
+            raise InputError(
+                f"{path} is not in the text {source.name}: choose another --name, which also names the copy"
+            )
 
 
 def _surplus(source: Source) -> list[Path]:

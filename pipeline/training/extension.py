@@ -113,7 +113,7 @@ def _reason(source: Path, n_same: int, optim: OptimConfig, config: RunConfig, n_
 
 
 def _depends(optim: OptimConfig) -> str:
-    return f"optim.schedule {optim.schedule} has other learning rates then, those of constant and wsd stay"
+    return f"the learning rates of {optim.schedule} depend on the budget, those of constant and wsd do not"
 
 
 def _shared_checkpoints(

@@ -51,7 +51,7 @@ def test_learn_ends_with_a_champion_under_the_name_of_the_text(clone, tmp_path, 
     assert (registered["model"], registered["champion"]) == ("poem", True)
     assert "reached     loss 0.0" in said
     assert "poem version 1 continues the beginning of its text:\n\nIn the first house by the sea" in said
-    assert "`make app` opens the page on this model" in said
+    assert "`make app` serves this model" in said
     assert (tmp_path / "poem.txt").read_text() == text
     sample = max(Path("checkpoints").glob("*/samples/*.txt"))
     assert sample.read_text().startswith("In the first house")  # samples.prompts: null

@@ -196,7 +196,7 @@ def test_a_run_that_reached_its_target_ends_with_the_next_command(finished, monk
         "params      params.yaml differs from the committed one: `git checkout params.yaml` restores that",
         "x version 1 writes",
         "",
-        "`make app` opens the page on this model; `totarget generate` writes with it in the terminal",
+        "`make app` serves this model; `totarget generate` continues prompts with it in the terminal",
     ]
 
 
