@@ -1,6 +1,7 @@
 """Remove folders of runs; models, studies and MLflow runs stay.
 
-A folder has checkpoints, journal, samples and figures; that of a study has its trials and figures. `dvc repro -f train` then trains from step 0.
+A run's folder has its checkpoints, journal and samples; a study's has its trials and figures. `dvc repro -f train` then
+trains from step 0.
 """
 
 import argparse
