@@ -101,7 +101,7 @@ def recorder_threads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         (control, ours), (theirs, answers) = os.pipe(), os.pipe()
 
         def work() -> None:
-            with open(control, "rb", buffering=0) as lines, open(answers, "w") as said:
+            with open(control, "rb", buffering=0) as lines, open(answers, "w", buffering=1) as said:
                 serve(Path(root), 0.1, lines, said)
 
         (thread := threading.Thread(target=work)).start()

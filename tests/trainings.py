@@ -144,7 +144,7 @@ def train_until_killed(after_step):
 def start(do, *arguments, **environment):
     """Run `do` as a stage in another process and in the working directory; `output_of` reads its output."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.training.train", "tests.trainings", "torch._dynamo"])
+    context.set_forkserver_preload(["pipeline.training.train", "tests.trainings"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # for the server, at its start
         # a daemon: pytest terminates it at its end if a test has failed before

@@ -164,11 +164,14 @@ def ending(error: BaseException | None) -> dict[str, str]:
 
 
 def serve(root: Path, tick_s: float, control: RawIOBase, answers: TextIO) -> None:
-    """Record one run after the other, and answer each with a line, until `control` is closed."""
+    """Record one run after the other, and answer each with a line, until `control` is closed.
+
+    `answers` is line-buffered.
+    """
     while line := control.readline():
         arrived = record(root, json.loads(line), tick_s, control)
         with suppress(BrokenPipeError):  # training has ended
-            print(ARRIVED if arrived else MISSING, file=answers, flush=True)
+            answers.write(f"{ARRIVED if arrived else MISSING}\n")
 
 
 def record(root: Path, start: dict[str, Any], tick_s: float, control: RawIOBase) -> bool:
@@ -244,7 +247,7 @@ class _Feed:
 
 def main() -> None:
     """Serve the process that has started this one. Only answers reach standard output: MLflow may print to it."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     with open(0, "rb", buffering=0) as control:
         serve(Path(sys.argv[1]), float(sys.argv[2]), control, answers)

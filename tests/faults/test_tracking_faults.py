@@ -63,7 +63,8 @@ def send_during_a_fault(store, root, folder, fail, repair, warnings):
 
 def test_a_server_that_stalls_gets_all_records_once_it_answers(store, folder, tmp_path, monkeypatch, warnings):  # C3
     command = ["-m", "mlflow", "server", "--backend-store-uri", store.uri, "--workers", "1"]
-    with serving(command, "/health", tmp_path, os.environ) as (uri, group):
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # as in compose.yaml
+    with serving(command, "/health", tmp_path, environment) as (uri, group):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # seconds, instead of ten
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
