@@ -113,7 +113,7 @@ def _reason(source: Path, n_same: int, optim: OptimConfig, config: RunConfig, n_
 
 
 def _depends(optim: OptimConfig) -> str:
-    return f"the learning rates of {optim.schedule} depend on the budget, those of constant and wsd do not"
+    return f"optim.schedule {optim.schedule} depends on the budget, constant and the plateau of wsd do not"
 
 
 def _shared_checkpoints(

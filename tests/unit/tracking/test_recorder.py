@@ -178,6 +178,7 @@ def test_one_process_records_runs_one_after_the_other_until_it_dies_or_is_still_
         )
         fakes[1].down.clear()
         recorder_threads[0].poll = lambda: -9
+        recorder_threads[0].stdin.close()
         assert record_a_run() == 2
         with monkeypatch.context() as patch, locked(folder / RECORDER_LOCK):
             patch.setattr(recorder, "FINISH_S", 0.05)
