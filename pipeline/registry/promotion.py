@@ -194,7 +194,38 @@ def promote(store: Store, name: str, which: str) -> str:
     open_version(store, version)
     with translate_store_errors(store.uri, name):
         set_best(store, name, version)
-        before = set_champion(store, name, version)
+        return _set_champion_by_hand(store, name, version)
+
+
+def rollback(store: Store, name: str) -> str:
+    """Give the alias champion back to the former champion; a second call gives it to the other version again.
+
+    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again. The
+    former champion gets the alias of its own rule only if no other version has it. Returns a line for the user.
+    """
+    with translate_store_errors(store.uri, name):
+        model = registered_model(store, name)
+    current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
+    if before is None or before == str(current):
+        raise ModelMissing(f"{name} has no former champion: a rollback needs a version that was champion before")
+    version = find_version(store, name, before)
+    open_version(store, version)
+    with translate_store_errors(store.uri, name):
+        if model.aliases.get(rule_alias(version.tags.get("rule", ""))) in (None, current):
+            set_best(store, name, version)
+        line = _set_champion_by_hand(store, name, version)
+        if current is not None:
+            store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
+            rule = store.client.get_model_version(name, str(current)).tags.get("rule", "")
+            best = store.client.get_registered_model(name).aliases.get(alias := rule_alias(rule))
+            if str(best) == str(current):
+                store.client.delete_registered_model_alias(name, alias)
+    return line
+
+
+def _set_champion_by_hand(store: Store, name: str, version: "ModelVersion") -> str:
+    """Move the alias champion to a verified version; return a line for the user."""
+    before = set_champion(store, name, version)
     if before == str(version.version):
         return f"{label_of(version)} is already champion"
     instead = f" instead of version {before}" if before else ""
@@ -202,25 +233,3 @@ def promote(store: Store, name: str, which: str) -> str:
         f", although the gate refused it: {version.tags.get(VERDICT)}" if version.tags.get(PASSED) == "false" else ""
     )
     return printable(f"{label_of(version)} is now champion{instead}{refused}")
-
-
-def rollback(store: Store, name: str) -> str:
-    """Give the alias champion back to the former champion; a second call gives it to the other version again.
-
-    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again. Returns
-    a line for the user.
-    """
-    with translate_store_errors(store.uri, name):
-        model = registered_model(store, name)
-    current, before = model.aliases.get(CHAMPION), model.tags.get(CHAMPION_BEFORE)
-    if before is None or before == str(current):
-        raise ModelMissing(f"{name} has no former champion: a rollback needs a version that was champion before")
-    line = promote(store, name, before)
-    if current is not None:
-        with translate_store_errors(store.uri, name):
-            store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
-            rule = store.client.get_model_version(name, str(current)).tags.get("rule", "")
-            best = store.client.get_registered_model(name).aliases.get(alias := rule_alias(rule))
-            if str(best) == str(current):
-                store.client.delete_registered_model_alias(name, alias)
-    return line

@@ -262,6 +262,23 @@ def test_the_best_version_of_a_rule_keeps_its_reason_and_loses_its_alias_by_a_ro
     assert aliases(store, name)["champion-validation"] == "4"
 
 
+def test_a_rollback_takes_the_alias_of_a_rule_only_from_the_version_that_loses(store, name, register_it, tmp_path):
+    def validated(folder: str, loss: float) -> Path:
+        return trained_project(tmp_path / folder, loss, rule="validation", target=1.9)
+
+    register_it(validated("1", 1.8))
+    register_it(trained_project(tmp_path / "2"))
+    promote(store, name, "2")
+    register_it(validated("3", 1.6))  # the best of its rule, but the champion has another one
+    rules = {"champion-validation": "3", "candidate": "3"}
+    assert aliases(store, name) == {"champion": "2", "champion-sliding": "2", **rules}
+    rollback(store, name)
+    assert aliases(store, name) == {"champion": "1", **rules}
+    assert register_it(validated("4", 1.7))["reason"].startswith("worse: validation loss 1.7000")
+    rollback(store, name)
+    assert aliases(store, name) == {"champion": "2", "champion-sliding": "2", **rules, "candidate": "4"}
+
+
 def test_after_learn_a_champion_of_another_rule_is_replaced_even_by_a_version_that_is_not_the_best_of_its_own(
     store, name, cheap_versions, tmp_path
 ):
