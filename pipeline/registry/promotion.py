@@ -83,9 +83,14 @@ def judge(
         return Verdict(is_best, is_best, reason)
     number, its_rule = other
     if config.replace_champion:
-        return Verdict(is_best, True, f"{reason}; it replaces champion {number}, which has the rule {its_rule}")
+        return Verdict(is_best, True, reason + replaces(number, its_rule))
     stays = f"; champion {number} has the rule {its_rule} and stays" if is_best else ""
     return Verdict(is_best, False, f"{reason}{stays}")
+
+
+def replaces(number: str, rule: str) -> str:
+    """The end of the reason of a version that replaces the champion `number`, which has another rule."""
+    return f"; it replaces champion {number}, which has the rule {rule}"
 
 
 def flaw_of(candidate: Candidate, config: RegistryConfig) -> str | None:

@@ -19,6 +19,7 @@ from pipeline.registry.promotion import (
     judge,
     model_loss,
     next_step,
+    replaces,
     set_best,
     set_champion,
 )
@@ -170,11 +171,12 @@ def _judge(
         other = (champion, its_rule) if champion and its_rule not in (None, rule) else None
         if number and ROLLED_BACK in store.client.get_model_version(config.model, number).tags:
             number = None
-        if number == own:
-            flaw = flaw_of(candidate, config)
-            promotes = flaw is None and (other is None or config.replace_champion)
-            return Verdict(flaw is None, promotes, flaw or IS_BEST)
-        number = number or (None if other else champion)  # early registries lack the alias
+        if number == own and other:
+            if flaw := flaw_of(candidate, config):
+                return Verdict(False, False, flaw)
+            return Verdict(True, config.replace_champion, IS_BEST + replaces(*other) * config.replace_champion)
+        if number in (None, own):  # early registries lack the alias; `own`: killed before the alias champion moved
+            number = None if other else champion
         if number is None:
             return judge(candidate, None, config, other)
         name = f"champion {number}" if number == champion else f"version {number} (the best of the rule {rule})"

@@ -294,8 +294,31 @@ def test_after_learn_a_champion_of_another_rule_is_replaced_even_by_a_version_th
         }  # fmt: skip
         assert find_version(store, name, "3").tags["passed_gate"] == "true"
     register(root_of(store), trained_project(tmp_path / "4", 0.08), config)
-    assert register(root_of(store), first, config)["champion"]  # the best of its rule is registered again
+    done = register(root_of(store), first, config)  # the best of its rule is registered again
+    assert (done["champion"], done["reason"]) == (
+        True, "is the best version of its rule; it replaces champion 4, which has the rule sliding"
+    )  # fmt: skip
     assert aliases(store, name)["champion"] == "1"
+    assert find_version(store, name, "1").tags["verdict"] == done["reason"]
+
+
+def test_the_best_version_of_its_rule_is_compared_with_a_champion_of_the_same_rule(store, name, register_it, tmp_path):
+    best = trained_project(tmp_path / "1")
+    register_it(best)
+    store.client.delete_registered_model_alias(name, "champion")  # or a registration was killed before it was set
+    assert register_it(best)["reason"] == "reached the target, and there was no champion"
+    register_it(trained_project(tmp_path / "2", 0.08))
+    store.client.set_registered_model_alias(name, "champion-sliding", "1")
+    done = register_it(best)
+    assert (done["champion"], done["reason"]) == (
+        False, "worse: sliding loss 0.0900 on the tokens of champion 2, whose own loss is 0.0800"
+    )  # fmt: skip
+    for alias, number in (("champion", "1"), ("champion-sliding", "2")):  # as it is if `register` is killed in between
+        store.client.set_registered_model_alias(name, alias, number)
+    done = register_it(tmp_path / "2")
+    assert (done["champion"], done["reason"]) == (
+        True, "sliding loss 0.0800 on the tokens of champion 1, whose own loss is 0.0900"
+    )  # fmt: skip
 
 
 def test_a_champion_of_another_text_is_replaced_if_params_say_so(store, name, cheap_versions, tmp_path):
