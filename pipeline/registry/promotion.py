@@ -45,7 +45,6 @@ class Candidate:
 class Champion:
     """What the gate needs from the best version so far of the candidate's target rule."""
 
-    version: str
     name: str  # for messages: champion N, or the version that is the best of its rule
     loss: float | None  # that the rule compares, on its own text; None: an earlier version of the project registered it
     n_tokens: int
@@ -125,7 +124,7 @@ def _compare(
     if best is None:
         return True, f"{reached}, and there was no champion" + f" of the rule {name}" * (other is not None)
     if candidate.data_sha256 != best.data_sha256 and config.replace_champion:
-        return True, f"{reached}, and replaces version {best.version}, which has another text"
+        return True, f"{reached}, and replaces {best.name}, which has another text"
     if candidate.n_tokens < best.n_tokens and not rule.needs_held_out:
         return False, f"trained on {candidate.n_tokens:,} tokens, fewer than the {best.n_tokens:,} of {best.name}"
     if best.loss is None:

@@ -205,7 +205,7 @@ def _champion(store: Store, model: str, number: str, name: str, loss: str, proje
         return loss_on(project, tokens, loss)
 
     own = float(tags[loss]) if loss in tags else None
-    return Champion(number, name, own, int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
+    return Champion(name, own, int(tags["train_tokens"]), tags["data_sha256"], candidate_loss)
 
 
 def _tokenizer_files(manifest: dict[str, Any]) -> dict[str, Any]:

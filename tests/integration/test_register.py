@@ -326,7 +326,7 @@ def test_a_champion_of_another_text_is_replaced_if_params_say_so(store, name, ch
     register(root_of(store), trained_project(tmp_path / "champion", n_tokens=65), config)
     done = register(root_of(store), trained_project(tmp_path / "shorter", salt=1), config, pytest.fail)
     assert (done["champion"], done["next_step"]) == (True, None)
-    assert done["reason"] == "reached the target, and replaces version 1, which has another text"
+    assert done["reason"] == "reached the target, and replaces champion 1, which has another text"
     assert aliases(store, name)["champion"] == "2"
     rollback(store, name)
     assert aliases(store, name)["champion"] == "1"

@@ -33,7 +33,7 @@ GOOD = Candidate(
     data_sha256="a",
 )
 CHAMPION = Champion(
-    "1", "champion 1", loss=0.09, n_tokens=64, data_sha256="a", candidate_loss=lambda: pytest.fail("measured")
+    "champion 1", loss=0.09, n_tokens=64, data_sha256="a", candidate_loss=lambda: pytest.fail("measured")
 )
 HELD_OUT = {"rule": "validation", "target_loss": 1.9, **dict.fromkeys(("loss", "trained_loss", "journal_loss"), 1.8)}
 WEAK = "makes no champion: set target.rule to sliding or validation"
@@ -130,14 +130,14 @@ ANOTHER = {"data_sha256": "b", "loss": 0.001, "n_tokens": 6500}  # a text that i
 @pytest.mark.parametrize(
     ("candidate", "champion", "verdict"),
     [
-        (GOOD, ANOTHER, (True, "reached the target, and replaces version 1, which has another text")),
+        (GOOD, ANOTHER, (True, "reached the target, and replaces champion 1, which has another text")),
         (GOOD, {"loss": 0.07}, (False, f"worse: sliding loss 0.0800 {ON_CHAMPION} 0.0700")),  # the same text
         (replace(GOOD, rolled_back=True), ANOTHER, (False, "was rolled back by hand")),
         (MISSED, None, (True, "is not required to reach the target, and there was no champion")),
         (
             MISSED,
             ANOTHER,
-            (True, "is not required to reach the target, and replaces version 1, which has another text"),
+            (True, "is not required to reach the target, and replaces champion 1, which has another text"),
         ),
         (MISSED, {"loss": 1.85}, (True, f"validation loss 1.8000 {ON_HELD_OUT} 1.8500")),
         (MISSED, {"loss": 1.75}, (False, f"worse: validation loss 1.8000 {ON_HELD_OUT} 1.7500")),
