@@ -27,13 +27,12 @@ from pipeline.model.published_files import find_published
 from pipeline.model.weights import SHAPE, WEIGHTS
 from pipeline.registry.artifacts import TEMPORARY, label_of, open_version
 from pipeline.registry.catalog import identity_of
-from pipeline.system.device import prepare_machine
 from pipeline.system.errors import InputError, IntegrityError, Interrupted
 from pipeline.system.files import locked, read_json, sha256_file
 from pipeline.system.host import SOURCE_ROOT, git
 from pipeline.system.processes import search_path
 from pipeline.system.signals import StopSignals
-from pipeline.tracking.fingerprint import differences, identify
+from pipeline.tracking.fingerprint import differences, fingerprint_of
 from pipeline.tracking.mlflow_store import Store
 from pipeline.tracking.recorder import RECORDER_LOCK
 from pipeline.training.config import RunConfig
@@ -76,14 +75,14 @@ def reason_for_difference(again: dict[str, Any], fingerprint: str, environment: 
 
 
 def _fingerprint_here(files: Path) -> str | None:
-    """The fingerprint with the present code on this machine; None if the code does not accept the parameters."""
+    """The fingerprint with the present code; None if the code does not accept the parameters."""
     try:
         config = RunConfig.of(load_params(files / "params.yaml")).sized_for(n_vocab_in(files / "model"))
     except InputError:
         return None
     if init := _weights_hash(files):
         config = replace(config, model=config.model.updated(init=init))
-    return identify(data_sha256(files / "tokens"), config.decisive, prepare_machine(config.train))["fingerprint"]
+    return fingerprint_of(data_sha256(files / "tokens"), config.decisive)
 
 
 def _weights_hash(files: Path) -> str | None:
