@@ -27,7 +27,7 @@ from pipeline.tracking.mlflow_runs import (
 from pipeline.tracking.mlflow_store import Store, all_found, own_database
 from pipeline.tracking.mlflow_tracker import RUN_ID, noted_run
 from pipeline.tracking.recorder import KILLED, RECORDER_LOCK
-from pipeline.training.target import result_of
+from pipeline.training.target_result import result_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -30,7 +30,8 @@ from pipeline.tracking.journal import EVALUATED_LOSSES, STEPS, read_records, rea
 from pipeline.tracking.mlflow_runs import ensure_run
 from pipeline.tracking.mlflow_store import Store, open_store, store_errors, store_uri, translate_store_errors
 from pipeline.tracking.run_record import read_metrics, read_run
-from pipeline.training.target import RULES, result_of
+from pipeline.training.target import RULES
+from pipeline.training.target_result import result_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

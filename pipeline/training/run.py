@@ -24,7 +24,8 @@ from pipeline.training.config import RunConfig
 from pipeline.training.extension import extend, set_aside
 from pipeline.training.loop import TrainState, fresh_state, train_steps
 from pipeline.training.preflight import check_disk, check_fits
-from pipeline.training.target import best_step, is_finished, result_of
+from pipeline.training.target import best_step, is_finished
+from pipeline.training.target_result import result_of
 
 RESUMES = "resumes"  # one line for each resume: its step
 REPEATED = "steps repeated with kernels that are not deterministic"  # in `inexact` of the identity

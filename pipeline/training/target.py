@@ -1,7 +1,7 @@
 """The target rules: from a run's records, decide when to evaluate, when to stop and which model to keep."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, overload
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from pipeline.config.sections import TargetConfig
-from pipeline.tracking.descriptions import Result
 from pipeline.tracking.journal import EVALUATED_LOSSES, StepRecord
 
 Records = Sequence[StepRecord]  # of a run, from step 1 to the current step
@@ -130,24 +129,6 @@ def best_step(records: Records, config: TargetConfig) -> int | None:
     name = RULES[config.rule].loss
     losses = [(loss, record.step) for record in records if (loss := getattr(record, name)) is not None]
     return min(losses)[1] if losses else None
-
-
-def result_of(records: Records, target: Mapping[str, Any]) -> Result | None:
-    """What a finished run reached by its target rule: the loss of the model that is kept, or that of its last steps.
-
-    `records`: all of them; `target`: the section of its parameters. None if the rule is unknown or its loss was not
-    measured.
-    """
-    if not records or (rule := RULES.get(target.get("rule", ""))) is None:
-        return None
-    config = TargetConfig.model_construct(**target)  # it was validated when the run started
-    if rule.minibatch_loss is not None:
-        at, loss = records[-1], rule.minibatch_loss(records, config)
-    elif (best := best_step(records, config)) is not None:
-        at, loss = records[best - 1], getattr(records[best - 1], rule.loss)
-    else:
-        return None
-    return Result(loss, at.step, at.tokens, rule.is_met(records, config))
 
 
 def evaluation_is_due(records: Records, steps_per_epoch: int, held_out: bool, config: TargetConfig) -> bool:

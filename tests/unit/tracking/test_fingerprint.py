@@ -21,7 +21,7 @@ UNDECISIVE = {
     "data/remote",
     "checks and converts published weights, whose hash is in the fingerprint": "model/published_files",
     "converts a loss to another unit": "data/statistics",
-    "names runs": "config/text_name",
+    "names and describes runs": "config/text_name training/target_result",
     "makes samples": "data/openings data/tokenizer model/generator model/prompt_lookup model/decoder model/sampling",
     "reads or refuses parameters, which are in the fingerprint": "config/params training/config training/preflight",
     "ends a run, which resumes with the same bits": "system/errors system/signals",

@@ -25,9 +25,9 @@ from pipeline.training.target import (
     first_met,
     is_finished,
     is_out_of_patience,
-    result_of,
     without_end,
 )
+from pipeline.training.target_result import result_of
 
 TARGET = TargetConfig(loss=0.1, rule="corpus", average_steps=3, eval_interval=None, early_stopping_patience=None)
 
