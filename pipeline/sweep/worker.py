@@ -70,7 +70,8 @@ class Worker:
     """Train trials of a study until there is no more work, or a signal arrives.
 
     A trial is a training run in the folder `checkpoints/STUDY/FINGERPRINT`. A retry resumes from the checkpoint there,
-    in the same MLflow run. When a trial has ended its checkpoints are removed; its journal and its samples are kept.
+    on a CPU in the same MLflow run. When a trial has ended its checkpoints are removed; its journal and its samples are
+    kept.
     """
 
     def __init__(self, config: WorkerConfig, stop: StopSignals) -> None:
