@@ -157,6 +157,10 @@ def test_block_lists_and_missing_values_are_replaced(params):
     [
         ("optim: {lrr: 1}", r"own.yaml: optim.lrr: no such key in .*params.yaml \(did you mean optim.lr\?\)"),
         ("optim: 3", "optim: no such key"),
+        (
+            "optim: {lr: 0.1}\nsweep: {space: {optim: {lrr: {low: 0.1, high: 0.2, log: true}}}}",
+            r"sweep.space.optim.lrr.low: no such key in .*params.yaml \(did you mean sweep.space.optim.lr.low\?\)",
+        ),
         ("optim: {lr: {peak: 1}}", "optim.lr.peak: no such key"),
         ("optim:\n  betas:\n  - 0.9\n  - 0.99\n", "optim.betas: write the value on one line"),
         ("- optim", "contains no sections"),
@@ -167,6 +171,15 @@ def test_an_invalid_recipe_changes_nothing(text, message, params):
     before = params.read_bytes()
     with pytest.raises(InputError, match=message):
         apply_recipe(own_recipe(params.parent, text), params)
+    assert params.read_bytes() == before
+
+
+def test_a_range_that_only_an_own_recipe_in_recipes_has_is_no_such_key(params):
+    folder = Path(shutil.copytree(RECIPES, params.parent / "recipes"))
+    (folder / "own.yaml").write_text("optim: {lr: 0.1}\nsweep: {space: {optim: {eps: [1.0e-8]}}}\n")
+    before = params.read_bytes()
+    with pytest.raises(InputError, match=r"own.yaml: sweep.space.optim.eps: no such key in "):
+        apply_recipe("own", params, folder)
     assert params.read_bytes() == before
 
 
