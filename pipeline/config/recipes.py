@@ -88,9 +88,10 @@ def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
     return _rewrite(params_path, present, leaves) or f"{params_path} already has these values"
 
 
-def require_keys(values: dict[str, Any], params_path: Path = PARAMS) -> None:
-    """Raise InputError if params.yaml lacks a key that `write_values` would write."""
-    _writable(values, _read_leaves(params_path), params_path)
+def changed_keys(values: dict[str, Any], params_path: Path = PARAMS) -> list[str]:
+    """The keys whose values `write_values` would change. Raises InputError if params.yaml lacks a key to write."""
+    present = _read_leaves(params_path)
+    return list(_changed(present, _writable(values, present, params_path)))
 
 
 def _writable(values: dict[str, Any], present: dict[str, Leaf], params_path: Path) -> dict[str, Leaf]:
@@ -178,9 +179,13 @@ def _end_of(node: yaml.Node) -> int:
     return _end_of(node.value[-1]) if block_list else int(node.end_mark.index)
 
 
-def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> str:
+def _changed(present: dict[str, Leaf], leaves: dict[str, Leaf]) -> dict[str, Leaf]:
     # repr distinguishes 1 (a step), 1.0 (a share) and true, which are equal
-    changed = {key: leaf for key, leaf in leaves.items() if repr(leaf.value) != repr(present[key].value)}
+    return {key: leaf for key, leaf in leaves.items() if repr(leaf.value) != repr(present[key].value)}
+
+
+def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> str:
+    changed = _changed(present, leaves)
     text = path.read_bytes().decode()
     for key in sorted(changed, key=lambda key: -present[key].start):  # backwards, so that positions stay valid
         old = present[key]

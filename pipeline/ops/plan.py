@@ -267,14 +267,9 @@ class Costs:
 
 
 def _merged(params: Params, values: dict[str, Any]) -> Params:
-    """The parameters as they are when `values` are written."""
-    return params.with_values(writable_values(values, params))
-
-
-def writable_values(values: dict[str, Any], params: Params) -> dict[str, Any]:
-    """The values without the ranges of keys that the user has removed from the search space."""
+    """The parameters as they are when `values` are written, without ranges that the user has removed."""
     present = flatten(params.values)
-    return {key: value for key, value in values.items() if key in present or not key.startswith(SPACE)}
+    return params.with_values({key: values[key] for key in values if key in present or not key.startswith(SPACE)})
 
 
 def _choose_tokenizer(text: Text, asked: str | None, folder: Path, lengths: Sequence[int]) -> tuple[Choice, Measured]:

@@ -326,6 +326,17 @@ def test_a_search_space_from_which_keys_were_removed_stays_so(project, monkeypat
     assert {"muon_lr", "max_epochs"} <= set(space["optim"]) < {*space["optim"], "lr"}
 
 
+def test_params_yaml_without_a_default_is_not_said_to_change(project, monkeypatch, capsys):
+    monkeypatch.setattr(learn, "reproduce", lambda environment: None)
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "show_outcome", lambda next_step: None)
+    lines = Path("params.yaml").read_text().splitlines(keepends=True)
+    Path("params.yaml").write_text("".join(line for line in lines if not line.startswith("  require_target: ")))
+    said = [main(["learn", "../diary.txt"]) or capsys.readouterr().out for _ in range(2)]
+    assert ["params.yaml is changed as follows; plans/params-" in each for each in said] == [True, False]
+    assert "params.yaml already has these values" in said[1]
+
+
 @pytest.mark.parametrize(("answer", "trained"), [("", True), ("y", True), ("n", False), ("what", False)])
 def test_a_terminal_is_asked_before_anything_is_written(project, monkeypatch, capsys, answer, trained):
     monkeypatch.setattr(learn, "reproduce", lambda environment: None)
