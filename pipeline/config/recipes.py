@@ -76,8 +76,9 @@ def text_and_model(params_path: Path = PARAMS) -> str:
 def locked_params(params_path: Path = PARAMS) -> AbstractContextManager[None]:
     """Hold the lock of params.yaml, which other commands must not change while the stages read it.
 
-    Raises RunLocked if another process holds it.
+    Raises InputError if there is no such file, RunLocked if another process holds the lock.
     """
+    load_params(params_path)  # raises the InputError before there is a lock file
     return locked(params_path.with_name(f"{params_path.name}.lock"))
 
 
