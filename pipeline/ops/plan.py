@@ -19,7 +19,7 @@ from pipeline.ops.policy import GENERALISE, MEMORISE, Choice, Shape, Training
 from pipeline.ops.sources import REMOTE, Source, Weights, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
-from pipeline.system.device import prepare_machine
+from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import World
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import read_json
@@ -28,6 +28,7 @@ from pipeline.system.words import duration, in_words
 from pipeline.tracking.fingerprint import flatten
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast, step_flops, vocabulary_of
+from pipeline.training.preflight import device_bytes
 
 PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
 WIDTH = 11  # of the first column of a printed plan
@@ -216,6 +217,7 @@ def _new_plan(
         "model": _model_line(training, measured, f"the recipe {options.size}" if options.size else options.init),
         "training": _training_line(training, options.goal, target, measured) + LONGER * plan.may_be_longer,
         "cost": _cost_line(cost, options, share),
+        "space": _space_line(cost, costs.machine),
         "name": f"{source.name}, for the page, generate, models and export",
     }
     return dataclasses.replace(plan, lines=lines)
@@ -403,11 +405,15 @@ def _cost_line(cost: Forecast, options: Options, share: float) -> str:
     seconds = cost.train_s + cost.evaluation_s
     line = (
         f"at most {duration(seconds)} of training on this machine, and about "
-        f"{duration(policy.FIXED_S + cost.evaluate_s)} for the other stages; {in_words(cost.memory_bytes, 'B')} of "
-        f"memory, {in_words(cost.disk_bytes, 'B')} of disk"
+        f"{duration(policy.FIXED_S + cost.evaluate_s)} for the other stages"
     )
     if options.time_s is not None and share < 1:
         return f"{line}; the rest of the text is too large for {duration(options.time_s)}"
     if options.time_s is None and seconds > LONG_S:
         return f"{line}; --time 10m learns the part of the text that fits into ten minutes"
     return line
+
+
+def _space_line(cost: Forecast, machine: Machine) -> str:
+    memory = device_bytes(cost.memory_bytes, machine)
+    return f"{in_words(memory, 'B')} of memory, {in_words(cost.disk_bytes, 'B')} of disk"
