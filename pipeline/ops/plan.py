@@ -228,10 +228,10 @@ class Costs:
 
     def __init__(self, params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float) -> None:
         self.params, self.base, self.measured, self.goal, self.target = params, base, measured, goal, target
-        n_ids, train = measured.n_vocab, params.section(TrainConfig)
+        train = params.section(TrainConfig)
         if train.shard and train.processes > 1:
             raise InputError("train.shard: the steps of a sharded model cannot be timed for a plan: set it to false")
-        self.vocabulary = vocabulary_of(n_ids, measured.n_used if base["model.fold_vocab"] else n_ids)
+        self.vocabulary = vocabulary_of(measured.n_vocab, measured.n_used, base["model.fold_vocab"])
         self.machine = prepare_machine(train, world=World(size=train.processes, local_size=train.processes))
         self._timed: dict[Shape, tuple[Training, Forecast]] = {}
 

@@ -74,9 +74,9 @@ class Forecast(NamedTuple):
         return {f"forecast_{name}": str(round(value, 4)) for name, value in self._asdict().items()}
 
 
-def vocabulary_of(n_ids: int, n_used: int) -> Vocabulary:
-    """The vocabulary of a text that is known only by the number of its different ids."""
-    return Vocabulary.of(np.arange(n_ids) < n_used, n_ids)
+def vocabulary_of(n_ids: int, n_used: int, folds: bool) -> Vocabulary:
+    """The vocabulary of a text that is known only by the number of its different ids; `folds`: model.fold_vocab."""
+    return Vocabulary.of(np.arange(n_ids) < n_used, n_ids) if folds else Vocabulary.full(n_ids)
 
 
 def forecast(
