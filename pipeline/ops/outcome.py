@@ -111,4 +111,4 @@ def _train_longer(run: dict[str, Any]) -> str | None:
     if results["steps"] < results.get("max_steps", 0):
         return None
     epochs = 2 * run["params"]["optim"]["max_epochs"]
-    return f"set optim.max_epochs to {epochs:g} in {PARAMS}, and run the same command again"
+    return f"set optim.max_epochs to {epochs:g} in {PARAMS}, and run `totarget repro`"

@@ -203,7 +203,7 @@ def test_a_run_that_reached_its_target_ends_with_the_next_command(finished, monk
 @pytest.mark.parametrize(
     ("results", "given", "words"),
     [
-        ({}, None, "set optim.max_epochs to 28 in params.yaml, and run the same command again"),
+        ({}, None, "set optim.max_epochs to 28 in params.yaml, and run `totarget repro`"),
         ({}, "train longer", "train longer"),
         ({"max_steps": 30}, None, "promote it"),  # early stopping has ended it
     ],
