@@ -106,7 +106,8 @@ def test_the_cpu_build_of_torch_is_chosen_where_there_is_no_nvidia_driver(
         pytest.skip("this machine has an NVIDIA driver")
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     fails = "case $* in *--index-url*) exit 1;; esac\n" if cpu_fails else ""
-    script = f'#!/bin/sh\necho "{{tool}} $@" >>{tmp_path}/log\n{fails}'
+    has_pip = "case $* in *--version) exit;; esac\n"
+    script = f'#!/bin/sh\n{has_pip}echo "{{tool}} $@" >>{tmp_path}/log\n{fails}'
     program(tmp_path / "venv/bin/python", script.format(tool="pip"))
     (tmp_path / "bin").mkdir()
     if tool == "uv":
@@ -123,3 +124,21 @@ def test_the_cpu_build_of_torch_is_chosen_where_there_is_no_nvidia_driver(
     assert sum("--no-deps --require-hashes" in line for line in lines) == 1
     assert lines[-1].endswith(f"--no-deps --no-build-isolation --editable {tmp_path}")
     assert ("is out of reach" in said) is cpu_fails
+
+
+def test_an_environment_without_pip_is_completed_without_uv(tmp_path, monkeypatch):
+    """As after Ctrl-C while venv installs pip, and on Debian without its package python3-venv."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    create = f"import install; install.create({str(tmp_path / 'venv')!r})"
+    subprocess.run([sys.executable, "-c", create], cwd=ROOT / "requirements", check=True)
+    assert b"pip" in subprocess.check_output([tmp_path / "venv/bin/python", "-m", "pip", "--version"])
+
+
+def test_after_ctrl_c_the_installation_ends_with_one_line(tmp_path, monkeypatch):
+    program(tmp_path / "bin/uv", "#!/bin/sh\necho traceback >&2\nkill -INT $PPID\n/bin/sleep 9\n")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    command = [sys.executable, ROOT / "requirements/install.py", tmp_path / "venv", "base"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    line = "error: interrupted; the same command tries it again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", line)
