@@ -16,7 +16,7 @@ DEV := $(VENV)/installed-dev
 # while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
-# DVC works with git where git tracks the folder, otherwise without it. git refuses a folder of another user, with a hint.
+# DVC works with git where git tracks the folder, otherwise without. git refuses a folder of another user, with a hint.
 define SCM
 @error=$$(LC_ALL=C git ls-files --error-unmatch dvc.yaml 2>&1 >/dev/null); case $$?$$error in \
 0*) ! grep -qs no_scm .dvc/config.local || $(BIN)/dvc config --local --unset core.no_scm ;; \
