@@ -96,6 +96,8 @@ def test_the_commands_of_the_services_exist():
         assert (python, (ROOT / script).is_file()) == ("python", True)
     assert json.loads(re.search(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[1]) == SERVICES["page"]["command"][:4]
     assert shlex.split(SERVICES["mlflow"]["command"])[:4] == ["mlflow", "server", "--app-name", "basic-auth"]
+    database = SERVICES["mlflow"]["command"].partition("--backend-store-uri ")[2].split()[0]
+    assert f"docker compose run --rm mlflow mlflow db upgrade {database}`" in guide
     assert (ROOT / SERVICES["mlflow"]["environment"]["MLFLOW_AUTH_CONFIG_PATH"]).is_file()
 
 
