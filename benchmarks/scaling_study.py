@@ -261,7 +261,7 @@ def questions(sweep: SweepConfig, shared: dict[str, Any], root: Path, figures: b
     """Seconds of each question; warm ones are the median of five."""
     found = {}
     began = time.process_time()
-    study = open_study(sweep, shared, root, 1)
+    study = open_study(sweep, shared, root)
     found["join"] = time.process_time() - began
 
     def timed(name: str, ask: Callable[[], Any], rounds: int = 5) -> None:
@@ -441,8 +441,8 @@ def settings(**changes: Any) -> tuple[SweepConfig, dict[str, Any]]:
     return sweep, shared_settings(sweep, RunConfig.of(params), "d" * 64)
 
 
-def open_study(sweep: SweepConfig, shared: dict[str, Any], root: Path, worker: int = 0) -> Study:
-    return join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s), worker)
+def open_study(sweep: SweepConfig, shared: dict[str, Any], root: Path) -> Study:
+    return join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
 
 
 def count_writes(study: Study) -> dict[str, int]:

@@ -78,7 +78,7 @@ class Worker:
         self.sweep = SweepConfig.model_validate(config.sweep)
         self.params = Params({**config.params, "train": config.params["train"] | {"threads": config.threads}})
         storage = open_storage(self.sweep.storage, self.root, self.sweep.heartbeat_timeout_s)
-        self.study = join_study(self.sweep, config.shared, storage, config.number)
+        self.study = join_study(self.sweep, config.shared, storage)
         self.recorder = Recorder(self.root)
         self.tags = {"mlflow.parentRunId": config.parent_run_id, "study": self.sweep.study} | source_tag(config.params)
 

@@ -2,6 +2,7 @@
 
 import pytest
 from optuna.samplers import RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from pipeline.sweep import controller
@@ -98,15 +99,17 @@ def test_a_suggestion_has_three_digits_and_a_choice_may_be_a_list():
 
 
 @pytest.mark.parametrize(("kind", "sampler"), [("tpe", TPESampler), ("random", RandomSampler)])
-def test_the_configured_sampler_is_reproducible_and_differs_between_workers(kind, sampler):
-    def suggestions(worker):
-        study = new_study(sweep, worker=worker)
-        assert isinstance(study.sampler, sampler)
-        return [suggest(study.ask(), sweep)["optim.lr"] for _ in range(3)]
+def test_the_values_of_a_trial_follow_from_seed_and_number_on_any_machine(kind, sampler):
+    def suggestions(machines, seed):
+        sweep, storage = sweep_config(sampler=kind, seed=seed), InMemoryStorage()
+        studies = [join_study(sweep, shared_by(sweep), storage) for _ in range(machines)]
+        assert isinstance(studies[0].sampler.sampler, sampler)
+        return [suggest(study.ask(), sweep)["optim.lr"] for _ in range(6 // machines) for study in studies]
 
-    sweep = sweep_config(sampler=kind)
-    assert suggestions(0) == suggestions(0)
-    assert suggestions(0)[0] != suggestions(1)[0]
+    alone = suggestions(machines=1, seed=1)
+    assert len(set(alone)) == 6
+    assert suggestions(machines=1, seed=1) == suggestions(machines=2, seed=1) == alone
+    assert not {*suggestions(machines=1, seed=2)} & {*alone}
 
 
 def test_the_best_is_the_cheapest_of_those_that_reached_the_target(study):
