@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
 
 BUSY_S = 2.0  # timeout for a lock of a database
 CONNECT_S = 10  # timeout for a connection to a database
+FILES_S = 600  # timeout for a request that sends or fetches a file of a model
 EXPERIMENT = "gpt2-to-target"  # `mlflow ui` may give the default one an artifact folder that clients cannot use
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # schemes of MLflow, before the driver's name
 
 # Training must not wait minutes for a server, send telemetry, or print progress bars.
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    TIMEOUT: "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_transfer = threading.Lock()  # held while the timeout is FILES_S
 
 
 class Store(NamedTuple):
@@ -100,6 +104,23 @@ def connect(uri: str) -> "MlflowClient":
     if uri.partition(":")[0].partition("+")[0] in DATABASES:
         _require_own_schema(uri)
     return MlflowClient(uri)
+
+
+@contextmanager
+def long_timeout() -> Iterator[None]:
+    """Give each request of MLflow FILES_S, unless the user has chosen a timeout.
+
+    A server that keeps files in another store answers only after it has sent or fetched the whole file. MLflow reads
+    the timeout from the environment, so one thread after the other has this context.
+    """
+    with _transfer:
+        if is_default := os.environ.get(TIMEOUT) == MLFLOW_DEFAULTS[TIMEOUT]:
+            os.environ[TIMEOUT] = str(FILES_S)
+        try:
+            yield
+        finally:
+            if is_default:
+                os.environ[TIMEOUT] = MLFLOW_DEFAULTS[TIMEOUT]
 
 
 def _require_own_schema(uri: str) -> None:
