@@ -9,7 +9,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -216,6 +216,42 @@ def require_usable(root: Path) -> None:
         )
 
 
+def lock_of(root: Path, uri: str) -> Path:
+    """The file that is locked while the store may be created.
+
+    It is beside a SQLite file, so that projects that share the file share its lock; in the project if this user cannot
+    write there, and so cannot create the store.
+    """
+    database = Path(uri.removeprefix(SQLITE)).resolve()
+    if uri.startswith(SQLITE) and (os.access(database.parent, os.W_OK) or not database.parent.exists()):
+        return database.with_name(f"{database.name}.lock")
+    return root / "mlruns" / ".lock"
+
+
+@contextmanager
+def _exclusive(root: Path, uri: str) -> Iterator[None]:
+    """Hold a lock while the store may be created: two processes that create a database at once break it.
+
+    A server needs no lock, so the folder may be read-only. PostgreSQL has a lock for the clients of all machines.
+    """
+    if _is_served(uri):
+        yield
+    elif uri.startswith("postgresql"):
+        from sqlalchemy import NullPool, create_engine, text
+
+        options = {"connect_timeout": CONNECT_S}
+        with create_engine(uri, poolclass=NullPool, connect_args=options).connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(hashtext('mlflow'))"))  # ends with the connection
+            yield
+    else:
+        with locked(lock_of(root, uri), wait=True):
+            yield
+
+
+def _is_served(uri: str) -> bool:
+    return uri.startswith(("http", "databricks"))
+
+
 def open_store(root: Path) -> Store:
     """Open the store; create it if it is missing.
 
@@ -225,12 +261,10 @@ def open_store(root: Path) -> Store:
 
     require_usable(root)
     uri = store_uri(root)
-    served = uri.startswith(("http", "databricks"))
-    # Two processes that create a database at once break it. A server needs no lock, so the folder may be read-only.
-    with nullcontext() if served else locked(root / "mlruns" / ".lock", wait=True):
+    with _exclusive(root, uri):
         client = connect(uri)
         if (experiment := find_experiment(client)) is None:
-            location = None if served else str(root / ARTIFACTS)  # a server chooses that of its artifacts
+            location = None if _is_served(uri) else str(root / ARTIFACTS)  # a server chooses that of its artifacts
             try:
                 return Store(client, client.create_experiment(EXPERIMENT, location), uri)
             except MlflowException:
