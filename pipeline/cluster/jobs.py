@@ -1,6 +1,5 @@
 """Submit, list, follow and cancel the project's jobs on a Slurm cluster."""
 
-import getpass
 import math
 import os
 import re
@@ -63,6 +62,7 @@ ENDS = {  # final states of Slurm -> what they mean
     "DEADLINE": "it did not end before its deadline",
 }
 FINAL = {"FAILED", *ENDS}
+FORGOTTEN = "Invalid job id"  # squeue's word for a job that ended some minutes ago
 NO_NODES = "Requested node configuration is not available"  # also said when the nodes are only down
 # Lines that say that a task has ended, not why: `slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-... ***`.
 NO_CAUSE = r"srun: |submitit |slurmstepd[^:]*: error: \*\*\* .* AT \S+ \*\*\*"
@@ -112,7 +112,7 @@ class Job:
         noted = [self._noted(number) for number in range(len(self.commands))]
         rows = {}
         if not all(task and task.ended for task in noted):
-            rows = {name: rest for name, *rest in _squeue()}
+            rows = {name: rest for name, *rest in _squeue(self.id)}
         return [task if task and task.ended else self._state(number, rows) for number, task in enumerate(noted)]
 
     @property
@@ -344,10 +344,15 @@ def cancel(identity: str) -> None:
     print(f"cancelled {', '.join(chosen)}: checkpoints and finished shards are kept")
 
 
-def _squeue() -> list[list[str]]:
-    """Id of a task, state, reason, nodes and elapsed time of each of the user's jobs that Slurm knows."""
-    options = [f"--user={getpass.getuser()}", "--states=all", "--array", "--noheader", "--format=%i|%T|%r|%N|%M"]
-    return [line.split("|", 4) for line in _run("squeue", *options).splitlines()]
+def _squeue(identity: str) -> list[list[str]]:
+    """Id of a task, state, reason, nodes and elapsed time of each task of a job that Slurm knows, of whatever user."""
+    options = [f"--jobs={identity}", "--states=all", "--array", "--noheader", "--format=%i|%T|%r|%N|%M"]
+    try:
+        return [line.split("|", 4) for line in _run("squeue", *options).splitlines()]
+    except InputError as error:
+        if FORGOTTEN not in str(error):
+            raise
+        return []
 
 
 def _run(*command: str) -> str:

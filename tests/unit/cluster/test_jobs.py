@@ -19,7 +19,7 @@ SLURM = load_params(ROOT / "params.yaml").section(SlurmConfig)
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Makes a job of this project; `rows` is what squeue says of the user's jobs."""
+    """Makes a job of this project; `rows` is what squeue says."""
     monkeypatch.chdir(tmp_path)
 
     def make(identity="7", n_tasks=1, rows=(), after=None, name="train"):
@@ -27,7 +27,7 @@ def made(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         job = {"id": identity, "name": name, "commands": [["x"]] * n_tasks, "after": after}
         write_json(folder / "job.json", job)
-        monkeypatch.setattr(jobs, "_squeue", lambda: [list(row) for row in rows])
+        monkeypatch.setattr(jobs, "_squeue", lambda identity: [list(row) for row in rows])
         return Job(**job, folder=folder)
 
     return make
@@ -65,7 +65,7 @@ def test_a_task_that_has_not_noted_its_end_has_slurms_state(made, row, state, wh
 def test_why_a_task_was_ended_is_kept_when_slurm_has_forgotten_it(made, monkeypatch):
     job = made(rows=[("7", "CANCELLED", "None", "n1", "0:10")])
     assert job.ended
-    monkeypatch.setattr(jobs, "_squeue", list)
+    monkeypatch.setattr(jobs, "_squeue", lambda identity: [])
     assert [(task.state, task.why) for task in job.tasks] == [("cancelled", "it was cancelled")]
 
 
@@ -86,6 +86,26 @@ def test_what_a_task_has_noted_counts_and_its_error_is_that_of_its_command(made)
         ("pending", "Priority (other jobs have a higher priority)"),
         ("failed", "no disk"),
     ]
+
+
+def test_slurm_is_asked_for_the_job_whoever_has_submitted_it_and_may_have_forgotten_it(monkeypatch):
+    asked, said = [], "7_1|RUNNING|None|n1|0:10\n"
+
+    def run(*command):
+        asked.append(command)
+        if isinstance(said, InputError):
+            raise said
+        return said
+
+    monkeypatch.setattr(jobs, "_run", run)
+    assert jobs._squeue("7") == [["7_1", "RUNNING", "None", "n1", "0:10"]]
+    assert "--jobs=7" in asked[0]
+    assert not [word for word in asked[0] if word.startswith(("--user", "--me"))]
+    said = InputError("squeue: slurm_load_jobs error: Invalid job id specified")
+    assert jobs._squeue("7") == []
+    said = InputError("squeue: slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    with pytest.raises(InputError, match="Unable to contact"):
+        jobs._squeue("7")
 
 
 def test_why_an_attempt_failed_is_not_taken_from_the_attempt_before_it(made):
