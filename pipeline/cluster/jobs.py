@@ -31,6 +31,7 @@ from pipeline.system.words import counted
 
 JOBS = Path("checkpoints/jobs")  # a folder for each job
 JOB = "job.json"
+SITE_OPTIONS = ("account", "partition", "qos", "reservation", "constraint")  # of sbatch; SBATCH_X is their default
 MAX_POLL_S = 15.0  # between two questions to Slurm's controller, which all users share
 LOG_POLL_S = 0.5
 
@@ -232,6 +233,12 @@ def submit(
     return job
 
 
+def _site_options() -> dict[str, str]:
+    """Options of sbatch from variables such as SBATCH_ACCOUNT, which many sites let their users set."""
+    values = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in SITE_OPTIONS}
+    return {name: value for name, value in values.items() if value}
+
+
 def _sbatch_options(slurm: SlurmConfig, nodes: int) -> dict[str, bool | int | str]:
     asked = {
         "partition": slurm.partition,
@@ -241,7 +248,7 @@ def _sbatch_options(slurm: SlurmConfig, nodes: int) -> dict[str, bool | int | st
         "cpus-per-task": slurm.cpus,
         "mem": f"{math.ceil(slurm.mem_gb * 1024)}M" if slurm.mem_gb else None,
     }
-    return {key: value for key, value in asked.items() if value is not None} | slurm.options
+    return _site_options() | {key: value for key, value in asked.items() if value is not None} | slurm.options
 
 
 def _refused(slurm: SlurmConfig, nodes: int, why: str) -> InputError:
@@ -254,7 +261,8 @@ def _refused(slurm: SlurmConfig, nodes: int, why: str) -> InputError:
         "mem": f"{slurm.mem_gb:g} GiB" if slurm.mem_gb else None,
         **slurm.options,
     }
-    words = ", ".join(f"{key} {value}" for key, value in asked.items() if value is not None)
+    given = _site_options() | {key: value for key, value in asked.items() if value is not None}
+    words = ", ".join(f"{key} {value}" for key, value in given.items())
     hint = "`sinfo -o '%P %l %D %c %m %G'` lists what each partition has: time limit, nodes, cores, MB of memory, GPUs"
     return InputError(f"Slurm refuses {words}: {why}: {hint}")
 

@@ -228,20 +228,25 @@ def test_what_no_partition_has_is_refused_before_anything_is_submitted(monkeypat
             raise InputError(f"sbatch: {jobs._refusal(said)}")
 
     monkeypatch.setattr(jobs, "_run", run)
+    for name in jobs.SITE_OPTIONS:
+        monkeypatch.delenv(f"SBATCH_{name.upper()}", raising=False)
+    for name, value in {"ACCOUNT": "physics", "PARTITION": "q", "CONSTRAINT": "h100", "TIMELIMIT": "1"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
     asked = SLURM.updated(
         partition="p", time_min=90, mem_gb=1.5, gpus=2, options={"constraint": "a100", "exclusive": True}
     )
-    words = "partition p, time 90 min, nodes 3, gpus 2, mem 1.5 GiB, constraint a100, exclusive True"
+    words = "account physics, partition p, constraint a100, time 90 min, nodes 3, gpus 2, mem 1.5 GiB, exclusive True"
     words = f"^Slurm refuses {words}: {why}: `sinfo"
     with pytest.raises(InputError, match=words) if why else nullcontext():
         jobs.require_slurm(asked, nodes=3)
     flags = [
+        "--account=physics",
         "--partition=p",
+        "--constraint=a100",
         "--time=90",
         "--nodes=3",
         "--gpus-per-node=2",
         "--mem=1536M",
-        "--constraint=a100",
         "--exclusive",
     ]
     assert ran[1] == ("sbatch", "--test-only", "--wrap=true", *flags)
@@ -260,6 +265,11 @@ def script(monkeypatch):
         return next(path.read_text() for path in folder.glob("*.sh") if not path.is_symlink())
 
     return submit
+
+
+def test_options_that_a_site_sets_in_the_environment_reach_the_job(made, script, monkeypatch):
+    monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
+    assert "#SBATCH --account=physics\n" in script(1)
 
 
 def test_all_tasks_of_an_array_may_run_at_once(made, script):
