@@ -24,7 +24,7 @@ from pipeline.cluster import task as program
 from pipeline.config.sections import SlurmConfig
 from pipeline.system.errors import InputError, Interrupted, PipelineError
 from pipeline.system.files import read_json, write_json
-from pipeline.system.host import SOURCE_ROOT, project_root
+from pipeline.system.host import SOURCE_ROOT, project_root, uses_gpus
 from pipeline.system.processes import search_path
 from pipeline.system.signals import StopSignals
 from pipeline.system.words import counted
@@ -171,11 +171,16 @@ class Job:
 
 
 def require_slurm(slurm: SlurmConfig, nodes: int = 1) -> None:
-    """Raise InputError, unless a cluster answers and knows what `slurm` asks for.
+    """Raise InputError, unless a cluster answers and knows what `slurm` asks for, and torch can use its GPUs.
 
     Whether any node has that many cores and so much memory is known only to `submit`.
     """
     _run("squeue", "--noheader", "--me")
+    if slurm.gpus and not uses_gpus():
+        raise InputError(
+            f"slurm.gpus {slurm.gpus}: this .venv has torch's CPU build, which uses no GPU: "
+            "`make clean-venv install TORCH=cuda`, then repeat"
+        )
     flags = [
         f"--{key}" if value is True else f"--{key}={value}" for key, value in _sbatch_options(slurm, nodes).items()
     ]

@@ -211,6 +211,14 @@ def test_without_slurm_the_missing_program_is_named(monkeypatch):
         jobs.require_slurm(SLURM)
 
 
+def test_gpus_are_refused_for_a_torch_that_cannot_use_them(monkeypatch):
+    monkeypatch.setattr(jobs, "_run", lambda *_: "")
+    monkeypatch.setattr(jobs, "uses_gpus", lambda: False)
+    jobs.require_slurm(SLURM)
+    with pytest.raises(InputError, match=r"slurm.gpus 2: .* CPU build, .*: `make clean-venv install TORCH=cuda`"):
+        jobs.require_slurm(SLURM.updated(gpus=2))
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [
@@ -228,6 +236,7 @@ def test_what_no_partition_has_is_refused_before_anything_is_submitted(monkeypat
             raise InputError(f"sbatch: {jobs._refusal(said)}")
 
     monkeypatch.setattr(jobs, "_run", run)
+    monkeypatch.setattr(jobs, "uses_gpus", lambda: True)
     for name in jobs.SITE_OPTIONS:
         monkeypatch.delenv(f"SBATCH_{name.upper()}", raising=False)
     for name, value in {"ACCOUNT": "physics", "PARTITION": "q", "CONSTRAINT": "h100", "TIMELIMIT": "1"}.items():
