@@ -17,7 +17,7 @@ from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals
 from tests.studies import add, new_study, sweep_config
 
-CONFIG = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
+CONFIG = WorkerConfig("", {}, {}, {}, sweep_id="", threads=1, parent_run_id="", sweep_pid=0)
 
 
 class Cluster:
