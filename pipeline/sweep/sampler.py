@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial
 class SamplerPerTrial(BaseSampler):  # type: ignore[misc]
     """Uses a new sampler for each trial, whose seed follows from the study's seed and the trial's number.
 
-    A trial's number is unique in the study. So workers, also on other machines, do not draw the same values, and the
-    values of a study with one worker depend on its seed only, however often it is interrupted.
+    A trial's number is unique in the study, so workers do not draw the same values, also on other machines. A study of
+    one worker that is not interrupted can be repeated: the same seed gives the same values.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
