@@ -96,10 +96,10 @@ def measure_workers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 class SimulatedWorker(Worker):
     """A worker whose trainings sleep, until a deadline."""
 
-    def __init__(self, sweep: SweepConfig, shared: dict[str, Any], root: Path, number: int, step_s: float) -> None:
+    def __init__(self, sweep: SweepConfig, shared: dict[str, Any], root: Path, step_s: float) -> None:
         stop: Any = SimpleNamespace(received=None)
         given = str(root), sweep.model_dump(mode="json"), load_params().values, shared
-        super().__init__(WorkerConfig(*given, number, threads=1, parent_run_id="", sweep_pid=0), stop)
+        super().__init__(WorkerConfig(*given, sweep_id="", threads=1, parent_run_id="", sweep_pid=0), stop)
         self.step_s, self.deadline = step_s, math.inf
         self.writes = count_writes(self.study)
         self.report_s: list[float] = []
@@ -158,7 +158,7 @@ def simulate_worker(
     sweep: SweepConfig, shared: dict[str, Any], folder: str, number: int, seconds: float, step_s: float
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    worker = SimulatedWorker(sweep, shared, Path(folder), number, step_s)
+    worker = SimulatedWorker(sweep, shared, Path(folder), step_s)
     opened = time.perf_counter()
     worker.deadline = opened + seconds
     time.sleep(random.Random(number).uniform(0, step_s))  # noqa: S311 (workers do not report at the same instant)
@@ -261,7 +261,7 @@ def questions(sweep: SweepConfig, shared: dict[str, Any], root: Path, figures: b
     """Seconds of each question; warm ones are the median of five."""
     found = {}
     began = time.process_time()
-    study = open_study(sweep, shared, root, 1)
+    study = open_study(sweep, shared, root)
     found["join"] = time.process_time() - began
 
     def timed(name: str, ask: Callable[[], Any], rounds: int = 5) -> None:
@@ -441,8 +441,8 @@ def settings(**changes: Any) -> tuple[SweepConfig, dict[str, Any]]:
     return sweep, shared_settings(sweep, RunConfig.of(params), "d" * 64)
 
 
-def open_study(sweep: SweepConfig, shared: dict[str, Any], root: Path, worker: int = 0) -> Study:
-    return join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s), worker)
+def open_study(sweep: SweepConfig, shared: dict[str, Any], root: Path) -> Study:
+    return join_study(sweep, shared, open_storage(sweep.storage, root, sweep.heartbeat_timeout_s))
 
 
 def count_writes(study: Study) -> dict[str, int]:

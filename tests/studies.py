@@ -34,8 +34,8 @@ def shared_by(sweep, **changes):
     return shared_settings(sweep, RunConfig.of(params), "d" * 64)
 
 
-def new_study(sweep, **arguments):
-    return join_study(sweep, shared_by(sweep), InMemoryStorage(), **arguments)
+def new_study(sweep):
+    return join_study(sweep, shared_by(sweep), InMemoryStorage())
 
 
 def add(study, state=TrialState.COMPLETE, value=None, curve=(), lr=0.01, schedule="linear", **user_attrs):

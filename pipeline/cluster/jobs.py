@@ -1,6 +1,5 @@
 """Submit, list, follow and cancel the project's jobs on a Slurm cluster."""
 
-import getpass
 import math
 import os
 import re
@@ -25,13 +24,14 @@ from pipeline.cluster import task as program
 from pipeline.config.sections import SlurmConfig
 from pipeline.system.errors import InputError, Interrupted, PipelineError
 from pipeline.system.files import read_json, write_json
-from pipeline.system.host import SOURCE_ROOT, project_root
+from pipeline.system.host import SOURCE_ROOT, project_root, uses_gpus
 from pipeline.system.processes import search_path
 from pipeline.system.signals import StopSignals
 from pipeline.system.words import counted
 
 JOBS = Path("checkpoints/jobs")  # a folder for each job
 JOB = "job.json"
+SITE_OPTIONS = ("account", "partition", "qos", "reservation", "constraint")  # of sbatch; SBATCH_X is their default
 MAX_POLL_S = 15.0  # between two questions to Slurm's controller, which all users share
 LOG_POLL_S = 0.5
 
@@ -63,6 +63,7 @@ ENDS = {  # final states of Slurm -> what they mean
     "DEADLINE": "it did not end before its deadline",
 }
 FINAL = {"FAILED", *ENDS}
+FORGOTTEN = "Invalid job id"  # squeue's word for a job that ended some minutes ago
 NO_NODES = "Requested node configuration is not available"  # also said when the nodes are only down
 # Lines that say that a task has ended, not why: `slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-... ***`.
 NO_CAUSE = r"srun: |submitit |slurmstepd[^:]*: error: \*\*\* .* AT \S+ \*\*\*"
@@ -112,7 +113,7 @@ class Job:
         noted = [self._noted(number) for number in range(len(self.commands))]
         rows = {}
         if not all(task and task.ended for task in noted):
-            rows = {name: rest for name, *rest in _squeue()}
+            rows = {name: rest for name, *rest in _squeue(self.id)}
         return [task if task and task.ended else self._state(number, rows) for number, task in enumerate(noted)]
 
     @property
@@ -170,11 +171,16 @@ class Job:
 
 
 def require_slurm(slurm: SlurmConfig, nodes: int = 1) -> None:
-    """Raise InputError, unless a cluster answers and knows what `slurm` asks for.
+    """Raise InputError, unless a cluster answers and knows what `slurm` asks for, and torch can use its GPUs.
 
     Whether any node has that many cores and so much memory is known only to `submit`.
     """
     _run("squeue", "--noheader", "--me")
+    if slurm.gpus and not uses_gpus():
+        raise InputError(
+            f"slurm.gpus {slurm.gpus}: this .venv has torch's CPU build, which uses no GPU: "
+            "`make clean-venv install TORCH=cuda`, then repeat"
+        )
     flags = [
         f"--{key}" if value is True else f"--{key}={value}" for key, value in _sbatch_options(slurm, nodes).items()
     ]
@@ -232,6 +238,12 @@ def submit(
     return job
 
 
+def _site_options() -> dict[str, str]:
+    """Options of sbatch from variables such as SBATCH_ACCOUNT, which many sites let their users set."""
+    values = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in SITE_OPTIONS}
+    return {name: value for name, value in values.items() if value}
+
+
 def _sbatch_options(slurm: SlurmConfig, nodes: int) -> dict[str, bool | int | str]:
     asked = {
         "partition": slurm.partition,
@@ -241,7 +253,7 @@ def _sbatch_options(slurm: SlurmConfig, nodes: int) -> dict[str, bool | int | st
         "cpus-per-task": slurm.cpus,
         "mem": f"{math.ceil(slurm.mem_gb * 1024)}M" if slurm.mem_gb else None,
     }
-    return {key: value for key, value in asked.items() if value is not None} | slurm.options
+    return _site_options() | {key: value for key, value in asked.items() if value is not None} | slurm.options
 
 
 def _refused(slurm: SlurmConfig, nodes: int, why: str) -> InputError:
@@ -254,7 +266,8 @@ def _refused(slurm: SlurmConfig, nodes: int, why: str) -> InputError:
         "mem": f"{slurm.mem_gb:g} GiB" if slurm.mem_gb else None,
         **slurm.options,
     }
-    words = ", ".join(f"{key} {value}" for key, value in asked.items() if value is not None)
+    given = _site_options() | {key: value for key, value in asked.items() if value is not None}
+    words = ", ".join(f"{key} {value}" for key, value in given.items())
     hint = "`sinfo -o '%P %l %D %c %m %G'` lists what each partition has: time limit, nodes, cores, MB of memory, GPUs"
     return InputError(f"Slurm refuses {words}: {why}: {hint}")
 
@@ -344,10 +357,15 @@ def cancel(identity: str) -> None:
     print(f"cancelled {', '.join(chosen)}: checkpoints and finished shards are kept")
 
 
-def _squeue() -> list[list[str]]:
-    """Id of a task, state, reason, nodes and elapsed time of each of the user's jobs that Slurm knows."""
-    options = [f"--user={getpass.getuser()}", "--states=all", "--array", "--noheader", "--format=%i|%T|%r|%N|%M"]
-    return [line.split("|", 4) for line in _run("squeue", *options).splitlines()]
+def _squeue(identity: str) -> list[list[str]]:
+    """Id of a task, state, reason, nodes and elapsed time of each task of a job that Slurm knows, of whatever user."""
+    options = [f"--jobs={identity}", "--states=all", "--array", "--noheader", "--format=%i|%T|%r|%N|%M"]
+    try:
+        return [line.split("|", 4) for line in _run("squeue", *options).splitlines()]
+    except InputError as error:
+        if FORGOTTEN not in str(error):
+            raise
+        return []
 
 
 def _run(*command: str) -> str:

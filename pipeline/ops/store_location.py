@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.ops.checks import Finding
 from pipeline.system.errors import RunLocked
 from pipeline.system.files import atomic_file, locked
-from pipeline.tracking.mlflow_store import ARTIFACTS, BUSY_S, made_in, own_database, reading
+from pipeline.tracking.mlflow_store import ARTIFACTS, BUSY_S, lock_of, made_in, own_database, reading, store_uri
 
 PLACES = (  # MLflow's table, its column with paths, and the SQL condition for its rows
     ("experiments", "artifact_location", "TRUE"),
@@ -50,7 +50,7 @@ def relocate(database: Path, before: Path, root: Path) -> str:
     """
     locks = (root / "checkpoints").rglob("*.lock")
     with ExitStack() as stack:
-        for lock in (root / "mlruns" / ".lock", root / "mlruns" / ".register.lock", *locks):
+        for lock in (lock_of(root, store_uri(root)), root / "mlruns" / ".register.lock", *locks):
             if lock.is_file():
                 stack.enter_context(locked(lock))
         connection = stack.enter_context(closing(sqlite3.connect(database, timeout=BUSY_S, isolation_level=None)))

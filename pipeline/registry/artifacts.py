@@ -16,7 +16,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.system.errors import IntegrityError, ModelMissing
 from pipeline.system.files import MANIFEST, read_json, sha256_file, verify_manifest, write_json
 from pipeline.system.host import SOURCE_ROOT
-from pipeline.tracking.mlflow_store import Store, translate_store_errors
+from pipeline.tracking.mlflow_store import Store, long_timeout, translate_store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -83,7 +83,8 @@ def fetch_version(store: Store, version: "ModelVersion", place: str = "artifacts
         copies = Path(tempfile.mkdtemp(prefix=TEMPORARY))
         atexit.register(shutil.rmtree, copies, ignore_errors=True)
     path = f"{uri}/{place}".rstrip("/")
-    return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copies))
+    with long_timeout():
+        return Path(download_artifacts(artifact_uri=path, tracking_uri=store.uri, dst_path=copies))
 
 
 def open_version(store: Store, version: "ModelVersion", copies: Path | None = None) -> Path:
@@ -186,7 +187,8 @@ def _store_files(store: Store, project: Path, run: "Run") -> dict[str, str]:
         files = Path(folder) / "files"
         _save_files(files, project, run_id, model_id)
         sha256 = _write_listing(files)
-        client.log_model_artifacts(model_id, str(files))
+        with long_timeout():
+            client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
     # MLflow's SQL registry does not keep the model's id
     return {"model_id": model_id, LISTING_TAG: sha256, FORMAT_TAG: FORMAT}

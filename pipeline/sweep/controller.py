@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -112,11 +113,8 @@ def run_study(
             run_id = open_study_run(store, study.user_attrs.get("mlflow_run_id"), sweep, params.values)
         study.set_user_attr("mlflow_run_id", run_id)
         settings = sweep.updated(workers=len(placement.devices)).model_dump(mode="json")
-        given = str(root.absolute()), settings, params.values, shared
-        configs = [
-            WorkerConfig(*given, number, placement.threads, run_id, os.getpid(), device)
-            for number, device in enumerate(placement.devices)
-        ]
+        given = str(root.absolute()), settings, params.values, shared, secrets.token_hex(4)
+        configs = [WorkerConfig(*given, placement.threads, run_id, os.getpid(), device) for device in placement.devices]
         if sweep.is_list:
             configs = configs[: len(unfinished_trials(study))]
         failure: PipelineError | None = None
@@ -212,7 +210,7 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
     that they were not replaced, and trials are left.
     """
     deadline = time.monotonic() + (sweep.budget_s or float("inf"))
-    workers = {config.number: start_module(worker.__name__, line=config._asdict()) for config in configs}
+    workers = {number: start_module(worker.__name__, line=config._asdict()) for number, config in enumerate(configs)}
     deaths, stopping = 0, False
     while workers:
         time.sleep(POLL_S)
@@ -225,7 +223,7 @@ def _supervise(study: Study, sweep: SweepConfig, configs: list[WorkerConfig], st
                 continue
             del workers[number]
             for trial in study.get_trials(states=(TrialState.RUNNING,)):
-                if trial.user_attrs.get(WORKER) == worker_name(process.pid):
+                if trial.user_attrs.get(WORKER) == worker_name(configs[number].sweep_id, process.pid):
                     requeue(study, trial, died=True)
             if process.returncode and not stopping:
                 deaths += 1

@@ -1,5 +1,6 @@
 """Run the workers of a study as one array job of a Slurm cluster, and follow it until it has ended."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.config.sections import SlurmConfig, SweepConfig
 from pipeline.sweep import worker
 from pipeline.sweep.study import VALUES, WORKER, has_work, latest_trials, requeue
 from pipeline.sweep.worker import WorkerConfig, task_name
+from pipeline.system.errors import InputError
 from pipeline.system.files import write_json
 from pipeline.system.signals import StopSignals
 
@@ -54,7 +56,7 @@ def _follow(
     except jobs.JobFailed as error:
         failure = error
     _requeue_lost(study, job.name)
-    return failure if has_work(study, sweep) and not progress.is_over else None
+    return failure if has_work(study, sweep) and time.monotonic() <= deadline else None
 
 
 class _Progress:
@@ -64,18 +66,25 @@ class _Progress:
     """
 
     def __init__(self, study: Study, objective: str, job: jobs.Job, deadline: float) -> None:
-        self.study, self.objective, self.job, self._deadline = study, objective, job, deadline
-        self.is_over = False
+        self.study, self.objective, self.job, self._cancel_at = study, objective, job, deadline
         self._seen = {trial.number for trial in latest_trials(study) if self._has_ended(trial)}
 
     def show(self) -> None:
-        if not self.is_over and time.monotonic() > self._deadline:
-            self.is_over = True
-            jobs.cancel(self.job.id)
+        if time.monotonic() > self._cancel_at:
+            self._cancel_at = self._cancel()
         for trial in latest_trials(self.study) if len(self.job.commands) > 1 else ():
             if self._has_ended(trial) and trial.number not in self._seen:
                 self._seen.add(trial.number)
                 print(f"trial {trial.number}: {self._result(trial)}", flush=True)
+
+    def _cancel(self) -> float:
+        """Cancel the job; return when to try again, in seconds of the monotonic clock."""
+        try:
+            jobs.cancel(self.job.id)
+        except InputError as error:  # the controller restarts, or has too much to do
+            print(f"job {self.job.id} ({self.job.name}) is not cancelled yet: {error}", flush=True)
+            return time.monotonic() + jobs.MAX_POLL_S
+        return math.inf
 
     @staticmethod
     def _has_ended(trial: FrozenTrial) -> bool:

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.config.sections import SweepConfig
 from pipeline.sweep.journal_storage import JournalStudyStorage
 from pipeline.sweep.pruner import ExtrapolationPruner, best_trial
+from pipeline.sweep.sampler import SamplerPerTrial
 from pipeline.sweep.search_space import BATCH_KEYS, STEP_TOKENS, as_choice, from_choice
 from pipeline.system.errors import DivergedError, InputError, Pruned, first_line
 from pipeline.system.files import locked
@@ -106,10 +107,10 @@ def translate_storage_errors(sweep: SweepConfig) -> Iterator[None]:
         raise _storage_fault(sweep.storage, error, "fails", "fix it and repeat") from None
 
 
-def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: BaseStorage, worker: int = 0) -> Study:
+def join_study(sweep: SweepConfig, shared: dict[str, Any], storage: BaseStorage) -> Study:
     """Open the study, or create it. Raises InputError if its shared settings are not `shared`."""
     study = optuna.create_study(study_name=sweep.study, storage=storage, load_if_exists=True)
-    study.sampler = _sampler(sweep, sweep.seed + 1000 * worker + len(study.get_trials(deepcopy=False)))
+    study.sampler = SamplerPerTrial(lambda seed: _sampler(sweep, seed), sweep.seed)
     study.pruner = ExtrapolationPruner(sweep.pruner_tolerance) if sweep.pruner == "extrapolation" else NopPruner()
     if SHARED in study.user_attrs:
         require_same(study, shared)

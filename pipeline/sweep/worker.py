@@ -58,7 +58,7 @@ class WorkerConfig(NamedTuple):
     sweep: dict[str, Any]
     params: dict[str, dict[str, Any]]  # of params.yaml when the sweep started
     shared: dict[str, Any]  # settings that all trials share
-    number: int  # of the worker, from 0
+    sweep_id: str  # random; part of the names of the workers, since containers may share a host name and pids
     threads: int
     parent_run_id: str  # the study's MLflow run
     sweep_pid: int  # the process that starts the worker, except on Slurm
@@ -75,11 +75,12 @@ class Worker:
     """
 
     def __init__(self, config: WorkerConfig, stop: StopSignals) -> None:
-        self.root, self.stop, self.task = Path(config.root), stop, config.task
+        self.root, self.stop = Path(config.root), stop
+        self.task, self.name = config.task, config.task or worker_name(config.sweep_id, os.getpid())
         self.sweep = SweepConfig.model_validate(config.sweep)
         self.params = Params({**config.params, "train": config.params["train"] | {"threads": config.threads}})
         storage = open_storage(self.sweep.storage, self.root, self.sweep.heartbeat_timeout_s)
-        self.study = join_study(self.sweep, config.shared, storage, config.number)
+        self.study = join_study(self.sweep, config.shared, storage)
         self.recorder = Recorder(self.root)
         self.tags = {"mlflow.parentRunId": config.parent_run_id, "study": self.sweep.study} | source_tag(config.params)
 
@@ -104,7 +105,7 @@ class Worker:
 
     def _value(self, trial: Trial) -> float:
         """Train, and return what the trial has spent at the target. Raises TrialPruned if it misses the target."""
-        trial.set_user_attr(WORKER, self.task or worker_name(os.getpid()))
+        trial.set_user_attr(WORKER, self.name)
         try:
             return self._train(trial)
         except Pruned as pruned:
@@ -267,8 +268,9 @@ def requeue_interrupted(study: Study, trial: FrozenTrial) -> None:
         requeue(study, trial)
 
 
-def worker_name(pid: int) -> str:
-    return f"{socket.gethostname()}:{pid}"
+def worker_name(sweep_id: str, pid: int) -> str:
+    """The name of a worker that is a child of the sweep."""
+    return f"{socket.gethostname()}:{sweep_id}:{pid}"
 
 
 def task_name(job: str, number: int) -> str:

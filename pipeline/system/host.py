@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata, util
@@ -27,6 +28,15 @@ def is_other_code(folder: Path) -> bool:
 def has_pip() -> bool:
     """Whether `python -m pip` works; an environment made by uv has no pip."""
     return util.find_spec("pip") is not None
+
+
+def uses_gpus() -> bool:
+    """Whether the installed torch is a build for CUDA or ROCm. Torch, which takes seconds, is not imported."""
+    torch = util.find_spec("torch")
+    assert torch is not None, "a requirement"
+    assert torch.origin is not None, "a package with an __init__.py"
+    build = Path(torch.origin).with_name("version.py").read_text(encoding="utf-8")
+    return re.search(r"^(cuda|hip)\b[^=]*= *['\"]", build, re.MULTILINE) is not None  # None in a CPU build
 
 
 def git_info() -> dict[str, str]:

@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
 
 BUSY_S = 2.0  # timeout for a lock of a database
 CONNECT_S = 10  # timeout for a connection to a database
+FILES_S = 600  # timeout for a request that sends or fetches a file of a model
 EXPERIMENT = "gpt2-to-target"  # `mlflow ui` may give the default one an artifact folder that clients cannot use
 ARTIFACTS = Path("mlruns", EXPERIMENT)
 SQLITE = "sqlite:///"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # schemes of MLflow, before the driver's name
 
 # Training must not wait minutes for a server, send telemetry, or print progress bars.
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    TIMEOUT: "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_transfer = threading.Lock()  # held while the timeout is FILES_S
 
 
 class Store(NamedTuple):
@@ -100,6 +104,23 @@ def connect(uri: str) -> "MlflowClient":
     if uri.partition(":")[0].partition("+")[0] in DATABASES:
         _require_own_schema(uri)
     return MlflowClient(uri)
+
+
+@contextmanager
+def long_timeout() -> Iterator[None]:
+    """Give each request of MLflow FILES_S, unless the user has chosen a timeout.
+
+    A server that keeps files in another store answers only after it has sent or fetched the whole file. MLflow reads
+    the timeout from the environment, so one thread after the other has this context.
+    """
+    with _transfer:
+        if is_default := os.environ.get(TIMEOUT) == MLFLOW_DEFAULTS[TIMEOUT]:
+            os.environ[TIMEOUT] = str(FILES_S)
+        try:
+            yield
+        finally:
+            if is_default:
+                os.environ[TIMEOUT] = MLFLOW_DEFAULTS[TIMEOUT]
 
 
 def _require_own_schema(uri: str) -> None:
@@ -195,6 +216,42 @@ def require_usable(root: Path) -> None:
         )
 
 
+def lock_of(root: Path, uri: str) -> Path:
+    """The file that is locked while the store may be created.
+
+    It is beside a SQLite file, so that projects that share the file share its lock; in the project if this user cannot
+    write there, and so cannot create the store.
+    """
+    database = Path(uri.removeprefix(SQLITE)).resolve()
+    if uri.startswith(SQLITE) and (os.access(database.parent, os.W_OK) or not database.parent.exists()):
+        return database.with_name(f"{database.name}.lock")
+    return root / "mlruns" / ".lock"
+
+
+@contextmanager
+def _exclusive(root: Path, uri: str) -> Iterator[None]:
+    """Hold a lock while the store may be created: two processes that create a database at once break it.
+
+    A server needs no lock, so the folder may be read-only. PostgreSQL has a lock for the clients of all machines.
+    """
+    if _is_served(uri):
+        yield
+    elif uri.startswith("postgresql"):
+        from sqlalchemy import NullPool, create_engine, text
+
+        options = {"connect_timeout": CONNECT_S}
+        with create_engine(uri, poolclass=NullPool, connect_args=options).connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(hashtext('mlflow'))"))  # ends with the connection
+            yield
+    else:
+        with locked(lock_of(root, uri), wait=True):
+            yield
+
+
+def _is_served(uri: str) -> bool:
+    return uri.startswith(("http", "databricks"))
+
+
 def open_store(root: Path) -> Store:
     """Open the store; create it if it is missing.
 
@@ -204,12 +261,10 @@ def open_store(root: Path) -> Store:
 
     require_usable(root)
     uri = store_uri(root)
-    served = uri.startswith(("http", "databricks"))
-    # Two processes that create a database at once break it. A server needs no lock, so the folder may be read-only.
-    with nullcontext() if served else locked(root / "mlruns" / ".lock", wait=True):
+    with _exclusive(root, uri):
         client = connect(uri)
         if (experiment := find_experiment(client)) is None:
-            location = None if served else str(root / ARTIFACTS)  # a server chooses that of its artifacts
+            location = None if _is_served(uri) else str(root / ARTIFACTS)  # a server chooses that of its artifacts
             try:
                 return Store(client, client.create_experiment(EXPERIMENT, location), uri)
             except MlflowException:

@@ -29,7 +29,8 @@ from pipeline.tracking.mlflow_store import require_usable
 from pipeline.tracking.mlflow_tracker import MlflowTracker
 
 FINISH_S = 60.0  # how long the end of training waits for the trackers
-INTERRUPTED_S = 1.0  # how long it waits after a signal
+INTERRUPTED_S = 10.0  # how long it waits after a signal: in a container, the process ends with training
+EXIT_S = 1.0  # how long it waits for the process to end after its last answer
 RECORDER_LOCK = "recorder.lock"  # file in the run folder, locked while the run's records are being sent
 OWNER_PID = "recorder.pid"  # file in the run folder: the newest recorder's pid; removed when a FINISHED run is sent
 KILLED = {"status": "KILLED", "ended": "killed"}
@@ -90,7 +91,7 @@ class Recorder:
         if process := self._process:
             self._release(process)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(INTERRUPTED_S)
+                process.wait(EXIT_S)
 
     @contextmanager
     def recording(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fixtures_mlflow import an_identity, append_steps, assert_has_exactly_the_journal, recording, root_of, run_id_of
+from fixtures_postgresql import postgresql_server
 from fixtures_registry import serving
 from sqlalchemy import Engine, event
 
@@ -107,17 +108,33 @@ from pipeline.tracking.mlflow_store import open_store
 create = MlflowClient.create_experiment
 MlflowClient.create_experiment = lambda *names: time.sleep(0.3) or create(*names)  # all four get there
 wait, go = os.pipe()
-for _ in range(4):
+for root in sys.argv[1:]:
     if os.fork() == 0:
         os.close(go)
         os.read(wait, 1)  # until the parent closes the pipe
-        open_store(Path(sys.argv[1]))
+        open_store(Path(root))
         sys.exit(0)
 os.close(go)
 sys.exit(any([os.wait()[1] for _ in range(4)]))
 """
 
 
-def test_four_processes_create_a_store_at_once(tmp_path):  # C4
-    command = [sys.executable, "-c", AT_ONCE, str(tmp_path)]
+def create_at_once(*roots):
+    command = [sys.executable, "-c", AT_ONCE, *map(str, roots)]
     assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=DEADLINE_S).returncode == 0
+
+
+def test_four_processes_create_a_store_at_once(tmp_path):  # C4
+    create_at_once(*[tmp_path] * 4)
+
+
+def test_four_projects_create_a_file_that_they_share_at_once(tmp_path, monkeypatch):  # C4
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
+    create_at_once(*(tmp_path / str(i) for i in range(4)))
+
+
+def test_four_projects_create_the_tables_of_a_postgresql_at_once(tmp_path, monkeypatch):  # C4
+    pytest.importorskip("psycopg")
+    with postgresql_server() as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://postgres@127.0.0.1:{port}/postgres")
+        create_at_once(*(tmp_path / str(i) for i in range(4)))

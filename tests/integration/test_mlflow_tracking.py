@@ -135,7 +135,7 @@ def test_a_recorder_sends_the_rest_of_a_training_that_was_stopped(ended, store, 
         opened._process.stdin.close()  # as the system does for a killed process, which tells no end
         opened._end = lambda *_: None
     else:
-        recording.__exit__(Interrupted, Interrupted("at step 3", signal.SIGTERM), None)  # waits a second at most
+        recording.__exit__(Interrupted, Interrupted("at step 3", signal.SIGTERM), None)  # waits ten seconds at most
     assert wait_until((folder / RUN_ID).is_file, DEADLINE_S)
     assert wait_until(lambda: store.client.get_run(run_id_of(folder)).info.status == "KILLED", DEADLINE_S)
     assert store.client.get_run(run_id_of(folder)).data.tags["ended"] == ended

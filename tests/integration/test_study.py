@@ -82,7 +82,7 @@ def test_a_sweep_waits_for_a_trial_of_a_dead_machine_and_retries_it(monkeypatch,
         return Namespace(pid=1, returncode=0, poll=lambda: 0)
 
     monkeypatch.setattr(controller, "start_module", finish_a_trial)
-    configs = [WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)]
+    configs = [WorkerConfig("", {}, {}, {}, sweep_id="", threads=1, parent_run_id="", sweep_pid=0)]
     controller._supervise(study, sweep, configs, StopSignals())
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert study.trials[2].system_attrs["failed_trial"] == 0

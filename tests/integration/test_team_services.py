@@ -62,7 +62,7 @@ class Team:
         if "PGHOST" in given:
             given |= {"PGHOST": "127.0.0.1", "PGPORT": str(self.ports["postgres"])}
         programs = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": programs, "MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "PYTHONUNBUFFERED": "1", **given}
+        return {**os.environ, "PATH": programs, "PYTHONUNBUFFERED": "1", **given}
 
     def command(self, service):
         command = SERVICES[service]["command"]

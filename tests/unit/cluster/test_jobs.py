@@ -19,7 +19,7 @@ SLURM = load_params(ROOT / "params.yaml").section(SlurmConfig)
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Makes a job of this project; `rows` is what squeue says of the user's jobs."""
+    """Makes a job of this project; `rows` is what squeue says."""
     monkeypatch.chdir(tmp_path)
 
     def make(identity="7", n_tasks=1, rows=(), after=None, name="train"):
@@ -27,7 +27,7 @@ def made(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         job = {"id": identity, "name": name, "commands": [["x"]] * n_tasks, "after": after}
         write_json(folder / "job.json", job)
-        monkeypatch.setattr(jobs, "_squeue", lambda: [list(row) for row in rows])
+        monkeypatch.setattr(jobs, "_squeue", lambda identity: [list(row) for row in rows])
         return Job(**job, folder=folder)
 
     return make
@@ -65,7 +65,7 @@ def test_a_task_that_has_not_noted_its_end_has_slurms_state(made, row, state, wh
 def test_why_a_task_was_ended_is_kept_when_slurm_has_forgotten_it(made, monkeypatch):
     job = made(rows=[("7", "CANCELLED", "None", "n1", "0:10")])
     assert job.ended
-    monkeypatch.setattr(jobs, "_squeue", list)
+    monkeypatch.setattr(jobs, "_squeue", lambda identity: [])
     assert [(task.state, task.why) for task in job.tasks] == [("cancelled", "it was cancelled")]
 
 
@@ -86,6 +86,26 @@ def test_what_a_task_has_noted_counts_and_its_error_is_that_of_its_command(made)
         ("pending", "Priority (other jobs have a higher priority)"),
         ("failed", "no disk"),
     ]
+
+
+def test_slurm_is_asked_for_the_job_whoever_has_submitted_it_and_may_have_forgotten_it(monkeypatch):
+    asked, said = [], "7_1|RUNNING|None|n1|0:10\n"
+
+    def run(*command):
+        asked.append(command)
+        if isinstance(said, InputError):
+            raise said
+        return said
+
+    monkeypatch.setattr(jobs, "_run", run)
+    assert jobs._squeue("7") == [["7_1", "RUNNING", "None", "n1", "0:10"]]
+    assert "--jobs=7" in asked[0]
+    assert not [word for word in asked[0] if word.startswith(("--user", "--me"))]
+    said = InputError("squeue: slurm_load_jobs error: Invalid job id specified")
+    assert jobs._squeue("7") == []
+    said = InputError("squeue: slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    with pytest.raises(InputError, match="Unable to contact"):
+        jobs._squeue("7")
 
 
 def test_why_an_attempt_failed_is_not_taken_from_the_attempt_before_it(made):
@@ -191,6 +211,14 @@ def test_without_slurm_the_missing_program_is_named(monkeypatch):
         jobs.require_slurm(SLURM)
 
 
+def test_gpus_are_refused_for_a_torch_that_cannot_use_them(monkeypatch):
+    monkeypatch.setattr(jobs, "_run", lambda *_: "")
+    monkeypatch.setattr(jobs, "uses_gpus", lambda: False)
+    jobs.require_slurm(SLURM)
+    with pytest.raises(InputError, match=r"slurm.gpus 2: .* CPU build, .*: `make clean-venv install TORCH=cuda`"):
+        jobs.require_slurm(SLURM.updated(gpus=2))
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [
@@ -208,20 +236,26 @@ def test_what_no_partition_has_is_refused_before_anything_is_submitted(monkeypat
             raise InputError(f"sbatch: {jobs._refusal(said)}")
 
     monkeypatch.setattr(jobs, "_run", run)
+    monkeypatch.setattr(jobs, "uses_gpus", lambda: True)
+    for name in jobs.SITE_OPTIONS:
+        monkeypatch.delenv(f"SBATCH_{name.upper()}", raising=False)
+    for name, value in {"ACCOUNT": "physics", "PARTITION": "q", "CONSTRAINT": "h100", "TIMELIMIT": "1"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
     asked = SLURM.updated(
         partition="p", time_min=90, mem_gb=1.5, gpus=2, options={"constraint": "a100", "exclusive": True}
     )
-    words = "partition p, time 90 min, nodes 3, gpus 2, mem 1.5 GiB, constraint a100, exclusive True"
+    words = "account physics, partition p, constraint a100, time 90 min, nodes 3, gpus 2, mem 1.5 GiB, exclusive True"
     words = f"^Slurm refuses {words}: {why}: `sinfo"
     with pytest.raises(InputError, match=words) if why else nullcontext():
         jobs.require_slurm(asked, nodes=3)
     flags = [
+        "--account=physics",
         "--partition=p",
+        "--constraint=a100",
         "--time=90",
         "--nodes=3",
         "--gpus-per-node=2",
         "--mem=1536M",
-        "--constraint=a100",
         "--exclusive",
     ]
     assert ran[1] == ("sbatch", "--test-only", "--wrap=true", *flags)
@@ -240,6 +274,11 @@ def script(monkeypatch):
         return next(path.read_text() for path in folder.glob("*.sh") if not path.is_symlink())
 
     return submit
+
+
+def test_options_that_a_site_sets_in_the_environment_reach_the_job(made, script, monkeypatch):
+    monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
+    assert "#SBATCH --account=physics\n" in script(1)
 
 
 def test_all_tasks_of_an_array_may_run_at_once(made, script):

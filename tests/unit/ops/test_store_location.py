@@ -68,7 +68,7 @@ def test_a_copy_is_refused_until_its_paths_are_updated(before, copy):
 
 
 def test_a_store_in_use_is_neither_changed_nor_called_damaged(before, copy, monkeypatch):
-    for lock in ("mlruns/.lock", "mlruns/.register.lock", "checkpoints/0f.lock", "checkpoints/study/0f.lock"):
+    for lock in ("mlflow.db.lock", "mlruns/.register.lock", "checkpoints/0f.lock", "checkpoints/study/0f.lock"):
         with locked(copy / lock), pytest.raises(RunLocked, match=str(os.getpid())):
             relocate(copy / "mlflow.db", before, copy)
     for module in (store_location, mlflow_store):
@@ -79,7 +79,7 @@ def test_a_store_in_use_is_neither_changed_nor_called_damaged(before, copy, monk
             relocate(copy / "mlflow.db", before, copy)
         assert flaw_of(copy / "mlflow.db") is None
     assert (copy / "mlflow.db").read_bytes() == (before / "mlflow.db").read_bytes()
-    assert not [*copy.glob("mlflow.db.*")]
+    assert not [*copy.glob("mlflow.db.before*")]
 
 
 def test_a_failure_between_two_tables_changes_nothing(before, copy, monkeypatch):

@@ -1,6 +1,7 @@
 """The files of a version: altered, missing and surplus ones are refused, and a forged model is not loaded."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -13,9 +14,11 @@ from fixtures_registry import Canary, _keep_threads, alter, hash_tags, write_ver
 from safetensors.torch import save_file
 
 from pipeline.model.generator import load_generator
+from pipeline.registry import artifacts
 from pipeline.registry.artifacts import LISTING, TEMPORARY, _write_listing, fetch_version, open_version, verify_files
 from pipeline.system.errors import IntegrityError, ModelMissing, PipelineError
 from pipeline.system.files import write_manifest
+from pipeline.tracking.mlflow_store import MLFLOW_DEFAULTS, TIMEOUT
 
 MODEL, WEIGHTS, TOKENS = "artifacts/model", "artifacts/model/model.safetensors", "artifacts/tokens/train-00000.bin"
 CODE = "code/pipeline/serving.py"
@@ -193,3 +196,29 @@ def test_only_a_remote_version_is_copied_to_the_folder_of_the_caller_if_there_is
     store, version = SimpleNamespace(uri="http://store", client=client), SimpleNamespace(name="x", version="1")
     copy = fetch_version(store, version, copies=tmp_path / "own" if own else None)
     assert re.fullmatch(copied_to, str(copy))
+
+
+@pytest.mark.parametrize(("given", "used"), [(MLFLOW_DEFAULTS[TIMEOUT], "600"), ("60", "60")])
+def test_only_requests_for_files_have_a_long_timeout_unless_the_user_has_set_one(given, used, tmp_path, monkeypatch):
+    monkeypatch.setenv(TIMEOUT, given)
+    timeouts = []
+
+    def download(**_) -> str:
+        timeouts.append(os.environ[TIMEOUT])
+        return str(tmp_path)
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
+    monkeypatch.setattr(artifacts, "_save_files", lambda files, *_: files.mkdir())
+    client = SimpleNamespace(
+        get_model_version_download_uri=lambda name, version: "http://store/1",
+        search_model_versions=lambda _: [],
+        search_logged_models=lambda *_: [],
+        create_logged_model=lambda *_, params: SimpleNamespace(model_id="m"),
+        log_model_artifacts=lambda *_: timeouts.append(os.environ[TIMEOUT]),
+        finalize_logged_model=lambda *_: None,
+    )
+    store = SimpleNamespace(uri="http://store", client=client, experiment_id="1")
+    run = SimpleNamespace(info=SimpleNamespace(run_id="r"), data=SimpleNamespace(params={}))
+    artifacts._store_files(store, tmp_path, run)
+    fetch_version(store, SimpleNamespace(name="x", version="1"), copies=tmp_path)
+    assert (timeouts, os.environ[TIMEOUT]) == ([used, used], given)

@@ -12,20 +12,22 @@ from pipeline.sweep.controller import _summary
 from pipeline.sweep.slurm_workers import run_on_slurm
 from pipeline.sweep.study import WORKER, requeue
 from pipeline.sweep.worker import Worker, WorkerConfig, task_name
+from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
 from pipeline.system.signals import StopSignals
 from tests.studies import add, new_study, sweep_config
 
-CONFIG = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
+CONFIG = WorkerConfig("", {}, {}, {}, sweep_id="", threads=1, parent_run_id="", sweep_pid=0)
 
 
 class Cluster:
     """Replaces pipeline.cluster.jobs: a job ends after `wait` has called `during` and `each`."""
 
-    JobFailed = JobFailed
+    JobFailed, MAX_POLL_S = JobFailed, 0.0
 
-    def __init__(self, during=lambda: None, failure=None, jobs=()):
+    def __init__(self, during=lambda: None, failure=None, jobs=(), refusals=()):
         self.during, self.failure, self.jobs, self.cancelled = during, failure, list(jobs), []
+        self.refusals = list(refusals)  # of `cancel`
 
     def find_jobs(self, name):
         return [job for job in self.jobs if job.name == name]
@@ -48,6 +50,8 @@ class Cluster:
             raise self.failure
 
     def cancel(self, identity):
+        if self.refusals:
+            raise InputError(self.refusals.pop())
         self.cancelled.append(identity)
 
 
@@ -122,11 +126,14 @@ def test_a_trial_of_a_task_that_has_ended_is_queued_again_at_once(follow):
     assert states(study)[2:5] == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
 
 
-def test_the_job_is_cancelled_when_the_time_of_the_sweep_is_over(follow):
+@pytest.mark.parametrize("refusals", [(), ("scancel: Unable to contact slurm controller",)])
+def test_the_job_is_cancelled_when_the_time_of_the_sweep_is_over(follow, refusals, capsys):
     study = new_study(sweep_config())
-    cluster = Cluster(failure=JobFailed("it was cancelled", 1))
+    cluster = Cluster(failure=JobFailed("it was cancelled", 1), refusals=refusals)
     assert follow(study, sweep_config(budget_s=1e-9), cluster) is None
     assert cluster.cancelled == ["9"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "not cancelled yet" in line]
+    assert said == [f"job 9 (study-s) is not cancelled yet: {refusal}" for refusal in refusals]
 
 
 def test_the_numbers_of_a_summary_add_up_while_a_retry_and_a_new_trial_are_queued():

@@ -2,6 +2,7 @@
 
 import pytest
 from optuna.samplers import RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from pipeline.sweep import controller
@@ -98,15 +99,17 @@ def test_a_suggestion_has_three_digits_and_a_choice_may_be_a_list():
 
 
 @pytest.mark.parametrize(("kind", "sampler"), [("tpe", TPESampler), ("random", RandomSampler)])
-def test_the_configured_sampler_is_reproducible_and_differs_between_workers(kind, sampler):
-    def suggestions(worker):
-        study = new_study(sweep, worker=worker)
-        assert isinstance(study.sampler, sampler)
-        return [suggest(study.ask(), sweep)["optim.lr"] for _ in range(3)]
+def test_the_values_of_a_trial_follow_from_seed_and_number_on_any_machine(kind, sampler):
+    def suggestions(machines, seed):
+        sweep, storage = sweep_config(sampler=kind, seed=seed), InMemoryStorage()
+        studies = [join_study(sweep, shared_by(sweep), storage) for _ in range(machines)]
+        assert isinstance(studies[0].sampler.sampler, sampler)
+        return [suggest(study.ask(), sweep)["optim.lr"] for _ in range(6 // machines) for study in studies]
 
-    sweep = sweep_config(sampler=kind)
-    assert suggestions(0) == suggestions(0)
-    assert suggestions(0)[0] != suggestions(1)[0]
+    alone = suggestions(machines=1, seed=1)
+    assert len(set(alone)) == 6
+    assert suggestions(machines=1, seed=1) == suggestions(machines=2, seed=1) == alone
+    assert not {*suggestions(machines=1, seed=2)} & {*alone}
 
 
 def test_the_best_is_the_cheapest_of_those_that_reached_the_target(study):
@@ -117,7 +120,7 @@ def test_the_best_is_the_cheapest_of_those_that_reached_the_target(study):
     assert best_trial(study).number == 2
 
 
-CONFIG = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
+CONFIG = WorkerConfig("", {}, {}, {}, sweep_id="", threads=1, parent_run_id="", sweep_pid=0)
 
 
 class FakeWorker:
@@ -141,7 +144,7 @@ def test_the_trial_of_a_dead_worker_is_requeued_at_once_and_the_worker_is_replac
 
     def start(*_, line):
         trial, returncode = study.ask(), returncodes.pop(0)
-        trial.set_user_attr(WORKER, worker_name(FakeWorker.pid))
+        trial.set_user_attr(WORKER, worker_name("", FakeWorker.pid))
         if returncode == 0:
             study.tell(trial, 1.0)
         return FakeWorker(returncode)
@@ -152,12 +155,22 @@ def test_the_trial_of_a_dead_worker_is_requeued_at_once_and_the_worker_is_replac
     assert not returncodes
 
 
+def test_a_worker_in_another_container_with_the_same_host_name_and_pid_keeps_its_trial(monkeypatch, study):
+    for sweep_id in ("a", "b"):
+        study.ask().set_user_attr(WORKER, worker_name(sweep_id, FakeWorker.pid))
+    stop = StopSignals()
+    stop.received = 15
+    monkeypatch.setattr(controller, "start_module", lambda *_, line: FakeWorker())
+    assert controller._supervise(study, sweep_config(), [CONFIG._replace(sweep_id="a")], stop) is None
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
+
+
 @pytest.mark.parametrize(("trials", "reason"), [(1, None), (9, "4 workers died, see above, and trials are left")])
 def test_a_sweep_whose_workers_die_ends_with_the_reason(monkeypatch, trials, reason):
     study = new_study(sweep := sweep_config(trials=trials))
 
     def start(*_, line):
-        study.ask().set_user_attr(WORKER, worker_name(FakeWorker.pid))
+        study.ask().set_user_attr(WORKER, worker_name("", FakeWorker.pid))
         return FakeWorker(-9)
 
     monkeypatch.setattr(controller, "start_module", start)

@@ -181,7 +181,7 @@ def test_a_trial_with_the_values_of_a_running_one_is_pruned_and_no_failure(monke
         monkeypatch.setattr(worker, name, MagicMock())
     monkeypatch.setattr(worker, "open_run", MagicMock(side_effect=RunLocked("it is held by process 7")))
     second = object.__new__(Worker)
-    second.study, second.sweep, second.root, second.params, second.task = study, sweep, Path(), None, None
+    second.study, second.sweep, second.root, second.params, second.name = study, sweep, Path(), None, ""
     with pytest.raises(RunLocked):  # by a process that is no worker of this study
         second._value(study.ask())
     study.tell(0, state=TrialState.FAIL)
@@ -200,7 +200,7 @@ def test_an_interrupted_trial_is_requeued_and_a_failed_one_is_not(study):
 
 
 def test_a_worker_whose_sweep_died_before_it_could_notice_opens_nothing(monkeypatch):
-    config = WorkerConfig("", {}, {}, {}, number=0, threads=1, parent_run_id="", sweep_pid=0)
+    config = WorkerConfig("", {}, {}, {}, sweep_id="", threads=1, parent_run_id="", sweep_pid=0)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(config._asdict())))
     worker.main()  # with `sweep={}` it would fail
 
@@ -231,7 +231,7 @@ def test_a_worker_sees_only_its_gpu(hip, variable, visible, count, expected, mon
     monkeypatch.setattr(Worker, "sweep", sweep_config(), raising=False)
     monkeypatch.setattr(Worker, "work", lambda _: None)
     for gpu in expected or [None]:
-        config = WorkerConfig("", {}, {}, {}, 0, 1, "", os.getppid(), gpu)
+        config = WorkerConfig("", {}, {}, {}, "", 1, "", os.getppid(), gpu)
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(config._asdict()) + "\n"))
         worker.main()
     assert seen == (expected or [visible])

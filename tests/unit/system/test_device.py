@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 import weakref
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pipeline.system import device
 from pipeline.system.device import give_back_memory, prepare_machine
 from pipeline.system.distributed import World
 from pipeline.system.errors import InputError
+from pipeline.system.host import uses_gpus
 
 
 @pytest.fixture
@@ -166,3 +168,14 @@ def test_a_cpu_compiles_only_where_set_and_with_a_compiler(config, monkeypatch, 
         assert not prepare_machine(config, 1e30).compiled
         assert prepare_machine(config.updated(compile=True)).compiled == bool(path)
     assert capsys.readouterr().out == "train.compile: C++ compiler not found: training without compiling\n"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "expected"), [(None, None, False), ("12.8", None, True), (None, "6.4.43482", True)]
+)
+def test_torchs_build_is_known_without_its_import(cuda, hip, expected, tmp_path, monkeypatch):
+    assert uses_gpus() == (torch.version.cuda is not None or torch.version.hip is not None)
+    version = f"cuda: Optional[str] = {cuda!r}\nhip: Optional[str] = {hip!r}\nrocm: Optional[str] = None\n"
+    (tmp_path / "version.py").write_text(version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: Namespace(origin=str(tmp_path / "__init__.py")))
+    assert uses_gpus() == expected

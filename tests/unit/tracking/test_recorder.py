@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from io import StringIO
 from types import SimpleNamespace
 
@@ -190,6 +190,17 @@ def test_one_process_records_runs_one_after_the_other_until_it_dies_or_is_still_
         thread.wait(60)
     assert [len(fake.ends) for fake in fakes] == [6, 5]
     assert len(fakes[0].starts) == 6
+
+
+def test_a_stopped_training_waits_some_seconds_for_a_recorder_that_is_still_sending(
+    folder, fakes, recorder_threads, capfd
+):
+    (held := ExitStack()).enter_context(locked(folder / RECORDER_LOCK))
+    threading.Timer(1.2, held.close).start()
+    with suppress(Interrupted), Recorder(folder.parent) as opened, opened.recording(folder, an_identity(), {}):
+        raise Interrupted("at step 3", 15)
+    assert capfd.readouterr().err == ""
+    assert [fake.ends for fake in fakes] == [[ending(Interrupted("at step 3", 15))]] * 2
 
 
 def test_a_recorder_without_a_first_line_sends_nothing(folder, fakes):
