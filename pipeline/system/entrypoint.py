@@ -19,7 +19,7 @@ from pipeline.system.errors import (
     PeerLost,
     PipelineError,
 )
-from pipeline.system.signals import die_with_dvc
+from pipeline.system.signals import Signalled, SignalsAsErrors, die_with_dvc
 
 RANK_0_REPORTS_WITHIN_S = 30
 STAGES = Path(__file__).parents[2] / "stages"
@@ -73,8 +73,9 @@ def _report(main: Callable[[], None]) -> int:
             raise InputError(
                 "this is the folder stages/: run `python -m stages.NAME` from its parent, the project's folder"
             )
-        main()
-        sys.stdout.flush()
+        with SignalsAsErrors():
+            main()
+            sys.stdout.flush()
     except PipelineError as error:
         line = f"error: {error}"
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfSpaceError | PeerLost):
@@ -104,9 +105,10 @@ def _report(main: Callable[[], None]) -> int:
             raise
         print("error: out of memory: close other programs or choose a smaller recipe", file=sys.stderr)
         return 5
-    except KeyboardInterrupt:
-        print("error: interrupted: run the same command again to repeat it", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        by, code = (f" by {error}", error.exit_code) if isinstance(error, Signalled) else ("", 130)
+        print(f"error: interrupted{by}: run the same command again to repeat it", file=sys.stderr)
+        return code
     return 0
 
 

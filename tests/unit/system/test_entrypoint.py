@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import tempfile
 
 import pytest
 
@@ -76,6 +77,23 @@ def test_signals_within_a_second_count_as_one(monkeypatch):  # a dying DVC sends
     monkeypatch.setenv("SUBMITIT_FOLDER", "checkpoints/jobs/train-1")
     with pytest.raises(Interrupted, match="SIGTERM at step 3: Slurm runs it again to resume, unless the job was"):
         stop.raise_if_received("at step 3")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_temporary_files_and_ignored_ones_stay_ignored(number, tmp_path, interruptible, capsys):
+    def work():
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # of the same death of a parent
+
+    before = signal.signal(number, signal.SIG_IGN)
+    assert exit_code_of(work) == 0
+    signal.signal(number, before)
+    assert exit_code_of(work) == 128 + number
+    assert not any(tmp_path.iterdir())
+    assert signal.getsignal(number) == before == signal.SIG_DFL
+    line = f"error: interrupted by {number.name}: run the same command again to repeat it\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
