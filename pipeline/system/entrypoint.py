@@ -1,5 +1,6 @@
 """Run a stage or a command; report each error that a user can cause as one line on stderr and an exit code."""
 
+import argparse
 import io
 import os
 import re
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.system.errors import (
     BROKEN_PIPE,
@@ -23,6 +25,14 @@ from pipeline.system.signals import Signalled, SignalsAsErrors, die_with_dvc
 
 RANK_0_REPORTS_WITHIN_S = 30
 STAGES = Path(__file__).parents[2] / "stages"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments that raises InputError instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fault = " ".join(message.removeprefix("argument ").split())
+        raise InputError(f"{fault}: `{self.prog} --help` shows what is possible")
 
 
 def run_stage(main: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.system import errors
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import Interrupted
 from pipeline.system.signals import StopSignals
+from stages import train
 
 
 def raising(error):
@@ -63,6 +65,13 @@ def test_success_is_zero_and_a_bug_is_raised(bug, monkeypatch):
     assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == "1"
     with pytest.raises(type(bug)):
         exit_code_of(raising(bug))
+
+
+def test_a_wrong_argument_of_a_stage_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--fast"])
+    assert exit_code_of(train.main) == 2
+    what = "unrecognized arguments: --fast: `python -m stages.train --help` shows what is possible"
+    assert capsys.readouterr().err == f"error: {what}\n"
 
 
 def test_signals_within_a_second_count_as_one(monkeypatch):  # a dying DVC sends one for each of its threads
