@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, write_documents
+from pipeline.data.documents import is_table
 from pipeline.data.encode import training_blocks
 from pipeline.data.statistics import (
     STATISTICS_TOKENS,
@@ -99,7 +100,12 @@ class Measured:
 
 
 def read_text(source: Source, column: str | None, folder: Path) -> Text:
-    """Read the whole text, with a copy in `folder`; `column`: of a table. Raises as `fetch_corpus` does."""
+    """Read the whole text, with a copy in `folder`. Raises as `fetch_corpus` does.
+
+    `column`: of a table; InputError if no file of this machine is one.
+    """
+    if column is not None and source.files and not any(map(is_table, source.files)):
+        raise InputError(f"--column {column}: {source.origin} has no table: leave --column out")
     corpus = folder / "corpus.txt"
     notes = _write_corpus(source, column, corpus)
     with corpus.open("rb") as file:

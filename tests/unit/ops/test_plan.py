@@ -107,6 +107,15 @@ def test_a_text_that_repeats_its_passages_gets_more_epochs_and_the_plan_says_so(
     assert (noted, also_noted) == (False, True)
 
 
+def test_the_column_of_a_table_is_named_and_other_texts_have_none(command):
+    Path("../mails.csv").write_text("id,body\n" + "".join(f'{n},"{ENGLISH[:-1]}"\n' for n in range(30)))
+    assert "different ones; rows of the column 'body': 30\n" in command("plan", "../mails.csv")[1]
+    code, _, said = command("plan", "../diary.txt", "--column", "body")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "error: --column body: " in said
+    assert "diary.txt has no table: leave --column out" in said
+
+
 def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
     monkeypatch.setattr(corpus, "fetch", lambda sources, *_: (sources[0], {sources[0]: Path("../diary.txt")}))
     size = Path("../diary.txt").stat().st_size
