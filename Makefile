@@ -16,9 +16,15 @@ DEV := $(VENV)/installed-dev
 # while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
-IN_GIT := git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1
-# Where git does not track the folder, DVC must be told to work without git.
-NO_SCM := $(IN_GIT) || grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true; }
+# DVC works with git where git tracks the folder, otherwise without. git refuses a folder of another user, with a hint.
+define SCM
+@error=$$(LC_ALL=C git ls-files --error-unmatch dvc.yaml 2>&1 >/dev/null); case $$?$$error in \
+0*) ! grep -qs no_scm .dvc/config.local || $(BIN)/dvc config --local --unset core.no_scm ;; \
+*'dubious ownership'*) echo "$$error" >&2; exit 2 ;; \
+*) grep -qs no_scm .dvc/config.local || { mkdir -p .dvc && $(BIN)/dvc config --local core.no_scm true && \
+	echo 'git does not track this folder: DVC will work without git, and runs record no commit'; } ;; \
+esac
+endef
 
 .PHONY: install repro learn no-text app showcase sweep dashboard test check faults check-faults lowest docs lint format lock clean-venv
 
@@ -28,14 +34,14 @@ $(error EXTRAS has no $(UNKNOWN): choose from dev, docs, postgres, s3 and team)
 endif
 
 install: $(INSTALLED) $(EXTRAS:%=$(VENV)/installed-%)
-	@$(NO_SCM)
+	$(SCM)
 
 repro: $(INSTALLED)
-	@$(NO_SCM)
+	$(SCM)
 	$(BIN)/python -m pipeline repro
 
 learn: $(if $(TEXT),$(INSTALLED),no-text)
-	@$(NO_SCM)
+	$(SCM)
 	$(BIN)/python -m pipeline learn $(OPTIONS) '$(subst ','\'',$(TEXT))'
 
 no-text:
@@ -45,7 +51,7 @@ app: $(INSTALLED)
 	$(BIN)/python app.py
 
 sweep: $(INSTALLED)
-	@$(NO_SCM)
+	$(SCM)
 	$(BIN)/python -m pipeline sweep
 
 # For maintainers, after `make repro` with the committed params.yaml: README shows these reports.
@@ -99,10 +105,9 @@ clean-venv:
 	rm -rf .venv .venv-lowest
 
 $(INSTALLED): pyproject.toml requirements/base.txt requirements/torch.txt
-	@$(IN_GIT) || echo 'git does not track this folder: DVC will work without git, and runs record no commit'
 	$(PYTHON) requirements/install.py $(VENV) base project --torch $(TORCH)
-	@$(NO_SCM)
 	touch $@
+	$(SCM)
 
 $(VENV)/installed-%: requirements/%.txt $(INSTALLED)
 	$(PYTHON) requirements/install.py $(VENV) $*

@@ -28,16 +28,27 @@ def main():
         for part in args.parts:
             install_part(args.environment, part, args.torch)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: the installation failed (exit code {error.returncode}); the same command tries it again")
+        said = (error.stderr or b"").decode(errors="replace")
+        sys.exit(
+            f"{said}error: the installation failed (exit code {error.returncode}); the same command tries it again"
+        )
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command tries it again", file=sys.stderr)
+        sys.exit(130)
 
 
 def create(environment):
-    """Create the environment, with pip: the program downloads wheels with it."""
-    if not os.path.exists(python(environment)):
-        command = (
-            [UV, "venv", "--quiet", "--seed", "--python", sys.executable] if UV else [sys.executable, "-m", "venv"]
-        )
-        subprocess.run([*command, environment], check=True)
+    """Create the environment, or complete it, with pip: the program downloads wheels with it."""
+    if has_pip(environment):
+        return
+    uv_venv = [UV, "venv", "--quiet", "--seed", "--allow-existing", "--python", sys.executable]
+    command = uv_venv if UV else [sys.executable, "-m", "venv"]
+    subprocess.run([*command, environment], check=True, stderr=subprocess.PIPE)  # no traceback after Ctrl-C
+
+
+def has_pip(environment):
+    command = [python(environment), "-m", "pip", "--version"]
+    return os.path.exists(command[0]) and subprocess.run(command, capture_output=True).returncode == 0
 
 
 def install_part(environment, part, build):

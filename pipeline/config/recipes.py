@@ -58,7 +58,7 @@ def apply_recipe(name: str, params_path: Path = PARAMS, folder: Path = RECIPES) 
     """
     path = find_recipe(name, folder)
     present = _read_leaves(params_path)
-    leaves = _without_absent(_recipe_values(path, folder), present)
+    leaves = _without_absent(_recipe_values(path, folder), present, _base_values(path, folder))
     for key, leaf in leaves.items():
         if key not in present:
             raise InputError(f"{path}: {key}: no such key in {params_path}{did_you_mean(key, list(present))}")
@@ -76,8 +76,9 @@ def text_and_model(params_path: Path = PARAMS) -> str:
 def locked_params(params_path: Path = PARAMS) -> AbstractContextManager[None]:
     """Hold the lock of params.yaml, which other commands must not change while the stages read it.
 
-    Raises RunLocked if another process holds it.
+    Raises InputError if there is no such file, RunLocked if another process holds the lock.
     """
+    load_params(params_path)  # raises the InputError before there is a lock file
     return locked(params_path.with_name(f"{params_path.name}.lock"))
 
 
@@ -88,27 +89,28 @@ def write_values(values: dict[str, Any], params_path: Path = PARAMS) -> str:
     return _rewrite(params_path, present, leaves) or f"{params_path} already has these values"
 
 
-def require_keys(values: dict[str, Any], params_path: Path = PARAMS) -> None:
-    """Raise InputError if params.yaml lacks a key that `write_values` would write."""
-    _writable(values, _read_leaves(params_path), params_path)
+def changed_keys(values: dict[str, Any], params_path: Path = PARAMS) -> list[str]:
+    """The keys whose values `write_values` would change. Raises InputError if params.yaml lacks a key to write."""
+    present = _read_leaves(params_path)
+    return list(_changed(present, _writable(values, present, params_path)))
 
 
 def _writable(values: dict[str, Any], present: dict[str, Leaf], params_path: Path) -> dict[str, Leaf]:
     """The values to write. Raises InputError if `present` lacks a key of them."""
     texts = {key: yaml.safe_dump(value, default_flow_style=True, width=10**6) for key, value in values.items()}
     leaves = {key: Leaf(value, texts[key].removesuffix("...\n").strip()) for key, value in values.items()}
-    leaves = _without_absent(leaves, present)
+    leaves = _without_absent(leaves, present, leaves)
     if missing := next((key for key in leaves if key not in present), None):
         section, _, name = missing.partition(".")
         raise InputError(f"{params_path} has no {missing}: add `{name}: {leaves[missing]}` to its section {section}")
     return leaves
 
 
-def _without_absent(leaves: dict[str, Leaf], present: dict[str, Leaf]) -> dict[str, Leaf]:
+def _without_absent(leaves: dict[str, Leaf], present: dict[str, Leaf], base: dict[str, Leaf]) -> dict[str, Leaf]:
     """Leave out keys that `present` lacks and may lack.
 
-    They are those of the search space, which is the user's own, and those whose value is the default, since an older
-    params.yaml has not all keys.
+    They are those of `base` in the search space, from which a user may have removed them, and those whose value is the
+    default, since an older params.yaml has not all keys.
     """
     defaults = {
         f"{section.section_name}.{name}": field.default
@@ -116,12 +118,9 @@ def _without_absent(leaves: dict[str, Leaf], present: dict[str, Leaf]) -> dict[s
         for name, field in section.model_fields.items()
         if not field.is_required()
     }
-    return {
-        key: leaf
-        for key, leaf in leaves.items()
-        if key in present
-        or not (key.startswith(SPACE) or (key in defaults and repr(defaults[key]) == repr(leaf.value)))
-    }
+    optional = {key for key in base if key.startswith(SPACE)}
+    optional |= {key for key in leaves.keys() & defaults.keys() if repr(leaves[key].value) == repr(defaults[key])}
+    return {key: leaf for key, leaf in leaves.items() if key in present or key not in optional}
 
 
 def recipe_values(name: str, folder: Path = RECIPES) -> dict[str, Any]:
@@ -146,8 +145,12 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
 
 def _recipe_values(path: Path, folder: Path) -> dict[str, Leaf]:
     """All values that a recipe sets, by dotted key; a recipe of `folder` also sets the other values of BASE."""
-    base = _read_leaves(folder / f"{BASE}.yaml") if path.parent == folder else {}
-    return base | _read_leaves(path)
+    return _base_values(path, folder) | _read_leaves(path)
+
+
+def _base_values(path: Path, folder: Path) -> dict[str, Leaf]:
+    """All values of BASE for a recipe of `folder`, none for another one."""
+    return _read_leaves(folder / f"{BASE}.yaml") if path.parent == folder else {}
 
 
 def _read_leaves(path: Path) -> dict[str, Leaf]:
@@ -177,9 +180,13 @@ def _end_of(node: yaml.Node) -> int:
     return _end_of(node.value[-1]) if block_list else int(node.end_mark.index)
 
 
-def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> str:
+def _changed(present: dict[str, Leaf], leaves: dict[str, Leaf]) -> dict[str, Leaf]:
     # repr distinguishes 1 (a step), 1.0 (a share) and true, which are equal
-    changed = {key: leaf for key, leaf in leaves.items() if repr(leaf.value) != repr(present[key].value)}
+    return {key: leaf for key, leaf in leaves.items() if repr(leaf.value) != repr(present[key].value)}
+
+
+def _rewrite(path: Path, present: dict[str, Leaf], leaves: dict[str, Leaf]) -> str:
+    changed = _changed(present, leaves)
     text = path.read_bytes().decode()
     for key in sorted(changed, key=lambda key: -present[key].start):  # backwards, so that positions stay valid
         old = present[key]

@@ -43,7 +43,7 @@ def examine_store(root: Path) -> Iterator[Finding]:
         return
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not (path.is_file() and path.stat().st_size):
-        yield Finding("note", "store", f"{uri} does not exist yet: `dvc repro` creates it")
+        yield Finding("note", "store", f"{uri} does not exist yet: `totarget repro` creates it")
         return
     with mlflow_store.translate_store_errors(uri):
         client = mlflow_store.connect(uri)

@@ -3,16 +3,14 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
-from pipeline.config.params import PARAMS, load_params
-from pipeline.config.recipes import locked_params, require_keys, write_values
+from pipeline.config.params import PARAMS
+from pipeline.config.recipes import changed_keys, locked_params, write_values
 from pipeline.ops.outcome import reproduce, show_outcome
-from pipeline.ops.plan import DOUBLINGS, PLANS, Plan, stored_plan, writable_values
+from pipeline.ops.plan import DOUBLINGS, PLANS, Plan, stored_plan
 from pipeline.ops.policy import MEMORISE
 from pipeline.ops.sources import bring, bring_weights
 from pipeline.system.files import sha256_file, write_json, write_text
-from pipeline.tracking.fingerprint import flatten
 from pipeline.tracking.run_record import read_run
 
 
@@ -26,7 +24,7 @@ def learn(plan: Plan, in_place: bool, assume_yes: bool) -> None:
         print("nothing was changed")
         return
     with locked_params():
-        require_keys(plan.values)  # before anything is written
+        changed_keys(plan.values)  # raises InputError before anything is written
         copies = bring(plan.source, in_place, stored_plan(plan.source.name).get("copies", {}))
         if plan.weights:
             bring_weights(plan.weights, in_place)
@@ -49,8 +47,8 @@ def _is_confirmed() -> bool:
 
 def _train(plan: Plan, copies: dict[str, str]) -> None:
     """Store the plan, write its values into params.yaml, and run the pipeline."""
-    params = load_params()
-    _keep_params(writable_values(plan.values, params), flatten(params.values))
+    if changed_keys(plan.values):
+        _keep_params()
     _store(plan, copies)
     print(write_values(plan.values), flush=True)
     environment = plan.cost.environment() | (plan.fetched.environment() if plan.fetched else {})
@@ -82,13 +80,12 @@ def _reached() -> bool:
     return results["to_target"][results["rule"]] is not None
 
 
-def _keep_params(values: dict[str, Any], present: dict[str, Any]) -> None:
-    """If `values` change those of params.yaml, `present`, keep a copy of it in PLANS, named by its hash."""
-    if any(repr(present.get(key)) != repr(value) for key, value in values.items()):
-        kept = PLANS / f"params-{sha256_file(PARAMS)[:8]}.yaml"
-        kept.parent.mkdir(exist_ok=True)
-        write_text(kept, PARAMS.read_bytes().decode())
-        print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
+def _keep_params() -> None:
+    """Keep a copy of params.yaml in PLANS, named by its hash."""
+    kept = PLANS / f"params-{sha256_file(PARAMS)[:8]}.yaml"
+    kept.parent.mkdir(exist_ok=True)
+    write_text(kept, PARAMS.read_bytes().decode())
+    print(f"{PARAMS} is changed as follows; {kept} is a copy of it as it was")
 
 
 def _more_training(plan: Plan) -> str | None:

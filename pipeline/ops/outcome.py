@@ -3,8 +3,11 @@
 import contextlib
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pipeline.config.params import PARAMS, load_params
 from pipeline.config.sections import RegistryConfig
@@ -16,15 +19,19 @@ from pipeline.model.sampling import Sampling
 from pipeline.model.weights import load_model
 from pipeline.ops.chat import show
 from pipeline.ops.plan import in_lines
+from pipeline.registry.catalog import CHAMPION, aliases_of, find_version, open_registry
+from pipeline.registry.promotion import next_step as promote_it
 from pipeline.registry.register import IS_BEST, IS_CHAMPION
-from pipeline.system.errors import PipelineError, TargetNotReached
+from pipeline.system.errors import ModelMissing, PipelineError, TargetNotReached
 from pipeline.system.files import read_json
-from pipeline.system.host import git
+from pipeline.system.host import git, project_root
 from pipeline.system.processes import dvc_command
 from pipeline.system.signals import StopSignals
+from pipeline.tracking.mlflow_store import store_errors
 from pipeline.tracking.run_record import read_run
 
 SAMPLE_TOKENS = 100
+REGISTERED = Path("reports/registered.json")
 
 
 class StageFailed(PipelineError):  # noqa: N818 (a result, not a fault of the command)
@@ -59,7 +66,7 @@ def show_outcome(next_step: str | None = None) -> None:
 
     Raises TargetNotReached if the run missed a target that params.yaml requires; `next_step` says what to do then.
     """
-    registered, run = read_json(Path("reports/registered.json")), read_run(Path("models"))
+    registered, run = _registered(), read_run(Path("models"))
     results = run["results"]
     reached = results["to_target"][results["rule"]]
     best = not load_params().section(RegistryConfig).require_target
@@ -93,6 +100,36 @@ def show_outcome(next_step: str | None = None) -> None:
         )
 
 
+def _registered() -> dict[str, Any]:
+    """The result of the stage `register`, with what the store says now if DVC has skipped the stage.
+
+    The stage is run if the store is new, or lacks the version. If the store does not answer, the result is that of the
+    last time.
+    """
+    registered: dict[str, Any] = read_json(REGISTERED)
+    if REGISTERED.stat().st_mtime > psutil.Process().create_time():  # this command has run the stage
+        return registered
+    number = registered["version"]
+    try:
+        store = open_registry(project_root())
+        champion = aliases_of(store, registered["model"]).get(CHAMPION)
+        find_version(store, registered["model"], number)
+    except ModelMissing as error:
+        if isinstance(error.__cause__, store_errors()):
+            print(f"warning: {error}", file=sys.stderr)
+            return registered
+        reproduce({}, "--force", "--single-item", "register")
+        return dict(read_json(REGISTERED))
+    if registered["champion"] == (champion == number):
+        return registered
+    reason = IS_CHAMPION if champion == number else f"version {champion} is champion" if champion else "no champion"
+    return registered | {
+        "champion": champion == number,
+        "reason": reason,
+        "next_step": promote_it(number, champion, None),
+    }
+
+
 def _show_sample(label: str) -> None:
     """Let the model continue the beginning of its text."""
     model, tokens = load_model(Path("models/model")), TokenFolder(Path("data/tokens")).train
@@ -111,4 +148,4 @@ def _train_longer(run: dict[str, Any]) -> str | None:
     if results["steps"] < results.get("max_steps", 0):
         return None
     epochs = 2 * run["params"]["optim"]["max_epochs"]
-    return f"set optim.max_epochs to {epochs:g} in {PARAMS}, and run the same command again"
+    return f"set optim.max_epochs to {epochs:g} in {PARAMS}, and run `totarget repro`"

@@ -19,7 +19,7 @@ from pipeline.ops.policy import GENERALISE, MEMORISE, Choice, Shape, Training
 from pipeline.ops.sources import REMOTE, Source, Weights, require_room
 from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
-from pipeline.system.device import prepare_machine
+from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import World
 from pipeline.system.errors import InputError, IntegrityError, ModelMissing
 from pipeline.system.files import read_json
@@ -28,6 +28,7 @@ from pipeline.system.words import duration, in_words
 from pipeline.tracking.fingerprint import flatten
 from pipeline.training.config import RunConfig
 from pipeline.training.forecast import Forecast, forecast, step_flops, vocabulary_of
+from pipeline.training.preflight import device_bytes
 
 PLANS = Path("plans")  # the plan of each model, NAME.json, and each params.yaml that a plan has replaced
 WIDTH = 11  # of the first column of a printed plan
@@ -216,6 +217,7 @@ def _new_plan(
         "model": _model_line(training, measured, f"the recipe {options.size}" if options.size else options.init),
         "training": _training_line(training, options.goal, target, measured) + LONGER * plan.may_be_longer,
         "cost": _cost_line(cost, options, share),
+        "space": _space_line(cost, costs.machine),
         "name": f"{source.name}, for the page, generate, models and export",
     }
     return dataclasses.replace(plan, lines=lines)
@@ -226,10 +228,10 @@ class Costs:
 
     def __init__(self, params: Params, base: dict[str, Any], measured: Measured, goal: str, target: float) -> None:
         self.params, self.base, self.measured, self.goal, self.target = params, base, measured, goal, target
-        n_ids, train = measured.n_vocab, params.section(TrainConfig)
+        train = params.section(TrainConfig)
         if train.shard and train.processes > 1:
             raise InputError("train.shard: the steps of a sharded model cannot be timed for a plan: set it to false")
-        self.vocabulary = vocabulary_of(n_ids, measured.n_used if base["model.fold_vocab"] else n_ids)
+        self.vocabulary = vocabulary_of(measured.n_vocab, measured.n_used, base["model.fold_vocab"])
         self.machine = prepare_machine(train, world=World(size=train.processes, local_size=train.processes))
         self._timed: dict[Shape, tuple[Training, Forecast]] = {}
 
@@ -267,14 +269,9 @@ class Costs:
 
 
 def _merged(params: Params, values: dict[str, Any]) -> Params:
-    """The parameters as they are when `values` are written."""
-    return params.with_values(writable_values(values, params))
-
-
-def writable_values(values: dict[str, Any], params: Params) -> dict[str, Any]:
-    """The values without the ranges of keys that the user has removed from the search space."""
+    """The parameters as they are when `values` are written, without ranges that the user has removed."""
     present = flatten(params.values)
-    return {key: value for key, value in values.items() if key in present or not key.startswith(SPACE)}
+    return params.with_values({key: values[key] for key in values if key in present or not key.startswith(SPACE)})
 
 
 def _choose_tokenizer(text: Text, asked: str | None, folder: Path, lengths: Sequence[int]) -> tuple[Choice, Measured]:
@@ -408,11 +405,15 @@ def _cost_line(cost: Forecast, options: Options, share: float) -> str:
     seconds = cost.train_s + cost.evaluation_s
     line = (
         f"at most {duration(seconds)} of training on this machine, and about "
-        f"{duration(policy.FIXED_S + cost.evaluate_s)} for the other stages; {in_words(cost.memory_bytes, 'B')} of "
-        f"memory, {in_words(cost.disk_bytes, 'B')} of disk"
+        f"{duration(policy.FIXED_S + cost.evaluate_s)} for the other stages"
     )
     if options.time_s is not None and share < 1:
         return f"{line}; the rest of the text is too large for {duration(options.time_s)}"
     if options.time_s is None and seconds > LONG_S:
         return f"{line}; --time 10m learns the part of the text that fits into ten minutes"
     return line
+
+
+def _space_line(cost: Forecast, machine: Machine) -> str:
+    memory = device_bytes(cost.memory_bytes, machine)
+    return f"{in_words(memory, 'B')} of memory, {in_words(cost.disk_bytes, 'B')} of disk"

@@ -154,8 +154,7 @@ def time_of(params: Params, due: list[str], size: Size | None) -> str:
     config = RunConfig.of(params).sized_for(size.n_vocab)
     processes = config.train.processes
     machine = prepare_machine(config.train, config.flops(size.train), World(size=processes, local_size=processes))
-    n_ids = config.model.n_ids
-    vocabulary = vocabulary_of(n_ids, size.n_used if config.model.fold_vocab else n_ids)
+    vocabulary = vocabulary_of(config.model.n_ids, size.n_used, config.model.fold_vocab)
     if config.train.shard and processes > 1:
         check_fits(config, vocabulary, machine)
         return SHARDED

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 
@@ -51,8 +52,9 @@ def find_source(given: str, name: str | None) -> Source:
         return Source(source, name or name_of(source), source, {str(file): file for file in find_files(source)})
     if path.exists():
         inside, pattern = path.resolve(), ""
-        if Path.cwd().is_relative_to(inside):  # each call would bring the copies of the last one into texts/
-            raise InputError(f"{given} contains this project: give {KINDS} of a text")
+        if any(each.is_relative_to(inside) for each in (Path.cwd(), Path(TEXTS).resolve())):
+            # each call would bring the copies of the last one into texts/
+            raise InputError(f"{given} contains this project or its {TEXTS}/: give {KINDS} of a text")
     elif WILDCARDS & set(str(typed)):  # not those in the working directory's path
         fixed = next(folder for folder in typed.parents if not WILDCARDS & set(str(folder)))
         inside, pattern = fixed.resolve(), typed.relative_to(fixed).as_posix()
@@ -70,10 +72,13 @@ def find_source(given: str, name: str | None) -> Source:
 
 
 def _below(folder: str | Path, path: Path) -> Path | None:
-    """The part of an absolute path below a folder of the project, by any spelling; None if it is not below it."""
+    """The part of an absolute path below a folder of the project, by any spelling; None if it is not below it.
+
+    The folder may be a link.
+    """
     root = Path(folder).absolute()
-    found = (each for each in (path, path.parent.resolve() / path.name) if each.is_relative_to(root))
-    return next((each.relative_to(root) for each in found), None)
+    pairs = product((path, path.parent.resolve() / path.name), (root, root.resolve()))
+    return next((each.relative_to(other) for each, other in pairs if each.is_relative_to(other)), None)
 
 
 def name_of(given: str) -> str:

@@ -1,7 +1,7 @@
 """Decide which version is champion: the promotion gate, and promotion and rollback by hand."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION_BEFORE = "champion_before"  # tag of the registered model: the version that a rollback restores
-ROLLED_BACK = "rolled_back"  # tag of a version that lost its aliases by a rollback
+ROLLED_BACK = "rolled_back"  # tag of a version: "true" if it lost the alias champion by a rollback
 PASSED, VERDICT = "passed_gate", "verdict"  # tags of a version: true or false, and the reason
 SAME_LOSS = 0.01  # relative difference that is allowed between two machines for the loss of one model
 PASSAGES, PASSAGE_TOKENS = 200, 64  # of a held-out text, to find out whether a model was trained on it
@@ -181,14 +181,19 @@ def set_best(store: Store, name: str, version: "ModelVersion") -> None:
         store.client.set_registered_model_alias(name, rule_alias(version.tags["rule"]), version.version)
 
 
+def is_rolled_back(tags: Mapping[str, str]) -> bool:
+    """Whether a version lost the alias champion by a rollback and has not got it back."""
+    return tags.get(ROLLED_BACK) == "true"
+
+
 def set_champion(store: Store, name: str, version: "ModelVersion") -> str | None:
     """Move the alias champion to `version`; return the former champion's number, which a rollback restores."""
     before = store.client.get_registered_model(name).aliases.get(CHAMPION)
     if before is not None and str(before) != str(version.version):
         store.client.set_registered_model_tag(name, CHAMPION_BEFORE, str(before))
     store.client.set_registered_model_alias(name, CHAMPION, version.version)
-    if ROLLED_BACK in version.tags:
-        store.client.delete_model_version_tag(name, version.version, ROLLED_BACK)
+    if is_rolled_back(version.tags):
+        store.client.set_model_version_tag(name, version.version, ROLLED_BACK, "false")
     return None if before is None else str(before)
 
 
@@ -204,8 +209,9 @@ def promote(store: Store, name: str, which: str) -> str:
 def rollback(store: Store, name: str) -> str:
     """Give the alias champion back to the former champion; a second call gives it to the other version again.
 
-    The version that loses it loses the alias of its rule as well, and `register` never makes it champion again. The
-    former champion gets the alias of its own rule only if no other version has it. Returns a line for the user.
+    `register` never makes the version that loses it champion again, nor compares others with it. The former champion
+    gets the alias of its own rule only if no other version has it. Nothing is deleted, which a server may permit to
+    fewer users. Returns a line for the user.
     """
     with translate_store_errors(store.uri, name):
         model = registered_model(store, name)
@@ -220,10 +226,6 @@ def rollback(store: Store, name: str) -> str:
         line = _set_champion_by_hand(store, name, version)
         if current is not None:
             store.client.set_model_version_tag(name, str(current), ROLLED_BACK, "true")
-            rule = store.client.get_model_version(name, str(current)).tags.get("rule", "")
-            best = store.client.get_registered_model(name).aliases.get(alias := rule_alias(rule))
-            if str(best) == str(current):
-                store.client.delete_registered_model_alias(name, alias)
     return line
 
 

@@ -10,12 +10,12 @@ from pipeline.registry.artifacts import ensure_version, fetch_version
 from pipeline.registry.catalog import CANDIDATE, CHAMPION, bits_name, rule_alias
 from pipeline.registry.promotion import (
     PASSED,
-    ROLLED_BACK,
     VERDICT,
     Candidate,
     Champion,
     Verdict,
     flaw_of,
+    is_rolled_back,
     judge,
     model_loss,
     next_step,
@@ -143,7 +143,7 @@ def candidate_of(
         target_loss=results["target_loss"],
         n_tokens=int(tags["train_tokens"]),
         data_sha256=tags["data_sha256"],
-        rolled_back=ROLLED_BACK in tags,
+        rolled_back=is_rolled_back(tags),
     )
 
 
@@ -170,7 +170,7 @@ def _judge(
         candidate = candidate_of(project, version.tags, record, metrics)
         its_rule = store.client.get_model_version(config.model, champion).tags.get("rule") if champion else None
         other = (champion, its_rule) if champion and its_rule not in (None, rule) else None
-        if number and ROLLED_BACK in store.client.get_model_version(config.model, number).tags:
+        if number and is_rolled_back(store.client.get_model_version(config.model, number).tags):
             number = None
         if number == own and other:
             if flaw := flaw_of(candidate, config):

@@ -35,7 +35,7 @@ MIN_STEPS = 2  # timed steps, at least
 MIN_S = 3.0  # seconds of timed steps, at least; for evaluations, a third of it
 MAX_S = 15.0  # seconds of all steps, at most: the last step begins earlier
 TIMED_FLOPS = {"cpu": 1e12}  # of a timed step, at most: seconds on two cores
-TEXT_TOKENS = 1 << 20  # of the throw-away text, at most
+TEXT_TOKENS = 1 << 20  # of the throw-away text, and of the text whose windows are counted, at most
 PROCESS_BYTES = 410_000_000  # of a process that trains on a CPU, without tensors: Python, torch and its kernels
 MODEL_COPIES = 3  # in models/, DVC's cache and MLflow's store
 SHIFTED = 3  # losses of shifted windows, which the stage `evaluate` measures besides those of training
@@ -74,9 +74,9 @@ class Forecast(NamedTuple):
         return {f"forecast_{name}": str(round(value, 4)) for name, value in self._asdict().items()}
 
 
-def vocabulary_of(n_ids: int, n_used: int) -> Vocabulary:
-    """The vocabulary of a text that is known only by the number of its different ids."""
-    return Vocabulary.of(np.arange(n_ids) < n_used, n_ids)
+def vocabulary_of(n_ids: int, n_used: int, folds: bool) -> Vocabulary:
+    """The vocabulary of a text that is known only by the number of its different ids; `folds`: model.fold_vocab."""
+    return Vocabulary.of(np.arange(n_ids) < n_used, n_ids) if folds else Vocabulary.full(n_ids)
 
 
 def forecast(
@@ -192,9 +192,15 @@ def _mean_s(seconds: Iterator[float], min_s: float) -> float:
 
 
 def _read_tokens(length: int, n_tokens: int, n_held_out: int) -> dict[str, int]:
-    """Tokens that an evaluation of each loss reads, in windows of `length` tokens; 0 without a held-out text."""
-    sizes = {"train": n_tokens, "val": n_held_out}
-    return {name: len(windows(sizes[part], length)) * length for name, (part, windows) in LOSSES.items()}
+    """Tokens that an evaluation of each loss reads, in windows of `length` tokens; 0 without a held-out text.
+
+    Of a long text, the windows of its first TEXT_TOKENS tokens are counted: all of them would take gigabytes.
+    """
+    sizes, reads = {"train": n_tokens, "val": n_held_out}, dict[str, int]()
+    for name, (part, windows) in LOSSES.items():
+        begin = min(sizes[part], TEXT_TOKENS)
+        reads[name] = len(windows(begin, length)) * length * sizes[part] // max(1, begin)
+    return reads
 
 
 def _evaluated_tokens(target: TargetConfig, n_steps: int, steps_per_epoch: int, reads: dict[str, int]) -> int:

@@ -29,9 +29,7 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
     """Raise OutOfSpaceError if a step needs more memory than is free."""
     windows, free = config.windows, free_bytes(machine)
     for activation_bytes in (at_most_kept, kept_bytes):  # the second takes seconds: only if need be
-        needed = step_bytes(config, vocabulary, machine, activation_bytes=activation_bytes)
-        if machine.device.type == "cpu":
-            needed *= machine.world.local_size  # these processes share it
+        needed = device_bytes(step_bytes(config, vocabulary, machine, activation_bytes=activation_bytes), machine)
         if needed <= free:
             return
     needed_gb, free_gb = math.ceil(needed / 1e8) / 10, math.floor(free / 1e8) / 10  # never equal
@@ -40,6 +38,11 @@ def check_fits(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> N
         f"{needed_gb:,.1f} GB of memory, {free_gb:,.1f} GB are free: make windows.micro_batch_size smaller and "
         "windows.gradient_accumulation_steps larger, or set train.gradient_checkpointing"
     )
+
+
+def device_bytes(process_bytes: int, machine: Machine) -> int:
+    """Memory of all processes on a device, from that of one: those of this machine share a CPU, and none a GPU."""
+    return process_bytes * (machine.world.local_size if machine.device.type == "cpu" else 1)
 
 
 def kept_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> int:

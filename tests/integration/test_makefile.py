@@ -15,6 +15,7 @@ MADE_OF = (
     "pyproject.toml",
     *(f"requirements/{name}.txt" for name in ("base", "torch", "dev", "docs", "s3")),
 )
+UNTRACKED = "git does not track this folder: DVC will work without git, and runs record no commit"
 GIT_FAILS = "mkdir ../bin && printf '#!/bin/sh\nexit 127' >../bin/git && chmod +x ../bin/git"
 
 
@@ -50,24 +51,37 @@ def test_make_configures_dvc_where_git_does_not_track_the_folder(tmp_path, monke
     folder = copied(tmp_path / "project")
     subprocess.run(command, shell=True, cwd=folder, check=True)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    command = ["make", "--silent", ".venv/installed", "PYTHON=echo"]
-    said, _, later = subprocess.check_output(command, cwd=folder, text=True).partition("requirements/install.py")
-    assert ("git does not track this folder" in said) is not tracked
-    assert ("dvc config --local core.no_scm true" in later) is not tracked
+
+    def made(*arguments: str) -> list[str]:
+        return subprocess.check_output(["make", "--silent", *arguments], cwd=folder, text=True).splitlines()
+
+    without_git = [] if tracked else ["dvc config --local core.no_scm true", UNTRACKED]
+    install = "requirements/install.py .venv base project --torch auto"
+    assert made(".venv/installed", "PYTHON=echo") == [install, *without_git]
     assert (folder / ".dvc").is_dir()
-    # .git may be removed later
     for target, last in (("install", []), ("repro", ["dvc -m pipeline repro"]), ("sweep", ["dvc -m pipeline sweep"])):
-        lines = subprocess.check_output(["make", "--silent", target], cwd=folder, text=True).splitlines()
-        assert lines == ["dvc config --local core.no_scm true"] * (not tracked) + last
+        assert made(target) == [*without_git, *last]  # .git may be removed later
     (folder / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
-    assert subprocess.check_output(["make", "--silent", "repro"], cwd=folder, text=True) == "dvc -m pipeline repro\n"
+    with_git_again = ["dvc config --local --unset core.no_scm"] if tracked else []
+    assert made("repro") == [*with_git_again, "dvc -m pipeline repro"]
+
+
+def test_make_repro_stops_where_git_refuses_a_folder_of_another_user(tmp_path, monkeypatch):
+    folder = copied(tmp_path)
+    (folder / ".venv/installed").touch()
+    subprocess.run("git init -q && git add .", shell=True, cwd=folder, check=True)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    done = subprocess.run(["make", "--silent", "repro"], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "git config --global --add safe.directory" in done.stderr
 
 
 def test_each_target_installs_what_it_needs_once(tmp_path):
     folder = copied(tmp_path)
+    subprocess.run("git init -q && git add .", shell=True, cwd=folder, check=True)
 
     def made(*arguments: str) -> list[str]:
-        command = ["make", "--silent", *arguments, "PYTHON=echo", "IN_GIT=true"]
+        command = ["make", "--silent", *arguments, "PYTHON=echo"]
         return subprocess.check_output(command, cwd=folder, text=True).splitlines()
 
     learn = ("learn", "TEXT=a friend's diary.txt", "OPTIONS=--time 1m --yes")
@@ -106,7 +120,8 @@ def test_the_cpu_build_of_torch_is_chosen_where_there_is_no_nvidia_driver(
         pytest.skip("this machine has an NVIDIA driver")
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     fails = "case $* in *--index-url*) exit 1;; esac\n" if cpu_fails else ""
-    script = f'#!/bin/sh\necho "{{tool}} $@" >>{tmp_path}/log\n{fails}'
+    has_pip = "case $* in *--version) exit;; esac\n"
+    script = f'#!/bin/sh\n{has_pip}echo "{{tool}} $@" >>{tmp_path}/log\n{fails}'
     program(tmp_path / "venv/bin/python", script.format(tool="pip"))
     (tmp_path / "bin").mkdir()
     if tool == "uv":
@@ -123,3 +138,21 @@ def test_the_cpu_build_of_torch_is_chosen_where_there_is_no_nvidia_driver(
     assert sum("--no-deps --require-hashes" in line for line in lines) == 1
     assert lines[-1].endswith(f"--no-deps --no-build-isolation --editable {tmp_path}")
     assert ("is out of reach" in said) is cpu_fails
+
+
+def test_an_environment_without_pip_is_completed_without_uv(tmp_path, monkeypatch):
+    """As after Ctrl-C while venv installs pip, and on Debian without its package python3-venv."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    create = f"import install; install.create({str(tmp_path / 'venv')!r})"
+    subprocess.run([sys.executable, "-c", create], cwd=ROOT / "requirements", check=True)
+    assert b"pip" in subprocess.check_output([tmp_path / "venv/bin/python", "-m", "pip", "--version"])
+
+
+def test_after_ctrl_c_the_installation_ends_with_one_line(tmp_path, monkeypatch):
+    program(tmp_path / "bin/uv", "#!/bin/sh\necho traceback >&2\nkill -INT $PPID\n/bin/sleep 9\n")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    command = [sys.executable, ROOT / "requirements/install.py", tmp_path / "venv", "base"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    line = "error: interrupted; the same command tries it again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", line)

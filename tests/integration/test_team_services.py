@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from base64 import b64encode
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -32,6 +33,7 @@ for package, extra in {"psycopg": "postgres", "dvc_s3": "s3", "flask_wtf": "team
 ROOT = Path(__file__).parents[2]
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
 BIN = Path(sys.executable).parent
+PROXY = "mlflow.example.org"  # MLFLOW_HOST of the services
 PATIENCE_S = 300  # for any command, on a machine that others use too
 
 
@@ -47,7 +49,8 @@ class Team:
 
     def text_of(self, value):
         """A value of compose.yaml with its variables, and with the addresses of this machine."""
-        value = re.sub(r"\$\{(\w+)(?::[-?+][^}]*)?\}", lambda found: self.secrets.get(found[1], ""), value)
+        value = re.sub(r"\$\{MLFLOW_HOST:\+([^}]*)\}", lambda found: found[1].replace("$MLFLOW_HOST", PROXY), value)
+        value = re.sub(r"\$\{(\w+)(?::[-?][^}]*)?\}", lambda found: self.secrets.get(found[1], ""), value)
         value = re.sub(r"http://(s3|mlflow):\d+", lambda found: self.address(found[1]), value)
         return value.replace("$$", "$").replace("0.0.0.0", "127.0.0.1")
 
@@ -116,13 +119,13 @@ def content(file):
     return file.read()
 
 
-def status(url, key=None, body=None):
+def status(url, key=None, body=None, **headers):
     """The HTTP status of an answer; None if nobody answers."""
-    return answer(url, key, body)[0]
+    return answer(url, key, body, **headers)[0]
 
 
-def answer(url, key=None, body=None):
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+def answer(url, key=None, body=None, **headers):
+    headers |= {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urlopen(Request(url, json.dumps(body).encode() if body else None, headers), timeout=60) as reply:
             return reply.status, reply.read().decode()
@@ -157,6 +160,11 @@ def team(tmp_path, copy_project, commit_all):
 def test_what_a_team_trains_is_on_its_servers_and_in_another_clone(team, tmp_path, commit_all):
     project, clone = team.project, tmp_path / "clone"
     assert status(f"{team.address('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1") == 401
+    search = f"{team.address('mlflow')}/ajax-api/2.0/mlflow/runs/search"  # as MLflow's page behind a proxy with TLS
+    login = b64encode(f"admin:{team.secrets['MLFLOW_ADMIN_PASSWORD']}".encode()).decode()
+    request = {"body": {"experiment_ids": ["0"]}, "Host": PROXY, "Authorization": f"Basic {login}"}
+    assert status(search, Origin=f"https://{PROXY}", **request) == 200
+    assert status(search, Origin="https://other.example.org", **request) == 403
     arguments = ["--storage", "postgresql:///optuna", "--trials", "2", "--pruner", "none"]
     sweep = team.start("train", ["python", "-m", "pipeline", "sweep", *arguments])
     trials = project / "checkpoints" / "smoke"

@@ -111,6 +111,14 @@ def test_a_command_has_its_exit_code_and_an_error_is_one_line(command, arguments
     assert err.count("\n") == (1 if code else 0)
 
 
+def test_a_folder_without_params_yaml_is_refused_and_gets_no_lock_file(command, folder, monkeypatch):
+    (elsewhere := folder / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    for arguments in (["repro"], ["recipe", f"{ROOT}/recipes/smoke.yaml"]):
+        assert command(*arguments) == (2, "", "error: params.yaml not found: run from the project folder\n")
+        assert [*elsewhere.iterdir()] == []
+
+
 def test_names_may_look_like_numbers_and_dates(folder):
     given = parse(
         ["sweep", "--study", "2026-11-29", "--storage", "journal:///2024", "--partition", "12", "--seed", "3"]

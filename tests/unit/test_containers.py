@@ -37,6 +37,17 @@ def test_a_service_is_locked_down(name):
         assert condition == {"condition": waits}
 
 
+def test_one_service_builds_an_image_of_the_project_and_none_pulls_it():
+    """Compose builds all services at once, and fails if two of them export the same image."""
+    images = {service["image"] for service in SERVICES.values() if service["image"].startswith("gpt2-to-target:")}
+    builders = [name for name, service in SERVICES.items() if "build" in service]
+    assert builders == ["prepare", "train-cuda"]
+    assert {SERVICES[name]["image"] for name in builders} == images
+    assert "profiles" not in SERVICES["prepare"]  # so that `docker compose up --build` builds it
+    for service in SERVICES.values():
+        assert (service.get("pull_policy") == "never") is (service["image"] in images)
+
+
 def test_each_secret_is_required_and_its_place_is_in_the_example():
     required = {*re.findall(r"\$\{(\w+):\?run sh containers/env.sh\}", TEXT)}
     example = dict(re.findall(r"^(\w+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
@@ -85,6 +96,8 @@ def test_the_commands_of_the_services_exist():
         assert (python, (ROOT / script).is_file()) == ("python", True)
     assert json.loads(re.search(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[1]) == SERVICES["page"]["command"][:4]
     assert shlex.split(SERVICES["mlflow"]["command"])[:4] == ["mlflow", "server", "--app-name", "basic-auth"]
+    database = SERVICES["mlflow"]["command"].partition("--backend-store-uri ")[2].split()[0]
+    assert f"docker compose run --rm mlflow mlflow db upgrade {database}`" in guide
     assert (ROOT / SERVICES["mlflow"]["environment"]["MLFLOW_AUTH_CONFIG_PATH"]).is_file()
 
 

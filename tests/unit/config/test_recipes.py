@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser  # what `dvc exp run -S` parses with
 
 from pipeline.config.params import load_params
-from pipeline.config.recipes import apply_recipe, as_set, find_recipe, list_recipes, require_keys
+from pipeline.config.recipes import apply_recipe, as_set, changed_keys, find_recipe, list_recipes
 from pipeline.config.sections import CorpusConfig, RegistryConfig
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
@@ -59,10 +59,10 @@ def test_keys_with_a_default_may_be_missing_in_an_older_file_until_another_value
     lines = params.read_text().splitlines(keepends=True)
     params.write_text("".join(line for line in lines if not line.startswith(("  init:", "  freeze:"))))
     assert "model.n_layer: 2 -> 3" in apply_recipe("laptop-full", params, RECIPES)
-    require_keys({"model.init": None, "train.freeze": 0, "optim.lr": 0.1}, params)
+    assert changed_keys({"model.init": None, "train.freeze": 0, "optim.lr": 0.1}, params) == ["optim.lr"]
     before = params.read_bytes()
     with pytest.raises(InputError, match=r"params.yaml has no model.init: add `init: hf://gpt2` to its section model"):
-        require_keys({"model.init": "hf://gpt2"}, params)
+        changed_keys({"model.init": "hf://gpt2"}, params)
     with pytest.raises(InputError, match="no such key"):
         apply_recipe("finetune-gpt2", params, RECIPES)
     assert params.read_bytes() == before
@@ -78,7 +78,7 @@ def test_a_search_space_of_other_keys_stays(params):
         assert "model.n_layer: 2 -> 6" in apply_recipe("seed-001", params, RECIPES)
         apply_recipe("laptop", params, RECIPES)
         assert params.read_text() == text
-        require_keys({"sweep.space.optim.lr.low": 0.1}, params)
+        assert changed_keys({"sweep.space.optim.lr.low": 0.1}, params) == []
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"laptop"}))
@@ -157,6 +157,10 @@ def test_block_lists_and_missing_values_are_replaced(params):
     [
         ("optim: {lrr: 1}", r"own.yaml: optim.lrr: no such key in .*params.yaml \(did you mean optim.lr\?\)"),
         ("optim: 3", "optim: no such key"),
+        (
+            "optim: {lr: 0.1}\nsweep: {space: {optim: {lrr: {low: 0.1, high: 0.2, log: true}}}}",
+            r"sweep.space.optim.lrr.low: no such key in .*params.yaml \(did you mean sweep.space.optim.lr.low\?\)",
+        ),
         ("optim: {lr: {peak: 1}}", "optim.lr.peak: no such key"),
         ("optim:\n  betas:\n  - 0.9\n  - 0.99\n", "optim.betas: write the value on one line"),
         ("- optim", "contains no sections"),
@@ -167,6 +171,15 @@ def test_an_invalid_recipe_changes_nothing(text, message, params):
     before = params.read_bytes()
     with pytest.raises(InputError, match=message):
         apply_recipe(own_recipe(params.parent, text), params)
+    assert params.read_bytes() == before
+
+
+def test_a_range_that_only_an_own_recipe_in_recipes_has_is_no_such_key(params):
+    folder = Path(shutil.copytree(RECIPES, params.parent / "recipes"))
+    (folder / "own.yaml").write_text("optim: {lr: 0.1}\nsweep: {space: {optim: {eps: [1.0e-8]}}}\n")
+    before = params.read_bytes()
+    with pytest.raises(InputError, match=r"own.yaml: sweep.space.optim.eps: no such key in "):
+        apply_recipe("own", params, folder)
     assert params.read_bytes() == before
 
 

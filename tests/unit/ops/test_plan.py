@@ -91,9 +91,14 @@ def test_plan_and_dry_run_say_what_would_be_trained_and_why(command):
     assert "2 layers of 128" in lines["model"]
     assert "(3.6 a parameter)" in lines["model"]
     assert "until its loss from anywhere in the text is below 0.1" in lines["training"]
-    assert "1 GB of memory, 100 MB of disk" in lines["cost"]
+    assert lines["space"].strip() == "1 GB of memory, 100 MB of disk"
     assert lines["name"].split()[0] == "diary,"
     assert command("learn", "../diary.txt", "--dry-run") == (0, said, "")
+
+
+def test_the_memory_is_that_of_all_processes_which_share_a_cpu(command, project):
+    write_values({"train.processes": 2})
+    assert "space       2 GB of memory, 100 MB of disk\n" in command("plan", "../diary.txt")[1]
 
 
 def test_a_text_that_repeats_its_passages_gets_more_epochs_and_the_plan_says_so(project, tmp_path):
@@ -333,6 +338,17 @@ def test_a_search_space_from_which_keys_were_removed_stays_so(project, monkeypat
     space = load_params().values["sweep"]["space"]
     assert set(space) == {"optim"}
     assert {"muon_lr", "max_epochs"} <= set(space["optim"]) < {*space["optim"], "lr"}
+
+
+def test_params_yaml_without_a_default_is_not_said_to_change(project, monkeypatch, capsys):
+    monkeypatch.setattr(learn, "reproduce", lambda environment: None)
+    monkeypatch.setattr(learn, "_reached", lambda: True)
+    monkeypatch.setattr(learn, "show_outcome", lambda next_step: None)
+    lines = Path("params.yaml").read_text().splitlines(keepends=True)
+    Path("params.yaml").write_text("".join(line for line in lines if not line.startswith("  require_target: ")))
+    said = [main(["learn", "../diary.txt"]) or capsys.readouterr().out for _ in range(2)]
+    assert ["params.yaml is changed as follows; plans/params-" in each for each in said] == [True, False]
+    assert "params.yaml already has these values" in said[1]
 
 
 @pytest.mark.parametrize(("answer", "trained"), [("", True), ("y", True), ("n", False), ("what", False)])

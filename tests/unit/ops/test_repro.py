@@ -1,6 +1,7 @@
 """`repro`: which stages are due, what is said before and after DVC runs, and the exit code of a missed target."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace as Namespace
@@ -14,6 +15,7 @@ from pipeline.config.recipes import write_values
 from pipeline.config.sections import CorpusConfig
 from pipeline.ops import outcome, repro
 from pipeline.system.distributed import World
+from pipeline.system.errors import ModelMissing
 from pipeline.system.files import write_json
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.training.config import RunConfig
@@ -201,9 +203,60 @@ def test_a_run_that_reached_its_target_ends_with_the_next_command(finished, monk
 
 
 @pytest.mark.parametrize(
+    ("loss", "aliases", "words"),
+    [
+        (0.09, {"champion": "1"}, "x version 1, champion: as judged\n"),
+        (
+            0.09,
+            {"champion": "2"},
+            "x version 1, version 2 is champion\nnext        the page and",
+        ),
+        (0.09, {}, "x version 1, no champion\nnext        there is no champion yet"),
+        (0.3, {"champion": "1"}, "x version 1, champion: as before\n"),
+    ],
+)
+def test_what_the_store_says_now_is_shown_if_the_stage_register_was_skipped(
+    finished, monkeypatch, capsys, loss, aliases, words
+):
+    finished(loss, require_target=False)
+    os.utime("reports/registered.json", (1, 1))
+    monkeypatch.setattr(outcome, "open_registry", lambda _: None)
+    monkeypatch.setattr(outcome, "aliases_of", lambda *_: aliases)
+    monkeypatch.setattr(outcome, "find_version", lambda *_: None)
+    outcome.show_outcome()
+    said = capsys.readouterr().out
+    assert words in said
+    assert ("`make app` serves this model" in said) == (aliases.get("champion") == "1")
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_model_that_the_store_lacks_is_registered_again_but_not_in_a_store_that_is_down(
+    finished, monkeypatch, capsys, answers
+):
+    def reproduce(_, *arguments):
+        calls.append(arguments)
+        registered = json.loads(outcome.REGISTERED.read_text())
+        write_json(outcome.REGISTERED, registered | {"version": "7"})
+
+    def missing(_):
+        raise ModelMissing("no version") from (None if answers else OSError("down"))
+
+    finished(0.09)
+    os.utime("reports/registered.json", (1, 1))
+    calls = []
+    monkeypatch.setattr(outcome, "reproduce", reproduce)
+    monkeypatch.setattr(outcome, "open_registry", missing)
+    outcome.show_outcome()
+    said = capsys.readouterr()
+    assert calls == [("--force", "--single-item", "register")] * answers
+    assert f"x version {7 if answers else 1}, champion: as judged" in said.out
+    assert said.err == ("" if answers else "warning: no version\n")
+
+
+@pytest.mark.parametrize(
     ("results", "given", "words"),
     [
-        ({}, None, "set optim.max_epochs to 28 in params.yaml, and run the same command again"),
+        ({}, None, "set optim.max_epochs to 28 in params.yaml, and run `totarget repro`"),
         ({}, "train longer", "train longer"),
         ({"max_steps": 30}, None, "promote it"),  # early stopping has ended it
     ],

@@ -1,6 +1,7 @@
 """The text that SOURCE names, its name, and its copies in texts/."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,18 @@ def test_a_glob_that_covers_the_project_leaves_out_its_texts(outside):
         find_source("**/*.md", "handbook")
 
 
+def test_a_text_in_a_linked_texts_is_found_by_its_real_path_and_not_copied_into_itself(outside):
+    shutil.rmtree("texts")
+    Path("texts").symlink_to(outside / "notes")
+    for part in ("", "/a.txt", "/*.txt"):
+        source = find_source(f"{outside}/notes{part}", None)
+        assert (source.source, source.copies) == (f"texts{part}", {})
+    (outside / "alias").symlink_to(outside / "notes")
+    for given in (outside, outside / "alias"):
+        with pytest.raises(InputError, match=f"^{given} contains this project or its texts/: give a file"):
+            find_source(str(given), None)
+
+
 def test_a_file_name_that_is_not_utf8_is_refused(outside):
     folder = outside / "old"
     folder.mkdir()
@@ -217,7 +230,10 @@ def test_a_file_of_another_text_is_never_replaced(outside):
         ("~nobody-has-this-name/a.txt", None, "^~nobody-has-this-name/a.txt not found"),
         ("", None, "SOURCE is empty: give a file, a folder"),
         (" ", "notes", "SOURCE is empty"),
-        *((folder, None, f"{folder} contains this project: ") for folder in (".", "../project", "..", "/")),
+        *(
+            (folder, None, f"{folder} contains this project or its texts/: ")
+            for folder in (".", "../project", "..", "/")
+        ),
         ("../home/diary.txt", "a/b", "--name 'a/b': use letters"),
         ("../home/diary.txt", "..", "--name '..': use letters"),
     ],

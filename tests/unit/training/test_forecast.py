@@ -117,6 +117,14 @@ def test_an_evaluation_reads_padded_windows():
     assert module._read_tokens(16, 9, 2) == dict.fromkeys(reads, 16)  # texts that are shorter than a window
 
 
+def test_of_a_long_text_only_some_windows_are_made(monkeypatch):
+    exact, sliding = module._read_tokens(16, 50_000, 5_000), Mock(side_effect=sliding_windows)
+    monkeypatch.setattr(module, "TEXT_TOKENS", 10_000)
+    monkeypatch.setitem(module.LOSSES, "sliding_loss", ("train", sliding))
+    assert module._read_tokens(16, 50_000, 5_000) == pytest.approx(exact, rel=0.01)
+    sliding.assert_called_once_with(10_000, 16)
+
+
 @pytest.mark.parametrize("n_tokens", [9, 500])  # shorter than a window, and longer
 def test_real_steps_of_the_run_are_timed(monkeypatch, n_tokens):
     records = []

@@ -17,12 +17,21 @@ from pipeline.model.gpt import GPT
 from pipeline.model.loss import CACHED_LOGITS
 from pipeline.model.weights import save_model
 from pipeline.system.device import Machine
+from pipeline.system.distributed import World
 from pipeline.system.errors import OutOfSpaceError
 from pipeline.training import preflight
 from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state, train_steps
-from pipeline.training.preflight import at_most_kept, check_disk, check_fits, kept_bytes, saved_bytes, step_bytes
+from pipeline.training.preflight import (
+    at_most_kept,
+    check_disk,
+    check_fits,
+    device_bytes,
+    kept_bytes,
+    saved_bytes,
+    step_bytes,
+)
 
 SHAPE = ModelConfig(n_layer=3, n_head=2, n_embd=64, block_size=32, vocab_size=50257, dropout=0.0, fold_vocab=True)
 VOCABULARY = Vocabulary.of(np.arange(50257) < 500, 50257)
@@ -109,6 +118,11 @@ def test_a_refusal_never_names_as_many_bytes_free_as_needed(monkeypatch):
     monkeypatch.setattr(preflight, "free_bytes", lambda machine: 703_000_000)
     with pytest.raises(OutOfSpaceError, match=r"needs 0\.8 GB of memory, 0\.7 GB are free"):
         check_fits(*settings())
+
+
+def test_processes_share_the_memory_of_a_cpu_and_each_has_a_gpu_of_its_own():
+    machines = [Machine(torch.device(name), "fp32", 1, world=World(0, 2, 0, 2)) for name in ("cpu", "cuda")]
+    assert [device_bytes(7, machine) for machine in machines] == [14, 7]
 
 
 # The disk
