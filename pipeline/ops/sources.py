@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ class Source:
 
     source: str
     name: str
-    origin: str  # path or URL of the text
+    origin: str  # path or URL of the text; a path inside of the project is relative
     files: Mapping[str, Path] = field(default_factory=dict)  # name for messages -> file; empty for a remote source
     copies: Mapping[Path, Path] = field(default_factory=dict)  # file in texts/ -> its original outside of the project
 
@@ -64,11 +64,12 @@ def find_source(given: str, name: str | None) -> Source:
     if pattern and not (files := [file for file in files if _below(TEXTS, file) is None]):  # no copies of earlier calls
         raise InputError(f"{given} matches no file outside of this project's {TEXTS}/: give {KINDS}")
     name = name or name_of(str(typed))
+    origin = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)  # the project may be moved
     if path.is_file():
         target = f"{TEXTS}/{name}{path.name.removeprefix(SUFFIX.sub('', path.name))}"
-        return Source(target, name, str(path), {given: files[0]}, {Path(target): files[0]})
+        return Source(target, name, origin, {given: files[0]}, {Path(target): files[0]})
     copies = {Path(TEXTS, name, file.relative_to(inside)): file for file in files}
-    return Source(f"{TEXTS}/{name}", name, str(path), {str(file): file for file in files}, copies)
+    return Source(f"{TEXTS}/{name}", name, origin, {str(file): file for file in files}, copies)
 
 
 def _below(folder: str | Path, path: Path) -> Path | None:
@@ -126,6 +127,11 @@ def _surplus(source: Source) -> list[Path]:
         if not (path.is_dir() or path in source.copies)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+
+
+def is_copied(source: Source) -> bool:
+    """Whether the text has copies, and texts/ has them all as they are now, and no other file in their place."""
+    return bool(source.copies) and all(starmap(same, source.copies.items())) and not _surplus(source)
 
 
 def same(path: Path, original: Path) -> bool:
