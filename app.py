@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.system.entrypoint import run_stage
+from pipeline.system.entrypoint import Parser, run_stage
 from pipeline.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ ALL_ADDRESSES = "0.0.0.0"  # noqa: S104 (only in a Space)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="app.py", description="Serve a registered model as a page and as an API, on this machine."
+    parser = Parser(
+        prog="python app.py", description="Serve a registered model as a page and as an API, on this machine."
     )
     add = parser.add_argument
     add("--model", metavar="NAME", help="name of the registered model; default: registry.model of params.yaml")

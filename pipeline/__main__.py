@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 from pipeline import __version__
-from pipeline.system.entrypoint import exit_code_of
+from pipeline.system.entrypoint import Parser, exit_code_of
 from pipeline.system.errors import InputError
 from pipeline.system.host import REINSTALL, SOURCE_ROOT, is_other_code
 
@@ -23,21 +22,13 @@ COMMANDS = {  # purpose -> commands, in the order of --help
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser, also of each command, that raises InputError instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        fault = " ".join(message.removeprefix("argument ").split())
-        raise InputError(f"{fault}: `{self.prog} --help` shows what is possible")
-
-
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser of the command line. Only the command `chosen` gets its options, since some are slow to import."""
     prog = "totarget" if Path(sys.argv[0]).stem == "totarget" else "python -m pipeline"
     modules = {name: import_module(f"pipeline.commands.{name}") for names in COMMANDS.values() for name in names}
     listing = [f"{group}:\n" + "".join(f"  {name:10} {_summary(modules[name])}\n" for name in names)
                for group, names in COMMANDS.items()]  # fmt: skip
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s COMMAND [OPTIONS]",
         description="Train a GPT-2 on a text until it reaches a target loss, and use the model.",

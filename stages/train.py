@@ -1,14 +1,13 @@
 """Stage `train`: data/tokens -> models/ and reports/timing.json, tracked in MLflow."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from pipeline.system.entrypoint import run_stage
+from pipeline.system.entrypoint import Parser, run_stage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m stages.train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--elastic", action="store_true", help="resume in another environment, no longer bit for bit")
     parser.add_argument("--params", metavar="DIGEST", help="refuse other parameters than those with this digest")
     arguments = parser.parse_args()

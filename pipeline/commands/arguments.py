@@ -103,10 +103,17 @@ def _yaml(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {one_line(error)}") from None
 
 
-def open_project_registry() -> tuple[Any, str]:
+def add_model(add: Add) -> None:
+    """Add `--model`, the argument of `open_project_registry`."""
+    add("--model", metavar="NAME", help="name of the registered model; default: registry.model of params.yaml")
+
+
+def open_project_registry(model: str | None = None) -> tuple[Any, str]:
+    """The registry, and the name of its model: `model`, or that of params.yaml. Raises InputError, ModelMissing."""
     from pipeline.config import params, sections
     from pipeline.registry.catalog import open_registry
     from pipeline.system.host import project_root
 
-    name = params.load_params().section(sections.RegistryConfig).model
+    given = params.load_params().overridden(sections.RegistryConfig, {} if model is None else {"model": model})
+    name = given.section(sections.RegistryConfig).model
     return open_registry(project_root()), name

@@ -6,7 +6,7 @@ The folder that it writes has a README.md that says how to use it.
 import argparse
 from pathlib import Path
 
-from pipeline.commands.arguments import Add, open_project_registry
+from pipeline.commands.arguments import Add, add_model, open_project_registry
 from pipeline.system.errors import InputError
 
 
@@ -15,6 +15,7 @@ def add_arguments(add: Add) -> None:
         "kind", metavar="KIND", help="hf: for Transformers; gguf: for llama.cpp and Ollama; space: a Hugging Face Space"
     )
     add("folder", metavar="DIR", type=Path, help="folder to write: a new one, or an empty one")
+    add_model(add)
     add("--version", metavar="VERSION", default="champion", help="number or alias of the version; default: champion")
     add("--type", metavar="TYPE", help="with gguf: type of the weights, f16, q8_0 or f32; default: f16")
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.type and arguments.type not in WEIGHT_TYPES:
         raise InputError(f"--type {arguments.type}: unknown, choose one of {', '.join(WEIGHT_TYPES)}")
     exports.require_empty(arguments.folder)
-    store, name = open_project_registry()
+    store, name = open_project_registry(arguments.model)
     version = catalog.find_version(store, name, arguments.version)
     files = artifacts.open_version(store, version)
     info = catalog.describe_version(store, version, files)

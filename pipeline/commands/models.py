@@ -2,7 +2,7 @@
 
 import argparse
 
-from pipeline.commands.arguments import Add, open_project_registry
+from pipeline.commands.arguments import Add, add_model, open_project_registry
 from pipeline.system.errors import InputError
 
 
@@ -16,6 +16,7 @@ def add_arguments(add: Add) -> None:
         nargs="?",
         help="number or alias of a version, for promote and verify; default: for verify, all versions",
     )
+    add_model(add)
     add(
         "--retrain",
         action="store_true",
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"models {action}: {'name a version' if which is None else f'takes no version, got {which}'}")
     if arguments.retrain and (action != "verify" or which is None):
         raise InputError("--retrain needs one version: `python -m pipeline models verify N --retrain`")
-    store, name = open_project_registry()
+    store, name = open_project_registry(arguments.model)
     match action:
         case "list":
             catalog.print_versions(store, name)

@@ -97,8 +97,10 @@ def changed_keys(values: dict[str, Any], params_path: Path = PARAMS) -> list[str
 
 def _writable(values: dict[str, Any], present: dict[str, Leaf], params_path: Path) -> dict[str, Leaf]:
     """The values to write. Raises InputError if `present` lacks a key of them."""
-    texts = {key: yaml.safe_dump(value, default_flow_style=True, width=10**6) for key, value in values.items()}
-    leaves = {key: Leaf(value, texts[key].removesuffix("...\n").strip()) for key, value in values.items()}
+    leaves = {}
+    for key, value in values.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        leaves[key] = Leaf(value, text.removesuffix("...\n").strip())
     leaves = _without_absent(leaves, present, leaves)
     if missing := next((key for key in leaves if key not in present), None):
         section, _, name = missing.partition(".")

@@ -229,7 +229,8 @@ def _copy(source: str, path: Path, sha256: str | None, received: _Received) -> d
 def write_documents(files: Mapping[str, Path], path: Path, source: str, column: str | None = None) -> list[str]:
     """Write the documents of `files` (name -> path), separated by NULs, and return notes for the user.
 
-    `column`: as in `read_documents`. The notes say how many documents there are, if several, and what was normalised.
+    `column`: as in `read_documents`. The notes say how many documents there are, if several, what was normalised,
+    and which columns were read.
     Raises as `read_documents` does, and InputError if there is no text.
     """
     changes, n_documents, in_document = Counter[str](), 0, False

@@ -147,13 +147,12 @@ def read_documents(path: Path, name: str, changes: Counter[str], column: str | N
 
     A text file is one document; each row of a table is one, of which `column` is read: None means `text`, or the only
     column of texts. The suffix of `name`, which may be a URL, decides: one of TABLES or text, then `.gz` or `.zst` if
-    it is compressed. In text, a byte order mark is removed and CRLF becomes LF; both are counted in `changes`. Raises
-    InputError if the file is of another format or has no such column, and, with the position, if the text is not UTF-8,
-    contains a NUL or a row is not valid; IntegrityError if data is truncated or corrupt.
+    it is compressed. In text, a byte order mark is removed and CRLF becomes LF. `changes` counts both, and the rows of
+    each column that is read. Raises InputError if the file is of another format or has no such column, and, with the
+    position, if the text is not UTF-8, contains a NUL or a row is not valid; IntegrityError if data is truncated or
+    corrupt.
     """
-    suffixes = PurePosixPath(urlsplit(name).path if name.startswith("http") else name).suffixes
-    compression = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
-    suffix = suffixes[-1].lower() if suffixes else ""
+    suffix, compression = _suffixes(name)
     if suffix == POINTER:
         raise InputError(f"{name} is {IS_POINTER}")
     try:
@@ -170,6 +169,18 @@ def read_documents(path: Path, name: str, changes: Counter[str], column: str | N
         raise IntegrityError(f"{name} is truncated or corrupt ({error}): download or compress it again") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror}): check corpus.source") from None
+
+
+def is_table(name: str) -> bool:
+    """Whether the file `name` is a table by its suffix."""
+    return _suffixes(name)[0] in TABLES
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """The suffix of the format of a file, or of a URL, and that of its compression; empty if there is none."""
+    suffixes = PurePosixPath(urlsplit(name).path if name.startswith("http") else name).suffixes
+    compression = suffixes.pop().lower() if suffixes and suffixes[-1].lower() in OPENERS else ""
+    return suffixes[-1].lower() if suffixes else "", compression
 
 
 def _refuse_format(head: bytes, name: str, suffix: str) -> None:
@@ -207,7 +218,8 @@ def _text(file: BinaryIO, name: str, changes: Counter[str]) -> Iterator[bytes]:
 
 def _rows(rows: Rows, changes: Counter[str]) -> Iterator[bytes]:
     """Yield a document and its end for each row of a table."""
-    for where, text in rows:
+    for where, column, text in rows:
+        changes[f"rows of the column {column!r}"] += 1
         if "\0" in text:
             raise InputError(f"{where} contains a NUL: remove it")
         try:

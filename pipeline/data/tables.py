@@ -17,7 +17,7 @@ DELIMITERS = ",;\t|"  # of CSV: the most frequent one in the first line
 RECORD = 'a record is {"text": "..."}'
 QUOTES = 'write a field with a delimiter, a quote or a line break in quotes, and " in it as ""'
 
-Rows = Iterator[tuple[str, str]]  # the place of a row, for messages, and its text
+Rows = Iterator[tuple[str, str, str]]  # the place of a row, for messages, the column that is read, and its text
 
 
 def read_jsonl(file: BinaryIO, name: str, column: str | None) -> Rows:
@@ -41,7 +41,7 @@ def read_jsonl(file: BinaryIO, name: str, column: str | None) -> Rows:
             raise InputError(f"{where} has the column 'text', but {key!r} was read before: set corpus.column")
         if not isinstance(text := record.get(key, 0), str | None):
             raise InputError(f'{where} has no text: a record is {{{json.dumps(key)}: "..."}}')
-        yield where, text or ""
+        yield where, key, text or ""
 
 
 def read_csv(file: BinaryIO, name: str, column: str | None, delimiters: str = DELIMITERS) -> Rows:
@@ -56,9 +56,9 @@ def read_csv(file: BinaryIO, name: str, column: str | None, delimiters: str = DE
         return
     are_numbers = (all(_is_number(row[i]) for _, row in sample) for i in range(len(names)))
     holds_texts = {key: key in (column, "text") or not numbers for key, numbers in zip(names, are_numbers, strict=True)}
-    index = names.index(_choose(holds_texts, column, name))
+    index = names.index(chosen := _choose(holds_texts, column, name))
     for where, row in chain(sample, rows):
-        yield where, row[index]
+        yield where, chosen, row[index]
 
 
 def read_tsv(file: BinaryIO, name: str, column: str | None) -> Rows:
@@ -96,7 +96,7 @@ def read_parquet(file: BinaryIO, name: str, column: str | None) -> Rows:
             for batch in table.iter_batches(BATCH_ROWS, columns=[chosen], use_threads=False):
                 for text in batch.column(0).to_pylist():
                     number += 1
-                    yield f"{name} row {number}", text or ""
+                    yield f"{name} row {number}", chosen, text or ""
     except UnicodeDecodeError:
         raise InputError(f"{name} is not UTF-8 after row {number}: write the table again, in UTF-8") from None
     except (pa.ArrowException, OSError) as error:

@@ -7,6 +7,7 @@ from pipeline.model.generator import Generator
 from pipeline.model.sampling import Sampling
 from pipeline.registry.catalog import printable
 from pipeline.system.errors import InputError
+from pipeline.system.signals import Signalled
 
 
 def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
@@ -38,6 +39,8 @@ def converse(generator: Generator, sampling: Sampling) -> None:
             return
         try:
             show(generator, prompt, sampling)
+        except Signalled:
+            raise
         except KeyboardInterrupt:
             print()
         except InputError as error:

@@ -16,8 +16,8 @@ from pipeline.model.published import require_tokenizer
 from pipeline.ops import policy
 from pipeline.ops.params_check import check_params
 from pipeline.ops.policy import GENERALISE, MEMORISE, Choice, Shape, Training
-from pipeline.ops.sources import REMOTE, Source, Weights, require_room
-from pipeline.ops.survey import LENGTHS, Measured, Text, measure, read_text, tokenizer_for
+from pipeline.ops.sources import REMOTE, Source, Weights, is_copied, require_room
+from pipeline.ops.survey import LENGTHS, Measured, Text, corpus_config, measure, read_text, tokenizer_for
 from pipeline.registry.catalog import open_registry, source_of
 from pipeline.system.device import Machine, prepare_machine
 from pipeline.system.distributed import World
@@ -116,10 +116,10 @@ def make_plan(source: Source, options: Options, folder: Path, weights: Weights |
     params = load_params()
     params.check(*SECTIONS)
     base = recipe_values(options.size or BASE)
-    stored = stored_plan(source.name)
+    corpus, stored = corpus_config(source, options.column), stored_plan(source.name)
     _require_own_name(source, params)
     require_room(source, stored.get("copies", {}))
-    text = read_text(source, options.column, folder)
+    text = read_text(source, corpus, folder)
     same = {"source": source.source, "text_sha256": text.sha256, "options": dataclasses.asdict(options)}
     if stored.items() >= same.items():
         values, cost, lines = stored["values"], Forecast(**stored["cost"]), stored["lines"]
@@ -142,10 +142,11 @@ def stored_plan(name: str) -> dict[str, Any]:
 def _require_own_name(source: Source, params: Params) -> None:
     """Raise InputError if a plan, a params.yaml or a registered model has the model's name for another text.
 
-    A registry that cannot be read is not asked.
+    A text that was moved is the same if it is equal to its copies in texts/. A registry that cannot be read is not
+    asked.
     """
     if stored := stored_plan(source.name):
-        others = [stored["origin"] if source.copies else stored["source"]]
+        others = [stored["source"] if is_copied(source) or not source.copies else stored["origin"]]
     else:
         read = [flatten(each.values) for each in (params, *map(load_params, sorted(PLANS.glob("params-*.yaml"))))]
         others = [values.get("corpus.source") for values in read if values.get("registry.model") == source.name]
@@ -154,7 +155,9 @@ def _require_own_name(source: Source, params: Params) -> None:
                 others = [source_of(open_registry(project_root()), source.name) or source.source]
     for other in others:
         if not any(_is_same_place(str(other), own) for own in (source.origin, source.source)):
-            raise InputError(f"the model name {source.name} belongs to the text {other}: choose another --name")
+            text = stored.get("source", other)
+            text += f", a copy of {other}" * (text != other)
+            raise InputError(f"the model name {source.name} belongs to the text {text}: choose another --name")
 
 
 def _is_same_place(one: str, other: str) -> bool:

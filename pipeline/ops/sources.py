@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ class Source:
 
     source: str
     name: str
-    origin: str  # path or URL of the text
+    origin: str  # path or URL of the text; a path inside of the project is relative
     files: Mapping[str, Path] = field(default_factory=dict)  # name for messages -> file; empty for a remote source
     copies: Mapping[Path, Path] = field(default_factory=dict)  # file in texts/ -> its original outside of the project
 
@@ -63,12 +63,13 @@ def find_source(given: str, name: str | None) -> Source:
     files = files_below(inside, pattern, given)
     if pattern and not (files := [file for file in files if _below(TEXTS, file) is None]):  # no copies of earlier calls
         raise InputError(f"{given} matches no file outside of this project's {TEXTS}/: give {KINDS}")
-    name = name or name_of(given)
+    name = name or name_of(str(typed))
+    origin = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)  # the project may be moved
     if path.is_file():
         target = f"{TEXTS}/{name}{path.name.removeprefix(SUFFIX.sub('', path.name))}"
-        return Source(target, name, str(path), {given: files[0]}, {Path(target): files[0]})
+        return Source(target, name, origin, {given: files[0]}, {Path(target): files[0]})
     copies = {Path(TEXTS, name, file.relative_to(inside)): file for file in files}
-    return Source(f"{TEXTS}/{name}", name, str(path), {str(file): file for file in files}, copies)
+    return Source(f"{TEXTS}/{name}", name, origin, {str(file): file for file in files}, copies)
 
 
 def _below(folder: str | Path, path: Path) -> Path | None:
@@ -86,9 +87,11 @@ def name_of(given: str) -> str:
 
     So a local text has the same name by an absolute and by a relative path.
     """
-    if not REMOTE.match(given):
-        given = next((part for part in reversed(Path(given).parts) if not WILDCARDS & set(part)), "")
-    return re.sub(r"[^\w.-]+", "-", text_name(given) or Path.cwd().name).strip("-.") or "text"
+    if os.path.lexists(given) or not REMOTE.match(given):
+        path = Path(os.path.abspath(given))
+        parts = (part for part in (path, *path.parents) if part.exists() or not WILDCARDS & set(part.name))
+        given = re.sub(r"[*?[:]", " ", next(parts).name)  # which text_name would take for a glob or a URL
+    return re.sub(r"[^\w.-]+", "-", text_name(given)).strip("-.") or "text"
 
 
 def require_room(source: Source, copied: Mapping[str, str]) -> None:
@@ -115,10 +118,20 @@ def require_room(source: Source, copied: Mapping[str, str]) -> None:
 
 
 def _surplus(source: Source) -> list[Path]:
-    """Files in the folder of the copies that the text does not have."""
+    """Files in the folder of the copies that the text does not have, without hidden files, which are never read."""
     folder = Path(source.source)
     found = sorted(folder.rglob("*")) if source.copies and folder.is_dir() else []
-    return [path for path in found if not path.is_dir() and path not in source.copies]
+    return [
+        path
+        for path in found
+        if not (path.is_dir() or path in source.copies)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def is_copied(source: Source) -> bool:
+    """Whether the text has copies, and texts/ has them all as they are now, and no other file in their place."""
+    return bool(source.copies) and all(starmap(same, source.copies.items())) and not _surplus(source)
 
 
 def same(path: Path, original: Path) -> bool:

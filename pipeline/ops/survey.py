@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config.params import Params, load_params
 from pipeline.config.sections import CorpusConfig
 from pipeline.data.corpus import fetch_corpus, write_documents
+from pipeline.data.documents import is_table
 from pipeline.data.encode import training_blocks
 from pipeline.data.statistics import (
     STATISTICS_TOKENS,
@@ -98,10 +99,18 @@ class Measured:
         return counts_loss(ids, max(1, round(share * len(ids))))
 
 
-def read_text(source: Source, column: str | None, folder: Path) -> Text:
-    """Read the whole text, with a copy in `folder`; `column`: of a table. Raises as `fetch_corpus` does."""
+def corpus_config(source: Source, column: str | None) -> CorpusConfig:
+    """The section `corpus` for a text. Raises InputError for an invalid URL, or for a `column` of files without any."""
+    if column is not None and source.files and not any(map(is_table, source.files)):
+        raise InputError(f"--column {column}: {source.origin} has no table: leave --column out")
+    values = load_params().values["corpus"] | {"source": source.source, "column": column}
+    return Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path("SOURCE")).section(CorpusConfig)
+
+
+def read_text(source: Source, config: CorpusConfig, folder: Path) -> Text:
+    """Read the whole text, with a copy in `folder`. Raises as `fetch_corpus` does."""
     corpus = folder / "corpus.txt"
-    notes = _write_corpus(source, column, corpus)
+    notes = _write_corpus(source, config, corpus)
     with corpus.open("rb") as file:
         sample = file.read(SURVEYED_BYTES)
         n_documents = 1 + sample.count(0)
@@ -113,12 +122,10 @@ def read_text(source: Source, column: str | None, folder: Path) -> Text:
     return Text(corpus, sha256_file(corpus), n_documents, corpus.stat().st_size, tuple(notes), whole)
 
 
-def _write_corpus(source: Source, column: str | None, corpus: Path) -> list[str]:
+def _write_corpus(source: Source, config: CorpusConfig, corpus: Path) -> list[str]:
     """Write the text to `corpus`; return what was normalised."""
     if source.files:
-        return write_documents(source.files, corpus, source.origin, column)
-    values = load_params().values["corpus"] | {"source": source.source, "column": column}
-    config = Params({"corpus": values | {"sha256": None, "mirrors": []}}, Path("SOURCE")).section(CorpusConfig)
+        return write_documents(source.files, corpus, source.origin, config.column)
     with redirect_stdout(sys.stderr):
         fetch_corpus(config, corpus)
     return []

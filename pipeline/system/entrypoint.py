@@ -1,5 +1,6 @@
 """Run a stage or a command; report each error that a user can cause as one line on stderr and an exit code."""
 
+import argparse
 import io
 import os
 import re
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.system.errors import (
     BROKEN_PIPE,
@@ -19,10 +21,18 @@ from pipeline.system.errors import (
     PeerLost,
     PipelineError,
 )
-from pipeline.system.signals import die_with_dvc
+from pipeline.system.signals import Signalled, SignalsAsErrors, die_with_dvc
 
 RANK_0_REPORTS_WITHIN_S = 30
 STAGES = Path(__file__).parents[2] / "stages"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments that raises InputError instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fault = " ".join(message.removeprefix("argument ").split())
+        raise InputError(f"{fault}: `{self.prog} --help` shows what is possible")
 
 
 def run_stage(main: Callable[[], None]) -> None:
@@ -73,8 +83,9 @@ def _report(main: Callable[[], None]) -> int:
             raise InputError(
                 "this is the folder stages/: run `python -m stages.NAME` from its parent, the project's folder"
             )
-        main()
-        sys.stdout.flush()
+        with SignalsAsErrors():
+            main()
+            sys.stdout.flush()
     except PipelineError as error:
         line = f"error: {error}"
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfSpaceError | PeerLost):
@@ -104,9 +115,10 @@ def _report(main: Callable[[], None]) -> int:
             raise
         print("error: out of memory: close other programs or choose a smaller recipe", file=sys.stderr)
         return 5
-    except KeyboardInterrupt:
-        print("error: interrupted: run the same command again to repeat it", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        by, code = (f" by {error}", error.exit_code) if isinstance(error, Signalled) else ("", 130)
+        print(f"error: interrupted{by}: run the same command again to repeat it", file=sys.stderr)
+        return code
     return 0
 
 

@@ -1,9 +1,10 @@
-"""Catch SIGINT, SIGTERM and SIGHUP, and stop after the current step; end together with the parent process."""
+"""Stop after the current step, or at once, on SIGINT, SIGTERM and SIGHUP; end together with the parent process."""
 
 import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -23,9 +24,7 @@ class StopSignals:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} - ignored
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        self._before = {number: signal.signal(number, self._receive) for number in self._caught()}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -35,6 +34,10 @@ class StopSignals:
         """Raise Interrupted if a signal was received; the exit code is that of the signal."""
         if self.received is not None:
             raise interrupted(self.received, where)
+
+    def _caught(self) -> set[signal.Signals]:
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        return {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} - ignored
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         mute_closed_terminal()
@@ -47,6 +50,33 @@ class StopSignals:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class Signalled(KeyboardInterrupt):
+    """SIGTERM or SIGHUP has ended the program outside of StopSignals."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class SignalsAsErrors(StopSignals):
+    """Inside the block, the first SIGTERM or SIGHUP raises Signalled, as Ctrl-C raises KeyboardInterrupt.
+
+    Otherwise the process would end without leaving its `with` blocks, which remove temporary files. A signal that is
+    ignored, or has another handler, keeps it. Only the main thread of a program can catch signals.
+    """
+
+    def _caught(self) -> set[signal.Signals]:
+        if threading.current_thread() is not threading.main_thread():
+            return set()
+        return {number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        is_first = self.received is None
+        super()._receive(number, frame)
+        if is_first:
+            raise Signalled(number)
 
 
 def mute_closed_terminal() -> None:

@@ -360,7 +360,8 @@ def test_an_api_key_is_required_of_the_api_and_of_the_page(source):
             OpenAI(base_url=f"{url}v1", api_key="other").models.list()
 
 
-def test_ctrl_c_ends_the_server_and_tells_the_streams_that_run(version):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_tells_the_streams_that_run(version, number):
     port = str(free_port())
     command = [sys.executable, APP, "--folder", version, "--port", port]
     pipe = subprocess.PIPE
@@ -374,7 +375,7 @@ def test_ctrl_c_ends_the_server_and_tells_the_streams_that_run(version):
             with http.stream("POST", url, json=body) as answer:
                 lines = answer.iter_lines()
                 assert "choices" in next(lines)
-                os.kill(app.pid, signal.SIGINT)
+                os.kill(app.pid, number)
                 events = [line for line in lines if line]
             assert (app.communicate(timeout=60), app.returncode) == (("", ""), 0)
         finally:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import __version__
 from pipeline.__main__ import main, parse
+from pipeline.system.errors import ModelMissing
 from pipeline.system.files import locked
 from pipeline.tracking.fingerprint import IDENTITY
 from pipeline.tracking.recorder import RECORDER_LOCK
@@ -151,6 +152,23 @@ def test_check_judges_params_yaml_and_not_this_machine(command, folder):
     for device in ("cuda", "mps"):
         (folder / "params.yaml").write_text(text.replace("device: auto", f"device: {device}"))
         assert command("check")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["generate", "x"], ["export", "hf", "out"]])
+def test_the_model_is_that_of_params_yaml_or_of_the_command_line(command, monkeypatch, arguments):
+    asked = []
+
+    def ask(store, name, *which):
+        asked.append(name)
+        raise ModelMissing("none here")
+
+    monkeypatch.setattr("pipeline.registry.catalog.open_registry", lambda root: None)
+    for function in ("print_versions", "find_version"):
+        monkeypatch.setattr(f"pipeline.registry.catalog.{function}", ask)
+    for more in ([], ["--model", "other"]):
+        assert command(*arguments, *more)[0] == 7
+    assert asked == ["shakespeare-gpt2", "other"]
+    assert "registry.model: should be a name of letters" in command(*arguments, "--model", "it's")[2]
 
 
 def test_every_command_of_the_notebook_exists():

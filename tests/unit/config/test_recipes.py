@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser  # what `dvc exp run -S` parses with
 
 from pipeline.config.params import load_params
-from pipeline.config.recipes import apply_recipe, as_set, changed_keys, find_recipe, list_recipes
+from pipeline.config.recipes import apply_recipe, as_set, changed_keys, find_recipe, list_recipes, write_values
 from pipeline.config.sections import CorpusConfig, RegistryConfig
 from pipeline.ops.params_check import check_params
 from pipeline.system.errors import InputError
@@ -66,6 +66,13 @@ def test_keys_with_a_default_may_be_missing_in_an_older_file_until_another_value
     with pytest.raises(InputError, match="no such key"):
         apply_recipe("finetune-gpt2", params, RECIPES)
     assert params.read_bytes() == before
+
+
+def test_a_name_in_any_script_is_written_and_printed_as_it_is(params):
+    for name in ("日记", "ไดอารี่", "يوميات", "Größe"):
+        assert write_values({"registry.model": name}, params).endswith(f" -> {name}")
+        assert f"  model: {name} " in params.read_text(encoding="utf-8")
+        assert load_params(params).values["registry"]["model"] == name
 
 
 def test_a_search_space_of_other_keys_stays(params):

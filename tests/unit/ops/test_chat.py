@@ -1,15 +1,19 @@
 """The chat in the terminal: it prints the text, and no control characters of the model."""
 
 import io
+import signal
+
+import pytest
 
 from pipeline.model.generator import Piece
 from pipeline.model.sampling import Sampling
 from pipeline.ops import chat
 from pipeline.system.errors import InputError
+from pipeline.system.signals import Signalled
 
 
 class Scripted:
-    """A generator with the same pieces for every prompt; the prompt `stop` interrupts it, `bad` is refused."""
+    """A generator with the same pieces for every prompt; `stop` and `end` interrupt it, `bad` is refused."""
 
     def __init__(self, *texts, notice=None):
         self.pieces = [Piece(0, [1], text, None, notice) for text in texts]
@@ -20,6 +24,8 @@ class Scripted:
         yield from self.pieces
         if prompts == ["stop"]:
             raise KeyboardInterrupt
+        if prompts == ["end"]:
+            raise Signalled(signal.SIGTERM)
 
 
 def test_text_goes_to_stdout_without_control_characters_and_notices_to_stderr(capsys):
@@ -40,3 +46,9 @@ def test_prompts_are_read_until_the_end_of_input(capsys, monkeypatch):
     shown = capsys.readouterr()
     assert shown.out == "one\ntwo!\nstop!\ncaf�!\nlast!\n\n"
     assert "error: a bad prompt" in shown.err
+
+
+def test_ctrl_c_ends_a_text_and_sigterm_the_chat(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"end\nmore\n"), encoding="utf-8"))
+    with pytest.raises(Signalled, match="SIGTERM"):
+        chat.converse(Scripted("!"), Sampling())

@@ -16,7 +16,7 @@ from pipeline.data.corpus import fetch_corpus
 from pipeline.ops import learn, plan
 from pipeline.ops.params_check import check_params
 from pipeline.ops.plan import Options, make_plan
-from pipeline.ops.sources import find_source, find_weights
+from pipeline.ops.sources import bring, find_source, find_weights
 from pipeline.system.errors import InputError
 from pipeline.system.files import read_json
 from pipeline.system.words import duration
@@ -110,6 +110,15 @@ def test_a_text_that_repeats_its_passages_gets_more_epochs_and_the_plan_says_so(
     (few, noted), (many, also_noted) = found.values()
     assert many > 1.5 * few
     assert (noted, also_noted) == (False, True)
+
+
+def test_the_column_of_a_table_is_named_and_other_texts_have_none(command):
+    Path("../mails.csv").write_text("id,body\n" + "".join(f'{n},"{ENGLISH[:-1]}"\n' for n in range(30)))
+    assert "different ones; rows of the column 'body': 30\n" in command("plan", "../mails.csv")[1]
+    code, _, said = command("plan", "../diary.txt", "--column", "body")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "error: --column body: " in said
+    assert "diary.txt has no table: leave --column out" in said
 
 
 def test_a_remote_text_is_reported_by_its_source(command, monkeypatch):
@@ -218,6 +227,10 @@ def test_a_time_limits_the_text_and_the_plan_says_so(command, project, tmp_path)
         (["../diary.txt", "--time", "soon"], "give a time such as"),
         (["../diary.txt", "--size", "lapto"], "no recipe lapto"),
         (["../diary.txt", "--name", "shakespeare-gpt2"], "belongs to the text https://"),
+        (
+            ["file:///tmp/shakespeare-gpt2.txt"],
+            "error: SOURCE: a source is a URL (https), ",
+        ),  # not that it has the name
         (["ftp://example.com/a.txt"], "error: SOURCE: a source is a URL"),
         (["../*.md"], "matches no file: add texts or set another SOURCE"),
     ],
@@ -280,6 +293,33 @@ def test_a_text_by_another_spelling_of_its_path_is_the_same_text(project, tmp_pa
     assert make_plan(find_source("../alias/diary.txt", None), Options(), tmp_path).values == made.values
     with pytest.raises(InputError, match="the model name diary belongs to the text"):
         make_plan(find_source("../alias/log.txt", "diary"), Options(), tmp_path)
+
+
+def test_a_text_that_was_moved_is_the_same_text_while_it_is_equal_to_its_copy(project, tmp_path):
+    def planned(given, name):
+        return make_plan(find_source(given, name), Options(), tmp_path)
+
+    def learned(given, name):
+        made = planned(given, name)
+        learn._store(made, bring(made.source, in_place=False))
+
+    learned("../diary.txt", None)
+    shutil.move("../diary.txt", "../old.txt")
+    assert planned("../old.txt", "diary").source.source == "texts/diary.txt"
+    Path("../old.txt").write_text(ENGLISH * 99)
+    with pytest.raises(InputError, match=r"diary belongs to the text texts/diary.txt, a copy of .*/diary.txt: choose"):
+        planned("../old.txt", "diary")
+    for name in ("notes/a.txt", "notes/b.txt", "others/a.txt"):  # the others are a part of the notes
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy("../old.txt", tmp_path / name)
+    learned("../notes", None)
+    with pytest.raises(InputError, match=r"notes belongs to the text texts/notes, a copy of .*/notes: choose"):
+        planned("../others", "notes")
+    Path("poem.txt").write_text(ENGLISH * 99)
+    learned("poem.txt", None)
+    project.rename(tmp_path / "moved")  # and the working directory with it
+    Path("poem.txt").write_text(ENGLISH * 100)
+    assert planned("poem.txt", None).source.source == "texts/poem.txt"
 
 
 def test_a_longer_plan_says_what_it_costs_and_is_one_of_two_also_after_an_interruption(project, monkeypatch):

@@ -27,10 +27,16 @@ def test_a_model_has_the_name_of_its_text(outside):
     names = {
         "/a/My diary (2).md": "My-diary-2",
         "hf://datasets/A/NAME@v1": "NAME-v1",
-        "....txt": "project",
+        "....txt": "text",
+        "😀.txt": "text",
         "*.md": "project",
+        "../*.md": outside.parent.name,
+        "/a/[bc]/**/*.md": "a",
     }
     assert {given: name_of(given) for given in names} == names
+    for file, name in (("[2024] diary.txt", "2024-diary"), ("who?.txt", "who"), ("To: you.txt", "To-you")):
+        (outside / file).touch()
+        assert find_source(f"{outside}/{file}", None).name == find_source(f"../home/{file}", None).name == name
 
 
 def test_a_file_outside_of_the_project_gets_a_copy_under_the_name_of_its_model(outside):
@@ -70,7 +76,7 @@ def test_a_path_may_have_any_characters(outside, monkeypatch):
     for given in ("~draft.txt", "Re: letter.txt", "what?.txt"):
         Path(given).write_text(given)
         source = find_source(given, None)
-        assert (source.origin, [*source.files]) == (f"{Path.cwd()}/{given}", [given])
+        assert (source.origin, [*source.files]) == (given, [given])
         bring(source, in_place=False)
         assert Path(source.source).read_text() == given
     for folder in ("a[b]", "a*b", "a?"):
@@ -115,6 +121,16 @@ def test_a_copy_follows_a_text_that_has_changed_unless_somebody_has_changed_the_
     bring(source, False, copies)
     assert Path("texts/notes/a.txt").read_text() == "longer"
     assert not Path("texts/notes/old/b.txt").exists()
+
+
+def test_hidden_files_beside_the_copies_are_left_alone(outside):
+    copies = bring(find_source(f"{outside}/notes", None), in_place=False)
+    hidden = [Path("texts/notes/.DS_Store"), Path("texts/notes/old/.git/config")]
+    for path in hidden:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of another program")
+    bring(find_source(f"{outside}/notes", None), False, copies)
+    assert all(path.exists() for path in hidden)
 
 
 def test_a_link_of_an_earlier_call_whose_original_is_gone_is_removed_or_replaced(outside):

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import sys
+import tempfile
 
 import pytest
 
@@ -11,6 +13,7 @@ from pipeline.system import errors
 from pipeline.system.entrypoint import exit_code_of
 from pipeline.system.errors import Interrupted
 from pipeline.system.signals import StopSignals
+from stages import train
 
 
 def raising(error):
@@ -64,6 +67,13 @@ def test_success_is_zero_and_a_bug_is_raised(bug, monkeypatch):
         exit_code_of(raising(bug))
 
 
+def test_a_wrong_argument_of_a_stage_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--fast"])
+    assert exit_code_of(train.main) == 2
+    what = "unrecognized arguments: --fast: `python -m stages.train --help` shows what is possible"
+    assert capsys.readouterr().err == f"error: {what}\n"
+
+
 def test_signals_within_a_second_count_as_one(monkeypatch):  # a dying DVC sends one for each of its threads
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
@@ -76,6 +86,23 @@ def test_signals_within_a_second_count_as_one(monkeypatch):  # a dying DVC sends
     monkeypatch.setenv("SUBMITIT_FOLDER", "checkpoints/jobs/train-1")
     with pytest.raises(Interrupted, match="SIGTERM at step 3: Slurm runs it again to resume, unless the job was"):
         stop.raise_if_received("at step 3")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_temporary_files_and_ignored_ones_stay_ignored(number, tmp_path, interruptible, capsys):
+    def work():
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # of the same death of a parent
+
+    before = signal.signal(number, signal.SIG_IGN)
+    assert exit_code_of(work) == 0
+    signal.signal(number, before)
+    assert exit_code_of(work) == 128 + number
+    assert not any(tmp_path.iterdir())
+    assert signal.getsignal(number) == before == signal.SIG_DFL
+    line = f"error: interrupted by {number.name}: run the same command again to repeat it\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
