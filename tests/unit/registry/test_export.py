@@ -88,6 +88,13 @@ def test_the_model_card_says_what_it_is_how_it_was_trained_and_its_limits(export
     assert image.imread(exported / "hf" / "loss.png").shape[:2] == (374, 660)  # 6 x 3.4 inches at 110 dots
 
 
+def test_a_line_follows_each_item_of_the_card():
+    for inexact, end in ((None, "rounding may differ"), ("two devices", "repeated exactly (two devices)")):
+        info = version_info()
+        info["tags"] |= {"inexact": inexact} if inexact else {}
+        assert f"{end}\n- SHA-256 of the registered" in cards.model_card(info, MODEL)
+
+
 def test_nothing_is_claimed_about_an_unknown_text(exported, tmp_path):
     info = version_info(corpus={"source": "texts/mine.txt", "sha256": None, "fraction": 1.0})
     info["tags"]["tree_clean"] = "false"
