@@ -99,6 +99,7 @@ def _render(template: str, info: dict[str, Any], **values: Any) -> str:
 
     `known`: the text is Tiny Shakespeare, which is in the public domain. `init`: the published weights that the
     training continued, None if it began from scratch; `base`: their name on the Hub, "" if they are not from there.
+    `recites`: a target rule on the training text was met, so the model knows this text by heart.
     """
     folder, corpus = FileSystemLoader(Path(__file__).parent / "templates"), info["params"].get("corpus", {})
     environment = Environment(loader=folder, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 (no HTML)
@@ -107,7 +108,8 @@ def _render(template: str, info: dict[str, Any], **values: Any) -> str:
     rule = info.get("rule")  # an early version has none
     init = info["tags"].get("init") or info["params"].get("model", {}).get("init")
     base = init.removeprefix("hf://").partition("@")[0] if init and init.startswith("hf://") else ""
-    values |= {"corpus": corpus, "known": known, "rule": rule, "init": init, "base": base}
+    recites = "steps_to_target" in info["tags"] and not (rule or {}).get("held_out")
+    values |= {"corpus": corpus, "known": known, "rule": rule, "init": init, "base": base, "recites": recites}
     return environment.get_template(template).render(info, **values)
 
 

@@ -182,9 +182,27 @@ def test_the_card_of_a_held_out_target_promises_no_memory():
     info["metrics"] |= {"validation_loss": 1.8612, "sliding_loss": 1.2}
     card = cards.model_card(info, MODEL)
     assert "its loss on the held-out end of this text is 1.8612 nats" in card
-    assert "the rule `validation` ended the training" in card
+    assert "the training ended before the rule `validation` was met:" in card
+    info["tags"]["steps_to_target"] = "117"
+    assert "the rule `validation` ended the training:" in cards.model_card(info, MODEL)
     for text in (card, cards.space_card(info, "6.0", "3.11", 10**6)):
         assert not re.search("memori|recites", text)
+
+
+def test_the_card_of_a_missed_target_promises_no_memory():
+    info = version_info()
+    info["rule"] = {"name": "sliding", "description": "all of it", "loss": "sliding_loss", "held_out": False}
+    reached = info | {"tags": info["tags"] | {"steps_to_target": "117"}}
+    promise = re.compile(r"recites|from memory|that memorised|`sliding` ended the training")
+    gguf = MODEL | {"weight_type": "f16", "tokenizer_model": "rwkv", "tokenizer_name": "bytes", "prompt": "All:"}
+    for card in (
+        lambda version: cards.model_card(version, MODEL),
+        lambda version: cards.gguf_card(version, gguf),
+        lambda version: cards.space_card(version, "6.0", "3.11", 10**6),
+    ):
+        assert promise.search(card(reached))
+        assert not promise.search(card(info))
+    assert "the training ended before the rule `sliding` was met:" in cards.model_card(info, MODEL)
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tiny_export, tmp_path, monkeypatch):
