@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from pipeline.data.corpus_index import Passage
-from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
+from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_text
 from pipeline.system.errors import PipelineError
 from webapp.fields import FieldError
 from webapp.model_source import Served
@@ -27,7 +27,7 @@ def split_text(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) 
     """
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
     data, begins = b"".join(pieces), [0, *accumulate(map(len, pieces))]
-    text = data[: whole_length(data)].decode("utf-8", errors="replace")
+    text = whole_text(data)
     start = len(data) - len(data.lstrip(CONTINUATION_BYTES))  # in `text`, each of these bytes is one U+FFFD
     cuts = (len(data[: begins[place]].decode("utf-8", errors="replace")) for place in places)
     return [text[begin:end] for begin, end in pairwise([start, *(max(start, cut) for cut in cuts), len(text)])]
