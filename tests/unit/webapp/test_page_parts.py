@@ -265,7 +265,9 @@ def test_the_page_shows_a_model_of_each_tokenizer(made, name, shortest):
     for token in predict_next(served, "天地玄黃", 10, "")["tokens"]:
         assert token["text"] is None or token["text"].encode().hex() == token["bytes"]
     assert predict_next(served, "天地玄黃", 10, "")["context_times"] == 2
-    assert served.find("CHARLES", -1) is None
+    assert served.find("CHARLES", -1) is served.find("spat", -1) is None
+    begin, end = served.find("SPÄT DURCH", -1)
+    assert "spät durch" in tokenizer.decode(ids[begin:end])
     first, place = served.find("Kind", -1)[0], POEM.encode().index(b"Kind")
     assert len(tokenizer.decode_bytes(ids[:first])) in (place - 1, place)  # the token may begin with the space
     shown = re.sub("<[^>]*>", "", heat_html(served, 40, "").partition('class="heat"')[2].partition("</p>")[0])
