@@ -113,7 +113,12 @@ class GradioFilter:
         async def receive_again() -> Message:
             return {"type": "http.request", "body": bodies.pop()} if bodies else await receive()
 
-        return await self._app(scope, receive_again, send)
+        try:
+            await self._app(scope, receive_again, send)
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body"})  # Gradio refuses an unknown event within the stream it began
 
 
 class KeyFilter:

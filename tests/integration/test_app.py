@@ -95,6 +95,12 @@ def test_a_call_with_too_few_values_is_refused_in_one_line(page, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_an_unknown_event_is_refused_in_a_stream_that_ends(page, capfd):
+    for path in ("call/generate/nothing", "call/v2/generate/nothing"):
+        assert "404" in httpx.get(f"{page.local_url}gradio_api/{path}").text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_refusal_of_a_wrong_body_names_a_call_that_works(page):
     url = f"{page.local_url}gradio_api/call/"
     refused = httpx.post(f"{url}generate", json={"data": "All:"}).json()["detail"]
