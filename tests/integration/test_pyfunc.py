@@ -118,6 +118,8 @@ def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(ser
         assert 400 <= status < 500, answer
         assert name in json.dumps(answer)
         assert "Traceback" not in json.dumps(answer)
+    status, answer = ask(server, ["ROMEO:", None], {})
+    assert (status, "prompt 2 of 2 is null" in answer["message"], "Traceback" in str(answer)) == (400, True, False)
     assert ask(server, ["ROMEO:"], {"max_tokens": 0}) == (200, {"predictions": ["ROMEO:"]})
 
 
