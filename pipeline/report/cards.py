@@ -36,7 +36,8 @@ def model_card(info: dict[str, Any], model: dict[str, Any]) -> str:
     """The card for Transformers in Markdown.
 
     `info` is the result of `describe_version`; `model` is the exported config.json with n_params, n_used (ids that
-    occur in the text), n_tokens (of the text), tokenizer (its description) and prompt (the text's beginning).
+    occur in the text), n_tokens (of the text), tokenizer (its description), prompt (the text's beginning) and
+    joins_spaces (whether a token is a space with the beginning of a word).
     """
     return _card("model_card.md.j2", info, model)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from fixtures_registry import SECRET, _keep_threads, version_info, write_version  # noqa: F401 (a fixture)
+from fixtures_tokenizer import POEM, _made  # noqa: F401 (a fixture)
 from matplotlib import image
 
 from pipeline.data.token_files import write_shard
@@ -168,6 +169,17 @@ def test_the_cards_prompt_stays_within_the_first_document(tokenizer, tmp_path):
     assert prompt
     assert "Emma Woodhouse, handsome".startswith(prompt)  # and the model continues it
     assert prompt != "Emma Woodhouse, handsome"
+
+
+@pytest.mark.parametrize(("name", "joins"), [("gpt2", True), ("bpe:320", True), ("bytes", False), ("chars", False)])
+def test_a_card_warns_of_a_space_at_the_end_of_a_prompt_if_tokens_begin_with_one(made, tmp_path, name, joins):
+    (tokens := tmp_path / "tokens").mkdir()
+    write_shard(tokens / "train-00000.bin", [made(name).encode(POEM)], made(name).n_vocab)
+    write_manifest(tokens)
+    model = MODEL | _described(tmp_path, made(name), {"n_positions": 64}, 1)
+    model |= {"weight_type": "f16", "tokenizer_model": "rwkv", "tokenizer_name": name}
+    for card in (cards.model_card, cards.gguf_card):
+        assert ("a space at the end is encoded differently" in card(version_info(), model)) == joins
 
 
 def test_the_card_of_a_held_out_target_promises_no_memory():
