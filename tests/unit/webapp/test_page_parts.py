@@ -245,7 +245,12 @@ def test_the_parts_add_up_to_the_model(served):
     gpt2 = tiny.model_copy(update={"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024})
     for config in (tiny, gpt2):
         assert sum(n_params for _, _, n_params in parts(config)) == config.n_params
-    assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)  # as published
+    memory = {name: mib * 2**20 for name, _, mib in sizes(gpt2, gpt2.n_ids, 1024)}
+    assert memory["weights in fp32, as on the disk"] == pytest.approx(4 * 124_439_808)  # as published
+    memory = {name: mib * 2**20 for name, _, mib in sizes(gpt2, 257, 64)}
+    assert memory["training in fp32 with AdamW"] == pytest.approx(16 * (124_439_808 - 50_000 * 768))
+    assert memory["KV cache of one text, fp32"] == pytest.approx(2 * 12 * 64 * 768 * 4)
+    assert f"16 bytes, V = {served.generator.vocabulary.n_rows}<" in about_html(served)
     assert "What it is not" in about_html(served)
     assert f"{50257 * 48:,}" in about_html(served)
 
