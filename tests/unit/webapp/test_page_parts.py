@@ -397,6 +397,12 @@ def test_a_wrong_number_is_refused_by_its_name(served):  # E3; test_sampling has
                 completed(served, "All:", **{"samples": 1, name: value})
 
 
+def test_a_length_is_refused_with_the_limit_of_the_page(served):
+    for too_many in (2001, 99_999):  # Sampling's own limit is between them
+        with pytest.raises(InputError, match=f"^max_tokens {too_many}: choose a whole number from 0 to 2,000$"):
+            completed(served, "All:", max_tokens=too_many)
+
+
 def written(source: Stub, prompt: Any = "All:", keep: Any = True, number: Any = "7", **numbers: Any) -> list[Any]:
     """All answers to a press of Write."""
     values = dict(zip(NUMBERS, (1, 2, 0.8, 1, 0, 1, 1), strict=True)) | numbers
