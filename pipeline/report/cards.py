@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from pipeline.system.words import in_words
 from pipeline.training.target import RULES
 
 TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # SHA-256 of the whole text
@@ -92,7 +93,7 @@ def _tokenizer_note(model: dict[str, Any]) -> str:
 
 def space_card(info: dict[str, Any], gradio: str, python: str, size_bytes: int) -> str:
     """The README that configures the Space and says how to publish it; `gradio`, `python`: their versions."""
-    return _render("space_card.md.j2", info, gradio=gradio, python=python, size_mb=size_bytes / 1e6)
+    return _render("space_card.md.j2", info, gradio=gradio, python=python, size=in_words(size_bytes, "B"))
 
 
 def _render(template: str, info: dict[str, Any], **values: Any) -> str:
