@@ -11,6 +11,7 @@ import gradio as gr
 from pipeline.data.corpus_index import Passage
 from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_text
 from pipeline.system.errors import PipelineError
+from pipeline.system.words import encodable
 from webapp.fields import FieldError
 from webapp.model_source import Served
 
@@ -131,8 +132,7 @@ def faults(fields: Sequence[str], error: PipelineError | None = None) -> tuple[s
 
 
 def fault_html(error: PipelineError) -> str:
-    words = error.words if isinstance(error, FieldError) else str(error)
-    words = words.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate
+    words = encodable(error.words if isinstance(error, FieldError) else str(error))
     return f'<p class="fault" role="alert">{escape(words[:1].upper() + words[1:], quote=False)}</p>'
 
 
