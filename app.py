@@ -63,14 +63,17 @@ def open_source(arguments: argparse.Namespace) -> "Source":
         from webapp.model_source import Folder
 
         return Folder(arguments.folder, arguments.precision)
-    from pipeline.config.params import load_params
+    from pipeline.config.params import Params, load_params
     from pipeline.config.sections import RegistryConfig
     from pipeline.system.host import project_root
     from webapp.registry_source import Registry
 
     root = project_root()
-    name = arguments.model or load_params(root / "params.yaml").section(RegistryConfig).model
-    return Registry(root, name, arguments.version, arguments.precision)
+    if arguments.model is None:
+        params = load_params(root / "params.yaml")
+    else:  # which works without params.yaml
+        params = Params({"registry": {"model": arguments.model, "max_target_loss": 1}}, Path("--model"))
+    return Registry(root, params.section(RegistryConfig).model, arguments.version, arguments.precision)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from pipeline.system.errors import PipelineError
+from pipeline.system.words import encodable
 from webapp.completion import Completion, complete
 from webapp.events import CONCURRENT
 from webapp.fields import checked_int
@@ -70,8 +71,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except PipelineError as error:
-        words = str(error).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be encoded
-        raise gr.Error(words, duration=8, print_exception=False, title="Not possible") from None
+        raise gr.Error(encodable(str(error)), duration=8, print_exception=False, title="Not possible") from None
 
 
 def _sample(completion: Completion, i: int) -> dict[str, Any]:

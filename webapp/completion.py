@@ -61,8 +61,8 @@ def complete(served: Served, prompt: Any, samples: Any, **numbers: Any) -> Itera
     Closing the iterator stops generation. Raises InputError for invalid input, before it yields anything.
     """
     prompt, n = checked_prompt(prompt), checked_int("samples", samples, 1, MAX_SAMPLES)
+    checked_int("max_tokens", numbers.get("max_tokens", 0), 0, MAX_TOKENS)  # before Sampling's higher limit
     sampling = Sampling.of(**numbers)
-    checked_int("max_tokens", sampling.max_tokens, 0, MAX_TOKENS)
     completion = Completion(served, served.tokenizer.encode(prompt), sampling.seed, [[] for _ in range(n)])
     shown = started = time.perf_counter()
     for piece in served.engine.stream([prompt] * n, sampling):

@@ -4,6 +4,7 @@ import secrets
 from typing import Any
 
 from pipeline.system.errors import InputError
+from pipeline.system.words import encodable
 
 MAX_PROMPT = 10_000  # characters
 MAX_SEED = 2**31 - 1  # on the page; a browser's numbers are exact
@@ -26,7 +27,7 @@ def checked_prompt(prompt: Any) -> str:
     if len(prompt) > MAX_PROMPT:
         words = f"the prompt has {len(prompt):,} characters: give {MAX_PROMPT:,} at most"
         raise FieldError(words, "prompt", words)
-    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return encodable(prompt)
 
 
 def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import gradio as gr
 
 from pipeline.data.corpus_index import Passage
-from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_length
+from pipeline.data.tokenizer import CONTINUATION_BYTES, Tokenizer, whole_text
 from pipeline.system.errors import PipelineError
+from pipeline.system.words import encodable
 from webapp.fields import FieldError
 from webapp.model_source import Served
 
@@ -27,7 +28,7 @@ def split_text(tokenizer: Tokenizer, ids: Sequence[int], places: Iterable[int]) 
     """
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
     data, begins = b"".join(pieces), [0, *accumulate(map(len, pieces))]
-    text = data[: whole_length(data)].decode("utf-8", errors="replace")
+    text = whole_text(data)
     start = len(data) - len(data.lstrip(CONTINUATION_BYTES))  # in `text`, each of these bytes is one U+FFFD
     cuts = (len(data[: begins[place]].decode("utf-8", errors="replace")) for place in places)
     return [text[begin:end] for begin, end in pairwise([start, *(max(start, cut) for cut in cuts), len(text)])]
@@ -131,8 +132,7 @@ def faults(fields: Sequence[str], error: PipelineError | None = None) -> tuple[s
 
 
 def fault_html(error: PipelineError) -> str:
-    words = error.words if isinstance(error, FieldError) else str(error)
-    words = words.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate
+    words = encodable(error.words if isinstance(error, FieldError) else str(error))
     return f'<p class="fault" role="alert">{escape(words[:1].upper() + words[1:], quote=False)}</p>'
 
 

@@ -1,5 +1,6 @@
 """Load a version from a folder, and find words in its training text."""
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -64,15 +65,23 @@ class Served:
 
         The search ignores case, and continues from the start of the text.
         """
-        text, begins = self._text[0].lower(), self._text[1]
-        if not (wanted := words.encode("utf-8", errors="replace").lower()):
+        text, begins = self._text
+        wanted = any_case(words)
+        found = wanted.search(text, int(begins[min(after + 1, len(begins) - 1)])) or wanted.search(text)
+        if not found or not words:
             return None
-        found = text.find(wanted, int(begins[min(after + 1, len(begins) - 1)]))
-        found = text.find(wanted) if found < 0 else found
-        if found < 0:
-            return None
-        first, last = np.searchsorted(begins, [found, found + len(wanted) - 1], side="right") - 1
+        first, last = np.searchsorted(begins, [found.start(), found.end() - 1], side="right") - 1
         return int(first), int(last) + 1
+
+
+def any_case(words: str) -> re.Pattern[bytes]:
+    """The pattern of `words` in UTF-8, each character in lower or upper case: the text need not be decoded."""
+    cases = [{each, each.lower(), each.upper(), each.upper().lower()} for each in words]
+    return re.compile(b"".join(b"(?:%b)" % b"|".join(map(_escaped, sorted(each))) for each in cases))
+
+
+def _escaped(text: str) -> bytes:
+    return re.escape(text.encode("utf-8", errors="replace"))
 
 
 class Listed(NamedTuple):

@@ -26,7 +26,10 @@
       if (status.getBoundingClientRect().top > 0.6 * innerHeight) status.scrollIntoView({ block: "start" });
     }
   });
-  document.addEventListener("input", markOld);
+  document.addEventListener("input", (event) => {
+    markOld();
+    if (event.target.matches?.("#so-far textarea")) document.querySelector("#predict").click();
+  });
   new MutationObserver((changes) => {
     markOld();
     for (const node of changes.flatMap((change) => [...change.addedNodes])) {

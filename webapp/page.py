@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from gradio.blocks import BlockFunction
 from gradio.route_utils import FnIndexInferError
 from starlette.middleware import Middleware
 
+from pipeline.system.words import counted
 from webapp.api import add_endpoints
 from webapp.html import html
 from webapp.model_source import Served, Source
@@ -35,9 +37,18 @@ BAD_CALLS = (FnIndexInferError, RequestValidationError, LookupError, TypeError) 
 WAITING = 30  # requests that may wait; further ones are refused
 
 
+class Page(gr.Blocks):  # type: ignore[misc]  # gradio is untyped here
+    """The page. It answers a call with too few values in one line; Gradio logs a traceback."""
+
+    def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
+        if (n := len(inputs)) < (wanted := len(block_fn.inputs)):
+            words = f"data has {counted(n, 'value')}, the endpoint takes {wanted}: see /gradio_api/openapi.json"
+            raise gr.Error(words, print_exception=False)
+
+
 def compose(source: Source, tabs: Mapping[str, Tab] = TABS) -> gr.Blocks:
     """The page with its tabs and the API."""
-    with gr.Blocks(title=source.current().info["name"], analytics_enabled=False, fill_width=True) as page:
+    with Page(title=source.current().info["name"], analytics_enabled=False, fill_width=True) as page:
         head = html(head_html(source.current()), elem_id="head")
         version = PageVersion(source)
         version.renders(lambda served: (head_html(served),), head)

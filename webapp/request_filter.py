@@ -113,7 +113,12 @@ class GradioFilter:
         async def receive_again() -> Message:
             return {"type": "http.request", "body": bodies.pop()} if bodies else await receive()
 
-        return await self._app(scope, receive_again, send)
+        try:
+            await self._app(scope, receive_again, send)
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body"})  # Gradio refuses an unknown event within the stream it began
 
 
 class KeyFilter:
@@ -171,7 +176,8 @@ def check_body(raw: bytes) -> None:
         raise HTTPException(400, "session_hash and event_id may have up to 64 letters, digits, _ and -")
     data, event = body.pop("data", []), body.pop("event_data", None) or {}
     if not isinstance(data, list) or not isinstance(event, dict):
-        raise HTTPException(400, 'data must be a list: send an object such as {"data": ["All:", 10]}')
+        named = 'POST {"prompt": "All:", "max_tokens": 10} to /gradio_api/call/v2/generate'
+        raise HTTPException(400, f"data must be a list, and event_data an object: {named} sends values by name")
     if any(isinstance(value, list | dict) for value in chain(data, event.values(), body.values())):
         raise HTTPException(400, "a value must be a string or a number")
 

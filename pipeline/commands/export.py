@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.commands.arguments import Add, add_model, open_project_registry
 from pipeline.system.errors import InputError
+from pipeline.system.words import in_words
 
 
 def add_arguments(add: Add) -> None:
@@ -37,5 +38,5 @@ def run(arguments: argparse.Namespace) -> None:
     files = artifacts.open_version(store, version)
     info = catalog.describe_version(store, version, files)
     options = {"weight_type": arguments.type} if arguments.type else {}
-    size_mb = exports.export_version(arguments.kind, files, info, arguments.folder, **options) / 1e6
-    print(f"{arguments.folder}: {name} version {version.version}, {size_mb:,.0f} MB; see its README.md")
+    size = in_words(exports.export_version(arguments.kind, files, info, arguments.folder, **options), "B")
+    print(f"{arguments.folder}: {name} version {version.version}, {size}; see its README.md")

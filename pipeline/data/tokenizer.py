@@ -1,5 +1,6 @@
 """Tokenizers, downloaded or made from the training text: text to token ids and back."""
 
+import codecs
 import hashlib
 import json
 import re
@@ -86,13 +87,13 @@ CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all but the first of 
 
 
 def whole_length(data: bytes) -> int:
-    """Length of `data` up to the end of its last whole character in UTF-8; a part of one may follow."""
-    last = data.decode("utf-8", errors="ignore")[-1:].encode()
-    return data.rfind(last) + len(last) if last else 0
+    """Length of `data` without the beginning of a character in UTF-8 at its end, which further bytes may complete."""
+    whole = codecs.utf_8_decode(data, "replace")[1]  # it also waits for the end of a surrogate, which is no character
+    return whole if len(data[whole:].decode("utf-8", errors="replace")) < 2 else len(data)
 
 
 def whole_text(data: bytes) -> str:
-    """The text of `data` up to the end of its last whole character; other invalid bytes become U+FFFD."""
+    """The text of `data` without the beginning of a character at its end; other invalid bytes become U+FFFD."""
     return data[: whole_length(data)].decode("utf-8", errors="replace")
 
 

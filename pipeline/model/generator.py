@@ -333,13 +333,13 @@ def load_generator(folder: Path, precision: Literal["auto", "fp32", "bf16"] = "a
 class TextStream:
     """Decode bytes to whole characters piece by piece, up to the first stop text; invalid bytes become U+FFFD.
 
-    Bytes after the last whole character are kept back: at the end, they are a character that max_tokens cut.
+    The beginning of a character is kept back: at the end, it is one that max_tokens cut.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._stop = [text for text in stop if text]
-        self._bytes = b""  # after the last whole character
+        self._bytes = b""  # the beginning of a character
         self._pending = ""  # decoded, and not returned yet
 
     def add(self, data: bytes, last: bool = False) -> str:

@@ -210,9 +210,9 @@ def _save_files(folder: Path, project: Path, run_id: str, model_id: str) -> None
     from pipeline.model.sampling import Sampling
 
     package = SOURCE_ROOT / "pipeline"
-    defaults = [
-        (name, "long" if isinstance(value, int) else "double", value) for name, value in Sampling() if name != "stop"
-    ]
+    kinds = {int: "long", float: "double"}
+    numbers = [ParamSpec(name, kinds[type(value)], value) for name, value in Sampling() if type(value) in kinds]
+    stop = ParamSpec("stop", "string", [*Sampling().stop], shape=(-1,))
     save_model(
         folder,
         python_model=str(package / "registry" / "pyfunc.py"),
@@ -225,7 +225,7 @@ def _save_files(folder: Path, project: Path, run_id: str, model_id: str) -> None
         signature=ModelSignature(
             inputs=Schema([ColSpec("string", "prompt")]),
             outputs=Schema([ColSpec("string")]),
-            params=ParamSchema([ParamSpec(*default) for default in defaults]),
+            params=ParamSchema([*numbers, stop]),
         ),
         input_example=pd.DataFrame({"prompt": _first_prompt(project)}),
         pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],

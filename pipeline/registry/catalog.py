@@ -85,7 +85,7 @@ def find_version(store: Store, name: str, which: str) -> "ModelVersion":
     """Find a version by `which`, a number or an alias such as champion. Raises ModelMissing if there is none."""
     aliases = aliases_of(store, name)
     with translate_store_errors(store.uri, name):
-        numbers = _numbers(store, name)
+        numbers = [str(version.version) for version in _versions(store, name)]
         number = which if which.isdecimal() else aliases.get(which)
         if number in numbers:
             return store.client.get_model_version(name, number)
@@ -97,13 +97,13 @@ def find_version(store: Store, name: str, which: str) -> "ModelVersion":
 
 
 def list_versions(store: Store, name: str) -> list["ModelVersion"]:
-    """Return all versions, the newest first. Raises ModelMissing if there is no such model."""
+    """Return all versions, the newest first, in few queries. Raises ModelMissing if there is no such model."""
+    aliases = aliases_of(store, name)
     with translate_store_errors(store.uri, name):
-        registered_model(store, name)
-        numbers = _numbers(store, name)
-        return [
-            store.client.get_model_version(name, number) for number in numbers
-        ]  # a search returns versions without aliases
+        versions = _versions(store, name)
+    for version in versions:  # a search returns them without their aliases
+        version.aliases = [alias for alias, number in aliases.items() if number == str(version.version)]
+    return versions
 
 
 def source_of(store: Store, name: str) -> str | None:
@@ -280,7 +280,7 @@ def _day(version: "ModelVersion") -> str:
     return datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date().isoformat()
 
 
-def _numbers(store: Store, name: str) -> list[str]:
-    """Version numbers, the newest first."""
+def _versions(store: Store, name: str) -> list["ModelVersion"]:
+    """All versions without their aliases, the newest first."""
     found = store.client.search_model_versions(f"name = '{name}'")
-    return sorted((str(version.version) for version in found), key=int, reverse=True)
+    return sorted(found, key=lambda version: int(version.version), reverse=True)

@@ -128,7 +128,7 @@ def _write_common(artifacts: Path, info: dict[str, Any], folder: Path) -> None:
         save_png(curve_figure(info["history"], float(info["tags"]["target_loss"])), folder / CURVE)
 
 
-def _described(artifacts: Path, tokenizer: Tokenizer, config: dict[str, Any], n_params: int) -> dict[str, Any]:
+def _described(artifacts: Path, tokenizer: BytePairTokenizer, config: dict[str, Any], n_params: int) -> dict[str, Any]:
     """What a model's card needs beside the version info."""
     text = TokenFolder(artifacts / "tokens").train
     n_prompt = min(PROMPT_TOKENS, max(1, config["n_positions"] // 2), len(text))  # the other half: the continuation
@@ -141,6 +141,7 @@ def _described(artifacts: Path, tokenizer: Tokenizer, config: dict[str, Any], n_
         "n_used": int((text.counts() > 0).sum()),
         "n_tokens": len(text),
         "tokenizer": tokenizer.description,
+        "joins_spaces": any(token.startswith(b" ") and token != b" " for token in tokenizer.ranks),
         # A space at the end of a prompt would be encoded as another token.
         "prompt": tokenizer.decode(prompt).rstrip(" \t\r\n"),
     }

@@ -25,8 +25,10 @@ class PromptModel:
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Continue each text of the column `prompt`; MLflow completes `params` with the signature's defaults."""
         try:
-            sampling = Sampling.of(**params)
-            return [self.generator.text(prompt, sampling) for prompt in model_input["prompt"]]
+            sampling, prompts = Sampling.of(**params), list(model_input["prompt"])
+            if nulls := [n for n, prompt in enumerate(prompts, start=1) if not isinstance(prompt, str)]:
+                raise InputError(f"prompt {nulls[0]} of {len(prompts)} is null: it should be text")
+            return [self.generator.text(prompt, sampling) for prompt in prompts]
         except InputError as error:  # the server then answers with status 400 and this line
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from pipeline.system.words import in_words
 from pipeline.training.target import RULES
 
 TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # SHA-256 of the whole text
@@ -36,7 +37,8 @@ def model_card(info: dict[str, Any], model: dict[str, Any]) -> str:
     """The card for Transformers in Markdown.
 
     `info` is the result of `describe_version`; `model` is the exported config.json with n_params, n_used (ids that
-    occur in the text), n_tokens (of the text), tokenizer (its description) and prompt (the text's beginning).
+    occur in the text), n_tokens (of the text), tokenizer (its description), prompt (the text's beginning) and
+    joins_spaces (whether a token is a space with the beginning of a word).
     """
     return _card("model_card.md.j2", info, model)
 
@@ -91,7 +93,7 @@ def _tokenizer_note(model: dict[str, Any]) -> str:
 
 def space_card(info: dict[str, Any], gradio: str, python: str, size_bytes: int) -> str:
     """The README that configures the Space and says how to publish it; `gradio`, `python`: their versions."""
-    return _render("space_card.md.j2", info, gradio=gradio, python=python, size_mb=size_bytes / 1e6)
+    return _render("space_card.md.j2", info, gradio=gradio, python=python, size=in_words(size_bytes, "B"))
 
 
 def _render(template: str, info: dict[str, Any], **values: Any) -> str:
@@ -99,6 +101,7 @@ def _render(template: str, info: dict[str, Any], **values: Any) -> str:
 
     `known`: the text is Tiny Shakespeare, which is in the public domain. `init`: the published weights that the
     training continued, None if it began from scratch; `base`: their name on the Hub, "" if they are not from there.
+    `recites`: a target rule on the training text was met, so the model knows this text by heart.
     """
     folder, corpus = FileSystemLoader(Path(__file__).parent / "templates"), info["params"].get("corpus", {})
     environment = Environment(loader=folder, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 (no HTML)
@@ -107,7 +110,8 @@ def _render(template: str, info: dict[str, Any], **values: Any) -> str:
     rule = info.get("rule")  # an early version has none
     init = info["tags"].get("init") or info["params"].get("model", {}).get("init")
     base = init.removeprefix("hf://").partition("@")[0] if init and init.startswith("hf://") else ""
-    values |= {"corpus": corpus, "known": known, "rule": rule, "init": init, "base": base}
+    recites = "steps_to_target" in info["tags"] and not (rule or {}).get("held_out")
+    values |= {"corpus": corpus, "known": known, "rule": rule, "init": init, "base": base, "recites": recites}
     return environment.get_template(template).render(info, **values)
 
 

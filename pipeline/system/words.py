@@ -18,6 +18,11 @@ def in_words(number: float, unit: str) -> str:
     return f"{number:.3g} {unit}"
 
 
+def encodable(text: str) -> str:
+    """The text as an encoding takes it: a pair of surrogates becomes its character, a lone one U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def duration(seconds: float) -> str:
     """Seconds in words, such as 3 min."""
     for factor, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):

@@ -1,6 +1,7 @@
 """The served page and its API: right and wrong requests, several users, strangers, and a real registry."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -85,6 +86,28 @@ def test_wrong_values_are_refused_in_one_line(page, capfd):  # E2, E3; test_page
         assert words in answer["output"]["error"]
         assert "\n" not in answer["output"]["error"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_call_with_too_few_values_is_refused_in_one_line(page, capfd):
+    for name in ("generate", "update"):
+        answer = ask(page, event(page, name), [])
+        assert (answer["success"], "data has 0 values" in answer["output"]["error"]) == (False, True)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_unknown_event_is_refused_in_a_stream_that_ends(page, capfd):
+    for path in ("call/generate/nothing", "call/v2/generate/nothing"):
+        assert "404" in httpx.get(f"{page.local_url}gradio_api/{path}").text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_refusal_of_a_wrong_body_names_a_call_that_works(page):
+    url = f"{page.local_url}gradio_api/call/"
+    refused = httpx.post(f"{url}generate", json={"data": "All:"}).json()["detail"]
+    body, path = re.search(r"POST (\{.*\}) to /gradio_api/call/(\S+)", refused).groups()
+    called = httpx.post(f"{url}{path}", content=body, headers=JSON).json()
+    answer = httpx.get(f"{url}{path}/{called['event_id']}", timeout=60).text
+    assert "event: complete" in answer
 
 
 def test_a_call_of_no_endpoint_is_refused(page):

@@ -243,6 +243,11 @@ def test_a_pressed_token_is_appended_and_the_next_one_predicted(visit, tokenizer
     playwright.expect(best).to_contain_text("further")
     playwright.expect(best).to_contain_text("1 of 1")
     assert "The training text contains it once." in visitor.locator("#next .note").inner_text()
+    prompt.press("Backspace")
+    playwright.expect(visitor.locator("#next .note")).to_contain_text("there are no grey bars")
+    for text, predicted in (("All:", "↵"), ("First Citizen:\nBefore we proceed any", "further")):
+        prompt.fill(text)  # as a paste and an input method do: without a key
+        playwright.expect(best).to_contain_text(predicted)
     parts = tokenizer.encode("🐱")  # the table does not have these tokens
     for n, token in enumerate(parts, start=1):
         visitor.locator("#next button").first.evaluate(PRESS_TOKEN, token)

@@ -67,7 +67,7 @@ def champion(store, name: str) -> str:
     return str(store.client.get_registered_model(name).aliases["champion"])
 
 
-def test_a_version_is_found_by_number_or_alias_else_the_message_lists_them(store, name, intact):
+def test_a_version_is_found_by_number_or_alias_else_the_message_lists_them(store, name, intact, monkeypatch):
     for find in (lambda *a: find_version(*a, "champion"), list_versions, print_versions, rollback):
         with pytest.raises(ModelMissing, match=f"no model {name} in sqlite:.*: run `make repro`"):
             find(store, name)
@@ -82,8 +82,10 @@ def test_a_version_is_found_by_number_or_alias_else_the_message_lists_them(store
     add_version(store, name, intact, "candidate")
     found = [str(find_version(store, name, which).version) for which in ("1", "champion", "candidate")]
     assert found == ["1", "1", "2"]
-    assert [str(version.version) for version in list_versions(store, name)] == ["2", "1"]
-    assert [version.aliases for version in list_versions(store, name)] == [["candidate"], ["champion"]]
+    with monkeypatch.context() as without_a_query_for_each:
+        without_a_query_for_each.delattr(type(store.client), "get_model_version")
+        assert [str(version.version) for version in list_versions(store, name)] == ["2", "1"]
+        assert [version.aliases for version in list_versions(store, name)] == [["candidate"], ["champion"]]
     for which in ("3", "9" * 30, "", "²", "nobody"):
         with pytest.raises(ModelMissing) as raised:
             find_version(store, name, which)

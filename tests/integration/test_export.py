@@ -162,6 +162,7 @@ def test_the_command_exports_a_registered_version(store, name, bpe, tmp_path, co
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == ["hf", "space", "title"]
     assert all(f"{name} version 1, " in line for line in lines)
+    assert lines[2].endswith(f", {len(name) + 2} B; see its README.md")
     verify_manifest(tmp_path / "hf")
     assert "| 20 | 160 |" in (tmp_path / "hf" / "README.md").read_text()
     assert load_generator(tmp_path / "space" / "version").trained_length == 16

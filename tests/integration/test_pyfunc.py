@@ -100,12 +100,16 @@ def test_saving_a_version_does_not_import_torch_nor_loading_one_its_compiler(sto
 
 def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(server, champion, store):
     generator = load_generator(open_version(store, find_version(store, champion, "champion")))
+    unstopped = generator.text(PROMPTS[0], Sampling(max_tokens=20, temperature=1.5))
+    stop = unstopped[len(PROMPTS[0]) + 3 :][:2]
+    assert len(generator.text(PROMPTS[0], Sampling(max_tokens=20, temperature=1.5, stop=[stop]))) < len(unstopped)
     for params in (
         {},  # the defaults
         {"max_tokens": 5, "temperature": 0.0},
         {"max_tokens": 20, "temperature": 1.5, "top_k": 10, "seed": 7},  # beyond the model's 16 positions
         {"max_tokens": 20, "temperature": 1.5, "top_k": 10, "seed": 8},
         {"max_tokens": 0},
+        {"max_tokens": 20, "temperature": 1.5, "stop": [stop]},
     ):
         expected = [generator.text(prompt, Sampling(**params)) for prompt in PROMPTS]
         assert ask(server, PROMPTS, params) == (200, {"predictions": expected})
@@ -114,6 +118,8 @@ def test_the_server_answers_as_the_model_does_and_refuses_invalid_parameters(ser
         assert 400 <= status < 500, answer
         assert name in json.dumps(answer)
         assert "Traceback" not in json.dumps(answer)
+    status, answer = ask(server, ["ROMEO:", None], {})
+    assert (status, "prompt 2 of 2 is null" in answer["message"], "Traceback" in str(answer)) == (400, True, False)
     assert ask(server, ["ROMEO:"], {"max_tokens": 0}) == (200, {"predictions": ["ROMEO:"]})
 
 

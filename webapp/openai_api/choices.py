@@ -18,7 +18,7 @@ class Choice:
         self._index, self._tokenizer, self._reports = index, tokenizer, reports
         self._text = echoed or ""
         self._n_characters = 0  # of the reported tokens, the prompt's included if it is echoed
-        self._bytes = b""  # after the last whole character
+        self._bytes = b""  # the beginning of a character
         self._pending: list[tuple[int, TokenLogprob]] = []  # offset in the text, and token
         self._taken = 0  # characters
         self._changed = bool(echoed)

@@ -33,17 +33,25 @@ def parts(config: ModelConfig) -> list[tuple[str, str, int]]:
     ]
 
 
-def sizes(config: ModelConfig) -> list[tuple[str, str, float]]:
-    """Name, formula and MiB of the weights, the KV cache and the training state."""
-    n, C, L, T = config.n_params, config.n_embd, config.n_layer, config.block_size
-    matrices = L * 12 * C * C
+def sizes(config: ModelConfig, n_rows: int, window: int) -> list[tuple[str, str, float]]:
+    """Name, formula and MiB of the weights, the KV cache and the training state.
+
+    `n_rows`: those of the embedding in training, which may fold ids; `window`: tokens in a training window.
+    """
+    n, C, L = config.n_params, config.n_embd, config.n_layer
+    trained, matrices = n - (config.n_ids - n_rows) * C, L * 12 * C * C
+    folded = f", V = {n_rows:,}" if n_rows < config.n_ids else ""
     return [
         ("weights in fp32, as on the disk", "4 bytes a parameter", 4 * n / MIB),
         ("weights in bf16 or fp16", "2 bytes a parameter", 2 * n / MIB),
         ("weights in int8", "1 byte a parameter, without scales", n / MIB),
-        ("KV cache of one text, fp32", f"2·L·T·C · 4 bytes, T = {T}", 8 * L * T * C / MIB),
-        ("training in fp32 with AdamW", "weights, gradients, two moments: 16 bytes", 16 * n / MIB),
-        ("training with Muon on the blocks", "one moment for their matrices: 12 bytes", (16 * n - 4 * matrices) / MIB),
+        ("KV cache of one text, fp32", f"2·L·T·C · 4 bytes, T = {window:,}", 8 * L * window * C / MIB),
+        ("training in fp32 with AdamW", f"weights, gradients, two moments: 16 bytes{folded}", 16 * trained / MIB),
+        (
+            "training with Muon on the blocks",
+            f"one moment for their matrices: 12 bytes{folded}",
+            (16 * trained - 4 * matrices) / MIB,
+        ),
     ]
 
 
@@ -53,7 +61,8 @@ def about_html(served: Served) -> str:
     tables = ""
     if config:
         config = config.updated(vocab_size=config.vocab_size or served.tokenizer.n_vocab)
-        sized = [(f"{name}<small>{formula}</small>", f"{mib:,.1f} MiB") for name, formula, mib in sizes(config)]
+        memory = sizes(config, served.generator.vocabulary.n_rows, served.window)
+        sized = [(f"{name}<small>{formula}</small>", f"{mib:,.1f} MiB") for name, formula, mib in memory]
         counted = [(f"{name}<small>{formula}</small>", f"{n:,}") for name, formula, n in parts(config)]
         counted.append(("<b>all</b>", f"<b>{config.n_params:,}</b>"))
         legend = f"L = {config.n_layer} layers, C = {config.n_embd} wide, V = {config.n_ids:,} tokens, "

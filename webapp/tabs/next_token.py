@@ -91,8 +91,8 @@ def next_token_tab(page: gr.Blocks, version: PageVersion) -> None:
             return gr.skip(), "", *faults(["prompt"], error)
 
     given = [prompt, version.number]
-    go.click(predict, given, [shown, fault], **event_options("read"))
-    prompt.input(predict, given, [shown, fault], **event_options("read", trigger_mode="always_last"))
+    # page.js presses it at each change of the text: Gradio's own event is only for keys, so not for a pasted text
+    go.click(predict, given, [shown, fault], **event_options("read", trigger_mode="always_last"))
     shown.click(append, given, [prompt, shown, fault], **event_options("read"))
     version.number.change(predict, given, [shown, fault], **event_options("read"))
 

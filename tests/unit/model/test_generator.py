@@ -201,9 +201,10 @@ def streamed(stop, chunks):
 @pytest.mark.parametrize(
     ("stop", "chunks", "pieces", "stopped"),
     [
-        ([], [b"a\xe4", b"\xbb\xe4", b"\xbb"], ["a", "", ""], False),  # cut within a character, twice
+        ([], [b"a\xe4", b"\xbb\xe4", b"\xbb"], ["a", "�", ""], False),  # cut within a character, twice
         ([], [b"\xf0\x9f", b"\x8e", b"\xad!"], ["", "", "🎭!"], False),  # one character in three chunks
-        ([], [b"a\xff", b"b\xf0\x9f"], ["a", "�b"], False),  # not UTF-8
+        ([], [b"a\xff", b"b\xf0\x9f"], ["a�", "b"], False),  # not UTF-8
+        ([], [b"a\xff"], ["a�"], False),
         (["END", "\n\n"], [b"one\n", b"\ntwoEND", b"x"], ["one", "", ""], True),  # before the first of two
         (["\nROMEO:"], [b"x\nRO", b"ME", b"S y\n"], ["x", "", "\nROMES y\n"], False),  # held back while it may be one
     ],

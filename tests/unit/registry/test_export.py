@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from fixtures_registry import SECRET, _keep_threads, version_info, write_version  # noqa: F401 (a fixture)
+from fixtures_tokenizer import POEM, _made  # noqa: F401 (a fixture)
 from matplotlib import image
 
 from pipeline.data.token_files import write_shard
@@ -86,6 +87,13 @@ def test_the_model_card_says_what_it_is_how_it_was_trained_and_its_limits(export
         assert words in card, words
     assert "\n![Loss over training steps](loss.png)\n" in card
     assert image.imread(exported / "hf" / "loss.png").shape[:2] == (374, 660)  # 6 x 3.4 inches at 110 dots
+
+
+def test_a_line_follows_each_item_of_the_card():
+    for inexact, end in ((None, "rounding may differ"), ("two devices", "repeated exactly (two devices)")):
+        info = version_info()
+        info["tags"] |= {"inexact": inexact} if inexact else {}
+        assert f"{end}\n- SHA-256 of the registered" in cards.model_card(info, MODEL)
 
 
 def test_nothing_is_claimed_about_an_unknown_text(exported, tmp_path):
@@ -163,6 +171,17 @@ def test_the_cards_prompt_stays_within_the_first_document(tokenizer, tmp_path):
     assert prompt != "Emma Woodhouse, handsome"
 
 
+@pytest.mark.parametrize(("name", "joins"), [("gpt2", True), ("bpe:320", True), ("bytes", False), ("chars", False)])
+def test_a_card_warns_of_a_space_at_the_end_of_a_prompt_if_tokens_begin_with_one(made, tmp_path, name, joins):
+    (tokens := tmp_path / "tokens").mkdir()
+    write_shard(tokens / "train-00000.bin", [made(name).encode(POEM)], made(name).n_vocab)
+    write_manifest(tokens)
+    model = MODEL | _described(tmp_path, made(name), {"n_positions": 64}, 1)
+    model |= {"weight_type": "f16", "tokenizer_model": "rwkv", "tokenizer_name": name}
+    for card in (cards.model_card, cards.gguf_card):
+        assert ("a space at the end is encoded differently" in card(version_info(), model)) == joins
+
+
 def test_the_card_of_a_held_out_target_promises_no_memory():
     info = version_info()
     assert "memori" in cards.model_card(info, MODEL)
@@ -175,9 +194,27 @@ def test_the_card_of_a_held_out_target_promises_no_memory():
     info["metrics"] |= {"validation_loss": 1.8612, "sliding_loss": 1.2}
     card = cards.model_card(info, MODEL)
     assert "its loss on the held-out end of this text is 1.8612 nats" in card
-    assert "the rule `validation` ended the training" in card
+    assert "the training ended before the rule `validation` was met:" in card
+    info["tags"]["steps_to_target"] = "117"
+    assert "the rule `validation` ended the training:" in cards.model_card(info, MODEL)
     for text in (card, cards.space_card(info, "6.0", "3.11", 10**6)):
         assert not re.search("memori|recites", text)
+
+
+def test_the_card_of_a_missed_target_promises_no_memory():
+    info = version_info()
+    info["rule"] = {"name": "sliding", "description": "all of it", "loss": "sliding_loss", "held_out": False}
+    reached = info | {"tags": info["tags"] | {"steps_to_target": "117"}}
+    promise = re.compile(r"recites|from memory|that memorised|`sliding` ended the training")
+    gguf = MODEL | {"weight_type": "f16", "tokenizer_model": "rwkv", "tokenizer_name": "bytes", "prompt": "All:"}
+    for card in (
+        lambda version: cards.model_card(version, MODEL),
+        lambda version: cards.gguf_card(version, gguf),
+        lambda version: cards.space_card(version, "6.0", "3.11", 10**6),
+    ):
+        assert promise.search(card(reached))
+        assert not promise.search(card(info))
+    assert "the training ended before the rule `sliding` was met:" in cards.model_card(info, MODEL)
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tiny_export, tmp_path, monkeypatch):

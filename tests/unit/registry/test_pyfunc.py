@@ -14,7 +14,11 @@ SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=12, vocab_size=50
 
 @pytest.mark.parametrize(
     ("prompt", "params", "words"),
-    [("O", {"top_k": -1}, "top_k"), ("O" * (PROMPT_CHARACTERS + 1), {}, "1,000,001 characters: 1,000,000 at most")],
+    [
+        ("O", {"top_k": -1}, "top_k"),
+        ("O" * (PROMPT_CHARACTERS + 1), {}, "1,000,001 characters: 1,000,000 at most"),
+        (None, {}, "prompt 2 of 2 is null: it should be text"),
+    ],
 )
 def test_an_invalid_request_gets_status_400_and_one_line(tokenizer, prompt, params, words):
     served = PromptModel()

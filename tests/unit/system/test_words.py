@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.system.errors import InputError
-from pipeline.system.words import duration, in_words, parse_duration
+from pipeline.system.words import duration, encodable, in_words, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,12 @@ def test_a_time_has_a_unit(text, seconds):
 def test_seconds_in_words():
     assert [duration(s) for s in (0.4, 90, 119, 150, 3_000, 9_000, 400_000)] == [
         *("0 s", "90 s", "119 s"), *("2.5 min", "50 min", "2.5 h", "4.6 days")]  # fmt: skip
+
+
+def test_any_text_can_be_encoded():
+    for text in ("a\ud800", "\ud83d\ude00 🙂", "\udc80x", ""):
+        encodable(text).encode()
+    assert [encodable(text) for text in ("a\ud800b", "\ud83d\ude42", "é🙂")] == ["a\ufffdb", "🙂", "é🙂"]
 
 
 def test_a_number_has_a_prefix_and_a_unit():

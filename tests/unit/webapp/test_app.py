@@ -35,6 +35,10 @@ def project(tmp_path, monkeypatch) -> Path:
         (["--port", "0"], "run `make repro`"),
         (["--port", "0", "--folder", "nowhere"], "nowhere not found"),
         (["--port", "0", "--folder", "empty"], "export space"),
+        (
+            ["--port", "0", "--model", "it's"],
+            "--model: registry.model: should be a name of letters, digits and ._-, got",
+        ),
         (["--share"], "unrecognized arguments: --share"),
         (["--port", "many"], "invalid int value: 'many'"),
         (["--port", "TAKEN"], "(another program uses this port):"),  # before a model is loaded

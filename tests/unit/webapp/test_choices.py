@@ -1,6 +1,9 @@
 """The choices of OpenAI's answer: where each token begins in the text."""
 
-from pipeline.data.tokenizer import whole_length, whole_text
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.tokenizer import SINGLE_BYTES, ByteTokenizer, whole_length, whole_text
 from pipeline.model.generator import Piece, TextStream, TokenLogprob
 from webapp.engine import Scores
 from webapp.openai_api import choices
@@ -32,6 +35,24 @@ def test_a_token_after_a_prompt_that_ends_within_a_character_begins_where_its_te
             choice.add(Piece(0, [i], text, "length" if n == len(new) else None, None, (TokenLogprob(i, -1.0),)))
         answer = choice.take()
         assert answer["text"][answer["logprobs"]["text_offset"][-1] :] == "b"
+
+
+@settings(max_examples=100)
+@given(st.binary(min_size=1, max_size=8))
+@example(b"a\xff\xff")
+@example(b"\xed\xa0")  # the beginning of a surrogate
+def test_bytes_that_are_no_text_have_their_place_in_it(data):
+    tokenizer, stream = ByteTokenizer("bytes", {byte: rank for rank, byte in enumerate(SINGLE_BYTES)}), TextStream()
+    choice = Choice(0, tokenizer, None, reports=True)
+    for n, byte in enumerate(data, 1):
+        text = stream.add(bytes([byte]), last=n == len(data))
+        finish = "length" if n == len(data) else None
+        choice.add(Piece(0, [byte], text, finish, None, (TokenLogprob(byte, -1.0),)))
+    answer = choice.take()
+    assert answer["text"] == whole_text(data)
+    begins = [len(data[:n].decode("utf-8", "replace")) - 1 for n in range(1, len(data) + 1)]
+    assert answer["logprobs"]["text_offset"] == begins  # the last one is beyond the text if a character is cut
+    assert data.decode("utf-8", "replace") in (answer["text"], answer["text"] + "�")
 
 
 def test_a_long_prompt_is_decoded_once(tokenizer, monkeypatch):

@@ -245,7 +245,12 @@ def test_the_parts_add_up_to_the_model(served):
     gpt2 = tiny.model_copy(update={"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024})
     for config in (tiny, gpt2):
         assert sum(n_params for _, _, n_params in parts(config)) == config.n_params
-    assert sizes(gpt2)[0][2] == pytest.approx(4 * 124_439_808 / 2**20)  # as published
+    memory = {name: mib * 2**20 for name, _, mib in sizes(gpt2, gpt2.n_ids, 1024)}
+    assert memory["weights in fp32, as on the disk"] == pytest.approx(4 * 124_439_808)  # as published
+    memory = {name: mib * 2**20 for name, _, mib in sizes(gpt2, 257, 64)}
+    assert memory["training in fp32 with AdamW"] == pytest.approx(16 * (124_439_808 - 50_000 * 768))
+    assert memory["KV cache of one text, fp32"] == pytest.approx(2 * 12 * 64 * 768 * 4)
+    assert f"16 bytes, V = {served.generator.vocabulary.n_rows}<" in about_html(served)
     assert "What it is not" in about_html(served)
     assert f"{50257 * 48:,}" in about_html(served)
 
@@ -265,7 +270,9 @@ def test_the_page_shows_a_model_of_each_tokenizer(made, name, shortest):
     for token in predict_next(served, "天地玄黃", 10, "")["tokens"]:
         assert token["text"] is None or token["text"].encode().hex() == token["bytes"]
     assert predict_next(served, "天地玄黃", 10, "")["context_times"] == 2
-    assert served.find("CHARLES", -1) is None
+    assert served.find("CHARLES", -1) is served.find("spat", -1) is None
+    begin, end = served.find("SPÄT DURCH", -1)
+    assert "spät durch" in tokenizer.decode(ids[begin:end])
     first, place = served.find("Kind", -1)[0], POEM.encode().index(b"Kind")
     assert len(tokenizer.decode_bytes(ids[:first])) in (place - 1, place)  # the token may begin with the space
     shown = re.sub("<[^>]*>", "", heat_html(served, 40, "").partition('class="heat"')[2].partition("</p>")[0])
@@ -388,6 +395,12 @@ def test_a_wrong_number_is_refused_by_its_name(served):  # E3; test_sampling has
         for value in values:
             with pytest.raises(InputError, match=f"^{name}"):
                 completed(served, "All:", **{"samples": 1, name: value})
+
+
+def test_a_length_is_refused_with_the_limit_of_the_page(served):
+    for too_many in (2001, 99_999):  # Sampling's own limit is between them
+        with pytest.raises(InputError, match=f"^max_tokens {too_many}: choose a whole number from 0 to 2,000$"):
+            completed(served, "All:", max_tokens=too_many)
 
 
 def written(source: Stub, prompt: Any = "All:", keep: Any = True, number: Any = "7", **numbers: Any) -> list[Any]:
