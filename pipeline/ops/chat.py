@@ -8,6 +8,7 @@ from pipeline.model.sampling import Sampling
 from pipeline.registry.catalog import printable
 from pipeline.system.errors import InputError
 from pipeline.system.signals import Signalled
+from pipeline.system.words import encodable
 
 
 def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
@@ -15,7 +16,7 @@ def show(generator: Generator, prompt: str, sampling: Sampling) -> None:
 
     Bytes of the prompt that are not UTF-8 become U+FFFD.
     """
-    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    prompt = encodable(prompt)
     started, n_tokens, shown = time.perf_counter(), 0, prompt
     for piece in generator.stream([prompt], sampling):
         print(shown + printable(piece.text, also="\n\t"), end="", flush=True)
