@@ -149,7 +149,7 @@ def test_an_environment_without_pip_is_completed_without_uv(tmp_path, monkeypatc
     assert b"pip" in subprocess.check_output([tmp_path / "venv/bin/python", "-m", "pip", "--version"])
 
 
-def test_after_ctrl_c_the_installation_ends_with_one_line(tmp_path, monkeypatch):
+def test_after_ctrl_c_the_installation_ends_with_one_line(tmp_path, monkeypatch, interruptible):
     program(tmp_path / "bin/uv", "#!/bin/sh\necho traceback >&2\nkill -INT $PPID\n/bin/sleep 9\n")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     command = [sys.executable, ROOT / "requirements/install.py", tmp_path / "venv", "base"]
