@@ -182,21 +182,25 @@ def record(root: Path, start: dict[str, Any], tick_s: float, control: RawIOBase)
     lock: then the newer recorder sends everything.
     """
     run_folder = Path(start.pop("run_folder"))
-    if not _owns(run_folder):
-        return True
-    with locked(run_folder / RECORDER_LOCK, wait=True):  # the previous recorder may still be sending
-        if not _owns(run_folder):
-            return True
-        feeds = [_Feed(name, root, run_folder, start) for name in TRACKERS]
-        while True:
-            stopped, _, _ = select.select([control], [], [], 0)  # before the last tick, so that it sends everything
-            end = _end_of(control.readline()) if stopped else None
-            arrived = [feed.send(end) for feed in feeds]
-            if end:
-                if all(arrived) and end["status"] == "FINISHED":
-                    (run_folder / OWNER_PID).unlink()
-                return all(arrived)
-            select.select([control], [], [], tick_s)
+    if _owns(run_folder):
+        with locked(run_folder / RECORDER_LOCK, wait=True):  # the previous recorder may still be sending
+            if _owns(run_folder):
+                return _record(root, run_folder, start, tick_s, control)
+    control.readline()  # the run's end, which is not the next run
+    return True
+
+
+def _record(root: Path, run_folder: Path, start: dict[str, Any], tick_s: float, control: RawIOBase) -> bool:
+    feeds = [_Feed(name, root, run_folder, start) for name in TRACKERS]
+    while True:
+        stopped, _, _ = select.select([control], [], [], 0)  # before the last tick, so that it sends everything
+        end = _end_of(control.readline()) if stopped else None
+        arrived = [feed.send(end) for feed in feeds]
+        if end:
+            if all(arrived) and end["status"] == "FINISHED":
+                (run_folder / OWNER_PID).unlink()
+            return all(arrived)
+        select.select([control], [], [], tick_s)
 
 
 def _end_of(line: bytes) -> dict[str, Any]:

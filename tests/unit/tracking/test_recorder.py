@@ -212,8 +212,9 @@ def test_a_recorder_without_a_first_line_sends_nothing(folder, fakes):
 
 @pytest.mark.parametrize("owner", [None, "1"])  # another recorder has sent the finished run; training started again
 @pytest.mark.parametrize("while_waiting", [False, True])
+@pytest.mark.parametrize("end", [None, ending(None)])  # which is not the start of another run
 def test_a_recorder_that_does_not_own_the_run_when_its_turn_comes_sends_nothing(
-    folder, fakes, monkeypatch, owner, while_waiting
+    folder, fakes, monkeypatch, owner, while_waiting, end
 ):
     def change(*_, **__):
         (folder / OWNER_PID).write_text(owner) if owner else (folder / OWNER_PID).unlink()
@@ -223,7 +224,7 @@ def test_a_recorder_that_does_not_own_the_run_when_its_turn_comes_sends_nothing(
         monkeypatch.setattr(recorder, "locked", change)
     else:
         change()
-    assert record_after_the_end(folder)
+    assert record_after_the_end(folder, end)
     assert not fakes[0].starts
     assert not (folder / recorder.RECORDER_LOCK).exists()
 
