@@ -3,6 +3,7 @@
 The classes of torch.optim import torch's compiler when they are made, which takes two seconds.
 """
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Parameter groups, and the state of each parameter by key, as torch.optim.Optimizer has them."""
 
     def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
@@ -25,9 +26,9 @@ class Optimizer:
             for p in group["params"]:
                 p.grad = None
 
+    @abstractmethod
     def step(self) -> None:
         """Update the parameters from their gradients."""
-        raise NotImplementedError
 
 
 class AdamW(Optimizer):

@@ -52,12 +52,11 @@ def kept_bytes(config: RunConfig, vocabulary: Vocabulary, machine: Machine) -> i
     windows = config.windows.updated(micro_batch_size=config.windows.micro_batch_size // machine.world.size)
     with FakeTensorMode(), torch.device(machine.device):
         model = GPT(config.model, vocabulary).freeze(config.train.freeze)
-        activations = _kept_bytes(model, windows, machine)
+        activations = _kept_by(model, windows, machine)
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing = True
-            activations = activations // (config.model.n_layer - config.train.freeze) + _kept_bytes(
-                model, windows, machine
-            )
+            one_layer = activations // (config.model.n_layer - config.train.freeze)  # recomputed in the backward pass
+            activations = one_layer + _kept_by(model, windows, machine)
     return activations
 
 
@@ -157,7 +156,7 @@ def _trained_bytes(model: GPT, optim: OptimConfig) -> tuple[int, list[int]]:
     return weights, [4 * math.prod(shape) for _, _, shape in slots]
 
 
-def _kept_bytes(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
+def _kept_by(model: GPT, windows: WindowsConfig, machine: Machine) -> int:
     """Bytes that a forward pass keeps for the backward pass: computed for 1 and 2 windows, and extrapolated."""
     weights = {id(storage := p.untyped_storage()): storage for p in model.parameters()}
 

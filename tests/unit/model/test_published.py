@@ -22,7 +22,7 @@ from pipeline.system.errors import InputError, IntegrityError
 from pipeline.system.files import read_json, write_json
 from pipeline.training.config import RunConfig
 from pipeline.training.loop import fresh_state
-from pipeline.training.preflight import _kept_bytes, saved_bytes, step_bytes
+from pipeline.training.preflight import _kept_by, saved_bytes, step_bytes
 from tests.small_models import save_published
 from tests.trainings import ROOT
 from tests.unit.training.test_loop import Loop
@@ -319,7 +319,7 @@ def test_frozen_blocks_need_less_memory_and_smaller_checkpoints():
     frozen = replace(config, train=config.train.updated(freeze=3))
     vocabulary, machine = Vocabulary.full(50257), Loop().machine
     with FakeTensorMode():
-        kept = [_kept_bytes(GPT(config.model, vocabulary).freeze(n), config.windows, machine) for n in (0, 3)]
+        kept = [_kept_by(GPT(config.model, vocabulary).freeze(n), config.windows, machine) for n in (0, 3)]
         model = GPT(config.model, vocabulary)
     sizes = [p.numel() for module in (model.wte, model.wpe, *model.h[:3]) for p in module.parameters()]
     saved = step_bytes(config, vocabulary, machine) - step_bytes(frozen, vocabulary, machine)
